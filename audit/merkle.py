@@ -1,0 +1,278 @@
+"""The RFC 6962 / RFC 9162 Merkle tree over SHA-256: roots, proofs and their verification.
+
+Writers append leaf hashes to a `CompactRange`. Provers hand `inclusion_proof` and `consistency_proof` a
+node source: `get(level, index)` is the hash of the perfect subtree over leaves
+[index << level, (index + 1) << level). Verifiers use the iterative algorithms of RFC 9162 sections 2.1.3.2
+and 2.1.4.2, which also pin a proof's length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+from audit.errors import ConsistencyError, InclusionError, RootMismatchError, TreeRangeError
+
+HASH_SIZE = 32
+MAX_TREE_SIZE = 2**63 - 1
+EMPTY_ROOT = hashlib.sha256(b"").digest()
+
+NodeSource = Callable[[int, int], bytes]
+NodeSink = Callable[[int, int, bytes], None]
+
+
+def hash_leaf(entry: bytes) -> bytes:
+    """Return SHA-256(0x00 || entry), RFC 6962 section 2.1."""
+    return hashlib.sha256(b"\x00" + entry).digest()
+
+
+def hash_node(left: bytes, right: bytes) -> bytes:
+    """Return SHA-256(0x01 || left || right), RFC 6962 section 2.1."""
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+def root_of(leaf_hashes: Iterable[bytes]) -> bytes:
+    """Return the root of the tree over `leaf_hashes`, each 32 bytes."""
+    edge = CompactRange()
+    for leaf_hash in leaf_hashes:
+        edge.append(leaf_hash)
+    return edge.root()
+
+
+class CompactRange:
+    """The right edge of a growing tree: one perfect subtree hash per set bit of its size, largest first."""
+
+    __slots__ = ("_hashes", "_size")
+
+    def __init__(self, size: int = 0, hashes: Sequence[bytes] = ()) -> None:
+        """Resume an edge that was stored.
+
+        Raises:
+            TreeRangeError: the number or length of the hashes does not fit the size.
+        """
+        if not 0 <= size <= MAX_TREE_SIZE or len(hashes) != size.bit_count():
+            raise TreeRangeError(f"a tree of {size} leaves has not {len(hashes)} edge hashes")
+        if any(len(item) != HASH_SIZE for item in hashes):
+            raise TreeRangeError("an edge hash is not 32 bytes")
+        self._size, self._hashes = size, list(hashes)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def hashes(self) -> tuple[bytes, ...]:
+        return tuple(self._hashes)
+
+    def copy(self) -> CompactRange:
+        return CompactRange(self._size, self._hashes)
+
+    def append(self, leaf_hash: bytes, completed: NodeSink | None = None) -> int:
+        """Add a leaf and return its index; `completed(level, index, hash)` sees every subtree it closes."""
+        if len(leaf_hash) != HASH_SIZE:
+            raise TreeRangeError("a leaf hash is not 32 bytes")
+        leaf_index = self._size
+        node, level, remaining = leaf_hash, 0, leaf_index
+        while remaining & 1:
+            node = hash_node(self._hashes.pop(), node)
+            level += 1
+            remaining >>= 1
+            if completed is not None:
+                completed(level, remaining, node)
+        self._hashes.append(node)
+        self._size += 1
+        return leaf_index
+
+    def root(self) -> bytes:
+        if not self._hashes:
+            return EMPTY_ROOT
+        root = self._hashes[-1]
+        for left in reversed(self._hashes[:-1]):
+            root = hash_node(left, root)
+        return root
+
+
+def edge_hashes(get: NodeSource, tree_size: int) -> list[bytes]:
+    """Return the perfect subtree hashes whose `CompactRange` is the tree of the first `tree_size` leaves."""
+    return [get(level, index) for level, index in _perfect_cover(0, tree_size)]
+
+
+def root_from(get: NodeSource, tree_size: int) -> bytes:
+    return CompactRange(tree_size, edge_hashes(get, tree_size)).root()
+
+
+def inclusion_proof(get: NodeSource, leaf_index: int, tree_size: int) -> list[bytes]:
+    """Return PATH(leaf_index, D[tree_size]) of RFC 9162 section 2.1.3.1, leaf's sibling first.
+
+    Raises:
+        TreeRangeError: unless 0 <= leaf_index < tree_size.
+    """
+    if not 0 <= leaf_index < tree_size <= MAX_TREE_SIZE:
+        raise TreeRangeError(f"leaf {leaf_index} is not in a tree of {tree_size}")
+    begin, end, siblings = 0, tree_size, []
+    while end - begin > 1:
+        middle = begin + _split(end - begin)
+        if leaf_index < middle:
+            siblings.append((middle, end))
+            end = middle
+        else:
+            siblings.append((begin, middle))
+            begin = middle
+    return [_range_root(get, *sibling) for sibling in reversed(siblings)]
+
+
+def consistency_proof(get: NodeSource, size1: int, size2: int) -> list[bytes]:
+    """Return PROOF(size1, D[size2]) of RFC 9162 section 2.1.4.1; empty for equal sizes and for size1 0.
+
+    Raises:
+        TreeRangeError: unless 0 <= size1 <= size2.
+    """
+    if not 0 <= size1 <= size2 <= MAX_TREE_SIZE:
+        raise TreeRangeError(f"no consistency proof from size {size1} to {size2}")
+    if size1 in (0, size2):
+        return []
+    begin, end, path, whole = 0, size2, [], True
+    while end != size1:
+        middle = begin + _split(end - begin)
+        if size1 <= middle:
+            path.append((middle, end))
+            end = middle
+        else:
+            path.append((begin, middle))
+            begin, whole = middle, False
+    if not whole:
+        path.append((begin, end))
+    return [_range_root(get, *part) for part in reversed(path)]
+
+
+def source_of(leaf_hashes: Sequence[bytes]) -> NodeSource:
+    """Return a node source over leaf hashes held in memory."""
+    cache: dict[tuple[int, int], bytes] = {}
+
+    def get(level: int, index: int) -> bytes:
+        if not 0 <= index << level < (index + 1) << level <= len(leaf_hashes):
+            raise TreeRangeError(f"node {index} of level {level} is not in a tree of {len(leaf_hashes)}")
+        if level == 0:
+            return leaf_hashes[index]
+        if (level, index) not in cache:
+            cache[level, index] = hash_node(get(level - 1, 2 * index), get(level - 1, 2 * index + 1))
+        return cache[level, index]
+
+    return get
+
+
+def inclusion_proof_of(leaf_hashes: Sequence[bytes], leaf_index: int) -> list[bytes]:
+    return inclusion_proof(source_of(leaf_hashes), leaf_index, len(leaf_hashes))
+
+
+def consistency_proof_of(leaf_hashes: Sequence[bytes], size1: int) -> list[bytes]:
+    return consistency_proof(source_of(leaf_hashes), size1, len(leaf_hashes))
+
+
+def verify_inclusion(
+    *, leaf_index: int, tree_size: int, leaf_hash: bytes, proof: Sequence[bytes], root_hash: bytes
+) -> None:
+    """Prove that `leaf_hash` is leaf `leaf_index` of the tree (RFC 9162 section 2.1.3.2).
+
+    Raises:
+        InclusionError: the index is outside the tree, a hash is not 32 bytes, or the proof's length is wrong.
+        RootMismatchError: the proof leads to another root.
+    """
+    if not 0 <= leaf_index < tree_size <= MAX_TREE_SIZE:
+        raise InclusionError(f"leaf {leaf_index} is not in a tree of {tree_size}")
+    _check_hashes(InclusionError, leaf_hash, root_hash, *proof)
+    node, last, computed = leaf_index, tree_size - 1, leaf_hash
+    for sibling in proof:
+        if last == 0:
+            raise InclusionError(f"the proof of {len(proof)} hashes is too long for a tree of {tree_size}")
+        if node & 1 or node == last:
+            computed = hash_node(sibling, computed)
+            while node & 1 == 0 and node:
+                node >>= 1
+                last >>= 1
+        else:
+            computed = hash_node(computed, sibling)
+        node >>= 1
+        last >>= 1
+    if last:
+        raise InclusionError(f"the proof of {len(proof)} hashes is too short for a tree of {tree_size}")
+    if computed != root_hash:
+        raise RootMismatchError(expected=root_hash, computed=computed)
+
+
+def verify_consistency(*, size1: int, size2: int, root1: bytes, root2: bytes, proof: Sequence[bytes]) -> None:
+    """Prove that the tree of `size2` extends the tree of `size1` (RFC 9162 section 2.1.4.2).
+
+    Raises:
+        ConsistencyError: size1 is 0 (everything extends nothing) or above size2, a hash is not 32 bytes, or
+            the proof has another length.
+        RootMismatchError: the proof leads to another old or new root.
+    """
+    if not 0 < size1 <= size2 <= MAX_TREE_SIZE:
+        raise ConsistencyError(f"no tree of {size2} can be shown to extend a tree of {size1}")
+    if size1 == size2:
+        if proof:
+            raise ConsistencyError("equal sizes take an empty proof")
+        if root1 != root2:
+            raise RootMismatchError(expected=root1, computed=root2)
+        return
+    _check_hashes(ConsistencyError, root1, root2, *proof)
+    if not proof:
+        raise ConsistencyError("the proof is empty")
+    path = list(proof)
+    if size1 & (size1 - 1) == 0:
+        path.insert(0, root1)
+    node, last = size1 - 1, size2 - 1
+    while node & 1:
+        node >>= 1
+        last >>= 1
+    old = new = path[0]
+    for sibling in path[1:]:
+        if last == 0:
+            raise ConsistencyError(f"the proof of {len(proof)} hashes is too long for sizes {size1}, {size2}")
+        if node & 1 or node == last:
+            old, new = hash_node(sibling, old), hash_node(sibling, new)
+            while node & 1 == 0 and node:
+                node >>= 1
+                last >>= 1
+        else:
+            new = hash_node(new, sibling)
+        node >>= 1
+        last >>= 1
+    if last:
+        raise ConsistencyError(f"the proof of {len(proof)} hashes is too short for sizes {size1}, {size2}")
+    if old != root1:
+        raise RootMismatchError(expected=root1, computed=old)
+    if new != root2:
+        raise RootMismatchError(expected=root2, computed=new)
+
+
+def _check_hashes(error: type[InclusionError] | type[ConsistencyError], *hashes: bytes) -> None:
+    for item in hashes:
+        if len(item) != HASH_SIZE:
+            raise error(f"a hash has {len(item)} bytes, not {HASH_SIZE}")
+
+
+def _split(size: int) -> int:
+    """The largest power of two below `size` >= 2."""
+    return 1 << ((size - 1).bit_length() - 1)
+
+
+def _perfect_cover(begin: int, end: int) -> list[tuple[int, int]]:
+    """Nodes (level, index), left to right, of the perfect subtrees that fill [begin, end)."""
+    cover = []
+    while begin < end:
+        level = (end - begin).bit_length() - 1
+        if begin:
+            level = min(level, (begin & -begin).bit_length() - 1)
+        cover.append((level, begin >> level))
+        begin += 1 << level
+    return cover
+
+
+def _range_root(get: NodeSource, begin: int, end: int) -> bytes:
+    hashes = [get(level, index) for level, index in _perfect_cover(begin, end)]
+    root = hashes.pop()
+    while hashes:
+        root = hash_node(hashes.pop(), root)
+    return root
