@@ -1,0 +1,78 @@
+# Every target makes its own virtual environment when needed; once installed, none of them needs a network.
+#   PYTHON=python3.12 make test          another interpreter (3.11 or newer)
+#   TORCH_OPTIONS="--index-url URL"      where pip finds torch, for instance a CPU-only build
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+TORCH_OPTIONS ?=
+PYTEST_OPTIONS ?=
+WORKERS ?= 2
+
+# What an installation depends on: the [project] part of pyproject.toml and the pins, by content, not by date.
+KEY := $(shell { sed '/^\[tool\./,$$d' pyproject.toml; cat constraints.txt; } | cksum | tr -d ' ')
+STAMP := $(VENV)/.installed-$(KEY)
+
+# One thread a process: the tests already run one process a core, and small matrices gain nothing from more.
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= Agg
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check soak bench bench-dp results clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(STAMP)  ## the virtual environment, from pyproject.toml and constraints.txt
+
+$(STAMP):
+	@set -e; \
+	ok='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	if [ ! -x $(BIN)/python ]; then \
+	    for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	        if $$python -c "$$ok" 2>/dev/null; then break; fi; python=; \
+	        if [ -n "$(PYTHON)" ]; then break; fi; \
+	    done; \
+	    if [ -z "$$python" ]; then echo "Affidavit needs Python 3.11 or newer; name one: PYTHON=/path/to/python make" >&2; exit 2; fi; \
+	    echo "making $(VENV) with $$python"; $$python -m venv $(VENV); \
+	fi; \
+	$(BIN)/python -c "$$ok" || { echo "$(VENV) holds a Python older than 3.11; remove it and run make again" >&2; exit 2; }; \
+	echo "installing (a few minutes the first time)"; \
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_OPTIONS) torch; \
+	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling; \
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[all,dev]'; \
+	rm -f $(VENV)/.installed-*; touch $@
+
+demo: $(STAMP)  ## four hospitals train with privacy, the log proves it, a stranger verifies
+	@$(BIN)/affidavit demo
+
+test: $(STAMP)  ## every test but the soak, with a coverage report
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term $(PYTEST_OPTIONS)
+
+check: $(STAMP)  ## style, types, import contracts, the examples in docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet -p no:cacheprovider --doctest-modules audit federation clients server
+
+soak: $(STAMP)  ## minutes of load and faults
+	$(BIN)/python -m pytest -m soak $(PYTEST_OPTIONS)
+
+bench: $(STAMP)  ## every benchmark
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+bench-dp: $(STAMP)  ## the cost of a private training step beside other implementations
+	@$(BIN)/python benchmarks/bench_dp.py
+
+results: $(STAMP)  ## utility at each epsilon, written to docs/results/utility.md (long)
+	@$(BIN)/python benchmarks/results_utility.py
+
+clean:  ## remove the virtual environment, caches, builds and the demo's folder
+	rm -rf $(VENV) build dist *.egg-info affidavit-demo htmlcov .coverage .coverage.* \
+	    .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
