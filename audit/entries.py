@@ -1,9 +1,9 @@
 """The typed entries of the log: what may be a leaf, and how its bytes are read and signed.
 
 An entry is an envelope (version, type, event id, nonce, time, actor) around one frozen body. Its leaf is
-`encode_entry(entry)`, RFC 8785 JSON made once, at write time; readers call `decode_entry` on the stored bytes and
-never write them again. A body that somebody signs carries the signature in a field of its own;
-`signing_payload(body)` gives the domain and the bytes that were signed, which are the body without those fields.
+`encode_entry(entry)`, RFC 8785 JSON made once, at write time; readers call `decode_entry` on the stored bytes
+and never write them again. A body that somebody signs carries the signature in a field of its own;
+`signing_payload(body)` gives the domain and the bytes that were signed: the body without those fields.
 
 Bodies hold strings, integers, and tuples of strings or of smaller frozen parts: nothing else can be a leaf.
 """
@@ -16,7 +16,6 @@ import hashlib
 import re
 import secrets
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from audit.canonical import canonical_bytes, parse_canonical
@@ -45,7 +44,7 @@ REFUSAL_CODES: Final = frozenset(
         "unwitnessed_history",
     }
 )
-"""All that a site ever says about why it did not answer. The file, the row and the reason stay on its own console."""
+"""All that a site ever says about why it did not answer; file, row and reason stay on its own console."""
 
 RUN_FAILURE_CODES: Final = frozenset({"coordinator_error", "not_enough_sites", "site_refused", "stopped"})
 
@@ -68,7 +67,7 @@ class LogCreated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteEnrolled:
-    """A site's identity key delegates three keys; each signing key proves itself by signing the same payload."""
+    """A site's identity key delegates three keys; each that signs proves itself over the same payload."""
 
     site: str
     population: str  # random pseudonym of the people behind the data
@@ -398,6 +397,7 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     VersionTransition: "transition",
 }
 
+_hints: dict[type[Any], dict[str, Any]] = {}
 _HEX32 = re.compile(r"[0-9a-f]{32}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
@@ -476,7 +476,7 @@ def encode_entry(entry: Entry) -> bytes:
     Raises:
         EntryError: a field breaks its rule, or the entry is too large.
     """
-    document = {
+    document: dict[str, Any] = {
         "v": 1,
         "type": entry.type,
         "event_id": entry.event_id,
@@ -492,7 +492,7 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def decode_entry(data: bytes) -> Entry:
-    """Read a leaf's bytes strictly: canonical JSON, known type, every field present and of its kind, none besides.
+    """Read a leaf's bytes strictly: canonical JSON, known type, each field present and of its kind.
 
     Raises:
         EntryError: anything else.
@@ -525,7 +525,7 @@ def decode_entry(data: bytes) -> Entry:
 
 def body_document(body: Any) -> dict[str, Any]:
     """Return the body as plain JSON values, checked against its own types."""
-    document = _plain(body)
+    document: dict[str, Any] = _plain(body)
     parse_body(type(body), document)
     return document
 
@@ -603,10 +603,11 @@ def columns_of(data: bytes) -> IndexColumns:
     )
 
 
-@cache
 def _types(kind: type[Any]) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    hints = _hints.get(kind)
+    if hints is None:
+        hints = _hints[kind] = get_type_hints(kind)
+    return hints
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,234 @@
+"""Leaves are read strictly, signed over exact bytes, and indexed from their own bytes alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from audit.canonical import canonical_bytes
+from audit.entries import (
+    REFUSAL_CODES,
+    TYPE_OF,
+    TYPES,
+    ZERO_DIGEST,
+    Entry,
+    EntryError,
+    MechanismEvent,
+    RoundCompleted,
+    SiteStatement,
+    SiteUndelivered,
+    columns_of,
+    decode_entry,
+    decode_signature,
+    encode_entry,
+    event_hash,
+    new_entry,
+    signing_payload,
+)
+
+EVENT = MechanismEvent(
+    mechanism="discrete_gaussian",
+    sampling="full",
+    sample_rate="1",
+    steps=1,
+    sigma_grid=200_000_000,
+    sensitivity_grid=16_777_300,
+    dimension=31,
+    grid_bits=24,
+    relation="add_remove",
+    unit="row",
+)
+STATEMENT = SiteStatement(
+    run="run-1",
+    round=3,
+    charter="a" * 64,
+    site="north",
+    population="p" * 32,
+    base_model="b" * 64,
+    participants=("east", "north"),
+    agent_code="c" * 64,
+    previous_round=ZERO_DIGEST,
+    event=EVENT,
+    sequence=3,
+    previous_event="d" * 64,
+    update="e" * 64,
+    signature="",
+)
+
+
+@pytest.fixture
+def leaf() -> bytes:
+    return encode_entry(new_entry(STATEMENT, actor="site:north", time="2026-01-02T03:04:05Z"))
+
+
+def edited(leaf: bytes, path: list[str], value: object) -> bytes:
+    document = json.loads(leaf)
+    target = document
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return canonical_bytes(document)
+
+
+def test_an_entry_survives_its_own_bytes(leaf: bytes) -> None:
+    entry = decode_entry(leaf)
+    assert entry.body == STATEMENT
+    assert encode_entry(entry) == leaf
+
+
+def test_equal_bodies_make_different_leaves() -> None:
+    first, second = (new_entry(STATEMENT, actor="a", time="2026-01-02T03:04:05Z") for _ in range(2))
+    assert encode_entry(first) != encode_entry(second)
+
+
+def test_every_type_has_one_body_and_back() -> None:
+    assert {TYPE_OF[body]: body for body in TYPES.values()} == TYPES
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (["v"], 2, "v"),
+        (["v"], True, "v"),
+        (["type"], "site.rumour", "type"),
+        (["type"], 3, "type"),
+        (["event_id"], "A" * 32, "event_id"),
+        (["nonce"], "ab", "nonce"),
+        (["time"], "2026-01-02 03:04:05", "time"),
+        (["time"], 1767323045, "time"),
+        (["actor"], "Somebody Else", "actor"),
+        (["extra"], 1, "entry"),
+        (["body", "extra"], 1, "body"),
+        (["body", "round"], "3", "body.round"),
+        (["body", "round"], True, "body.round"),
+        (["body", "site"], 3, "body.site"),
+        (["body", "charter"], "A" * 64, "body.charter"),
+        (["body", "charter"], "a" * 63, "body.charter"),
+        (["body", "participants"], "north", "body.participants"),
+        (["body", "participants"], [1], "body.participants[0]"),
+        (["body", "event", "steps"], "1", "body.event.steps"),
+        (["body", "event", "extra"], 0, "body.event"),
+    ],
+)
+def test_a_changed_leaf_is_refused_by_field(leaf: bytes, path: list[str], value: object, field: str) -> None:
+    with pytest.raises(EntryError) as caught:
+        decode_entry(edited(leaf, path, value))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("name", ["v", "type", "event_id", "nonce", "time", "actor", "body"])
+def test_a_missing_envelope_field_is_refused(leaf: bytes, name: str) -> None:
+    document = json.loads(leaf)
+    del document[name]
+    with pytest.raises(EntryError):
+        decode_entry(canonical_bytes(document))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SiteStatement)])
+def test_a_missing_body_field_is_refused(leaf: bytes, name: str) -> None:
+    document = json.loads(leaf)
+    del document["body"][name]
+    with pytest.raises(EntryError) as caught:
+        decode_entry(canonical_bytes(document))
+    assert name in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"v":1,"v":1}', b"{" * 5_000, b"1" * 70_000],
+)
+def test_what_is_no_entry_is_refused(data: bytes) -> None:
+    with pytest.raises(EntryError):
+        decode_entry(data)
+
+
+def test_bytes_that_are_not_canonical_are_refused(leaf: bytes) -> None:
+    with pytest.raises(EntryError):
+        decode_entry(json.dumps(json.loads(leaf)).encode())
+    with pytest.raises(EntryError):
+        decode_entry(leaf + b"\n")
+
+
+def test_an_entry_too_large_for_a_leaf_is_refused() -> None:
+    huge = replace(STATEMENT, participants=tuple(f"site-{i}" for i in range(10_000)))
+    with pytest.raises(EntryError, match="65535"):
+        encode_entry(new_entry(huge, actor="a", time="2026-01-02T03:04:05Z"))
+
+
+def test_a_wrongly_typed_body_never_becomes_a_leaf() -> None:
+    with pytest.raises(EntryError, match=r"body\.round"):
+        encode_entry(new_entry(replace(STATEMENT, round="3"), actor="a", time="2026-01-02T03:04:05Z"))  # type: ignore[arg-type]
+
+
+def test_an_envelope_checks_itself() -> None:
+    with pytest.raises(EntryError, match="actor"):
+        Entry(event_id="0" * 32, nonce="0" * 32, time="2026-01-02T03:04:05Z", actor="", body=STATEMENT)
+
+
+def test_the_signed_bytes_leave_out_the_signature_alone() -> None:
+    domain, payload = signing_payload(STATEMENT)
+    assert domain == "statement"
+    assert signing_payload(replace(STATEMENT, signature="x")) == (domain, payload)
+    for field in fields(SiteStatement):
+        if field.name in {"signature", "event"}:
+            continue
+        changed = {str: "other", int: 99, tuple: ("other",)}[type(getattr(STATEMENT, field.name))]
+        assert signing_payload(replace(STATEMENT, **{field.name: changed}))[1] != payload, field.name
+
+
+def test_bodies_that_nobody_signs_have_no_payload() -> None:
+    body = RoundCompleted(
+        run="r",
+        round=1,
+        base_model=ZERO_DIGEST,
+        statements=(),
+        missing=(),
+        output_model=ZERO_DIGEST,
+        metrics=(),
+    )
+    with pytest.raises(EntryError):
+        signing_payload(body)
+
+
+def test_an_event_hash_covers_what_the_accountant_reads() -> None:
+    first = event_hash(STATEMENT)
+    for change in (
+        {"sequence": 4},
+        {"previous_event": "0" * 64},
+        {"population": "q" * 32},
+        {"run": "run-2"},
+        {"round": 4},
+        {"event": replace(EVENT, sigma_grid=1)},
+        {"event": replace(EVENT, steps=2)},
+    ):
+        assert event_hash(replace(STATEMENT, **change)) != first, change
+    assert event_hash(replace(STATEMENT, signature="x", update="f" * 64)) == first
+
+
+def test_columns_come_from_the_bytes(leaf: bytes) -> None:
+    columns = columns_of(leaf)
+    assert (columns.type, columns.run, columns.site, columns.round) == ("site.statement", "run-1", "north", 3)
+    lost = encode_entry(
+        new_entry(SiteUndelivered(statement=STATEMENT), actor="a", time="2026-01-02T03:04:05Z")
+    )
+    assert (columns_of(lost).type, columns_of(lost).site) == ("site.undelivered", "north")
+
+
+@pytest.mark.parametrize("text", ["", "AAAA", "A" * 88, base64.b64encode(bytes(63)).decode(), "é" * 88])
+def test_a_signature_that_is_not_64_bytes_is_refused(text: str) -> None:
+    with pytest.raises(EntryError):
+        decode_signature(text)
+
+
+def test_a_signature_has_one_spelling() -> None:
+    text = base64.b64encode(bytes(64)).decode()
+    assert decode_signature(text) == bytes(64)
+    with pytest.raises(EntryError):
+        decode_signature(text[:-3] + "B==")
+
+
+def test_refusals_say_nothing_of_data() -> None:
+    assert all(code.replace("_", "").isalpha() and len(code) < 32 for code in REFUSAL_CODES)
