@@ -330,6 +330,18 @@ class PredictionDenied:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AccessDenied:
+    """Somebody with a valid key asked for something, other than a prediction, that their role does not hold."""
+
+    request_id: str
+    action: str
+    principal: str
+    role: str
+    policies: tuple[str, ...]
+    policy_set: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvidenceExported:
     leaf_index: int
     scope: str
@@ -358,6 +370,7 @@ Body = (
     | PolicyApplied
     | Prediction
     | PredictionDenied
+    | AccessDenied
     | EvidenceExported
 )
 
@@ -382,6 +395,7 @@ TYPES: Final[dict[str, type[Any]]] = {
     "policy.applied": PolicyApplied,
     "prediction": Prediction,
     "prediction.denied": PredictionDenied,
+    "access.denied": AccessDenied,
     "evidence.exported": EvidenceExported,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}
