@@ -51,8 +51,8 @@ def test_every_decision_is_in_the_index_with_its_status(repository):
     for path in decisions:
         assert ADR_NAME.fullmatch(path.name), path.name
         text = path.read_text()
-        assert text.startswith(f"# {path.name[:4]}: "), path.name
-        (status,) = re.findall(r"^- Status: (\w+)", text, re.MULTILINE)
+        assert text.startswith(f"# {int(path.name[:4])}. "), f"{path.name} does not begin with its number"
+        (status,) = re.findall(r"^\*\*Status\*\*: (\w+)", text, re.MULTILINE)
         row = re.search(
             rf"^\| \[{path.name[:4]}\]\({re.escape(path.name)}\) \|.*\| (\w+)", index, re.MULTILINE
         )
