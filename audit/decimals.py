@@ -1,0 +1,70 @@
+"""Numbers as text: one canonical plain decimal for each value, because entries hold no floats."""
+
+from __future__ import annotations
+
+import re
+from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
+from typing import Final
+
+from audit.errors import AuditError
+
+MAX_DIGITS: Final = 400  # more than any double needs, few enough that no text can exhaust memory
+
+_CANONICAL = re.compile(r"0|-?(?:[1-9][0-9]*|0\.[0-9]*[1-9]|[1-9][0-9]*\.[0-9]*[1-9])")
+_WRITTEN = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_CONTEXT = Context(prec=2 * MAX_DIGITS, rounding=ROUND_HALF_EVEN)
+
+
+class DecimalError(AuditError):
+    """The value has no canonical decimal text, or the text is not canonical."""
+
+    code = "audit.decimal"
+
+
+def decimal_text(value: int | float | Decimal | str) -> str:
+    """Return `value` as plain decimal text: no exponent, no "+", no "-0", no needless zeros.
+
+    Floats go through `repr`, so reading the text back gives the same double.
+
+    Raises:
+        DecimalError: NaN, infinity, a bool, text that is not a number, or more than `MAX_DIGITS` digits.
+
+    >>> decimal_text(1e-05), decimal_text("2.50"), decimal_text(-0.0)
+    ('0.00001', '2.5', '0')
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, str)):
+        raise DecimalError(f"{value!r} is not a number; give an int, a float, a Decimal or decimal text")
+    if isinstance(value, str) and not (len(value) <= MAX_DIGITS and _WRITTEN.fullmatch(value)):
+        raise DecimalError(f"{value[:40]!r} is not a decimal number")
+    try:
+        number = Decimal(repr(value) if isinstance(value, float) else value)
+    except (InvalidOperation, ValueError) as error:
+        raise DecimalError(f"{value!r} is not a decimal number") from error
+    if not number.is_finite():
+        raise DecimalError(f"{value!r} is not finite")
+    if number == 0:
+        return "0"
+    exponent = number.as_tuple().exponent
+    if not isinstance(exponent, int) or abs(number.adjusted()) > MAX_DIGITS or abs(exponent) > MAX_DIGITS:
+        raise DecimalError(f"a number of more than {MAX_DIGITS} digits")
+    text = format(number, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def parse_decimal(text: object) -> Decimal:
+    """Read canonical decimal text, and nothing else.
+
+    Raises:
+        DecimalError: another spelling of a number ("1e-5", "1.0", "+1", "-0"), or no number.
+    """
+    if not isinstance(text, str) or len(text) > 2 * MAX_DIGITS + 3 or not _CANONICAL.fullmatch(text):
+        raise DecimalError(f"{str(text)[:40]!r} is not a canonical decimal; write it plainly, like 0.00001")
+    return Decimal(text)
+
+
+def rounded_text(value: float | Decimal, places: int = 6) -> str:
+    """Return `value` rounded half to even at `places` decimals, as canonical text."""
+    number = Decimal(repr(value)) if isinstance(value, float) else value
+    if not number.is_finite():
+        raise DecimalError(f"{value!r} is not finite")
+    return decimal_text(number.quantize(Decimal(1).scaleb(-places), context=_CONTEXT))

@@ -1,0 +1,214 @@
+"""From a named row to numbers, by the charter's declared bounds only: nothing is ever learnt from data.
+
+Numbers are clamped to their bounds, optionally passed through log1p(x - lower), and scaled to [-1, 1];
+booleans are -1 or 1; categories are one 0/1 input for each declared value, in declared order. A missing value is
+refused, or takes the midpoint (0, or no category), as the feature declares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final, TypeAlias
+
+from audit.decimals import DecimalError, decimal_text, parse_decimal
+from audit.errors import AuditError
+
+Row: TypeAlias = Mapping[str, Any]
+
+_BOOLEANS: Final = {"true": 1.0, "1": 1.0, "false": -1.0, "0": -1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing in a row that the charter does not allow."""
+
+    field: str
+    code: str  # "missing" | "unknown_field" | "wrong_type" | "unknown_category" | "out_of_bounds"
+    message: str  # names the value's fault and the fix; for the row's owner only
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
+
+
+class EncodingError(AuditError):
+    """A row cannot be encoded; `problems` names each field and the fix."""
+
+    code = "audit.encoding"
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = tuple(problems)
+
+
+class RowEncoder:
+    """The charter's features, read once, for many rows."""
+
+    def __init__(self, features: Sequence[Mapping[str, Any]]) -> None:
+        self._features = [_Feature(feature) for feature in features]
+        self._names = frozenset(feature.name for feature in self._features)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(feature.name for feature in self._features)
+
+    @property
+    def size(self) -> int:
+        """How many numbers one row becomes."""
+        return sum(feature.size for feature in self._features)
+
+    def encode(self, row: Row) -> list[float]:
+        """Return the row as `size` floats; out-of-bounds values are clamped.
+
+        Raises:
+            EncodingError: a missing value whose rule is "refuse", a wrong type, an unknown category or field.
+        """
+        values: list[float] = []
+        problems = self._unknown(row)
+        for feature in self._features:
+            found = feature.read(row.get(feature.name))
+            if isinstance(found, Problem):
+                problems.append(found)
+            else:
+                values += found[0]
+        if problems:
+            raise EncodingError(problems)
+        return values
+
+    def check(self, row: Row) -> list[Problem]:
+        """Return everything the charter does not allow in the row, out-of-bounds values included."""
+        problems = self._unknown(row)
+        for feature in self._features:
+            found = feature.read(row.get(feature.name))
+            if isinstance(found, Problem):
+                problems.append(found)
+            elif found[1] is not None:
+                problems.append(found[1])
+        return problems
+
+    def _unknown(self, row: Row) -> list[Problem]:
+        return [
+            Problem(field=str(name), code="unknown_field", message="is not in the charter; leave it out")
+            for name in row
+            if name not in self._names
+        ]
+
+
+def encode_row(features: Sequence[Mapping[str, Any]], row: Row) -> list[float]:
+    """Return one row as floats; see `RowEncoder.encode`."""
+    return RowEncoder(features).encode(row)
+
+
+def check_row(features: Sequence[Mapping[str, Any]], row: Row) -> list[Problem]:
+    """Return one row's problems; see `RowEncoder.check`."""
+    return RowEncoder(features).check(row)
+
+
+def input_size(features: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many numbers one row becomes."""
+    return RowEncoder(features).size
+
+
+def plain_row(row: Row) -> dict[str, Any]:
+    """Return a row as it is committed to: numbers as canonical decimal text, booleans and text as they are.
+
+    Raises:
+        EncodingError: a value that is no number, text, boolean or null.
+    """
+    plain: dict[str, Any] = {}
+    for name, value in row.items():
+        if value is None or isinstance(value, (bool, str)):
+            plain[name] = value
+        else:
+            try:
+                plain[name] = decimal_text(value)
+            except DecimalError as error:
+                raise EncodingError([Problem(field=name, code="wrong_type", message=str(error))]) from error
+    return plain
+
+
+def is_missing(value: object) -> bool:
+    """Whether a value counts as absent: None, empty text, NaN."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+class _Feature:
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self.name: str = spec["name"]
+        self.type: str = spec["type"]
+        self.unit: str = spec.get("unit", "")
+        self.midpoint = spec.get("missing", "refuse") == "midpoint"
+        self.size = 1
+        if self.type == "category":
+            self.categories = {category: k for k, category in enumerate(spec["categories"])}
+            self.size = len(self.categories)
+        elif self.type != "boolean":
+            self.lower, self.upper = float(parse_decimal(spec["lower"])), float(parse_decimal(spec["upper"]))
+            self.log = spec.get("transform", "none") == "log"
+
+    def read(self, value: object) -> Problem | tuple[list[float], Problem | None]:
+        if is_missing(value):
+            if self.midpoint:
+                return [0.0] * self.size, None
+            return self._problem("missing", "is missing and has no default; give a value")
+        if self.type == "boolean":
+            return self._boolean(value)
+        if self.type == "category":
+            return self._category(value)
+        return self._number(value)
+
+    def _boolean(self, value: object) -> Problem | tuple[list[float], None]:
+        code = _BOOLEANS.get(_text(value).lower())
+        if code is None:
+            return self._problem("wrong_type", f"{_shown(value)} is neither true nor false")
+        return [code], None
+
+    def _category(self, value: object) -> Problem | tuple[list[float], None]:
+        chosen = self.categories.get(_text(value))
+        if chosen is None:
+            allowed = ", ".join(list(self.categories)[:12])
+            return self._problem("unknown_category", f"{_shown(value)} is not declared; use one of {allowed}")
+        return [1.0 if k == chosen else 0.0 for k in range(self.size)], None
+
+    def _number(self, value: object) -> Problem | tuple[list[float], Problem | None]:
+        if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, str)):
+            return self._problem("wrong_type", f"{_shown(value)} is not a number")
+        try:
+            number = float(decimal_text(value.strip() if isinstance(value, str) else value))
+        except DecimalError:
+            return self._problem("wrong_type", f"{_shown(value)} is not a finite number")
+        if self.type == "integer" and not number.is_integer():
+            return self._problem("wrong_type", f"{_shown(value)} is not a whole number")
+        outside = None
+        if not self.lower <= number <= self.upper:
+            unit = f" {self.unit}" if self.unit else ""
+            bounds = f"{self.lower:g} to {self.upper:g}{unit}"
+            outside = self._problem("out_of_bounds", f"{_shown(value)} is outside {bounds}; check the unit")
+            number = min(max(number, self.lower), self.upper)
+        if self.log:
+            return [
+                2.0 * math.log1p(number - self.lower) / math.log1p(self.upper - self.lower) - 1.0
+            ], outside
+        return [2.0 * (number - self.lower) / (self.upper - self.lower) - 1.0], outside
+
+    def _problem(self, code: str, message: str) -> Problem:
+        return Problem(field=self.name, code=code, message=message)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float, Decimal)):
+        try:
+            return decimal_text(value)
+        except DecimalError:
+            return ""
+    return ""
+
+
+def _shown(value: object) -> str:
+    return repr(value if not isinstance(value, str) or len(value) <= 40 else value[:40] + "…")
