@@ -1,0 +1,150 @@
+"""The two written forms of a charter: the canonical JSON that is signed, and YAML for people."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from audit.decimals import decimal_text
+
+if TYPE_CHECKING:
+    from federation.charter import Charter, Feature
+
+
+def canonical_document(charter: Charter) -> dict[str, Any]:
+    """Return the canonical form: strings, counts, lists and objects, nothing optional left implicit."""
+    plan, privacy = charter.plan, charter.privacy
+    document: dict[str, Any] = {
+        "affidavit": 1,
+        "name": charter.name,
+        "task": charter.task,
+        "features": [_feature(feature) for feature in charter.features],
+        "label": _label(charter),
+        "model": {
+            "family": charter.model.family,
+            "site_intercept": int(charter.model.site_intercept),
+            "layers": [dict(layer) for layer in charter.layers],
+        },
+        "plan": {
+            "strategy": plan.strategy,
+            "rounds": plan.rounds,
+            "local_steps": plan.local_steps,
+            "learning_rate": decimal_text(plan.learning_rate),
+            "local_learning_rate": decimal_text(plan.local_learning_rate),
+            "average_last": charter.average_last,
+            "beta1": decimal_text(plan.beta1),
+            "beta2": decimal_text(plan.beta2),
+            "tau": decimal_text(plan.tau),
+            "round_timeout_s": plan.round_timeout_s,
+            "minimum_sites": charter.minimum_sites,
+        },
+        "privacy": {
+            "unit": privacy.unit,
+            "relation": privacy.relation,
+            "epsilon": decimal_text(privacy.epsilon),
+            "delta": decimal_text(privacy.delta),
+            "sample_rate": decimal_text(privacy.sample_rate),
+            "max_grad_norm": decimal_text(privacy.max_grad_norm),
+            "noise_multiplier": decimal_text(privacy.noise_multiplier),
+            "accountant": privacy.accountant,
+            "grid_bits": privacy.grid_bits,
+            "precision": privacy.precision,
+            "subject_id": privacy.subject_id,
+            "max_rows_per_subject": privacy.max_rows_per_subject,
+        },
+        "sites": [
+            {
+                "name": site.name,
+                "identity": site.identity,
+                "nominal_rows": site.nominal_rows,
+                "weight": decimal_text(site.nominal_rows if site.weight is None else site.weight),
+            }
+            for site in charter.sites
+        ],
+        "gates": [_gate(gate) for gate in charter.gates],
+        "purposes": list(charter.purposes),
+        "officers": [{"name": officer.name, "key": officer.key} for officer in charter.officers],
+    }
+    if charter.public_set is not None:
+        document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
+    return document
+
+
+def _feature(feature: Feature) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "name": feature.name,
+        "type": feature.type,
+        "unit": feature.unit,
+        "missing": feature.missing,
+    }
+    if feature.type == "category":
+        document["categories"] = list(feature.categories or ())
+    elif feature.type != "boolean":
+        document["lower"] = _decimal(feature.lower)
+        document["upper"] = _decimal(feature.upper)
+        document["transform"] = feature.transform
+    return document
+
+
+def _label(charter: Charter) -> dict[str, Any]:
+    label = charter.label
+    if charter.task == "regression":
+        return {"name": label.name, "lower": _decimal(label.lower), "upper": _decimal(label.upper)}
+    return {"name": label.name, "classes": list(label.classes or ())}
+
+
+def _gate(gate: Any) -> dict[str, Any]:
+    document: dict[str, Any] = {"metric": gate.metric, "source": gate.source}
+    for name in ("floor", "margin_over_baseline"):
+        value = getattr(gate, name)
+        if value is not None:
+            document[name] = decimal_text(value)
+    return document
+
+
+def _decimal(value: Decimal | None) -> str:
+    return decimal_text(value if value is not None else 0)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Never writes the anchors that our own parser refuses."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_decimal(dumper: yaml.SafeDumper, value: Decimal) -> yaml.Node:
+    text = decimal_text(value)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:float" if "." in text else "tag:yaml.org,2002:int", text
+    )
+
+
+_Dumper.add_representer(Decimal, _represent_decimal)
+
+
+def yaml_text(charter: Charter) -> str:
+    """Return YAML that reads back to the same charter."""
+    return dump_yaml(charter.model_dump(mode="python", exclude_none=True))
+
+
+def dump_yaml(document: dict[str, Any]) -> str:
+    """Write plain values (with `Decimal` numbers) in the order given, short mappings on one line."""
+    return yaml.dump(
+        _lists(document),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=110,
+        default_flow_style=None,
+    )
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_lists(item) for item in value]
+    return value

@@ -1,0 +1,348 @@
+"""The charter: what the sites agreed on, as one YAML file and as one canonical form whose digest names it.
+
+`Charter.load` reads the file people write; `canonical()` gives the bytes that sites sign and that the log keeps: every
+number a canonical decimal string, every layer spelt out, sites by name. Nothing in a charter is read from data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from audit.canonical import canonical_bytes
+from audit.layers import dimension
+from federation._charter_checks import check_charter
+from federation._charter_errors import problems_of
+from federation._charter_form import canonical_document, yaml_text
+from federation._numbers import Count, Number
+from federation.errors import CharterError, CharterFileError, Problem
+from federation.families import Layer, cnn, logistic_regression, mlp, normalise_layers
+from federation.strict_yaml import parse_yaml
+
+PLACEHOLDER: Final = "TODO"
+NAME: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Name = Annotated[str, StringConstraints(pattern=NAME)]
+FieldName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+PublicKey = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel, frozen=True, extra="forbid"):
+    pass
+
+
+class Feature(_Part):
+    """One named input. Bounds are knowledge about the field, never read from anybody's data."""
+
+    name: FieldName
+    type: Literal["number", "integer", "boolean", "category"] = "number"
+    unit: str = ""
+    lower: Number | None = None
+    upper: Number | None = None
+    categories: tuple[Text, ...] | None = None
+    transform: Literal["none", "log"] = "none"
+    missing: Literal["refuse", "midpoint"] = "refuse"
+
+    @property
+    def width(self) -> int:
+        """How many encoded numbers it becomes."""
+        return len(self.categories or ()) if self.type == "category" else 1
+
+
+class Label(_Part):
+    name: FieldName
+    classes: tuple[Text, ...] | None = None
+    lower: Number | None = None
+    upper: Number | None = None
+
+
+class Model(_Part):
+    family: Literal["logistic_regression", "linear", "mlp", "cnn", "layers"]
+    site_intercept: bool = False
+    hidden: tuple[Count, ...] | None = None
+    activation: Literal["relu", "tanh", "sigmoid", "gelu"] | None = None
+    image: tuple[Count, Count, Count] | None = None
+    channels: tuple[Count, ...] | None = None
+    layers: tuple[dict[str, Any], ...] | None = None
+
+
+class Plan(_Part):
+    """How training goes. `average_last` rounds are averaged into the version; absent: the last half."""
+
+    strategy: Literal["fedavg", "fedadam", "fedyogi"] = "fedavg"
+    rounds: Count = 30
+    local_steps: Count = 1
+    learning_rate: Number = Field(gt=0)
+    local_learning_rate: Number = Field(default=Decimal("0.1"), gt=0)
+    average_last: Count | None = None
+    beta1: Number = Field(default=Decimal("0.9"), ge=0, lt=1)
+    beta2: Number = Field(default=Decimal("0.99"), ge=0, lt=1)
+    tau: Number = Field(default=Decimal("0.001"), gt=0)
+    round_timeout_s: Count = 60
+    minimum_sites: Count | None = None
+
+
+class Privacy(_Part):
+    """The terms. Those without a default are decisions somebody has to take."""
+
+    unit: Literal["row", "subject"]
+    relation: Literal["add_remove", "zero_out", "replace_one"]
+    epsilon: Number = Field(gt=0, le=1000)
+    delta: Number = Field(gt=0, lt=1)
+    sample_rate: Number = Field(default=Decimal("1"), gt=0, le=1)
+    max_grad_norm: Number = Field(gt=0)
+    noise_multiplier: Number = Field(gt=0)
+    accountant: Literal["pld"] = "pld"
+    grid_bits: Annotated[int, Field(strict=True, ge=8, le=36)] = 20
+    precision: Literal["float64", "float32"] = "float64"
+    subject_id: str = ""
+    max_rows_per_subject: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1
+
+
+class Site(_Part):
+    """A member: its identity key, and the public number of rows its weight and normaliser come from."""
+
+    name: Name
+    identity: PublicKey
+    nominal_rows: Count
+    weight: Number | None = Field(default=None, gt=0)
+
+
+class PublicSet(_Part):
+    digest: Digest
+    rows: Count
+
+
+class Gate(_Part):
+    metric: Literal["auc", "accuracy", "r2", "mae"]
+    source: str = "public_set"
+    floor: Number | None = None
+    margin_over_baseline: Number | None = None
+
+
+class Officer(_Part):
+    name: Name
+    key: PublicKey
+
+
+class Charter(_Part):
+    """The agreement, checked as a whole: an instance is always usable."""
+
+    affidavit: Literal[1] = 1
+    name: Name
+    task: Literal["binary", "multiclass", "regression"]
+    features: tuple[Feature, ...] = Field(min_length=1, max_length=4096)
+    label: Label
+    model: Model
+    plan: Plan
+    privacy: Privacy
+    sites: tuple[Site, ...] = Field(min_length=1, max_length=1000)
+    public_set: PublicSet | None = None
+    gates: tuple[Gate, ...] = ()
+    purposes: tuple[Name, ...] = Field(min_length=1)
+    officers: tuple[Officer, ...] = ()
+
+    @field_validator("sites", mode="after")
+    @classmethod
+    def _sites_by_name(cls, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return tuple(sorted(sites, key=lambda site: site.name))
+
+    @field_validator("purposes", mode="after")
+    @classmethod
+    def _purposes_sorted(cls, purposes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(purposes))
+
+    @model_validator(mode="after")
+    def _usable(self) -> Charter:
+        problems = check_charter(self)
+        if problems:
+            raise CharterError(problems)
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Charter:
+        """Read the charter at `path`.
+
+        Raises:
+            CharterFileError: the file cannot be read or is not the strict YAML.
+            CharterError: its content; every problem names line, key and fix.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CharterFileError(f"cannot be read: {error}", source=str(path), line=None) from error
+        return cls.parse(text, source=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *, source: str = "") -> Charter:
+        """Read a charter from YAML text; errors as `load`."""
+        document = parse_yaml(text, source=source)
+        if not isinstance(document.value, dict):
+            raise CharterFileError("is not a mapping of keys to values", source=source, line=1)
+        left_open = placeholder_problems(document.value)
+        if left_open:
+            raise _with_lines(left_open, document.line_of, source)
+        try:
+            return cls.model_validate(document.value)
+        except CharterError as error:
+            raise _with_lines(
+                [(_split(p.path), p) for p in error.problems], document.line_of, source
+            ) from None
+        except ValidationError as error:
+            raise _with_lines(problems_of(error, cls), document.line_of, source) from None
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The model, spelt out from the closed set of layers."""
+        return tuple(resolve_layers(self))
+
+    @property
+    def encoded_width(self) -> int:
+        """How many numbers a row becomes."""
+        return sum(feature.width for feature in self.features)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.label.classes or ()) if self.task == "multiclass" else 1
+
+    @cached_property
+    def dimension(self) -> int:
+        """How many numbers an update has."""
+        return dimension(self.layers)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites)
+
+    def site(self, name: str) -> Site:
+        """Return the member called `name`; KeyError when there is none."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(name)
+
+    @property
+    def average_last(self) -> int:
+        """How many of the last rounds make the version."""
+        return self.plan.average_last or max(1, self.plan.rounds // 2)
+
+    @property
+    def minimum_sites(self) -> int:
+        """Fewest sites a round may end with."""
+        return self.plan.minimum_sites or len(self.sites)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The canonical form as plain JSON values."""
+        return canonical_document(self)
+
+    def canonical(self) -> bytes:
+        """Return the bytes that sites sign and the log keeps."""
+        return canonical_bytes(self.document)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of the canonical bytes: the charter's name."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """Return YAML that `parse` reads back to the same digest."""
+        return yaml_text(self)
+
+    def _repr_html_(self) -> str:
+        from federation.rendering import charter_html
+
+        return charter_html(self)
+
+
+def resolve_layers(charter: Charter) -> list[Layer]:
+    """Return the layer list that the charter's model stands for.
+
+    Raises:
+        LayerError: the list is malformed.
+    """
+    model, width, outputs = charter.model, charter.encoded_width, charter.outputs
+    sites = len(charter.sites) if model.site_intercept else 0
+    activation = model.activation or "relu"
+    if model.family == "mlp":
+        return mlp(width, outputs, model.hidden or (), activation=activation, sites=sites)
+    if model.family == "cnn":
+        return cnn(
+            width, outputs, model.image or (), model.channels or (), activation=activation, sites=sites
+        )
+    if model.family == "layers":
+        return normalise_layers(model.layers or ())
+    return logistic_regression(width, outputs, sites=sites)
+
+
+def placeholder_problems(
+    value: object, path: tuple[str | int, ...] = ()
+) -> list[tuple[tuple[str | int, ...], Problem]]:
+    """Return one problem for every value that still reads TODO."""
+    if isinstance(value, Mapping):
+        return [
+            found for key, item in value.items() for found in placeholder_problems(item, (*path, str(key)))
+        ]
+    if isinstance(value, list):
+        return [
+            found for index, item in enumerate(value) for found in placeholder_problems(item, (*path, index))
+        ]
+    if isinstance(value, str) and value.strip().upper().startswith(PLACEHOLDER):
+        problem = Problem(
+            path="",
+            message=f"still says {PLACEHOLDER}",
+            fix="write what is known of the field (a range from its definition, never from anybody's data)",
+        )
+        return [(path, problem)]
+    return []
+
+
+def _with_lines(
+    found: list[tuple[tuple[str | int, ...], Problem]], line_of: Any, source: str
+) -> CharterError:
+    problems = [
+        Problem(path=path_text(path) or p.path, message=p.message, fix=p.fix, line=line_of(path))
+        for path, p in found
+    ]
+    return CharterError(sorted(problems, key=lambda p: (p.line or 0, p.path)), source=source)
+
+
+def path_text(path: tuple[str | int, ...]) -> str:
+    """Return `features[3].upper` for ("features", 3, "upper")."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _split(path: str) -> tuple[str | int, ...]:
+    parts: list[str | int] = []
+    for piece in path.replace("[", ".[").split("."):
+        if piece.startswith("["):
+            parts.append(int(piece[1:-1]))
+        elif piece:
+            parts.append(piece)
+    return tuple(parts)
+
+
+__all__ = [
+    "PLACEHOLDER",
+    "Charter",
+    "Feature",
+    "Gate",
+    "Label",
+    "Model",
+    "Officer",
+    "Plan",
+    "Privacy",
+    "PublicSet",
+    "Site",
+]
