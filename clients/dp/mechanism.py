@@ -1,0 +1,234 @@
+"""The mechanism: everything that leaves a site's rows passes through `Mechanism.release`.
+
+One step: coins choose the rows, `ClippedGradient` sums their clipped gradients, the sum goes to the integer
+grid, a discrete Gaussian is added. With local_steps = 1 these integers are the release. With more, each noisy
+sum moves a local copy of the weights and the difference of the weights, on the same grid, is the release: a
+function of the noisy sums, so it costs nothing more. The count of rows decides how many coins are tossed and
+nothing else; rates, norms, steps, normaliser and noise are constants of the charter.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from clients.dp.bookkeeping import ClippedGradient
+from clients.dp.errors import ShapeError, TermsError
+from clients.dp.grid import Precision, Relation, sensitivity_grid, sigma_grid, sum_limit
+from clients.dp.losses import Loss
+from clients.dp.randomness import SecureRandom
+from clients.dp.sampling import Sampling, sample_rows, sampling_of
+
+Recorder = Callable[[str, object], None]
+
+_DTYPES: dict[Precision, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MechanismTerms:
+    """The charter's constants of a release; none of them may depend on data."""
+
+    max_grad_norm: float  # C, gradient units
+    noise_multiplier: float | Fraction  # noise parameter / sensitivity, dimensionless
+    sample_rate: float  # probability that a row takes part in a step; 1 = every row
+    relation: Relation
+    grid_bits: int = 24  # C maps to 2**grid_bits grid units
+    precision: Precision = "float64"
+    local_steps: int = 1
+    local_learning_rate: float | None = None  # required when local_steps > 1
+    normaliser: float | None = (
+        None  # divides each noisy sum, nominal rows * sample_rate; required when local_steps > 1
+    )
+
+    def __post_init__(self) -> None:
+        sampling_of(self.sample_rate)
+        if not (self.max_grad_norm > 0 and math.isfinite(self.max_grad_norm)):
+            raise TermsError("max_grad_norm", self.max_grad_norm, "give a positive number")
+        if self.precision not in _DTYPES:
+            raise TermsError("precision", self.precision, "give float64 or float32")
+        if not 1 <= self.local_steps <= 100_000:
+            raise TermsError("local_steps", self.local_steps, "give a whole number from 1 to 100000")
+        if self.local_steps > 1:
+            for field in ("local_learning_rate", "normaliser"):
+                value = getattr(self, field)
+                if value is None or not (value > 0 and math.isfinite(value)):
+                    raise TermsError(field, value, "give a positive number when local_steps is above 1")
+        self.sigma_grid(1)
+
+    @property
+    def scale(self) -> float:
+        """Grid units in one gradient unit."""
+        return float(2**self.grid_bits / self.max_grad_norm)
+
+    def sensitivity_grid(self, dimension: int) -> int:
+        """Return the bound, in grid units, on what one neighbouring change can move a step's sum."""
+        return sensitivity_grid(
+            grid_bits=self.grid_bits, dimension=dimension, relation=self.relation, precision=self.precision
+        )
+
+    def sigma_grid(self, dimension: int) -> int:
+        """Return the noise parameter in grid units of one step for a model of this many parameters."""
+        return sigma_grid(
+            noise_multiplier=self.noise_multiplier, sensitivity=self.sensitivity_grid(dimension)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """What leaves the mechanism: the update and the whole numbers an accountant needs."""
+
+    update: NDArray[np.int64]  # shape (dimension,), grid units
+    sampling: Sampling
+    sample_rate: float
+    steps: int
+    sigma_grid: int
+    sensitivity_grid: int
+    dimension: int
+    grid_bits: int
+    max_grad_norm: float
+    relation: Relation
+
+
+class Mechanism:
+    """Noised releases of one model at one site.
+
+    Args:
+        model: the base model; copied, then set to each round's weights by `load`.
+        terms: the charter's constants.
+        loss: which loss the rows are scored by.
+        random: the source of coins and noise; a fresh secure one by default.
+        recorder: called with (name, value) for every quantity that enters or leaves. Names that begin with
+            `inside.` never leave the site; all others are released or follow from the charter.
+
+    Raises:
+        TermsError, GridOverflowError, UnsupportedModelError: terms and model do not fit; data play no part.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: MechanismTerms,
+        loss: Loss,
+        *,
+        random: SecureRandom | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.terms = terms
+        self._dtype = _DTYPES[terms.precision]
+        self._model = copy.deepcopy(model).to(self._dtype)
+        self._gradient = ClippedGradient(self._model, terms.max_grad_norm, loss)
+        self._parameters = [value for value in self._model.parameters() if value.requires_grad]
+        self.dimension = self._gradient.dimension
+        self.sensitivity_grid = terms.sensitivity_grid(self.dimension)
+        self.sigma_grid = terms.sigma_grid(self.dimension)
+        self._limit = sum_limit(grid_bits=terms.grid_bits, sigma=self.sigma_grid, steps=1)
+        random = SecureRandom() if random is None else random
+        self._coins, self._noise = random.child("coins"), random.child("noise")
+        self._recorder = recorder
+
+    def load(self, weights: Tensor | NDArray[np.float64]) -> None:
+        """Set the base model from a flat vector in `parameters()` order.
+
+        Raises:
+            ShapeError: it has another length than the model's trainable parameters.
+        """
+        flat = torch.as_tensor(weights).to(self._dtype)
+        if flat.shape != (self.dimension,):
+            raise ShapeError("weights", tuple(flat.shape), (self.dimension,))
+        self._set(flat)
+
+    def release(self, inputs: Tensor, targets: Tensor) -> Release:
+        """Return one noised release over these rows from the loaded weights; it always has its full cost.
+
+        Args:
+            inputs: shape (rows, ...); rows that cannot be used (NaN, unknown code) contribute zero. No
+                rows is fine.
+            targets: one for each row.
+
+        Raises:
+            ShapeError: shapes do not fit the model or each other.
+            UnsupportedModelError: first call, see `bookkeeping`; data play no part.
+        """
+        terms = self.terms
+        inputs = inputs.to(self._dtype) if inputs.is_floating_point() else inputs
+        self._record("terms", terms)
+        self._record("row_shape", tuple(inputs.shape[1:]))
+        base = self._weights()
+        self._record("base", base)
+        if terms.local_steps == 1:
+            update = self._noisy_sum(inputs, targets)
+        else:
+            update = self._local_steps(inputs, targets, base)
+        release = Release(
+            update=update,
+            sampling=sampling_of(terms.sample_rate),
+            sample_rate=terms.sample_rate,
+            steps=terms.local_steps,
+            sigma_grid=self.sigma_grid,
+            sensitivity_grid=self.sensitivity_grid,
+            dimension=self.dimension,
+            grid_bits=terms.grid_bits,
+            max_grad_norm=terms.max_grad_norm,
+            relation=terms.relation,
+        )
+        self._record("release", release)
+        return release
+
+    def _noisy_sum(self, inputs: Tensor, targets: Tensor) -> NDArray[np.int64]:
+        chosen = sample_rows(self._coins, rows=len(inputs), sample_rate=self.terms.sample_rate)
+        if chosen is not None:
+            index = torch.from_numpy(chosen)
+            inputs, targets = inputs[index], targets[index]
+        total = self._to_grid(self._gradient(inputs, targets))
+        self._record("inside.sum", total)
+        noise = self._noise.discrete_gaussian(self.sigma_grid, self.dimension)
+        self._record("inside.noise", noise)
+        return total + noise
+
+    def _local_steps(self, inputs: Tensor, targets: Tensor, base: Tensor) -> NDArray[np.int64]:
+        terms = self.terms
+        rate, normaliser = terms.local_learning_rate, terms.normaliser
+        if rate is None or normaliser is None:
+            raise TermsError(
+                "local_learning_rate", rate, "give it and normaliser when local_steps is above 1"
+            )
+        factor = rate / (normaliser * terms.scale)
+        weights = base.clone()
+        try:
+            for _ in range(terms.local_steps):
+                noisy = torch.from_numpy(self._noisy_sum(inputs, targets))
+                weights -= factor * noisy.to(torch.float64)
+                self._set(weights)
+        finally:
+            self._set(base)
+        return self._to_grid(weights - base)
+
+    def _to_grid(self, values: Tensor) -> NDArray[np.int64]:
+        """Return values * scale, rounded to whole numbers and held within what int64 takes with noise."""
+        scaled = values.to(torch.float64).numpy() * self.terms.scale
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, -float(self._limit), float(self._limit), out=scaled)
+        return scaled.astype(np.int64)
+
+    def _weights(self) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([value.flatten() for value in self._parameters]).to(torch.float64)
+
+    def _set(self, flat: Tensor) -> None:
+        with torch.no_grad():
+            start = 0
+            for value in self._parameters:
+                value.copy_(flat[start : start + value.numel()].view(value.shape))
+                start += value.numel()
+
+    def _record(self, name: str, value: object) -> None:
+        if self._recorder is not None:
+            self._recorder(name, value)
