@@ -164,8 +164,7 @@ def open_checkpoint(
 ) -> OpenedCheckpoint:
     """Prove that the log signed a checkpoint and find which witnesses cosigned it.
 
-    Args:
-        now: the reader's clock, POSIX seconds. A cosignature more than `max_future_s` ahead is not counted.
+    `now` is the reader's clock, POSIX seconds: a cosignature more than `max_future_s` ahead is not counted.
 
     Raises:
         MalformedNoteError, MalformedCheckpointError: the note is no checkpoint.

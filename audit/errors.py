@@ -199,9 +199,8 @@ class EventIdError(AuditError):
 class EventIdConflictError(AuditError):
     code = "audit.event_id_conflict"
 
-    def __init__(self, *, event_id: str, leaf_index: int | None) -> None:
-        where = "in the same batch" if leaf_index is None else f"at leaf {leaf_index}"
-        super().__init__(f"event_id {event_id!r} already names other bytes {where}; use a fresh event_id")
+    def __init__(self, *, event_id: str, leaf_index: int) -> None:
+        super().__init__(f"event_id {event_id!r} names other bytes at leaf {leaf_index}; use a fresh one")
         self.event_id, self.leaf_index = event_id, leaf_index
 
 

@@ -1,8 +1,8 @@
 """Ed25519 identities: key files, text forms and domain-separated signatures.
 
 What is signed is `b"affidavit/" + domain + b"/v1\\x00" + payload`, with `domain` from the closed list
-`DOMAINS`, so that a signature given for one purpose never serves another. Signed notes have their own framing;
-the NUL above cannot occur in a note, so one log key may sign both.
+`DOMAINS`, so that a signature given for one purpose never serves another. Signed notes have their own
+framing; the NUL above cannot occur in a note, so one log key may sign both.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Policy:
         raise NoKnownSignatureError(f"the policy believes logs {known}, not {origin!r}", signers=(origin,))
 
     def evaluate(self, verified: Iterable[str]) -> QuorumResult:
-        """Say whether the witnesses of these (policy) names make the quorum; unknown names count for nothing."""
+        """Say whether the witnesses of these policy names make the quorum; unknown names do not count."""
         satisfied = set(verified) & {witness.name for witness in self.witnesses}
         if self.quorum == NO_QUORUM:
             return QuorumResult(True, 0, 0, ())
@@ -191,7 +191,8 @@ class _Parser:
         else:
             raise self.error(
                 f"{' '.join([keyword, *words])[:80]!r} is none of 'log <vkey> [url]', "
-                "'witness <name> <vkey> [url]', 'group <name> (all|any|<k>) <member>...', 'quorum <name|none>'"
+                "'witness <name> <vkey> [url]', 'group <name> (all|any|<k>) <member>...', "
+                "'quorum <name|none>'"
             )
 
     def group(self, name: str, rule: str, members: list[str]) -> PolicyGroup:

@@ -1,0 +1,77 @@
+"""Nodes of the stored tree, read from rows of leaves and tiles; perfect subtrees never change and are cached."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from sqlalchemy import Engine, select
+
+from audit import _store
+from audit.errors import LedgerCorruptError
+from audit.merkle import HASH_SIZE, hash_node
+from audit.tables import LEAF, NODE, TILE_HEIGHT, TILE_WIDTH
+
+_CACHED_TILES = 128  # about 70 KiB each
+_CACHED_NODES = 4096
+
+
+class TileReader:
+    """A node source for `audit.merkle` over a ledger's tables."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.known_size = 0  # the largest tree seen committed; tiles within it are full
+        self._loose_node = lru_cache(maxsize=_CACHED_NODES)(self._load_loose_node)
+        self._full_tile = lru_cache(maxsize=_CACHED_TILES)(self._load_full_tile)
+
+    def grow(self, tree_size: int) -> None:
+        self.known_size = max(self.known_size, tree_size)
+
+    def node(self, level: int, index: int) -> bytes:
+        """Return the hash of a perfect subtree that lies within `known_size`.
+
+        Raises:
+            LedgerCorruptError: a stored hash is missing or is none.
+        """
+        tile_level, height = divmod(level, TILE_HEIGHT)
+        tile = index >> (TILE_HEIGHT - height)
+        if (tile + 1) << TILE_HEIGHT * (tile_level + 1) <= self.known_size:
+            return self._full_tile(tile_level, tile)[height][index & ((TILE_WIDTH >> height) - 1)]
+        return self._loose_node(level, index)
+
+    def _load_loose_node(self, level: int, index: int) -> bytes:
+        tile_level, height = divmod(level, TILE_HEIGHT)
+        return _pyramid(self._tile_row(tile_level, index << height, (index + 1) << height))[-1][0]
+
+    def _load_full_tile(self, tile_level: int, tile: int) -> list[list[bytes]]:
+        return _pyramid(self._tile_row(tile_level, tile * TILE_WIDTH, (tile + 1) * TILE_WIDTH))
+
+    def _tile_row(self, tile_level: int, start: int, stop: int) -> list[bytes]:
+        if tile_level == 0:
+            query = (
+                select(LEAF.c.leaf_hash).where(LEAF.c.idx >= start, LEAF.c.idx < stop).order_by(LEAF.c.idx)
+            )
+        else:
+            query = (
+                select(NODE.c.hash)
+                .where(NODE.c.level == tile_level * TILE_HEIGHT, NODE.c.idx >= start, NODE.c.idx < stop)
+                .order_by(NODE.c.idx)
+            )
+        with _store.reading(self._engine) as connection:
+            hashes = list(connection.execute(query).scalars())
+        if len(hashes) != stop - start or any(
+            type(item) is not bytes or len(item) != HASH_SIZE for item in hashes
+        ):
+            raise LedgerCorruptError(
+                f"hashes {start} to {stop} of tile level {tile_level} are missing; run fsck"
+            )
+        return hashes
+
+
+def _pyramid(base: list[bytes]) -> list[list[bytes]]:
+    """All levels above `base`, whose length is a power of two; the last level is its root."""
+    levels = [base]
+    while len(levels[-1]) > 1:
+        row = levels[-1]
+        levels.append([hash_node(row[i], row[i + 1]) for i in range(0, len(row), 2)])
+    return levels

@@ -1,0 +1,377 @@
+"""The log on disk: entries get consecutive indices, and an acknowledged entry is durable.
+
+`append` queues an entry and returns a future; the sequencer inserts a batch, integrates it into the tree and
+commits, all in one fully durable transaction, before any future completes. The database orders processes, so
+several may append to one file. Reads come from SQL rows; full tiles are immutable and cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, Row, Select, func, select
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from audit import _store, merkle
+from audit._integrate import AppendRequest, Sequenced, commit_batch, read_edge
+from audit._sequencer import Sequencer
+from audit._tiles import TileReader
+from audit.checkpoints import Checkpoint, add_signatures, parse_checkpoint_note
+from audit.entries import MAX_ENTRY_BYTES, IndexColumns
+from audit.errors import (
+    AuditError,
+    EntryNotFoundError,
+    EntrySizeError,
+    EventIdError,
+    LedgerCorruptError,
+    LedgerMissingError,
+    OriginMismatchError,
+    RootMismatchError,
+    TreeRangeError,
+)
+from audit.merkle import CompactRange, hash_leaf
+from audit.notes import parse_note
+from audit.tables import APPLICATION_ID, CHECKPOINT, HEAD, LEAF, SCHEMA_VERSION
+
+MAX_BATCH = 256
+MAX_PENDING = 4096
+MAX_SEARCH = 1000
+
+_EVENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_COLUMNS = tuple(field.name for field in fields(IndexColumns))
+_open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+_left_to_parent: list[Engine] = []
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    leaf_index: int
+    leaf_hash: bytes
+    event_id: str
+    body: bytes
+    columns: IndexColumns
+
+
+class Ledger:
+    """One append-only log in one SQLite file. Make it with `create` or `open`, end it with `close`."""
+
+    def __init__(self, path: Path, engine: Engine, origin: str) -> None:
+        self.path, self.origin = path, origin
+        self._engine = engine
+        self._start()
+        _open_ledgers.add(self)
+
+    @classmethod
+    def create(cls, path: Path | str, origin: str) -> Ledger:
+        """Create an empty log named `origin` and open it.
+
+        Raises:
+            LedgerExistsError: `path` exists.
+            LedgerMissingError: its folder does not.
+            MalformedCheckpointError: `origin` cannot name a log.
+        """
+        Checkpoint(origin, 0, merkle.EMPTY_ROOT)
+        _store.create_file(Path(path), origin)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> Ledger:
+        """Open an existing log; never creates one.
+
+        Raises:
+            LedgerMissingError: there is no log of this release at `path`.
+            LedgerCorruptError: the database contradicts itself.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise LedgerMissingError(str(path), "no such file")
+        engine = _store.open_engine(path)
+        try:
+            with _store.reading(engine) as connection:
+                if connection.exec_driver_sql("PRAGMA application_id").scalar() != APPLICATION_ID:
+                    raise LedgerMissingError(str(path), "the file is not an Affidavit log")
+                rows = connection.execute(select(HEAD.c.schema_version, HEAD.c.origin)).all()
+                if len(rows) != 1 or not isinstance(rows[0][1], str):
+                    raise LedgerCorruptError("the log has no head; run fsck")
+                if rows[0][0] != SCHEMA_VERSION:
+                    raise LedgerMissingError(
+                        str(path), f"schema {rows[0][0]} is not this release's {SCHEMA_VERSION}"
+                    )
+                edge = read_edge(connection)
+                last = connection.execute(select(func.max(LEAF.c.idx))).scalar()
+                if edge.size != (0 if last is None else last + 1):
+                    raise LedgerCorruptError(f"the head says {edge.size} entries, the last one is {last}")
+        except AuditError:
+            engine.dispose()
+            raise
+        return cls(path, engine, rows[0][1])
+
+    def close(self) -> None:
+        """Finish what was queued, then let go of the file. Safe to call twice."""
+        self._sequencer.close()
+        self._engine.dispose()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # writing
+
+    def append(self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns) -> Future[Sequenced]:
+        """Queue an entry; the future completes once it is durable.
+
+        The same event id with the same bytes yields the index it has; with other bytes the future fails
+        with `EventIdConflictError`.
+
+        Raises:
+            EntrySizeError, EventIdError: refused before it was queued.
+            LedgerBusyError: the queue is full.
+            LedgerClosedError: after `close`.
+        """
+        if not 0 < len(entry_bytes) <= MAX_ENTRY_BYTES:
+            raise EntrySizeError(size_bytes=len(entry_bytes), limit_bytes=MAX_ENTRY_BYTES)
+        if not _EVENT_ID.fullmatch(event_id):
+            raise EventIdError(f"event_id {event_id[:130]!r} is not 1 to 128 printable ASCII characters")
+        body = bytes(entry_bytes)
+        return self._sequencer.submit(AppendRequest(body, hash_leaf(body), event_id, index_columns))
+
+    def append_wait(
+        self,
+        entry_bytes: bytes,
+        *,
+        event_id: str,
+        index_columns: IndexColumns,
+        timeout_s: float | None = 60.0,
+    ) -> Sequenced:
+        """`append` and wait until it is durable.
+
+        Raises:
+            AuditError: as `append` and its future.
+            TimeoutError: not durable in time; it may become so later, and a retry with the same id is safe.
+        """
+        return self.append(entry_bytes, event_id=event_id, index_columns=index_columns).result(timeout_s)
+
+    # reading the tree
+
+    @property
+    def tree_size(self) -> int:
+        return self.edge().size
+
+    @property
+    def root_hash(self) -> bytes:
+        return self.edge().root()
+
+    def edge(self) -> CompactRange:
+        """Return the current right edge: size and root of one moment."""
+        with _store.reading(self._engine) as connection:
+            edge = read_edge(connection)
+        self._tiles.grow(edge.size)
+        return edge
+
+    def root_at(self, size: int) -> bytes:
+        """Return the root of the first `size` entries.
+
+        Raises:
+            TreeRangeError: the log is smaller.
+        """
+        self._reach(size)
+        return merkle.root_from(self._tiles.node, size)
+
+    def inclusion_proof(self, leaf_index: int, tree_size: int) -> list[bytes]:
+        """Return the proof that leaf `leaf_index` is in the tree of the first `tree_size` entries.
+
+        Raises:
+            TreeRangeError: unless leaf_index < tree_size <= the log's size.
+        """
+        self._reach(tree_size)
+        return merkle.inclusion_proof(self._tiles.node, leaf_index, tree_size)
+
+    def consistency_proof(self, size1: int, size2: int) -> list[bytes]:
+        """Return the proof that the first `size2` entries extend the first `size1`; empty for size1 0.
+
+        Raises:
+            TreeRangeError: unless 0 <= size1 <= size2 <= the log's size.
+        """
+        self._reach(size2)
+        return merkle.consistency_proof(self._tiles.node, size1, size2)
+
+    # reading entries
+
+    def entry(self, leaf_index: int) -> bytes:
+        """Return the exact bytes of one leaf.
+
+        Raises:
+            EntryNotFoundError: the log has no such leaf.
+        """
+        return self.stored_entry(leaf_index).body
+
+    def stored_entry(self, leaf_index: int) -> StoredEntry:
+        """Return one leaf with its columns; raises `EntryNotFoundError`."""
+        found = self._select(select(LEAF).where(LEAF.c.idx == leaf_index))
+        if not found:
+            raise EntryNotFoundError(leaf_index=leaf_index, tree_size=self.tree_size)
+        return found[0]
+
+    def entries(self, start: int, stop: int) -> list[bytes]:
+        """Return the bytes of leaves start <= index < stop; fewer when the log is shorter."""
+        return [row[0] for row in self._rows(select(LEAF.c.body), start, stop)]
+
+    def leaf_hashes(self, start: int, stop: int) -> list[bytes]:
+        """Return the hashes of leaves start <= index < stop; fewer when the log is shorter."""
+        return [row[0] for row in self._rows(select(LEAF.c.leaf_hash), start, stop)]
+
+    def find_event(self, event_id: str) -> StoredEntry | None:
+        """Return the entry that an event id names."""
+        found = self._select(select(LEAF).where(LEAF.c.event_id == event_id))
+        return found[0] if found else None
+
+    def search(
+        self,
+        *,
+        type: str | Sequence[str] | None = None,
+        actor: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
+        run: str | None = None,
+        site: str | None = None,
+        round: int | None = None,
+        principal: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        after: int | None = None,
+        limit: int = 100,
+        newest_first: bool = False,
+    ) -> list[StoredEntry]:
+        """Return entries whose columns match all that is given, in index order.
+
+        `type` is one type or several of which any matches; times are RFC 3339 UTC, since <= time < until;
+        `after` is the last leaf index of the previous page (for `newest_first` the next page lies below it).
+        The columns are the operator's index, not proof: completeness is shown by reading every leaf.
+
+        Raises:
+            TreeRangeError: the limit is out of range.
+        """
+        if not 1 <= limit <= MAX_SEARCH:
+            raise TreeRangeError(f"limit is {limit}; give 1 to {MAX_SEARCH}")
+        query = select(LEAF)
+        if type is not None:
+            query = query.where(LEAF.c.type.in_([type] if isinstance(type, str) else list(type)))
+        exact = {"actor": actor, "model": model, "version": version, "run": run, "site": site}
+        for name, value in {**exact, "round": round, "principal": principal}.items():
+            if value is not None:
+                query = query.where(LEAF.c[name] == value)
+        if since is not None:
+            query = query.where(LEAF.c.time >= since)
+        if until is not None:
+            query = query.where(LEAF.c.time < until)
+        if after is not None:
+            query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)
+        return self._select(query.order_by(LEAF.c.idx.desc() if newest_first else LEAF.c.idx).limit(limit))
+
+    # checkpoints
+
+    def store_checkpoint(self, note: bytes) -> bytes:
+        """Keep a signed checkpoint of this log, merged with the signatures already held for its size.
+
+        Signatures are not verified here. Returns the merged note.
+
+        Raises:
+            OriginMismatchError, RootMismatchError, TreeRangeError: it is not of this tree.
+            MalformedNoteError, MalformedCheckpointError: it is no checkpoint.
+        """
+        checkpoint = parse_checkpoint_note(note)
+        if checkpoint.origin != self.origin:
+            raise OriginMismatchError(expected=self.origin, found=checkpoint.origin)
+        computed = self.root_at(checkpoint.tree_size)
+        if computed != checkpoint.root_hash:
+            raise RootMismatchError(expected=checkpoint.root_hash, computed=computed)
+        same_size = CHECKPOINT.c.tree_size == checkpoint.tree_size
+        with _store.writing(self._engine) as connection:
+            held = connection.execute(select(CHECKPOINT.c.note).where(same_size)).scalar()
+            if held is not None:
+                note = add_signatures(held, [line.format() for line in parse_note(note).signatures])
+            values = {"note": note, "note_hash": hashlib.sha256(note).digest()}
+            statement = sqlite_insert(CHECKPOINT).values(tree_size=checkpoint.tree_size, **values)
+            connection.execute(statement.on_conflict_do_update(index_elements=["tree_size"], set_=values))
+        return note
+
+    def latest_checkpoint(self, accept: Callable[[bytes], bool] | None = None) -> bytes | None:
+        """Return the note of the largest stored tree, or of the largest one that `accept`s its note."""
+        query = select(CHECKPOINT.c.note).order_by(CHECKPOINT.c.tree_size.desc())
+        with _store.reading(self._engine) as connection:
+            for row in connection.execute(query):
+                if accept is None or accept(row.note):
+                    return bytes(row.note)
+        return None
+
+    def checkpoint_at(self, tree_size: int) -> bytes | None:
+        """Return the stored note for exactly this size."""
+        query = select(CHECKPOINT.c.note).where(CHECKPOINT.c.tree_size == tree_size)
+        with _store.reading(self._engine) as connection:
+            note = connection.execute(query).scalar()
+        return None if note is None else bytes(note)
+
+    def checkpoints(self) -> list[bytes]:
+        """Return every stored note, smallest tree first."""
+        with _store.reading(self._engine) as connection:
+            return [
+                row.note for row in connection.execute(select(CHECKPOINT).order_by(CHECKPOINT.c.tree_size))
+            ]
+
+    # inside
+
+    def _start(self) -> None:
+        engine = self._engine
+        self._tiles = TileReader(engine)
+        self._sequencer: Sequencer[AppendRequest, Sequenced] = Sequencer(
+            lambda batch: commit_batch(engine, batch), max_batch=MAX_BATCH, max_pending=MAX_PENDING
+        )
+
+    def _restart_in_child(self) -> None:
+        """After fork: the parent's thread and connections are not ours, not even to close."""
+        _left_to_parent.append(self._engine)
+        self._engine = _store.open_engine(self.path)
+        self._start()
+
+    def _reach(self, size: int) -> None:
+        if size > self._tiles.known_size and size > (actual := self.tree_size):
+            raise TreeRangeError(f"the log has {actual} entries, not {size}")
+        if size < 0:
+            raise TreeRangeError("a tree size is not negative")
+
+    def _rows(self, query: Select[Any], start: int, stop: int) -> Sequence[Row[Any]]:
+        query = query.where(LEAF.c.idx >= start, LEAF.c.idx < stop).order_by(LEAF.c.idx)
+        with _store.reading(self._engine) as connection:
+            return connection.execute(query).all()
+
+    def _select(self, query: Select[Any]) -> list[StoredEntry]:
+        with _store.reading(self._engine) as connection:
+            rows = connection.execute(query).all()
+        return [
+            StoredEntry(
+                row.idx,
+                row.leaf_hash,
+                row.event_id,
+                row.body,
+                IndexColumns(**{name: getattr(row, name) for name in _COLUMNS}),
+            )
+            for row in rows
+        ]
+
+
+def _after_fork_in_child() -> None:
+    for ledger in list(_open_ledgers):
+        ledger._restart_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
