@@ -1,0 +1,344 @@
+"""The accountant: epsilon as a pure function of mechanism events, never a sum of epsilons.
+
+PLD composition by dp-accounting gives the number that counts (grid 1e-3 while planning, 1e-4 for a certificate), RDP
+stands beside it as an upper check, and full-batch events are also composed exactly. The step from continuous to
+discrete noise is charged to delta, by `audit.epsilon`, in all three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from audit.entries import MechanismEvent
+from audit.epsilon import check_event, epsilon_with_discretisation, gaussian_epsilon, rdp_epsilon, recompute
+from federation.errors import AccountingError
+from federation.mechanism import planned_event, release_event
+
+if TYPE_CHECKING:
+    from federation.charter import Charter
+
+PLANNING_GRID: Final = 1e-3
+CERTIFICATE_GRID: Final = 1e-4
+_COARSE_BEYOND: Final = 50.0  # past this epsilon a fine grid costs seconds and shows nothing
+_LARGEST: Final = 1000.0
+
+Kind = tuple[float, float, int]  # sample rate, noise multiplier for one gradient's sensitivity, steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What events cost at `delta`: `pld` counts, `rdp` is the check beside it."""
+
+    pld: float
+    rdp: float
+    delta: float
+    relation: str
+    unit: str
+    events: int
+
+    @property
+    def pld_text(self) -> str:
+        """`pld` rounded up to four decimals, as claimed in the log."""
+        return ceil_text(self.pld)
+
+    @property
+    def rdp_text(self) -> str:
+        return ceil_text(self.rdp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteCost:
+    """What the plan costs one site's population, and whether that is within the charter's epsilon."""
+
+    site: str
+    rounds: int
+    spent: Spent
+    epsilon: Decimal
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanCost:
+    """The whole plan, before any training."""
+
+    charter: str
+    event: MechanismEvent
+    sites: tuple[SiteCost, ...]
+    warnings: tuple[str, ...]
+    suggested_noise_multiplier: Decimal | None  # when the plan does not fit
+
+    @property
+    def fits(self) -> bool:
+        return all(site.fits for site in self.sites)
+
+
+def ceil_text(value: float, places: int = 4) -> str:
+    """Return `value` rounded up to `places` decimals, as canonical decimal text; "inf" has none.
+
+    Raises:
+        AccountingError: the events give no guarantee at this delta.
+    """
+    if not math.isfinite(value):
+        raise AccountingError("the events give no guarantee at this delta; raise the noise or the delta")
+    rounded = Decimal(value).quantize(Decimal(1).scaleb(-places), rounding=ROUND_CEILING)
+    text = format(rounded, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def spent(events: Sequence[MechanismEvent], delta: float, *, grid: float = CERTIFICATE_GRID) -> Spent:
+    """Return what the events cost together.
+
+    Raises:
+        AccountingError: the events are of different units.
+        audit.epsilon.EpsilonError: an event cannot be accounted.
+    """
+    relation, unit = relation_of(events), unit_of(events)
+    if not events:
+        return Spent(pld=0.0, rdp=0.0, delta=delta, relation=relation, unit=unit, events=0)
+    return Spent(
+        pld=pld_epsilon(events, delta, grid=grid),
+        rdp=rdp_epsilon(events, delta),
+        delta=delta,
+        relation=relation,
+        unit=unit,
+        events=len(events),
+    )
+
+
+def relation_of(events: Iterable[MechanismEvent]) -> str:
+    """Return the relation under which the events compose: replace_one as soon as one of them uses it."""
+    relations = {event.relation for event in events}
+    if not relations:
+        return "add_remove"
+    return "replace_one" if "replace_one" in relations else max(relations)
+
+
+def unit_of(events: Iterable[MechanismEvent]) -> str:
+    """Return the one unit of the events; a row guarantee and a subject guarantee do not compose."""
+    units = {event.unit for event in events}
+    if len(units) > 1:
+        raise AccountingError("events of unit row and of unit subject do not compose; account them apart")
+    return units.pop() if units else "row"
+
+
+def pld_epsilon(events: Sequence[MechanismEvent], delta: float, *, grid: float = CERTIFICATE_GRID) -> float:
+    """Return epsilon by privacy loss distributions, never below the exact value where that is known."""
+    if not events:
+        return 0.0
+    for event in events:
+        check_event(event)
+    relation = relation_of(events)
+    if rdp_epsilon(events, delta) > _COARSE_BEYOND:
+        grid = max(grid, PLANNING_GRID)
+    loss = _loss(_kinds(events), relation, grid)
+    epsilon = epsilon_with_discretisation(events, delta, loss.get_epsilon_for_delta)
+    if all(event.sampling == "full" for event in events):
+        epsilon = max(epsilon, gaussian_epsilon(events, delta))
+    return epsilon
+
+
+def _kinds(events: Iterable[MechanismEvent]) -> tuple[Kind, ...]:
+    counts: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        gradients = 2 if event.relation == "replace_one" else 1
+        multiplier = event.sigma_grid / (event.sensitivity_grid / gradients)
+        counts[(float(event.sample_rate), multiplier)] += event.steps
+    return tuple(sorted((rate, multiplier, steps) for (rate, multiplier), steps in counts.items()))
+
+
+@lru_cache(maxsize=64)
+def _loss(kinds: tuple[Kind, ...], relation: str, grid: float) -> _Loss:
+    try:
+        import dp_accounting
+        from dp_accounting.pld import pld_privacy_accountant
+    except ImportError as error:
+        raise AccountingError("PLD needs dp-accounting; install affidavit[accounting]") from error
+    neighbours = {
+        "add_remove": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+        "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+        "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
+    }[relation]
+    accountant = pld_privacy_accountant.PLDAccountant(neighbours, grid)
+    for rate, multiplier, steps in kinds:
+        event = dp_accounting.GaussianDpEvent(multiplier)
+        if rate < 1:
+            event = dp_accounting.PoissonSampledDpEvent(rate, event)
+        accountant.compose(dp_accounting.SelfComposedDpEvent(event, steps))
+    return _Loss(accountant)
+
+
+class _Loss:
+    """A composed loss distribution that only answers questions."""
+
+    def __init__(self, accountant: object) -> None:
+        self._accountant = accountant
+
+    def get_epsilon_for_delta(self, delta: float) -> float:
+        return float(self._accountant.get_epsilon(delta))  # type: ignore[attr-defined]
+
+
+def plan_cost(charter: Charter) -> PlanCost:
+    """Return what the plan will cost each site, from the charter alone."""
+    from federation._charter_checks import warnings_of
+
+    event, privacy = planned_event(charter), charter.privacy
+    total = spent([event] * charter.plan.rounds, float(privacy.delta))
+    fits = Decimal(total.pld_text) <= privacy.epsilon if math.isfinite(total.pld) else False
+    suggestion = None
+    if not fits:
+        suggestion = calibrate_noise(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            rounds=charter.plan.rounds,
+            local_steps=charter.plan.local_steps,
+            sample_rate=privacy.sample_rate,
+            relation=privacy.relation,
+            dimension=charter.dimension,
+            grid_bits=privacy.grid_bits,
+            precision=privacy.precision,
+        )
+    return PlanCost(
+        charter=charter.digest,
+        event=event,
+        sites=tuple(
+            SiteCost(site=name, rounds=charter.plan.rounds, spent=total, epsilon=privacy.epsilon, fits=fits)
+            for name in charter.site_names
+        ),
+        warnings=tuple(warnings_of(charter)),
+        suggested_noise_multiplier=suggestion,
+    )
+
+
+def calibrate_noise(
+    *,
+    epsilon: Decimal | float,
+    delta: Decimal | float,
+    rounds: int,
+    local_steps: int = 1,
+    sample_rate: Decimal | float = 1,
+    relation: str = "add_remove",
+    dimension: int = 1000,
+    grid_bits: int = 20,
+    precision: str = "float64",
+) -> Decimal:
+    """Return the least noise multiplier, to four significant digits upwards, whose certificate meets `epsilon`.
+
+    Raises:
+        AccountingError: no noise multiplier up to 10^5 does.
+    """
+    target = float(epsilon)
+
+    def cost(multiplier: Decimal, grid: float) -> float:
+        event = release_event(
+            noise_multiplier=multiplier,
+            sample_rate=sample_rate,
+            local_steps=local_steps,
+            dimension=dimension,
+            grid_bits=grid_bits,
+            relation=relation,
+            unit="row",
+            precision=precision,
+        )
+        events = [event] * rounds
+        if sample_rate == 1:
+            return recompute(events, float(delta)).value
+        return pld_epsilon(events, float(delta), grid=grid)
+
+    low, high = 0.05, 1.0
+    while cost(Decimal(high), PLANNING_GRID) > target:
+        low, high = high, high * 2
+        if high > 1e5:
+            raise AccountingError(f"no noise multiplier up to 100000 gives epsilon {epsilon} at delta {delta}")
+    while high / low > 1.0005:
+        middle = math.sqrt(low * high)
+        if cost(Decimal(middle), PLANNING_GRID) > target:
+            low = middle
+        else:
+            high = middle
+    chosen = _four_digits(Decimal(low))
+    while Decimal(ceil_text(certificate(chosen, rounds, float(delta), sample_rate, local_steps, dimension, grid_bits,
+                                        relation, precision))) > Decimal(str(target)):  # fmt: skip
+        chosen = _four_digits(chosen * Decimal("1.0002"))
+    return chosen
+
+
+def certificate(
+    multiplier: Decimal,
+    rounds: int,
+    delta: float,
+    sample_rate: Decimal | float,
+    local_steps: int,
+    dimension: int,
+    grid_bits: int,
+    relation: str,
+    precision: str,
+) -> float:
+    """Return the certified epsilon of `rounds` equal releases."""
+    event = release_event(
+        noise_multiplier=multiplier,
+        sample_rate=sample_rate,
+        local_steps=local_steps,
+        dimension=dimension,
+        grid_bits=grid_bits,
+        relation=relation,
+        unit="row",
+        precision=precision,
+    )
+    return min(pld_epsilon([event] * rounds, delta), _LARGEST)
+
+
+def _four_digits(value: Decimal) -> Decimal:
+    step = Decimal(1).scaleb(value.adjusted() - 3)
+    return value.quantize(step, rounding=ROUND_CEILING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifetimeFilter:
+    """The hard stop over a population's whole life, at one delta that never changes.
+
+    Later runs are chosen after seeing earlier results, so a PLD of the whole would not be valid. A Gaussian (GDP)
+    filter is, for full batches, and an RDP filter for any mix: both admit a release exactly while the guarantee of
+    all events so far, recomputed with it, stays within the cap (Smith and Thakurta 2022; Lécuyer 2021).
+    """
+
+    epsilon: Decimal
+    delta: Decimal
+
+    def spent(self, events: Sequence[MechanismEvent]) -> float:
+        """Return the filter's own epsilon of the events."""
+        return recompute(list(events), float(self.delta)).value if events else 0.0
+
+    def admits(self, events: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
+        """Whether the whole plan may run on top of the events already debited."""
+        unit_of([*events, *planned])
+        return self.spent([*events, *planned]) <= float(self.epsilon)
+
+
+def plan_report(charter: Charter) -> str:
+    """Return the plain text that `affidavit charter check` prints."""
+    cost, privacy = plan_cost(charter), charter.privacy
+    event = cost.event
+    sampling = "every row, every round" if event.sampling == "full" else f"Poisson, q = {event.sample_rate}"
+    lines = [
+        f"charter {charter.name}  {cost.charter}",
+        f"model {charter.model.family}, {charter.dimension} parameters, {len(charter.sites)} sites",
+        f"plan {charter.plan.strategy}, {charter.plan.rounds} rounds of {event.steps} step(s); {sampling}",
+        f"noise {event.sigma_grid / event.sensitivity_grid:.4g} x sensitivity, unit {event.unit}, "
+        f"relation {event.relation}, delta {privacy.delta}",
+        "",
+        f"{'site':<20} {'epsilon (PLD)':>14} {'epsilon (RDP)':>14} {'allowed':>8}  fits",
+    ]
+    for site in cost.sites:
+        pld = site.spent.pld_text if math.isfinite(site.spent.pld) else "none"
+        rdp = site.spent.rdp_text if math.isfinite(site.spent.rdp) else "none"
+        lines.append(f"{site.site:<20} {pld:>14} {rdp:>14} {site.epsilon!s:>8}  {'yes' if site.fits else 'NO'}")
+    if cost.suggested_noise_multiplier is not None:
+        lines += ["", f"does not fit: write privacy.noise_multiplier: {cost.suggested_noise_multiplier}, or fewer rounds"]
+    lines += ["", *[f"warning: {text}" for text in cost.warnings]] if cost.warnings else []
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,71 @@
+"""What the charter makes each site release, as the event an accountant sees, before anything is released.
+
+The formulas are those of the sites' own mechanism (`clients.dp.grid`, where the slack is derived); they are written
+twice because a plan must not import the code beside the data, and tested equal.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Final
+
+from audit.decimals import decimal_text
+from audit.entries import MechanismEvent
+
+if TYPE_CHECKING:
+    from federation.charter import Charter
+
+SLACK: Final = {"float64": Fraction(1, 10**6), "float32": Fraction(1, 2**8)}
+
+
+def sensitivity_grid(*, grid_bits: int, dimension: int, relation: str, precision: str) -> int:
+    """Return the bound, in grid units, on the L2 distance of two neighbouring rounded sums."""
+    gradients = 2 if relation == "replace_one" else 1
+    root = math.isqrt(dimension - 1) + 1
+    return math.ceil((gradients << grid_bits) * (1 + SLACK[precision])) + root
+
+
+def release_event(
+    *,
+    noise_multiplier: Decimal | float,
+    sample_rate: Decimal | float,
+    local_steps: int,
+    dimension: int,
+    grid_bits: int,
+    relation: str,
+    unit: str,
+    precision: str = "float64",
+) -> MechanismEvent:
+    """Return the event of one release under the given terms; noise_multiplier is relative to the sensitivity."""
+    sensitivity = sensitivity_grid(
+        grid_bits=grid_bits, dimension=dimension, relation=relation, precision=precision
+    )
+    return MechanismEvent(
+        mechanism="discrete_gaussian",
+        sampling="full" if sample_rate == 1 else "poisson",
+        sample_rate=decimal_text(sample_rate),
+        steps=local_steps,
+        sigma_grid=math.ceil(Fraction(noise_multiplier) * sensitivity),
+        sensitivity_grid=sensitivity,
+        dimension=dimension,
+        grid_bits=grid_bits,
+        relation=relation,
+        unit=unit,
+    )
+
+
+def planned_event(charter: Charter) -> MechanismEvent:
+    """Return the event that every site's statement must carry, the same in every round."""
+    privacy = charter.privacy
+    return release_event(
+        noise_multiplier=privacy.noise_multiplier,
+        sample_rate=privacy.sample_rate,
+        local_steps=charter.plan.local_steps,
+        dimension=charter.dimension,
+        grid_bits=privacy.grid_bits,
+        relation=privacy.relation,
+        unit=privacy.unit,
+        precision=privacy.precision,
+    )
