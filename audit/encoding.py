@@ -1,8 +1,8 @@
 """From a named row to numbers, by the charter's declared bounds only: nothing is ever learnt from data.
 
-Numbers are clamped to their bounds, optionally passed through log1p(x - lower), and scaled to [-1, 1];
-booleans are -1 or 1; categories are one 0/1 input for each declared value, in declared order. A missing value is
-refused, or takes the midpoint (0, or no category), as the feature declares.
+Numbers are clamped to their bounds, optionally passed through the natural logarithm, and scaled to [-1, 1];
+booleans are -1 or 1; categories are one 0/1 input for each declared value, in declared order. A missing
+value is refused, or takes the midpoint (0, or no category), as the feature declares.
 """
 
 from __future__ import annotations
@@ -147,6 +147,9 @@ class _Feature:
         elif self.type != "boolean":
             self.lower, self.upper = float(parse_decimal(spec["lower"])), float(parse_decimal(spec["upper"]))
             self.log = spec.get("transform", "none") == "log"
+            if self.log and self.lower <= 0:
+                problem = "a log transform needs a lower bound above zero"
+                raise EncodingError([Problem(field=self.name, code="out_of_bounds", message=problem)])
 
     def read(self, value: object) -> Problem | tuple[list[float], Problem | None]:
         if is_missing(value):
@@ -188,9 +191,8 @@ class _Feature:
             outside = self._problem("out_of_bounds", f"{_shown(value)} is outside {bounds}; check the unit")
             number = min(max(number, self.lower), self.upper)
         if self.log:
-            return [
-                2.0 * math.log1p(number - self.lower) / math.log1p(self.upper - self.lower) - 1.0
-            ], outside
+            span = math.log(self.upper) - math.log(self.lower)
+            return [2.0 * (math.log(number) - math.log(self.lower)) / span - 1.0], outside
         return [2.0 * (number - self.lower) / (self.upper - self.lower) - 1.0], outside
 
     def _problem(self, code: str, message: str) -> Problem:

@@ -92,6 +92,12 @@ def _feature(feature: Feature, path: str) -> Iterator[Problem]:
             message=f"lower {feature.lower} is not below upper {feature.upper}",
             fix="swap the two, or widen the range",
         )
+    if numeric and feature.transform == "log" and feature.lower is not None and feature.lower <= 0:
+        yield Problem(
+            path=f"{path}.lower",
+            message=f"{feature.lower} has no logarithm",
+            fix="give a small positive lower bound (values below it are clamped), or remove `transform: log`",
+        )
     if not numeric and feature.transform != "none":
         yield Problem(path=f"{path}.transform", message=f"a {feature.type} has no transform", fix="remove it")
     if feature.type == "integer":

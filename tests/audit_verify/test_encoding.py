@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from audit.encoding import EncodingError, check_row, encode_row, input_size, plain_row
+
+FEATURES = [
+    {"name": "age", "type": "integer", "unit": "years", "lower": "0", "upper": "120", "transform": "none",
+     "missing": "refuse"},
+    {"name": "dose", "type": "number", "unit": "mg", "lower": "1", "upper": "100", "transform": "log",
+     "missing": "midpoint"},
+    {"name": "smoker", "type": "boolean", "unit": "", "missing": "refuse"},
+    {"name": "stage", "type": "category", "unit": "", "categories": ["I", "II", "3"], "missing": "midpoint"},
+]  # fmt: skip
+ROW = {"age": 60, "dose": "10", "smoker": True, "stage": "II"}
+
+
+def codes(row):
+    return {(problem.field, problem.code) for problem in check_row(FEATURES, row)}
+
+
+def test_a_row_is_scaled_by_declared_bounds_only():
+    assert input_size(FEATURES) == 6
+    assert check_row(FEATURES, ROW) == []
+    assert encode_row(FEATURES, ROW) == pytest.approx([0.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+
+
+def test_spellings_of_one_value_encode_alike():
+    spelt = {"age": "60.0", "dose": 10.0, "smoker": "1", "stage": "II"}
+    assert encode_row(FEATURES, spelt) == encode_row(FEATURES, ROW)
+    assert encode_row(FEATURES, {**ROW, "stage": 3}) == encode_row(FEATURES, {**ROW, "stage": "3"})
+
+
+def test_a_value_beyond_its_bounds_is_clamped_and_reported_with_its_unit():
+    row = {**ROW, "age": 130, "dose": -5}
+    assert encode_row(FEATURES, row)[:2] == [1.0, -1.0]
+    assert codes(row) == {("age", "out_of_bounds"), ("dose", "out_of_bounds")}
+    assert "years" in str(check_row(FEATURES, row)[0])
+
+
+@pytest.mark.parametrize("nothing", [None, "", math.nan])
+def test_a_missing_value_takes_the_midpoint_or_is_refused(nothing):
+    row = {**ROW, "dose": nothing, "stage": nothing}
+    assert encode_row(FEATURES, row)[1:2] + encode_row(FEATURES, row)[3:] == [0.0] * 4
+    assert codes(row) == set()
+    with pytest.raises(EncodingError, match="age"):
+        encode_row(FEATURES, {**ROW, "age": nothing})
+    assert codes({**ROW, "smoker": nothing}) == {("smoker", "missing")}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"age": "sixty"}, ("age", "wrong_type")),
+        ({"age": 60.5}, ("age", "wrong_type")),
+        ({"age": True}, ("age", "wrong_type")),
+        ({"age": math.inf}, ("age", "wrong_type")),
+        ({"age": [60]}, ("age", "wrong_type")),
+        ({"age": "6_0"}, ("age", "wrong_type")),
+        ({"smoker": "perhaps"}, ("smoker", "wrong_type")),
+        ({"smoker": 2}, ("smoker", "wrong_type")),
+        ({"stage": "IV"}, ("stage", "unknown_category")),
+        ({"stage": {"x": 1}}, ("stage", "unknown_category")),
+        ({"weight": 80}, ("weight", "unknown_field")),
+    ],
+)
+def test_what_the_charter_does_not_allow_is_named_and_not_encoded(change, expected):
+    row = {**ROW, **change}
+    assert codes(row) == {expected}
+    with pytest.raises(EncodingError) as caught:
+        encode_row(FEATURES, row)
+    assert [(p.field, p.code) for p in caught.value.problems] == [expected]
+
+
+def test_every_problem_of_a_row_is_reported_at_once():
+    assert len(check_row(FEATURES, {"age": "x", "dose": "y", "smoker": "z", "stage": "q", "more": 1})) == 5
+
+
+@given(st.floats(allow_nan=False), st.floats(allow_nan=False))
+def test_inputs_stay_within_minus_one_and_one(age, dose):
+    row = {**ROW, "age": age, "dose": dose}
+    try:
+        values = encode_row(FEATURES, row)
+    except EncodingError:
+        return
+    assert all(-1 <= value <= 1 for value in values)
+
+
+def test_a_plain_row_encodes_like_the_row_it_came_from():
+    row = {"age": 60, "dose": 0.1, "smoker": False, "stage": None}
+    plain = plain_row(row)
+    assert plain == {"age": "60", "dose": "0.1", "smoker": False, "stage": None}
+    assert encode_row(FEATURES, plain) == encode_row(FEATURES, row)
+    with pytest.raises(EncodingError):
+        plain_row({"age": object()})
