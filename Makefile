@@ -58,13 +58,16 @@ check: $(STAMP)  ## style, types, import contracts, the examples in docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --quiet -p no:cacheprovider --doctest-modules audit federation clients server
+	$(BIN)/python -m pytest --quiet -p no:cacheprovider --doctest-modules \
+	    $$(grep -rl --include='*.py' '>>> ' affidavit.py audit federation clients server)
 
 soak: $(STAMP)  ## minutes of load and faults
 	$(BIN)/python -m pytest -m soak $(PYTEST_OPTIONS)
 
 bench: $(STAMP)  ## every benchmark
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@status=0; for file in benchmarks/bench_*.py; do \
+	    echo "== $$file"; $(BIN)/python $$file || status=1; \
+	done; exit $$status
 
 bench-dp: $(STAMP)  ## the cost of a private training step beside other implementations
 	@$(BIN)/python benchmarks/bench_dp.py

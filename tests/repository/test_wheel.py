@@ -18,8 +18,10 @@ def test_wheel_holds_the_front_door_and_the_four_packages_only(wheel, repository
     assert top == {"affidavit.py", *PACKAGES}
     assert not [name for name in names if "__pycache__" in name or "/tests/" in name]
     for package in PACKAGES:
-        modules = {path.relative_to(repository).as_posix() for path in (repository / package).rglob("*.py")}
-        assert modules <= set(names), f"modules missing from the wheel: {sorted(modules - set(names))}"
+        files = {path.relative_to(repository).as_posix() for path in (repository / package).rglob("*.*")}
+        sources = {name for name in files if "__pycache__" not in name}
+        assert sources, f"{package} is empty"
+        assert sources <= set(names), f"missing from the wheel: {sorted(sources - set(names))}"
 
 
 def test_bare_install_requires_cryptography_and_nothing_else(wheel):
