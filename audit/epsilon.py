@@ -1,12 +1,15 @@
 """Epsilon, recomputed from mechanism events with the standard library alone.
 
-For full batches (q = 1) the composition of Gaussian releases is itself Gaussian and epsilon is exact; for Poisson
-sampling (q < 1) integer-order RDP gives an upper bound. `recompute` chooses and says which.
+For full batches (q = 1) the composition of Gaussian releases is itself Gaussian and epsilon is exact; for
+Poisson sampling (q < 1) integer-order RDP gives an upper bound. `recompute` chooses and says which.
 
-What runs is a discrete Gaussian on the grid. It lies within total variation 1/(16 sigma**2) a coordinate, sigma in
-grid units, of a rounded continuous Gaussian (sigma >= 8), and rounding is post-processing. So a guarantee of the
-continuous one at (epsilon, delta - slack) is one of ours at (epsilon, delta), with
-slack = (1 + exp(epsilon)) * sum(steps * dimension) / (16 sigma**2).
+What runs is a discrete Gaussian on the grid. Its Rényi divergences between whole-number shifts equal the
+continuous one's (at the orders used here), so RDP needs no correction. The exact composition does: the
+discrete Gaussian lies within total variation 1/(16 sigma**2) a coordinate, sigma in grid units, of a
+rounded continuous one (sigma >= 8), and rounding is post-processing. So a guarantee of the continuous one
+at (epsilon, delta - slack) is one of ours at (epsilon, delta), with slack = (1 + exp(epsilon)) *
+sum(steps * dimension) / (16 sigma**2). Where the slack would consume delta (epsilon above about 20), the
+RDP bound stands alone.
 """
 
 from __future__ import annotations
@@ -86,8 +89,8 @@ def epsilon_with_discretisation(
 ) -> float:
     """Return the discrete mechanism's epsilon, given the continuous one's as a function of delta.
 
-    Iterates epsilon -> epsilon_at(delta - slack(epsilon)) upwards from slack 0 to its least fixed point, with one
-    part in 10**9 added; infinite when the slack consumes delta.
+    Iterates epsilon -> epsilon_at(delta - slack(epsilon)) upwards from slack 0 to its least fixed point,
+    with one part in 10**9 added; infinite when the slack consumes delta.
     """
     epsilon = epsilon_at(delta)
     for _ in range(200):
@@ -109,15 +112,31 @@ def gaussian_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
 
     Source: Balle and Wang 2018, theorem 8; mu composes as the root of the sum of squares (Dong et al. 2019).
     """
+    return _full_batch(events, delta)[0]
+
+
+def _full_batch(events: Sequence[MechanismEvent], delta: float) -> tuple[float, bool]:
     _check_delta(delta)
     if any(check_event(event) != 1 for event in events):
         raise EpsilonError("the exact Gaussian composition is for full batches (q = 1) only")
     if not events:
-        return 0.0
+        return 0.0, True
     mu = math.sqrt(
         math.fsum(event.steps * (event.sensitivity_grid / event.sigma_grid) ** 2 for event in events)
     )
-    return epsilon_with_discretisation(events, delta, lambda left: _invert_gaussian(mu, left))
+    exact = epsilon_with_discretisation(events, delta, lambda left: _invert_gaussian(mu, left))
+    if math.isfinite(exact):
+        return exact, True
+    return _zcdp_epsilon(mu * mu / 2, delta), False
+
+
+def _zcdp_epsilon(rho: float, delta: float) -> float:
+    """Return epsilon of a rho-zCDP mechanism (Canonne et al. 2020, proposition 12, over 400 orders)."""
+    return max(0.0, min(_from_rdp(rho * a, a, delta) for a in (1.0 + 10 ** (j / 50 - 4) for j in range(400))))
+
+
+def _from_rdp(rdp: float, order: float, delta: float) -> float:
+    return rdp + math.log1p(-1.0 / order) - (math.log(delta) + math.log(order)) / (order - 1)
 
 
 def rdp_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
@@ -126,7 +145,8 @@ def rdp_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
     Raises:
         EpsilonError: an event is not accountable, or delta is not in (0, 1).
 
-    Source: Mironov et al. 2019, section 3.3 (integer orders); conversion: Canonne et al. 2020, proposition 12.
+    Source: Mironov et al. 2019, section 3.3 (integer orders); conversion: Canonne et al. 2020,
+    proposition 12.
     """
     _check_delta(delta)
     if not events:
@@ -140,23 +160,17 @@ def rdp_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
         math.fsum(steps * curve[order - 2] for steps, curve in curves) for order in range(2, MAX_ORDER + 1)
     ]
 
-    def at(left: float) -> float:
-        best = min(
-            rdp + math.log1p(-1.0 / order) - (math.log(left) + math.log(order)) / (order - 1)
-            for order, rdp in enumerate(total, start=2)
-        )
-        return max(best, 0.0)
-
-    return epsilon_with_discretisation(events, delta, at)
+    best = min(_from_rdp(rdp, order, delta) for order, rdp in enumerate(total, start=2))
+    return max(best, 0.0) * (1 + _UP)
 
 
 def recompute(events: Sequence[MechanismEvent], delta: float) -> EpsilonBound:
     """Return the best epsilon this module can prove for the events, and how."""
-    if all(check_event(event) == 1 for event in events):
-        return EpsilonBound(
-            value=gaussian_epsilon(events, delta), method="exact Gaussian composition", exact=True
-        )
-    return EpsilonBound(value=rdp_epsilon(events, delta), method="RDP upper bound", exact=False)
+    if any(check_event(event) != 1 for event in events):
+        return EpsilonBound(value=rdp_epsilon(events, delta), method="RDP upper bound", exact=False)
+    value, exact = _full_batch(events, delta)
+    method = "exact Gaussian composition" if exact else "zCDP upper bound"
+    return EpsilonBound(value=value, method=method, exact=exact)
 
 
 def _check_delta(delta: float) -> None:
@@ -199,9 +213,10 @@ def _invert_gaussian(mu: float, delta: float) -> float:
 def _rdp_curve(rate: float, noise_multiplier: float, replace_one: bool) -> tuple[float, ...]:
     """Return the RDP of one release at the orders 2 … MAX_ORDER.
 
-    Under replace-one a sampled release is bounded in two ways, and the smaller one counts: through joint convexity
-    by an unsampled change of the whole row, and through the data set without the row by the weak triangle
-    inequality (Mironov 2017, proposition 11, with p = q = 2). The noise multiplier is over the doubled sensitivity.
+    Under replace-one a sampled release is bounded in two ways, and the smaller one counts: through joint
+    convexity by an unsampled change of the whole row, and through the data set without the row by the
+    weak triangle inequality (Mironov 2017, proposition 11, with p = q = 2). The noise multiplier is over
+    the doubled sensitivity.
     """
     if rate == 1:
         return tuple(order / (2.0 * noise_multiplier**2) for order in range(2, MAX_ORDER + 1))

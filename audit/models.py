@@ -48,10 +48,10 @@ __all__ = [
 def initial_weights(layers: Sequence[Layer], charter_digest: str) -> list[float]:
     """Return the flat starting weights that a charter fixes.
 
-    A model whose only trainable layers are one linear and site intercepts starts at zero. Otherwise linear
-    and conv2d are uniform in ±1/sqrt(fan_in) (weight and bias), embeddings uniform in ±0.05, norms 1 and 0,
-    site intercepts 0. The uniforms are 53-bit, from SHA-256(b"affidavit/init/v1\\0" || digest || counter, 8 bytes
-    big-endian), four to a block, drawn in parameter order.
+    A model whose only trainable layers are one linear and site intercepts starts at zero. Otherwise
+    linear and conv2d are uniform in ±1/sqrt(fan_in) (weight and bias), embeddings uniform in ±0.05, norms
+    1 and 0, site intercepts 0. The uniforms are 53-bit, from SHA-256(b"affidavit/init/v1\\0" || digest ||
+    counter, 8 bytes big-endian), four to a block, drawn in parameter order.
     """
     check_layers(layers)
     kinds = [layer["layer"] for layer in layers if parameters_of(layer)]

@@ -1,8 +1,9 @@
 """Aggregation, defined: from the sites' integer updates to the next weights, in float64, in one fixed order.
 
-Anyone who repeats these operations gets the same bits, so a round can be replayed from its update files. Sites
-come in the order of their names; every sum runs left to right from 0.0; no compensated or parallel summation.
-The optimiser formulas are those of Flower's FedAvg, FedAdam and FedYogi on the pseudo-gradient d.
+Anyone who repeats these operations gets the same bits, so a round can be replayed from its update files.
+Sites come in the order of their names; every sum runs left to right from 0.0; no compensated or parallel
+summation. The optimiser formulas are those of Flower's FedAvg, FedAdam and FedYogi on the pseudo-gradient
+d.
 """
 
 from __future__ import annotations
