@@ -1,10 +1,9 @@
-"""How well the default recipe predicts, at epsilon 1, 3, 8 and without privacy; writes docs/results/utility.md.
+"""How well the default recipe predicts, at epsilon 1, 3, 8 and without privacy: docs/results/utility.md.
 
-Every private figure comes from the code that runs at a site (`clients.dp`) and from the aggregation that the
-verifier replays (`audit.replay`): clipped sums on the integer grid, discrete Gaussian noise of full size at each
-site from the operating system's entropy, calibrated with the accountant. The log, the keys and Flower are left
-out because they change no number. Twenty splits each; the recipe is the same everywhere but for the learning
-rate of the credit data. Nothing is selected on the test rows.
+Every private figure comes from the code that runs at a site (`clients.dp`) and from the aggregation that
+the verifier replays (`audit.replay`): clipped sums on the integer grid, discrete Gaussian noise of full
+size at each site from the operating system's entropy, calibrated with the accountant. The log, the keys
+and Flower are left out because they change no number. Nothing is selected on the test rows.
 """
 
 from __future__ import annotations
@@ -46,6 +45,20 @@ Labels = NDArray[np.int64]
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 DELTA, ROUNDS, AVERAGE_LAST, GRID_BITS = 1e-5, 30, 15, 20
+
+HEADER = """# Utility
+
+`make results`, {date:%Y-%m-%d}. Means and standard deviations of {splits} splits.
+
+Recipe R0: one linear layer, every row in every round, 30 rounds, clipping norm 1, learning rate 6 unless
+said, the last 15 rounds averaged. The whole noise is added **at each site** (no secure aggregation), drawn
+anew for every figure. Unit of privacy: one row. Neighbouring relation: add/remove. Delta 1e-5. Accountant:
+PLD. Epsilon is each site's own, over the whole run. The number of rows of a site is a declared constant.
+"""
+FOOTER = """AUC of digits is one class against the rest, averaged over classes. Local-only models see one
+site's rows and have no privacy at all: where they score as high, joining a private federation bought that
+site protection from those who read the model, and not accuracy.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,29 +294,13 @@ def main() -> None:
         tasks.append(credit())
     else:
         print(f"credit default: skipped, {DATA.name}/ with the published files is not beside the project")
-    lines = [
-        "# Utility",
-        "",
-        f"`make results`, {datetime.now(UTC):%Y-%m-%d}. Means and standard deviations of {arguments.splits} splits.",
-        "",
-        "Recipe R0: one linear layer, every row in every round, 30 rounds, clipping norm 1, learning rate 6 unless",
-        "said, the last 15 rounds averaged. The whole noise is added **at each site** (no secure aggregation), drawn",
-        "anew for every figure. Unit of privacy: one row. Neighbouring relation: add/remove. Delta 1e-5. Accountant:",
-        "PLD. Epsilon is each site's own, over the whole run. The number of rows of a site is a declared constant.",
-        "Nothing was tuned on these splits except where a note says so.",
-        "",
-    ]
+    lines = [HEADER.format(date=datetime.now(UTC), splits=arguments.splits)]
     for task in tasks:
         lines += [f"## {task.name}", "", task.note + ".", "", "| | accuracy | AUC |", "|---|---|---|"]
         for name, pairs in measure(task, arguments.splits):
             lines.append(f"| {name} | {_cell([p[0] for p in pairs])} | {_cell([p[1] for p in pairs])} |")
         lines.append("")
-    lines += [
-        "AUC of digits is one class against the rest, averaged over classes. Local-only models see one site's rows",
-        "and have no privacy at all: where they score as high, a federation with privacy buys that site protection",
-        "for those who read the model, and not accuracy.",
-        "",
-    ]
+    lines.append(FOOTER)
     arguments.out.write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {arguments.out.relative_to(ROOT)}")
 
