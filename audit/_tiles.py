@@ -1,4 +1,4 @@
-"""Nodes of the stored tree, read from rows of leaves and tiles; perfect subtrees never change and are cached."""
+"""Nodes of the stored tree, read from rows of leaves and tiles; perfect subtrees are immutable and cached."""
 
 from __future__ import annotations
 

@@ -178,9 +178,22 @@ def verify_inclusion(
         InclusionError: the index is outside the tree, a hash is not 32 bytes, or the proof's length is wrong.
         RootMismatchError: the proof leads to another root.
     """
+    computed = root_from_inclusion_proof(leaf_index, tree_size, leaf_hash, proof)
+    if computed != root_hash:
+        raise RootMismatchError(expected=root_hash, computed=computed)
+
+
+def root_from_inclusion_proof(
+    leaf_index: int, tree_size: int, leaf_hash: bytes, proof: Sequence[bytes]
+) -> bytes:
+    """Return the only root under which `proof` shows `leaf_hash` at `leaf_index`.
+
+    Raises:
+        InclusionError: the index is outside the tree, a hash is not 32 bytes, or the proof's length is wrong.
+    """
     if not 0 <= leaf_index < tree_size <= MAX_TREE_SIZE:
         raise InclusionError(f"leaf {leaf_index} is not in a tree of {tree_size}")
-    _check_hashes(InclusionError, leaf_hash, root_hash, *proof)
+    _check_hashes(InclusionError, leaf_hash, *proof)
     node, last, computed = leaf_index, tree_size - 1, leaf_hash
     for sibling in proof:
         if last == 0:
@@ -196,8 +209,7 @@ def verify_inclusion(
         last >>= 1
     if last:
         raise InclusionError(f"the proof of {len(proof)} hashes is too short for a tree of {tree_size}")
-    if computed != root_hash:
-        raise RootMismatchError(expected=root_hash, computed=computed)
+    return computed
 
 
 def verify_consistency(*, size1: int, size2: int, root1: bytes, root2: bytes, proof: Sequence[bytes]) -> None:

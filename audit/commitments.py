@@ -1,0 +1,54 @@
+"""Salted commitments and random pseudonyms: how a leaf speaks of a value it must not hold.
+
+A commitment's salt is fresh for each field of each event and lives outside the log; without it neither a
+low-entropy value can be guessed nor two equal values be linked. Giving someone (salt, value) opens exactly
+that commitment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+
+from audit.errors import CommitmentError
+
+SALT_SIZE = 32
+
+_FIELD = re.compile(r"[a-z][a-z0-9_.]{0,63}")
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+
+
+def new_salt() -> bytes:
+    return secrets.token_bytes(SALT_SIZE)
+
+
+def new_pseudonym() -> str:
+    """Return 128 random bits in hex; its mapping to a person is kept, and erased, elsewhere."""
+    return secrets.token_hex(16)
+
+
+def commit(field: str, salt: bytes, value: bytes) -> str:
+    """Return hex SHA-256("affidavit/commit/v1" 0x00 field 0x00 salt value).
+
+    Raises:
+        CommitmentError: the field's name or the salt's length is out of form.
+    """
+    if not _FIELD.fullmatch(field):
+        raise CommitmentError(f"field {field[:80]!r} is not a lower-case name of at most 64 characters")
+    if len(salt) != SALT_SIZE:
+        raise CommitmentError(f"the salt of {field!r} has {len(salt)} bytes, not {SALT_SIZE}")
+    return hashlib.sha256(b"affidavit/commit/v1\x00" + field.encode() + b"\x00" + salt + value).hexdigest()
+
+
+def verify_opening(commitment: str, *, field: str, salt: bytes, value: bytes) -> None:
+    """Prove that `commitment` was made from this field, salt and value.
+
+    Raises:
+        CommitmentError: it was not.
+    """
+    if not _HEX64.fullmatch(commitment):
+        raise CommitmentError(f"the commitment of {field!r} is not a lower-case hex SHA-256")
+    if not hmac.compare_digest(commit(field, salt, value), commitment):
+        raise CommitmentError(f"salt and value do not open the commitment of {field!r}")
