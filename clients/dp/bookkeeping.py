@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clients.dp.errors import ShapeError, TermsError, UnsupportedModelError
 from clients.dp.grid import Precision
-from clients.dp.layers import LayerBook, book_of
+from clients.dp.layers import LayerBook, book_of, refuse_in_place
 from clients.dp.losses import OUTPUT_GRADIENTS, Loss, OutputGradient
 from clients.dp.selfcheck import check_against_definition
 
@@ -149,16 +149,14 @@ class BookPass:
         self._tape: list[tuple[LayerBook, object, Tensor]] = []
         for module, book in books.items():
             module.forward = self._recorder(book)
-        for module in model.modules():
-            if hasattr(module, "inplace"):
-                setattr(module, "inplace", False)  # noqa: B010  or it overwrites the output we take gradients at
+        refuse_in_place(model)
         self._steps = _flatten(model)
 
-    def _recorder(self, book: LayerBook) -> Callable[[Tensor], Tensor]:
+    def _recorder(self, book: LayerBook) -> Callable[..., Tensor]:
         tape, forward = self._tape, book.forward
 
-        def record(x: Tensor) -> Tensor:
-            out, kept = forward(x)
+        def record(x: Tensor, *rest: object) -> Tensor:
+            out, kept = forward(x, *rest)
             if not out.requires_grad:
                 out.requires_grad_()
             tape.append((book, kept, out))
@@ -249,9 +247,10 @@ def _private_copy(model: nn.Module) -> nn.Module:
 
 
 def _flatten(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
-    if model._forward_hooks or model._forward_pre_hooks or type(model) is not nn.Sequential:
+    hooked = model._forward_hooks or model._forward_pre_hooks
+    if hooked or not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         return [model]
-    return [step for module in model for step in (_flatten(module) if list(module.children()) else [module])]
+    return [step for module in model for step in _flatten(module)]
 
 
 def _precision_of(trainable: list[tuple[str, nn.Parameter]]) -> tuple[torch.dtype, Precision]:

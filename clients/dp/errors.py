@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from clients.errors import ClientsError
 
-class DPError(Exception):
+
+class DPError(ClientsError):
     """Base of every error `clients.dp` raises on purpose."""
 
     code = "clients.dp.error"

@@ -9,6 +9,7 @@ rational arithmetic, and loads without torch.
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
 
@@ -23,16 +24,16 @@ SLACK: dict[Precision, Fraction] = {"float64": Fraction(1, 10**6), "float32": Fr
 
 With u the unit roundoff, B rows in the sum and k additions behind each coordinate:
 
-1. The clipping factor comes from a rounded norm. A norm is a sum of at most D squares, or a Gram product with an
-   upward guard (`layers`), so a scaled gradient exceeds C by less than D u.
-2. Removing a row changes how the others are added up; each float sum errs by at most k u B C (Higham 2002, 3.1).
-3. A row's own gradient may round differently in another batch: q u B C, where q grows with the network's depth,
-   width and conditioning. This term is a model of rounding, not a bound for every conceivable network.
+1. The clipping factor comes from a rounded norm. A norm is a sum of at most D squares, or a Gram product with
+   an upward guard (`layers`), so a scaled gradient exceeds C by less than D u.
+2. Removing a row changes how the others are added up; each float sum errs by at most k u B C (Higham 3.1).
+3. A row's own gradient may round differently in another batch: q u B C, where q grows with the network's
+   depth, width and conditioning. This term is a model of rounding, not a bound for every network there is.
 
 Sums are taken in blocks of 1024 rows, so with one position a row k is about 1024 + B / 1024.
 float64, u = 1.1e-16: 2 (k + q) u B < 1e-6 up to 2**20 rows and k + q = 4000.
-float32, u = 6.0e-8: 2 (k + q) u B < 2**-8 only while (k + q) B < 3e4. Beyond it 2**-8 counts on roundings that do
-not all point the same way, so float32 is a declared choice and float64 the default.
+float32, u = 6.0e-8: 2 (k + q) u B < 2**-8 only while (k + q) B < 3e4. Beyond it 2**-8 counts on roundings
+that do not all point the same way, so float32 is a declared choice and float64 the default.
 """
 
 MAX_ROWS = 1 << 24
@@ -64,7 +65,7 @@ def sensitivity_grid(*, grid_bits: int, dimension: int, relation: Relation, prec
     return math.ceil((gradients << grid_bits) * (1 + SLACK[precision])) + ceil_sqrt(dimension)
 
 
-def sigma_grid(*, noise_multiplier: float | Fraction, sensitivity: int) -> int:
+def sigma_grid(*, noise_multiplier: float | Decimal | Fraction, sensitivity: int) -> int:
     """Return the noise in grid units: the least integer of at least noise_multiplier * sensitivity.
 
     Raises:

@@ -13,6 +13,7 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from clients.dp.errors import UnsupportedModelError
+from clients.dp.layers import refuse_in_place
 from clients.dp.losses import OutputGradient
 
 
@@ -27,6 +28,7 @@ class HookPass:
         memo |= {id(value): value for value in model.buffers()}
         private = copy.deepcopy(model, memo)
         was_training = private.training
+        refuse_in_place(private)
         problems = ModuleValidator.validate(private.train(), strict=False)
         if problems:
             raise UnsupportedModelError("model", "; ".join(str(problem) for problem in problems))

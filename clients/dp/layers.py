@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clients.dp.errors import UnsupportedModelError
+
 _GUARD = {torch.float64: 2.0**-40, torch.float32: 2.0**-22}
 """A Gram matrix may cancel: this share of its Cauchy-Schwarz bound is added: no norm is understated."""
 
@@ -35,7 +37,7 @@ class LayerBook:
         self.views: dict[str, Tensor] = {}
         self.invalid: Tensor | None = None  # bool (B,): rows this layer cannot even look up
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, *rest: Any) -> tuple[Tensor, Any]:
         """Return the layer's output and what must be kept of its input."""
         raise NotImplementedError
 
@@ -95,7 +97,8 @@ class _MatrixBook(LayerBook):
             weight.view(-1).addmv_(self._per_example.t(), factors)
         elif self._sequence is not None:
             x, g = self._sequence
-            weight.addmm_((g * factors[:, None, None]).flatten(0, 1).t(), x.flatten(0, 1))
+            scaled = (g * factors[:, None, None]).flatten(0, 1)
+            weight.view(len(weight), -1).addmm_(scaled.t(), x.flatten(0, 1))
         if self.bias is not None and self._bias_gradients is not None:
             self.views["bias"].addmv_(self._bias_gradients.t(), factors)
         self._flat = self._sequence = self._per_example = self._bias_gradients = None
@@ -267,7 +270,11 @@ class SiteInterceptBook(_VectorBook):
         self._weight: Tensor = module.weight  # type: ignore[assignment]
         self._site: int | None = module.site  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, site: object = None) -> tuple[Tensor, None]:
+        if site is not None:
+            raise UnsupportedModelError(
+                "SiteIntercept", "set its `site`; a site given per call is for prediction"
+            )
         if self._site is None:
             return x + self._weight.mean(0), None
         return x + self._weight[self._site], None
@@ -302,6 +309,13 @@ def book_of(module: nn.Module) -> LayerBook | None:
     if kind.__name__ == "SiteIntercept" and hasattr(module, "site") and hasattr(module, "weight"):
         return SiteInterceptBook(module)
     return None
+
+
+def refuse_in_place(model: nn.Module) -> None:
+    """Turn off in-place activations, which would overwrite the outputs that gradients are taken at."""
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            setattr(module, "inplace", False)  # noqa: B010  its type is known to no stub
 
 
 def _positions(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -36,17 +37,16 @@ _DTYPES: dict[Precision, torch.dtype] = {"float64": torch.float64, "float32": to
 class MechanismTerms:
     """The charter's constants of a release; none of them may depend on data."""
 
-    max_grad_norm: float  # C, gradient units
-    noise_multiplier: float | Fraction  # noise parameter / sensitivity, dimensionless
-    sample_rate: float  # probability that a row takes part in a step; 1 = every row
+    max_grad_norm: float | Decimal  # C, gradient units
+    noise_multiplier: float | Decimal | Fraction  # noise parameter / sensitivity, dimensionless
+    sample_rate: float | Decimal  # probability that a row takes part in a step; 1 = every row
     relation: Relation
     grid_bits: int = 24  # C maps to 2**grid_bits grid units
     precision: Precision = "float64"
     local_steps: int = 1
-    local_learning_rate: float | None = None  # required when local_steps > 1
-    normaliser: float | None = (
-        None  # divides each noisy sum, nominal rows * sample_rate; required when local_steps > 1
-    )
+    local_learning_rate: float | Decimal | None = None  # required when local_steps > 1
+    normaliser: float | Decimal | None = None  # nominal rows * sample_rate; required when local_steps > 1
+    rows_per_unit: int = 1  # rows one person may have; each is clipped to C / rows_per_unit, a person to C
 
     def __post_init__(self) -> None:
         sampling_of(self.sample_rate)
@@ -54,6 +54,12 @@ class MechanismTerms:
             raise TermsError("max_grad_norm", self.max_grad_norm, "give a positive number")
         if self.precision not in _DTYPES:
             raise TermsError("precision", self.precision, "give float64 or float32")
+        if self.rows_per_unit < 1 or (self.rows_per_unit > 1 and self.sample_rate != 1):
+            raise TermsError(
+                "rows_per_unit",
+                self.rows_per_unit,
+                "give 1, or any count with sample_rate 1: coins are a row's own",
+            )
         if not 1 <= self.local_steps <= 100_000:
             raise TermsError("local_steps", self.local_steps, "give a whole number from 1 to 100000")
         if self.local_steps > 1:
@@ -66,7 +72,7 @@ class MechanismTerms:
     @property
     def scale(self) -> float:
         """Grid units in one gradient unit."""
-        return float(2**self.grid_bits / self.max_grad_norm)
+        return float(2**self.grid_bits) / float(self.max_grad_norm)
 
     def sensitivity_grid(self, dimension: int) -> int:
         """Return the bound, in grid units, on what one neighbouring change can move a step's sum."""
@@ -87,13 +93,13 @@ class Release:
 
     update: NDArray[np.int64]  # shape (dimension,), grid units
     sampling: Sampling
-    sample_rate: float
+    sample_rate: float | Decimal
     steps: int
     sigma_grid: int
     sensitivity_grid: int
     dimension: int
     grid_bits: int
-    max_grad_norm: float
+    max_grad_norm: float | Decimal
     relation: Relation
 
 
@@ -124,7 +130,8 @@ class Mechanism:
         self.terms = terms
         self._dtype = _DTYPES[terms.precision]
         self._model = copy.deepcopy(model).to(self._dtype)
-        self._gradient = ClippedGradient(self._model, terms.max_grad_norm, loss)
+        row_norm = float(terms.max_grad_norm) / terms.rows_per_unit
+        self._gradient = ClippedGradient(self._model, row_norm, loss)
         self._parameters = [value for value in self._model.parameters() if value.requires_grad]
         self.dimension = self._gradient.dimension
         self.sensitivity_grid = terms.sensitivity_grid(self.dimension)
@@ -200,7 +207,7 @@ class Mechanism:
             raise TermsError(
                 "local_learning_rate", rate, "give it and normaliser when local_steps is above 1"
             )
-        factor = rate / (normaliser * terms.scale)
+        factor = float(rate) / (float(normaliser) * terms.scale)
         weights = base.clone()
         try:
             for _ in range(terms.local_steps):

@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import threading
+from decimal import Decimal
 from fractions import Fraction
 from typing import NoReturn, Self
 
@@ -71,7 +72,7 @@ class SecureRandom:
         """Return `size` independent uniform 64-bit integers (read-only)."""
         return np.frombuffer(self.uniform_bytes(8 * size), dtype="<u8")
 
-    def bernoulli(self, probability: float, size: int) -> NDArray[np.bool_]:
+    def bernoulli(self, probability: float | Decimal, size: int) -> NDArray[np.bool_]:
         """Return `size` independent coins, each true with `probability` to within 2**-64.
 
         Probabilities 0 and 1 are exact and draw nothing.

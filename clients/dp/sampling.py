@@ -5,6 +5,7 @@ The number of rows stays inside: it decides how many coins are tossed, never wha
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from clients.dp.randomness import SecureRandom
 Sampling = Literal["poisson", "full"]
 
 
-def sampling_of(sample_rate: float) -> Sampling:
+def sampling_of(sample_rate: float | Decimal) -> Sampling:
     """Return what a charter's `sample_rate` q in (0, 1] means: q = 1 is every row, anything less is Poisson.
 
     Raises:
@@ -27,7 +28,7 @@ def sampling_of(sample_rate: float) -> Sampling:
     return "full" if sample_rate == 1 else "poisson"
 
 
-def sample_rows(random: SecureRandom, *, rows: int, sample_rate: float) -> NDArray[np.int64] | None:
+def sample_rows(random: SecureRandom, *, rows: int, sample_rate: float | Decimal) -> NDArray[np.int64] | None:
     """Return the indices of the rows that take part, ascending; None is all of them (q = 1, no coin).
 
     Args:

@@ -34,7 +34,7 @@ def example_gradients(model: nn.Module, loss: Loss, inputs: Tensor, targets: Ten
 def check_against_definition(
     model: nn.Module, loss: Loss, like: Tensor, build: Callable[[nn.Module, float], Engine]
 ) -> None:
-    """Compare `build`'s engine with the definition on 3 and on 5 made-up rows, some of them clipped.
+    """Compare `build`'s engine with the definition on 3, 5 and 1 made-up rows, some of them clipped.
 
     Raises:
         UnsupportedModelError: they differ, or the model cannot run on rows of this shape.
@@ -45,7 +45,7 @@ def check_against_definition(
         for value in probe.parameters():
             value.copy_(torch.randn(value.shape, generator=generator, dtype=value.dtype) * 0.3 + 0.1)
     engine: Engine | None = None
-    for rows in (3, 5):
+    for rows in (3, 5, 1):
         inputs = _made_up_rows(probe, like, rows, generator)
         try:
             outputs = probe(inputs)
@@ -69,7 +69,7 @@ def check_against_definition(
         if not error_norm <= _TOLERANCE[found.dtype] * max(float(expected.norm()), max_grad_norm):
             raise UnsupportedModelError(
                 "model",
-                "rows have no gradients of their own: look for mixed rows, a moved batch axis, in-place steps",
+                "rows have no gradients of their own: look for mixed rows, a moved batch axis, in-place",
             )
 
 
