@@ -1,0 +1,116 @@
+"""Whether the past that a coordinator shows is the one everybody saw: in a witnessed checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from audit.entries import (
+    Body,
+    RoundCompleted,
+    SiteStatement,
+    SiteUndelivered,
+    decode_entry,
+    decode_signature,
+    signing_payload,
+)
+from audit.errors import AuditError
+from audit.keys import VerifyKey
+from audit.merkle import hash_leaf
+from audit.tlog_policy import Policy
+from audit.tlog_proof import verify_tlog_proof
+from clients.errors import RefusedError
+from clients.requests import LoggedEntry
+
+Clock = Callable[[], datetime]
+
+
+@dataclass(frozen=True, slots=True)
+class WitnessedEntry:
+    """An entry that the log's key and the site's own quorum of witnesses stand behind."""
+
+    body: Body
+    leaf_hash: str
+    leaf_index: int
+
+
+class History:
+    """Reads logged entries by the site's own policy; what it returns is believed, all else is refused."""
+
+    def __init__(self, policy: Policy, statement_key: VerifyKey, clock: Clock) -> None:
+        self._policy, self._statement_key, self._clock = policy, statement_key, clock
+
+    def witnessed(self, logged: LoggedEntry) -> WitnessedEntry:
+        """Prove an entry.
+
+        Raises:
+            RefusedError: unwitnessed_history; bad proof, another log, or fewer witnesses than the quorum.
+        """
+        leaf_hash = hash_leaf(logged.leaf)
+        try:
+            accepted = verify_tlog_proof(
+                logged.proof, leaf_hash=leaf_hash, policy=self._policy, now=int(self._clock().timestamp())
+            )
+            entry = decode_entry(logged.leaf)
+        except AuditError as error:
+            raise RefusedError("unwitnessed_history", f"{error.code}: {error}") from error
+        if not accepted.quorum.satisfied:
+            quorum = accepted.quorum
+            raise RefusedError(
+                "unwitnessed_history",
+                f"{quorum.have} of {quorum.need} witnesses cosigned; missing {', '.join(quorum.missing)}",
+            )
+        return WitnessedEntry(entry.body, leaf_hash.hex(), logged.proof.leaf_index)
+
+    def round_completed(
+        self, logged: LoggedEntry | None, *, run: str, number: int
+    ) -> tuple[RoundCompleted, str]:
+        """Return the witnessed entry of a completed round and its leaf hash.
+
+        Raises:
+            RefusedError: unwitnessed_history, or round_out_of_order when it is another round's entry.
+        """
+        if logged is None:
+            raise RefusedError("unwitnessed_history", f"nothing shows that round {number} was completed")
+        found = self.witnessed(logged)
+        if not isinstance(found.body, RoundCompleted):
+            raise RefusedError(
+                "unwitnessed_history", f"the entry shown for round {number} is no round.completed"
+            )
+        if (found.body.run, found.body.round) != (run, number):
+            raise RefusedError(
+                "round_out_of_order",
+                f"the entry is round {found.body.round} of run {found.body.run}, not {number} of {run}",
+            )
+        return found.body, found.leaf_hash
+
+    def own_statement(self, logged: LoggedEntry) -> tuple[SiteStatement, str, bool]:
+        """Return a witnessed statement of this site, its leaf hash, and whether it is in a round.
+
+        Raises:
+            RefusedError: unwitnessed_history; it is no statement, or this site never signed it.
+        """
+        found = self.witnessed(logged)
+        if isinstance(found.body, SiteStatement):
+            statement, in_round = found.body, True
+        elif isinstance(found.body, SiteUndelivered):
+            statement, in_round = found.body.statement, False
+        else:
+            raise RefusedError("unwitnessed_history", "the entry shown as this site's statement is none")
+        self.verify_own(statement)
+        return statement, found.leaf_hash, in_round
+
+    def verify_own(self, statement: SiteStatement) -> None:
+        """Prove that this site signed the statement.
+
+        Raises:
+            RefusedError: unwitnessed_history; it did not.
+        """
+        domain, payload = signing_payload(statement)
+        try:
+            self._statement_key.verify(domain, payload, decode_signature(statement.signature))
+        except AuditError as error:
+            raise RefusedError(
+                "unwitnessed_history", f"a statement this site never signed: {error}"
+            ) from error

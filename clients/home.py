@@ -1,0 +1,205 @@
+"""A site's home: what its people decided, and where its agent keeps what it must not lose.
+
+    site.yaml      name, population, data file, rules, lifetime budget
+    policy.txt     which log and which witnesses this site believes (C2SP tlog-policy)
+    keys/          the site's private keys
+    ledger.db      the odometer; odometer.json is its high-water mark, kept apart
+    witness.json   the last checkpoint this site cosigned
+
+The population is the name of the people behind the data. Its pseudonym is drawn once and stays: new files
+under the same population keep counting on the same odometer.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import yaml
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator
+
+from audit._files import write_durably
+from audit.decimals import decimal_text
+from audit.errors import AuditError
+from audit.tlog_policy import Policy
+from audit.witness import Witness
+from clients.errors import HomeError
+from clients.identity import SiteKeys
+
+SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_CONFIG: Final = "site.yaml"
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Population(BaseModel, frozen=True, extra="forbid"):
+    name: Annotated[str, StringConstraints(min_length=1, max_length=200)]
+    pseudonym: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+
+
+class LifetimeBudget(BaseModel, frozen=True, extra="forbid"):
+    """What this population may spend in all, whatever any charter says; only the site can raise it."""
+
+    epsilon: Annotated[Decimal, Field(gt=0, le=1000)]
+    delta: Annotated[Decimal, Field(gt=0, lt=Decimal("0.1"))]
+
+    @field_validator("epsilon", "delta", mode="before")
+    @classmethod
+    def _decimals(cls, value: Any) -> Any:
+        return (
+            Decimal(decimal_text(value))
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+            else value
+        )
+
+
+class Rules(BaseModel, frozen=True, extra="forbid"):
+    auto_approve: bool  # sign any charter that names this site: for demos and simulations
+    approved_charters: tuple[Digest, ...] = ()
+    purposes: tuple[str, ...] = ()  # a charter may only serve these; empty: whatever its people approved
+
+
+class SiteConfig(BaseModel, frozen=True, extra="forbid"):
+    name: Annotated[str, StringConstraints(pattern=rf"^{SITE_NAME.pattern}$")]
+    population: Population
+    data: Path
+    lifetime: LifetimeBudget
+    rules: Rules
+
+
+@dataclass(frozen=True, slots=True)
+class SiteHome:
+    path: Path
+    config: SiteConfig
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        name: str,
+        data: Path,
+        population: str,
+        lifetime_epsilon: str,
+        lifetime_delta: str,
+        auto_approve: bool,
+        purposes: tuple[str, ...] = (),
+    ) -> SiteHome:
+        """Make a site's home with new keys and a new population pseudonym.
+
+        Raises:
+            HomeError: the home exists, or a value is not allowed.
+            IdentityError: the keys cannot be written.
+        """
+        if (path / _CONFIG).exists():
+            raise HomeError(path, "is a site's home already", "choose another folder; a site is added once")
+        document = {
+            "name": name,
+            "population": {"name": population, "pseudonym": secrets.token_hex(16)},
+            "data": str(data.resolve()),
+            "lifetime": {"epsilon": lifetime_epsilon, "delta": lifetime_delta},
+            "rules": {"auto_approve": auto_approve, "approved_charters": (), "purposes": purposes},
+        }
+        home = cls(path, _validated(path / _CONFIG, document))
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        SiteKeys.create(path / "keys")
+        home._write()
+        return home
+
+    @classmethod
+    def open(cls, path: Path) -> SiteHome:
+        """Read a site's home.
+
+        Raises:
+            HomeError: there is none, or `site.yaml` breaks a rule; names the key and the fix.
+        """
+        config = path / _CONFIG
+        try:
+            document = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise HomeError(config, "is missing", "make the site with `affidavit site add`") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise HomeError(config, f"cannot be read: {error}", "mend or restore the file") from error
+        return cls(path, _validated(config, document))
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.path / "ledger.db"
+
+    @property
+    def high_water_path(self) -> Path:
+        return self.path / "odometer.json"
+
+    @property
+    def witness_path(self) -> Path:
+        return self.path / "witness.json"
+
+    def keys(self) -> SiteKeys:
+        return SiteKeys.open(self.path / "keys")
+
+    def approve(self, digest: str) -> SiteHome:
+        """Return the home with one more approved charter, written to `site.yaml`."""
+        approved = tuple(sorted({*self.config.rules.approved_charters, digest}))
+        rules = self.config.rules.model_dump() | {"approved_charters": approved}
+        document = self.config.model_dump(mode="json") | {"rules": rules}
+        home = SiteHome(self.path, _validated(self.path / _CONFIG, document))
+        home._write()
+        return home
+
+    def policy(self) -> Policy:
+        """Read the site's own trust file.
+
+        Raises:
+            HomeError: it is missing or malformed.
+        """
+        path = self.path / "policy.txt"
+        try:
+            return Policy.parse(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise HomeError(
+                path, "is missing", "ask the federation's members for their policy, compare it"
+            ) from error
+        except (AuditError, UnicodeDecodeError) as error:
+            raise HomeError(path, str(error), "mend the file") from error
+
+    def join(self, policy: Policy) -> None:
+        """Believe this policy, and begin to follow its log as a witness.
+
+        Raises:
+            HomeError: the site follows another log already.
+        """
+        if len(policy.logs) != 1:
+            raise HomeError(
+                self.path, f"the policy names {len(policy.logs)} logs", "a site follows exactly one"
+            )
+        log = policy.logs[0].verifier
+        if self.witness_path.exists():
+            if self.policy().logs[0].verifier != log:
+                raise HomeError(
+                    self.path, "follows another log already", "keep its policy, or add a new site"
+                )
+        else:
+            Witness.create(self.witness_path, self.keys().witness_signer(self.name), log)
+        write_durably(self.path / "policy.txt", policy.format().encode())
+
+    def _write(self) -> None:
+        document = self.config.model_dump(mode="json")
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        write_durably(self.path / _CONFIG, text.encode())
+
+
+def _validated(path: Path, document: object) -> SiteConfig:
+    try:
+        return SiteConfig.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise HomeError(path, f"{key}: {first['msg']}", "mend this key") from error

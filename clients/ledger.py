@@ -1,0 +1,372 @@
+"""The odometer: every noised release of a population, across runs, trials and charters, for good.
+
+Debit, release bytes and statement are one row, written in one durable transaction before anything is sent;
+the row is the debit. The same request again finds its row and gets the same bytes. A second file,
+`odometer.json`, holds the high-water mark of each population and is raised after each commit: a ledger that
+ends below it is an old copy.
+
+Order of calls: `reserve` once a run is accepted, `commit_release` once a round, `mark_delivered` when a
+witnessed checkpoint shows the statement, `close_run` at the end. Everything is append-only but the two
+marks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from sqlalchemy import LargeBinary, MetaData, UniqueConstraint, event, text
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlmodel import Field, SQLModel, create_engine, insert, select, update
+
+from audit._files import write_durably
+from audit.canonical import JsonValue, canonical_bytes, parse_canonical
+from audit.entries import ZERO_DIGEST, MechanismEvent, SiteStatement, body_document, event_hash, parse_body
+from clients.errors import HomeError, LedgerBehindError, OdometerError
+
+SCHEMA_VERSION: Final = 1
+
+
+class _SiteTable(SQLModel):
+    metadata: ClassVar[MetaData] = MetaData()
+
+
+class ReleaseRow(_SiteTable, table=True):
+    __tablename__ = "release"
+    __table_args__ = (UniqueConstraint("population", "sequence"), UniqueConstraint("run", "round"))
+    id: int | None = Field(default=None, primary_key=True)
+    population: str
+    sequence: int
+    run: str
+    round: int
+    charter: str
+    request_digest: str
+    event_hash: str
+    statement: bytes = Field(sa_type=LargeBinary)  # canonical bytes of the signed body
+    update: bytes = Field(sa_type=LargeBinary)  # the update file as sent
+    delivered: int = 0
+
+
+class ReservationRow(_SiteTable, table=True):
+    __tablename__ = "reservation"
+    run: str = Field(primary_key=True)
+    population: str
+    charter: str
+    planned: bytes = Field(sa_type=LargeBinary)  # canonical bytes of the planned events
+    acceptance: bytes = Field(sa_type=LargeBinary)  # canonical bytes of the signed body
+    closed: int = 0
+
+
+_RELEASE: Final = ReleaseRow.__table__  # type: ignore[attr-defined]
+_RESERVATION: Final = ReservationRow.__table__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where a population's odometer stands."""
+
+    sequence: int
+    event_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    statement: SiteStatement
+    update: bytes
+    request_digest: str
+    delivered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    run: str
+    population: str
+    charter: str  # canonical text: a restarted agent goes on from here
+    planned: tuple[MechanismEvent, ...]
+    acceptance: bytes
+    closed: bool
+
+
+class SiteLedger:
+    """One site's ledger; exactly one process holds it at a time."""
+
+    def __init__(self, path: Path, high_water_path: Path) -> None:
+        """Open the ledger, making it when neither file exists yet.
+
+        Raises:
+            LedgerBehindError: the ledger ends below its high-water mark.
+            HomeError: another process holds it, or it is of another release.
+        """
+        self._path, self._high_water_path = path, high_water_path
+        self._mutex = threading.RLock()
+        self._lock = _exclusive_lock(path.with_suffix(".lock"))
+        try:
+            self._engine = _engine(path)
+            self._check_schema(new=not path.exists())
+            self._check_high_water()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        with self._mutex:
+            if self._lock >= 0:
+                self._engine.dispose()
+                os.close(self._lock)
+                self._lock = -1
+
+    def head(self, population: str) -> Head:
+        """Return the last event of the population: sequence 0 and zeros before the first."""
+        with self._read() as connection:
+            return _head(connection, population)
+
+    def release_of(self, run: str, server_round: int) -> Release | None:
+        with self._read() as connection:
+            found = connection.execute(
+                select(_RELEASE).where(_RELEASE.c.run == run, _RELEASE.c.round == server_round)
+            ).one_or_none()
+        return None if found is None else _release(found)
+
+    def releases(self, population: str) -> tuple[Release, ...]:
+        """Return every release of the population, in order."""
+        with self._read() as connection:
+            rows = connection.execute(
+                select(_RELEASE).where(_RELEASE.c.population == population).order_by(_RELEASE.c.sequence)
+            ).all()
+        return tuple(_release(row) for row in rows)
+
+    def events(self, population: str) -> tuple[MechanismEvent, ...]:
+        return tuple(release.statement.event for release in self.releases(population))
+
+    def commit_release(self, statement: SiteStatement, update_file: bytes, request_digest: str) -> Release:
+        """Write debit, bytes and statement in one durable transaction; only then may anything be sent.
+
+        Raises:
+            OdometerError: the statement does not continue the odometer, or the round was released before.
+        """
+        with self._write() as connection:
+            head = _head(connection, statement.population)
+            if (statement.sequence, statement.previous_event) != (head.sequence + 1, head.event_hash):
+                raise OdometerError(
+                    f"release {statement.sequence} after event {statement.previous_event[:8]} does not "
+                    f"continue the odometer, which stands at {head.sequence} ({head.event_hash[:8]})"
+                )
+            taken = select(_RELEASE.c.id).where(
+                _RELEASE.c.run == statement.run, _RELEASE.c.round == statement.round
+            )
+            if connection.execute(taken).first() is not None:
+                raise OdometerError(f"run {statement.run} round {statement.round} was released before")
+            connection.execute(
+                insert(_RELEASE).values(
+                    population=statement.population,
+                    sequence=statement.sequence,
+                    run=statement.run,
+                    round=statement.round,
+                    charter=statement.charter,
+                    request_digest=request_digest,
+                    event_hash=event_hash(statement),
+                    statement=canonical_bytes(body_document(statement)),
+                    update=update_file,
+                    delivered=0,
+                )
+            )
+        self._raise_high_water(statement.population, Head(statement.sequence, event_hash(statement)))
+        return Release(statement, update_file, request_digest, False)
+
+    def mark_delivered(self, run: str, server_round: int) -> None:
+        """Note that a witnessed checkpoint shows the release."""
+        with self._write() as connection:
+            connection.execute(
+                update(_RELEASE)
+                .where(_RELEASE.c.run == run, _RELEASE.c.round == server_round)
+                .values(delivered=1)
+            )
+
+    def undelivered(self, population: str) -> tuple[SiteStatement, ...]:
+        """Return the releases that no witnessed checkpoint has shown yet; they stay debited."""
+        return tuple(release.statement for release in self.releases(population) if not release.delivered)
+
+    def reserve(self, reservation: Reservation) -> None:
+        """Set a run's whole plan aside.
+
+        Raises:
+            OdometerError: the run was accepted before.
+        """
+        with self._write() as connection:
+            taken = select(_RESERVATION.c.run).where(_RESERVATION.c.run == reservation.run)
+            if connection.execute(taken).first():
+                raise OdometerError(f"run {reservation.run} was accepted before")
+            connection.execute(
+                insert(_RESERVATION).values(
+                    run=reservation.run,
+                    population=reservation.population,
+                    charter=reservation.charter,
+                    planned=canonical_bytes([body_document(planned) for planned in reservation.planned]),
+                    acceptance=reservation.acceptance,
+                    closed=0,
+                )
+            )
+
+    def reservation(self, run: str) -> Reservation | None:
+        with self._read() as connection:
+            row = connection.execute(select(_RESERVATION).where(_RESERVATION.c.run == run)).one_or_none()
+        return None if row is None else _reservation(row)
+
+    def open_reservations(self, population: str) -> tuple[Reservation, ...]:
+        with self._read() as connection:
+            rows = connection.execute(
+                select(_RESERVATION)
+                .where(_RESERVATION.c.population == population, _RESERVATION.c.closed == 0)
+                .order_by(_RESERVATION.c.run)
+            ).all()
+        return tuple(_reservation(row) for row in rows)
+
+    def committed_events(self, population: str) -> tuple[MechanismEvent, ...]:
+        """Return what is spent and what open runs may still spend: the events a new plan comes on top of."""
+        releases = self.releases(population)
+        events = [release.statement.event for release in releases]
+        for reservation in self.open_reservations(population):
+            used = sum(release.statement.run == reservation.run for release in releases)
+            events += reservation.planned[used:]
+        return tuple(events)
+
+    def close_run(self, run: str) -> None:
+        """End a run: no further round of it is answered, and what it had not used is free again."""
+        with self._write() as connection:
+            connection.execute(update(_RESERVATION).where(_RESERVATION.c.run == run).values(closed=1))
+
+    def _check_schema(self, *, new: bool) -> None:
+        with self._engine.begin() as connection:
+            version = connection.execute(text("PRAGMA user_version")).scalar_one()
+            if new or (version == 0 and not _has_tables(connection)):
+                if self._high_water():
+                    raise LedgerBehindError(
+                        population=next(iter(self._high_water())),
+                        ledger=0,
+                        seen=max(head.sequence for head in self._high_water().values()),
+                        witness=str(self._high_water_path),
+                    )
+                _SiteTable.metadata.create_all(connection)
+                connection.execute(text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
+            elif version != SCHEMA_VERSION:
+                raise HomeError(
+                    self._path,
+                    f"has schema {version}",
+                    f"use a release that reads it; this one reads {SCHEMA_VERSION}",
+                )
+
+    def _check_high_water(self) -> None:
+        for population, seen in self._high_water().items():
+            self.check_not_behind(population, seen, witness=str(self._high_water_path))
+
+    def check_not_behind(self, population: str, seen: Head, *, witness: str) -> None:
+        """Compare the ledger with an event that this population is known to have released.
+
+        Raises:
+            LedgerBehindError: the ledger lacks that event, or has another one in its place.
+        """
+        with self._read() as connection:
+            own = connection.execute(
+                select(_RELEASE.c.event_hash).where(
+                    _RELEASE.c.population == population, _RELEASE.c.sequence == seen.sequence
+                )
+            ).scalar_one_or_none()
+            head = _head(connection, population)
+        if own != seen.event_hash:
+            raise LedgerBehindError(
+                population=population, ledger=head.sequence, seen=seen.sequence, witness=witness
+            )
+
+    def _high_water(self) -> dict[str, Head]:
+        try:
+            data = self._high_water_path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        try:
+            document = json.loads(data)
+            return {
+                name: Head(int(item["sequence"]), str(item["event_hash"])) for name, item in document.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise HomeError(
+                self._high_water_path, "cannot be read", "restore it from the site's backup"
+            ) from error
+
+    def _raise_high_water(self, population: str, head: Head) -> None:
+        marks = self._high_water() | {population: head}
+        document: dict[str, JsonValue] = {
+            name: {"sequence": mark.sequence, "event_hash": mark.event_hash} for name, mark in marks.items()
+        }
+        write_durably(self._high_water_path, canonical_bytes(document))
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with self._mutex, self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with self._mutex, self._engine.begin() as connection:
+            yield connection
+
+
+def _engine(path: Path) -> Engine:
+    engine = create_engine(URL.create("sqlite", database=str(path)))
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _exclusive_lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise HomeError(
+            path, "another process holds this site's ledger", "stop the other agent first"
+        ) from error
+    return descriptor
+
+
+def _has_tables(connection: Connection) -> bool:
+    return bool(connection.execute(text("SELECT count(*) FROM sqlite_master")).scalar_one())
+
+
+def _head(connection: Connection, population: str) -> Head:
+    row = connection.execute(
+        select(_RELEASE.c.sequence, _RELEASE.c.event_hash)
+        .where(_RELEASE.c.population == population)
+        .order_by(_RELEASE.c.sequence.desc())
+        .limit(1)
+    ).one_or_none()
+    return Head(0, ZERO_DIGEST) if row is None else Head(row[0], row[1])
+
+
+def _release(row: Any) -> Release:
+    statement = parse_body(SiteStatement, parse_canonical(row.statement))
+    return Release(statement, row.update, row.request_digest, bool(row.delivered))
+
+
+def _reservation(row: Any) -> Reservation:
+    document = parse_canonical(row.planned)
+    if not isinstance(document, list):
+        raise OdometerError(f"the reservation of run {row.run} is damaged")
+    planned = tuple(parse_body(MechanismEvent, item) for item in document)
+    return Reservation(row.run, row.population, row.charter, planned, row.acceptance, bool(row.closed))

@@ -1,0 +1,289 @@
+"""Reads a site's data file (CSV or Parquet) and encodes it by the charter's declared bounds.
+
+Two readers of the same file, for two audiences. `load_training_data` serves a round: nothing about a single
+row may change whether or how the site answers, so a row outside the contract is clamped or left out,
+silently but for the site's own console. `inspect_file` serves the site's people: it names every file, row
+and column that is wrong. Only what is wrong with the file as a whole (missing, unreadable, without a
+column) stops either.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from audit.decimals import DecimalError, decimal_text, parse_decimal
+from audit.encoding import EncodingError, RowEncoder, is_missing
+from clients.errors import DataFileError, DataProblem
+from clients.terms import Terms
+
+_logger = logging.getLogger(__name__)
+
+FEW_ROWS: Final = 2
+MAX_REPORTED: Final = 1000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A data file as read: every cell a Python value, nothing interpreted yet."""
+
+    file: str
+    frame: pd.DataFrame  # dtype object
+    ragged: Mapping[int, int]  # position of a row with too few or too many cells: how many it has
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingData:
+    """The usable rows, encoded. How many there are is never released."""
+
+    inputs: NDArray[np.float64]  # (rows, encoded width)
+    targets: NDArray[np.float64]  # (rows,): class index, or label scaled to [-1, 1]
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV (UTF-8, with a header) or Parquet file.
+
+    Raises:
+        DataFileError: the file is missing, empty, unreadable, of another kind, or names a column twice.
+    """
+    try:
+        if path.suffix.lower() == ".csv":
+            return _read_csv(path)
+        if path.suffix.lower() in (".parquet", ".pq"):
+            return _read_parquet(path)
+    except FileNotFoundError as error:
+        raise _fatal(path, "does not exist", "correct `data:` in site.yaml") from error
+    except OSError as error:
+        raise _fatal(
+            path, f"cannot be read: {error.strerror or error}", "let the agent's user read it"
+        ) from error
+    raise _fatal(path, f"is a {path.suffix or 'nameless'} file", "give a .csv or .parquet file")
+
+
+def load_training_data(path: Path, terms: Terms) -> TrainingData:
+    """Return the file's usable rows for a round.
+
+    Raises:
+        DataFileError: the file as a whole cannot serve; never because of a row.
+    """
+    table = read_table(path)
+    _require_columns(table, terms)
+    encoder = RowEncoder(terms.features)
+    names = [str(feature["name"]) for feature in terms.features]
+    columns = [table.frame[name].tolist() for name in names]
+    labels = table.frame[terms.label["name"]].tolist()
+    chosen = _rows_within_subjects(table, terms)
+    inputs: list[list[float]] = []
+    targets: list[float] = []
+    left_out = 0
+    for position in chosen:
+        target = _target(labels[position], terms)
+        try:
+            if target is None or position in table.ragged:
+                raise EncodingError(())
+            encoded = encoder.encode(
+                {name: column[position] for name, column in zip(names, columns, strict=True)}
+            )
+        except EncodingError:
+            left_out += 1
+            continue
+        inputs.append(encoded)
+        targets.append(target)
+    if left_out:
+        _logger.warning(
+            "%s: %d rows are outside the contract and take no part; `affidavit site status` names them",
+            path,
+            left_out,
+        )
+    return TrainingData(
+        np.asarray(inputs, dtype=np.float64).reshape(len(inputs), encoder.size),
+        np.asarray(targets, dtype=np.float64),
+    )
+
+
+def inspect_file(path: Path, terms: Terms) -> tuple[DataProblem, ...]:
+    """Return everything in the file that the contract does not allow, for the site's own console."""
+    try:
+        table = read_table(path)
+        _require_columns(table, terms)
+    except DataFileError as error:
+        return error.problems
+    rows = len(table.frame)
+    problems: list[DataProblem] = []
+    if rows == 0:
+        problems.append(_about(table, "holds a header and no rows", "export the data again"))
+    elif rows < FEW_ROWS:
+        problems.append(
+            _about(table, "holds one row", "a site of one person can contribute little but noise; add rows")
+        )
+    encoder = RowEncoder(terms.features)
+    for position, cells in table.ragged.items():
+        problems.append(
+            DataProblem(
+                file=table.file,
+                row=position + 1,
+                column=None,
+                problem=f"has {cells} cells where the header has {len(table.frame.columns)}",
+                fix="check quotes and separators",
+            )
+        )
+    for position, row in enumerate(table.frame[list(encoder.names)].to_dict("records")):
+        if position in table.ragged:
+            continue
+        for found in encoder.check({str(name): value for name, value in row.items()}):
+            problem, _, fix = found.message.partition("; ")
+            problems.append(
+                DataProblem(
+                    file=table.file,
+                    row=position + 1,
+                    column=found.field,
+                    problem=problem,
+                    fix=fix or "correct it",
+                )
+            )
+    problems += _label_problems(table, terms)
+    return tuple(problems[:MAX_REPORTED])
+
+
+def _read_csv(path: Path) -> Table:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        try:
+            header = next(reader, [])
+            if not header:
+                raise _fatal(path, "is empty", "export it again, with a header that names the columns")
+            if len(set(header)) < len(header):
+                twice = sorted({name for name in header if header.count(name) > 1})
+                raise _fatal(path, f"names the columns {twice} twice", "name each column once")
+            rows: list[list[Any]] = []
+            ragged: dict[int, int] = {}
+            for cells in reader:
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    ragged[len(rows)] = len(cells)
+                    cells = (cells + [""] * len(header))[: len(header)]
+                rows.append(cells)
+        except csv.Error as error:
+            raise _fatal(path, f"line {reader.line_num}: {error}", "save it as plain CSV") from error
+    return Table(str(path), pd.DataFrame(rows, columns=header, dtype=object), ragged)
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise _fatal(path, f"is not a Parquet file: {error}", "write it again") from error
+    names = list(table.column_names)
+    if len(set(names)) < len(names):
+        raise _fatal(path, "names a column twice", "name each column once")
+    frame = pd.DataFrame({name: pd.Series(table[name].to_pylist(), dtype=object) for name in names})
+    return Table(str(path), frame, {})
+
+
+def _require_columns(table: Table, terms: Terms) -> None:
+    wanted = [str(feature["name"]) for feature in terms.features] + [str(terms.label["name"])]
+    if terms.subject_id:
+        wanted.append(terms.subject_id)
+    missing = [name for name in wanted if name not in table.frame.columns]
+    if missing:
+        raise DataFileError(
+            tuple(
+                DataProblem(
+                    file=table.file,
+                    row=None,
+                    column=name,
+                    problem="the column is missing",
+                    fix=f"add or rename it; the file has {', '.join(list(table.frame.columns)[:8])}…",
+                )
+                for name in missing
+            )
+        )
+
+
+def _rows_within_subjects(table: Table, terms: Terms) -> list[int]:
+    """Positions to use: with a subject column, each subject's first `max_rows_per_subject` rows."""
+    if not terms.subject_id:
+        return list(range(len(table.frame)))
+    seen: dict[str, int] = {}
+    chosen = []
+    for position, subject in enumerate(table.frame[terms.subject_id].tolist()):
+        if is_missing(subject):
+            continue  # nobody's row: it could be anybody's, so it takes no part
+        key = str(subject)
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] <= terms.max_rows_per_subject:
+            chosen.append(position)
+    return chosen
+
+
+def _target(value: Any, terms: Terms) -> float | None:
+    if is_missing(value):
+        return None
+    if "classes" in terms.label:
+        classes = list(terms.label["classes"])
+        name = _class_name(value)
+        return float(classes.index(name)) if name in classes else None
+    try:
+        number = float(parse_decimal(decimal_text(value)))
+    except DecimalError:
+        return None
+    lower, upper = _label_bounds(terms)
+    return 2.0 * (min(max(number, lower), upper) - lower) / (upper - lower) - 1.0
+
+
+def _class_name(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value
+    try:
+        return decimal_text(value)
+    except DecimalError:
+        return ""
+
+
+def _label_bounds(terms: Terms) -> tuple[float, float]:
+    return float(parse_decimal(terms.label["lower"])), float(parse_decimal(terms.label["upper"]))
+
+
+def _label_problems(table: Table, terms: Terms) -> list[DataProblem]:
+    name = str(terms.label["name"])
+    found = []
+    for position, value in enumerate(table.frame[name].tolist()):
+        if position in table.ragged:
+            continue
+        problem = ""
+        if _target(value, terms) is None:
+            allowed = ", ".join(terms.label.get("classes", ()))
+            problem = "is missing" if is_missing(value) else f"{str(value)[:40]!r} is not declared"
+            fix = f"use one of {allowed}" if allowed else "give a number"
+        elif "classes" not in terms.label:
+            lower, upper = _label_bounds(terms)
+            number = float(parse_decimal(decimal_text(value)))
+            if not lower <= number <= upper:
+                problem, fix = f"{str(value)[:40]!r} is outside {lower:g} to {upper:g}", "check the unit"
+        if problem:
+            found.append(
+                DataProblem(file=table.file, row=position + 1, column=name, problem=problem, fix=fix)
+            )
+    return found
+
+
+def _about(table: Table, problem: str, fix: str) -> DataProblem:
+    return DataProblem(file=table.file, row=None, column=None, problem=problem, fix=fix)
+
+
+def _fatal(path: Path, problem: str, fix: str) -> DataFileError:
+    return DataFileError((DataProblem(file=str(path), row=None, column=None, problem=problem, fix=fix),))

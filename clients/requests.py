@@ -1,0 +1,177 @@
+"""The requests an agent answers: untrusted bytes, strictly parsed into frozen values before anything else.
+
+Headers are canonical JSON objects with exactly the fields below. Entries travel with the proof that a
+witnessed checkpoint holds them: `{"entry": base64 of the leaf, "proof": tlog-proof text}`.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from audit.canonical import JsonValue, parse_canonical
+from audit.entries import RunStarted, parse_body
+from audit.errors import AuditError
+from audit.tlog_proof import TlogProof
+from clients.errors import RefusedError
+
+T = TypeVar("T")
+
+_RUN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,95}")
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+MAX_PROOF_CHARS: Final = 1 << 19
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedEntry:
+    """A leaf's bytes and where a log is said to hold them; nothing is believed yet."""
+
+    leaf: bytes
+    proof: TlogProof
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposeRequest:
+    run: RunStarted
+    charter: str
+    own_statement: LoggedEntry | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRequest:
+    run: str
+    round: int
+    charter: str
+    participants: tuple[str, ...]
+    previous_round: LoggedEntry | None
+    own_statement: LoggedEntry | None
+    base_model: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CosignRequest:
+    old_size: int
+    proof: tuple[bytes, ...]
+    note: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRequest:
+    run: str
+    own_statement: LoggedEntry | None
+
+
+def parse_header(
+    header: bytes, required: frozenset[str], optional: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Read a header with all of `required`, none but those and `optional`.
+
+    Raises:
+        RefusedError: bad_request; anything else.
+    """
+    try:
+        document = parse_canonical(header)
+    except AuditError as error:
+        raise _bad(f"the header is not canonical JSON: {error}") from error
+    if not isinstance(document, dict) or not required <= set(document) <= required | optional:
+        raise _bad(f"the header has exactly the fields {sorted(required)}")
+    return document
+
+
+def parse_charter_text(header: bytes) -> str:
+    return _text(parse_header(header, frozenset({"charter"})), "charter")
+
+
+def parse_propose(header: bytes) -> ProposeRequest:
+    document = parse_header(header, frozenset({"run_started", "charter"}), frozenset({"own_statement"}))
+    try:
+        run = parse_body(RunStarted, document["run_started"])
+    except AuditError as error:
+        raise _bad(f"run_started: {error}") from error
+    if not _RUN.fullmatch(run.run):
+        raise _bad(f"run_started.run: {run.run[:100]!r} cannot name a run")
+    return ProposeRequest(
+        run=run, charter=_text(document, "charter"), own_statement=_entry(document.get("own_statement"))
+    )
+
+
+def parse_round(header: bytes, blobs: Mapping[str, bytes]) -> RoundRequest:
+    document = parse_header(
+        header, frozenset({"run", "round", "charter", "participants", "previous_round", "own_statement"})
+    )
+    participants = document["participants"]
+    if not isinstance(participants, list) or not all(isinstance(name, str) for name in participants):
+        raise _bad("participants: is a list of sites' names")
+    number = document["round"]
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise _bad("round: is a whole number from 1")
+    if set(blobs) != {"base_model"}:
+        raise _bad("a round comes with the one blob base_model")
+    charter = _text(document, "charter")
+    if not _DIGEST.fullmatch(charter):
+        raise _bad("charter: is a digest")
+    return RoundRequest(
+        run=_text(document, "run"),
+        round=number,
+        charter=charter,
+        participants=tuple(participants),
+        previous_round=_entry(document["previous_round"]),
+        own_statement=_entry(document["own_statement"]),
+        base_model=blobs["base_model"],
+    )
+
+
+def parse_cosign(header: bytes) -> CosignRequest:
+    document = parse_header(header, frozenset({"old_size", "proof", "note"}))
+    old_size, hashes = document["old_size"], document["proof"]
+    if isinstance(old_size, bool) or not isinstance(old_size, int) or old_size < 0:
+        raise _bad("old_size: is a tree size")
+    if not isinstance(hashes, list) or len(hashes) > 64:
+        raise _bad("proof: is a list of at most 64 hashes")
+    return CosignRequest(
+        old_size=old_size,
+        proof=tuple(_base64(item, "proof") for item in hashes),
+        note=_text(document, "note").encode(),
+    )
+
+
+def parse_finished(header: bytes) -> FinishedRequest:
+    document = parse_header(header, frozenset({"run"}), frozenset({"own_statement"}))
+    return FinishedRequest(run=_text(document, "run"), own_statement=_entry(document.get("own_statement")))
+
+
+def _entry(value: JsonValue) -> LoggedEntry | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"entry", "proof"}:
+        raise _bad("a logged entry has the fields entry and proof")
+    proof = value["proof"]
+    if not isinstance(proof, str) or len(proof) > MAX_PROOF_CHARS:
+        raise _bad("proof: is the text of a tlog-proof")
+    try:
+        return LoggedEntry(leaf=_base64(value["entry"], "entry"), proof=TlogProof.parse(proof.encode()))
+    except (AuditError, UnicodeEncodeError) as error:
+        raise _bad(f"proof: {error}") from error
+
+
+def _text(document: Mapping[str, Any], name: str) -> str:
+    value = document[name]
+    if not isinstance(value, str):
+        raise _bad(f"{name}: is not text")
+    return value
+
+
+def _base64(value: JsonValue, name: str) -> bytes:
+    if not isinstance(value, str):
+        raise _bad(f"{name}: is not base64")
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError as error:
+        raise _bad(f"{name}: is not base64") from error
+
+
+def _bad(reason: str) -> RefusedError:
+    return RefusedError("bad_request", reason)

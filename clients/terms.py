@@ -1,0 +1,159 @@
+"""What an agreed charter asks of one site, read from its canonical form: all that an agent accepts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Final, cast
+
+from audit.canonical import parse_canonical
+from audit.decimals import parse_decimal
+from audit.encoding import RowEncoder
+from audit.entries import MechanismEvent
+from audit.epsilon import check_event
+from audit.errors import AuditError
+from audit.models import dimension, initial_weights, model_file
+from clients.dp.errors import DPError
+from clients.dp.grid import Precision, Relation, sensitivity_grid, sigma_grid, sum_limit
+from clients.dp.losses import Loss
+from clients.errors import RefusedError
+
+LOSSES: Final[dict[str, Loss]] = {
+    "binary": "binary_cross_entropy",
+    "multiclass": "cross_entropy",
+    "regression": "squared_error",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """One charter, as it binds one site; every field is a constant of the charter."""
+
+    digest: str
+    task: str
+    features: tuple[Mapping[str, Any], ...]
+    label: Mapping[str, Any]
+    layers: tuple[Mapping[str, Any], ...]
+    rounds: int
+    local_steps: int
+    local_learning_rate: float
+    minimum_sites: int
+    max_grad_norm: float
+    noise_multiplier: Fraction
+    sample_rate: Fraction
+    relation: Relation
+    precision: Precision
+    subject_id: str
+    max_rows_per_subject: int
+    purposes: tuple[str, ...]
+    sites: tuple[str, ...]  # sorted
+    identities: Mapping[str, str]
+    nominal_rows: int  # of this site
+    site_index: int
+    event: MechanismEvent  # the same in every round
+
+    @property
+    def loss(self) -> Loss:
+        return LOSSES[self.task]
+
+    @property
+    def normaliser(self) -> float:
+        """What a noisy sum is divided by inside local steps: public rows times sample rate."""
+        return float(self.nominal_rows * self.sample_rate)
+
+    def initial_model(self) -> bytes:
+        """Return the model file that the charter fixes as the start of every run."""
+        return model_file(list(self.layers), initial_weights(list(self.layers), self.digest))
+
+
+def charter_digest(canonical: str) -> str:
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_terms(canonical: str, *, site: str) -> Terms:
+    """Read the canonical text of a charter for `site`.
+
+    Raises:
+        RefusedError: it is not a charter, does not name the site, or asks for what this agent cannot give.
+    """
+    try:
+        document = parse_canonical(canonical.encode())
+        return _terms(cast("dict[str, Any]", document), charter_digest(canonical), site)
+    except (AuditError, DPError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RefusedError("bad_request", f"the charter cannot be read: {error!r}") from error
+
+
+def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
+    plan, privacy = document["plan"], document["privacy"]
+    members = {member["name"]: member for member in document["sites"]}
+    if site not in members:
+        raise RefusedError("charter_not_approved", f"the charter has no member called {site!r}")
+    sites = tuple(sorted(members))
+    layers = tuple(document["model"]["layers"])
+    features = tuple(document["features"])
+    RowEncoder(features)
+    subject = privacy["unit"] == "subject"
+    rate = Fraction(parse_decimal(privacy["sample_rate"]))
+    rows = int(privacy["max_rows_per_subject"]) if subject else 1
+    if subject and not privacy["subject_id"]:
+        raise RefusedError(
+            "charter_not_approved", "privacy.unit is subject, but no column identifies a subject"
+        )
+    if rows > 1 and rate < 1:
+        raise RefusedError(
+            "charter_not_approved",
+            "rows are sampled one by one, which gains nothing for a subject with several; set sample_rate: 1",
+        )
+    return Terms(
+        digest=digest,
+        task=document["task"],
+        features=features,
+        label=document["label"],
+        layers=layers,
+        rounds=int(plan["rounds"]),
+        local_steps=int(plan["local_steps"]),
+        local_learning_rate=float(parse_decimal(plan["local_learning_rate"])),
+        minimum_sites=int(plan["minimum_sites"]),
+        max_grad_norm=float(parse_decimal(privacy["max_grad_norm"])),
+        noise_multiplier=Fraction(parse_decimal(privacy["noise_multiplier"])),
+        sample_rate=rate,
+        relation=privacy["relation"],
+        precision=privacy["precision"],
+        subject_id=privacy["subject_id"] if subject else "",
+        max_rows_per_subject=rows,
+        purposes=tuple(document["purposes"]),
+        sites=sites,
+        identities={name: member["identity"] for name, member in members.items()},
+        nominal_rows=int(members[site]["nominal_rows"]),
+        site_index=sites.index(site),
+        event=_event(plan, privacy, dimension(layers)),
+    )
+
+
+def _event(plan: dict[str, Any], privacy: dict[str, Any], parameters: int) -> MechanismEvent:
+    sensitivity = sensitivity_grid(
+        grid_bits=privacy["grid_bits"],
+        dimension=parameters,
+        relation=privacy["relation"],
+        precision=privacy["precision"],
+    )
+    sigma = sigma_grid(
+        noise_multiplier=Fraction(parse_decimal(privacy["noise_multiplier"])), sensitivity=sensitivity
+    )
+    sum_limit(grid_bits=privacy["grid_bits"], sigma=sigma, steps=1)
+    event = MechanismEvent(
+        mechanism="discrete_gaussian",
+        sampling="full" if privacy["sample_rate"] == "1" else "poisson",
+        sample_rate=privacy["sample_rate"],
+        steps=int(plan["local_steps"]),
+        sigma_grid=sigma,
+        sensitivity_grid=sensitivity,
+        dimension=parameters,
+        grid_bits=privacy["grid_bits"],
+        relation=privacy["relation"],
+        unit=privacy["unit"],
+    )
+    check_event(event)
+    return event

@@ -1,0 +1,95 @@
+"""From a base model to one noised update: the site's data, model and mechanism, warm between rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from audit.errors import AuditError
+from audit.models import weights_of_file
+from audit.weights import encode_update
+from clients.dp.mechanism import Mechanism, MechanismTerms
+from clients.errors import DataFileError, RefusedError
+from clients.loader import TrainingData, load_training_data
+from clients.terms import Terms
+from federation.torch_models import build_model
+
+
+class Trainer:
+    """One site's data file and the mechanisms of the charters it serves."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._mechanisms: dict[str, Mechanism] = {}
+        self._data: tuple[tuple[str, int, int], TrainingData] | None = None
+
+    def check_file(self, terms: Terms) -> None:
+        """Read the file as a round would.
+
+        Raises:
+            DataFileError: the file as a whole cannot serve; never because of a row.
+        """
+        self._load(terms)
+
+    def update(self, terms: Terms, base_model: bytes) -> bytes:
+        """Return the update file of one noised release from `base_model`.
+
+        Raises:
+            RefusedError: the base model is not of the charter, or the data file has gone.
+        """
+        try:
+            weights = weights_of_file(list(terms.layers), base_model)
+        except AuditError as error:
+            raise RefusedError("base_model_mismatch", str(error)) from error
+        try:
+            data = self._load(terms)
+        except DataFileError as error:
+            raise RefusedError("contract_not_met", str(error)) from error
+        mechanism = self._mechanism(terms)
+        mechanism.load(torch.tensor(weights, dtype=torch.float64))
+        release = mechanism.release(torch.from_numpy(data.inputs), _targets(data, terms))
+        event = terms.event
+        made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
+        if made != (event.sigma_grid, event.sensitivity_grid, event.dimension, event.steps):
+            raise RefusedError("internal_error", f"the mechanism ran {made}, the charter asks for {event}")
+        return encode_update(release.update.tolist())
+
+    def _mechanism(self, terms: Terms) -> Mechanism:
+        if terms.digest not in self._mechanisms:
+            model = build_model(
+                [dict(layer) for layer in terms.layers], precision=terms.precision, site=terms.site_index
+            )
+            self._mechanisms[terms.digest] = Mechanism(model, mechanism_terms(terms), terms.loss)
+        return self._mechanisms[terms.digest]
+
+    def _load(self, terms: Terms) -> TrainingData:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return load_training_data(self._path, terms)
+        key = (terms.digest, found.st_mtime_ns, found.st_size)
+        if self._data is None or self._data[0] != key:
+            self._data = (key, load_training_data(self._path, terms))
+        return self._data[1]
+
+
+def mechanism_terms(terms: Terms) -> MechanismTerms:
+    """Return the mechanism's constants; each follows from the charter, none from the data."""
+    local = terms.local_steps > 1
+    return MechanismTerms(
+        max_grad_norm=terms.max_grad_norm,
+        noise_multiplier=terms.noise_multiplier,
+        sample_rate=float(terms.sample_rate),
+        relation=terms.relation,
+        grid_bits=terms.event.grid_bits,
+        precision=terms.precision,
+        local_steps=terms.local_steps,
+        local_learning_rate=terms.local_learning_rate if local else None,
+        normaliser=terms.normaliser if local else None,
+    )
+
+
+def _targets(data: TrainingData, terms: Terms) -> torch.Tensor:
+    targets = torch.from_numpy(data.targets)
+    return targets.long() if terms.task == "multiclass" else targets
