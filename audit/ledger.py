@@ -41,6 +41,8 @@ from audit.merkle import CompactRange, hash_leaf
 from audit.notes import parse_note
 from audit.tables import APPLICATION_ID, CHECKPOINT, HEAD, LEAF, SCHEMA_VERSION
 
+__all__ = ["MAX_BATCH", "MAX_PENDING", "MAX_SEARCH", "Ledger", "Sequenced", "StoredEntry"]
+
 MAX_BATCH = 256
 MAX_PENDING = 4096
 MAX_SEARCH = 1000
