@@ -25,6 +25,7 @@ ACTIONS: Final = frozenset(
         "models.rollback",
         "runs.start",
         "log.read",
+        "entry.read",
         "log.cosign",
         "evidence.export",
         "keys.list",

@@ -1,0 +1,151 @@
+"""The front door: the `affidavit` command and the names for notebooks. No logic, and nothing heavy until
+asked for.
+
+`affidavit verify` needs the standard library and `cryptography` alone; the other commands are Typer's and
+load with the first of them. In Python: `affidavit.Charter`, `affidavit.simulate`, `affidavit.describe`,
+`affidavit.verify`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["Charter", "__version__", "describe", "main", "simulate", "verify"]  # noqa: F822 - by __getattr__
+
+_PACKAGES: Final = ("audit", "federation", "clients", "server")
+_NAMES: Final = {
+    "Charter": ("federation.charter", "Charter"),
+    "describe": ("federation.describe", "describe"),
+    "simulate": ("clients.simulation", "simulate"),
+    "verify": ("audit.verify", "verify_evidence"),
+}
+
+MANUAL: Final = """\
+affidavit - federated learning whose every claim can be proved
+
+Usage: affidavit COMMAND [OPTIONS]      affidavit COMMAND --help says more
+
+Begin here
+  demo                    four hospitals train, the log proves it, a stranger verifies (a minute)
+  doctor                  is everything installed and in order?
+
+Site engineer: your rows stay with you
+  site add NAME           make the site's home: keys, population, lifetime budget
+  site status NAME        what this site has spent, and what it agreed to
+  site witness NAME       check that the log only grew, and cosign it
+  charter sign            read a charter, agree to it with the site's key
+
+Compliance officer: believe nothing, check everything
+  verify FILE             walk an evidence file offline; exit code 0 means VALID
+  log list | show | proof search the log, read an entry, prove it is there
+  log fsck                recompute the whole log from its bytes
+  evidence export         a zip that proves one entry to a stranger
+  identity new            your own key, with which you approve
+  models approve | rollback   sign a version into or out of use
+
+Data scientist: train on what you may not see
+  charter new             a charter to fill in from a file's header; bounds are yours to say
+  charter check           errors by line, and what the plan will cost each site
+  train                   --charter my.yaml --site a=a.csv --site b=b.csv …
+  models list | show | card   versions, gates, epsilon, who approved
+
+Operator: keep it running
+  init                    a coordinator's home and a signer's
+  serve                   the HTTP API
+  keys create | list | revoke   API keys and their roles
+  status                  every setting and where its value came from
+  backup | restore        a restore behind the signer's state is refused
+
+Homes are in .affidavit, or in --home or AFFIDAVIT_HOME. --json prints one document for scripts.
+Exit codes: 0 done, 1 refused or failed (one line with a code), 2 wrong usage; `verify` has its own.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    shadow = shadowed_package()
+    if shadow is not None:
+        print(f"error command.shadowed: {_shadow_message(*shadow)}", file=sys.stderr)
+        return 2
+    if not given or given in (["--help"], ["-h"], ["help"]):
+        print(MANUAL, end="")
+        return 0
+    if given == ["--version"]:
+        print(f"affidavit {__getattr__('__version__')}")
+        return 0
+    if given[0] == "verify":
+        from audit.verify.cli import main as verify_main
+
+        return verify_main(given[1:])
+    try:
+        application = build_application()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _PACKAGES:
+            raise
+        print(
+            f"error command.extra_missing: {error.name} is not installed; this installation only verifies. "
+            "Install affidavit[all] for the other commands",
+            file=sys.stderr,
+        )
+        return 2
+    outcome = application(given, prog_name="affidavit", standalone_mode=False)
+    return outcome if isinstance(outcome, int) else 0
+
+
+def build_application() -> typer.Typer:
+    """Compose the command from the four packages."""
+    import typer
+
+    application = typer.Typer(
+        name="affidavit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    for package in _PACKAGES:
+        importlib.import_module(f"{package}.commands").register(application)
+    return application
+
+
+def shadowed_package() -> tuple[str, str] | None:
+    """Return the first of our packages that another file hides on `sys.path`, and that file."""
+    home = Path(__file__).resolve().parent
+    for name in _PACKAGES:
+        loaded = sys.modules.get(name)
+        spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        if Path(spec.origin).resolve() != home / name / "__init__.py":
+            return name, spec.origin
+    return None
+
+
+def _shadow_message(name: str, found: str) -> str:
+    return f"{found} shadows affidavit's package {name!r}; run from another folder, or rename that file"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("affidavit")
+        except PackageNotFoundError:
+            return "0"
+    if name in _NAMES:
+        shadow = shadowed_package()
+        if shadow is not None:
+            raise ImportError(_shadow_message(*shadow))
+        module, attribute = _NAMES[name]
+        return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module 'affidavit' has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""Commands about the log: `log list | show | proof | fsck` and `evidence export`.
+
+With --url they ask a running server; without, they read the coordinator's home on this machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
+
+if TYPE_CHECKING:
+    from audit.ledger import Ledger
+
+log = typer.Typer(name="log", help="Search the log, read an entry, prove it is there.", no_args_is_help=True)
+evidence = typer.Typer(name="evidence", help="Files that prove an entry to a stranger.", no_args_is_help=True)
+
+Home = Annotated[
+    Path | None, typer.Option("--home", help="Folder of the homes [AFFIDAVIT_HOME, .affidavit].")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Url = Annotated[str | None, typer.Option("--url", help="Ask the server at this address instead.")]
+KeyFile = Annotated[
+    Path | None, typer.Option("--key-file", help="File with the API key [AFFIDAVIT_API_KEY].")
+]
+Index = Annotated[int, typer.Argument(help="The entry's place in the log, from 0.", min=0)]
+
+
+def register(application: typer.Typer) -> None:
+    """Add these commands to the front door."""
+    application.add_typer(log)
+    application.add_typer(evidence)
+
+
+@log.command("list")
+@guarded
+def list_entries(
+    type: Annotated[str | None, typer.Option(help="Entry type, such as prediction.")] = None,
+    actor: Annotated[str | None, typer.Option(help="Who wrote it.")] = None,
+    version: Annotated[str | None, typer.Option(help="Model version (digest).")] = None,
+    run: Annotated[str | None, typer.Option(help="Training run.")] = None,
+    site: Annotated[str | None, typer.Option(help="Site.")] = None,
+    since: Annotated[str | None, typer.Option(help="From this time on (RFC 3339, UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this time.")] = None,
+    after: Annotated[int | None, typer.Option(help="Continue after this leaf index.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="At most so many.")] = 50,
+    home: Home = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """List entries that match every filter, in log order.
+
+    Exit codes: 0 done (also when nothing matches), 1 refused or failed, 2 wrong usage.
+    """
+    filters = {
+        "type": type, "actor": actor, "version": version, "run": run, "site": site,
+        "since": since, "until": until, "after": after, "limit": limit,
+    }  # fmt: skip
+    if url:
+        from urllib.parse import urlencode
+
+        query = urlencode({name: value for name, value in filters.items() if value is not None})
+        found = json.loads(ask_api(url, f"/v1/audit/entries?{query}", key=read_key(None, key_file)))
+    else:
+        with _ledger(home) as ledger:
+            rows = ledger.search(**filters)  # type: ignore[arg-type]
+        listed = [{"leaf_index": row.leaf_index, "entry": json.loads(row.body)} for row in rows]
+        found = {"entries": listed, "next": rows[-1].leaf_index if len(rows) == limit else None}
+    lines = [
+        [
+            item["leaf_index"],
+            item["entry"]["time"],
+            item["entry"]["type"],
+            item["entry"]["actor"],
+            _about(item),
+        ]
+        for item in found["entries"]
+    ]
+    shown = table("", ("index", "time", "type", "actor", "about"), lines) if lines else "nothing matches"
+    if found["next"] is not None:
+        shown += f"\nmore: --after {found['next']}"
+    emit(found, shown, as_json=as_json)
+
+
+@log.command("show")
+@guarded
+def show_entry(
+    index: Index, home: Home = None, url: Url = None, key_file: KeyFile = None, as_json: AsJson = False
+) -> None:
+    """Show one entry: its fields, its leaf hash, and its exact bytes.
+
+    Exit codes: 0 done, 1 refused or there is no such entry, 2 wrong usage.
+    """
+    if url:
+        found = json.loads(ask_api(url, f"/v1/audit/entries/{index}", key=read_key(None, key_file)))
+    else:
+        from audit.merkle import hash_leaf
+
+        with _ledger(home) as ledger:
+            data = ledger.entry(index)
+        found = {
+            "leaf_index": index,
+            "leaf_hash": hash_leaf(data).hex(),
+            "entry": json.loads(data),
+            "bytes": base64.b64encode(data).decode(),
+        }
+    lines = [f"entry {index}   leaf hash {found['leaf_hash']}", json.dumps(found["entry"], indent=2)]
+    emit(found, lines, as_json=as_json)
+
+
+@log.command("proof")
+@guarded
+def prove_entry(
+    index: Index,
+    out: Annotated[Path | None, typer.Option(help="Write the tlog-proof file here.")] = None,
+    home: Home = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that an entry is in the log, under its newest checkpoint (C2SP tlog-proof).
+
+    Exit codes: 0 done, 1 refused, no such entry, or no checkpoint covers it yet, 2 wrong usage.
+    """
+    from audit.checkpoints import parse_checkpoint_note
+    from audit.merkle import hash_leaf
+    from audit.tlog_proof import TlogProof
+
+    if url:
+        document = json.loads(ask_api(url, f"/v1/audit/entries/{index}/proof", key=read_key(None, key_file)))
+    else:
+        with _ledger(home) as ledger:
+            data, note = ledger.entry(index), ledger.latest_checkpoint()
+            if note is None or parse_checkpoint_note(note).tree_size <= index:
+                raise CommandError(
+                    f"no checkpoint covers entry {index} yet; a running server signs one within seconds",
+                    code="audit.no_such_checkpoint",
+                )
+            size = parse_checkpoint_note(note).tree_size
+            nodes = ledger.inclusion_proof(index, size)
+        document = {
+            "leaf_index": index,
+            "leaf_hash": hash_leaf(data).hex(),
+            "tree_size": size,
+            "proof": [base64.b64encode(node).decode() for node in nodes],
+            "checkpoint": note.decode(),
+        }
+    proof = TlogProof(
+        leaf_index=index,
+        hashes=tuple(base64.b64decode(node) for node in document["proof"]),
+        checkpoint_note=document["checkpoint"].encode(),
+    ).format()
+    if out is not None:
+        out.write_bytes(proof)
+    emit(document, proof.decode() if out is None else f"wrote {out}", as_json=as_json)
+
+
+@log.command("fsck")
+@guarded
+def check_log(home: Home = None, as_json: AsJson = False) -> None:
+    """Recompute every hash, column and tree node of the log from its entries' bytes.
+
+    Exit codes: 0 the log is whole, 1 it is not (the first bad thing is named), 2 wrong usage.
+    """
+    from audit.entries import columns_of
+    from audit.fsck import fsck
+
+    path = base_home(home) / "coordinator" / "log.db"
+    if not path.is_file():
+        raise CommandError(f"{path}: no log here; give --home", code="audit.ledger_missing")
+    report = fsck(path, columns_of=columns_of)
+    if not report.ok:
+        raise CommandError(
+            f"{report.where}: {report.detail} ({report.entries} entries before it are good)",
+            code=f"fsck.{report.problem}",
+        )
+    emit(
+        {"ok": True, "entries": report.entries},
+        f"the log is whole: {report.entries} entries",
+        as_json=as_json,
+    )
+
+
+@evidence.command("export")
+@guarded
+def export(
+    index: Index,
+    out: Annotated[Path, typer.Option(help="Where to write the zip.")] = Path("evidence.zip"),
+    answer: Annotated[
+        Path | None, typer.Option(help="The answer you were given (JSON): adds its receipt and opened rows.")
+    ] = None,
+    home: Home = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a zip that proves an entry, and all that led to it, to a stranger.
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+    """
+    receipt, opened = _answer_parts(answer)
+    if url:
+        data = ask_api(url, f"/v1/audit/evidence/{index}", key=read_key(None, key_file))
+    else:
+        data = _export_here(base_home(home), index)
+    if receipt is not None or opened is not None:
+        from audit.service import add_answer
+
+        data = add_answer(data, receipt=receipt, opened=opened)
+    out.write_bytes(data)
+    emit(
+        {"file": str(out), "size_bytes": len(data)},
+        f"wrote {out} ({len(data):,} bytes)\ncheck it: affidavit verify {out} --policy POLICY",
+        as_json=as_json,
+    )
+
+
+def _ledger(home: Path | None) -> Ledger:
+    from audit.ledger import Ledger
+
+    return Ledger.open(base_home(home) / "coordinator" / "log.db")
+
+
+def _export_here(base: Path, index: int) -> bytes:
+    from audit.ledger import Ledger
+    from audit.service import export_evidence
+
+    def blob(digest: str) -> bytes | None:
+        path = base / "coordinator" / "blobs" / digest[:2] / digest
+        return path.read_bytes() if path.is_file() else None
+
+    with Ledger.open(base / "coordinator" / "log.db") as ledger:
+        return export_evidence(ledger, blob, leaf_index=index)
+
+
+def _answer_parts(path: Path | None) -> tuple[Any, Any]:
+    if path is None:
+        return None, None
+    from audit.canonical import parse_strict
+
+    document = parse_strict(path.read_bytes(), allow_floats=True)
+    if not isinstance(document, dict) or "receipt" not in document or "opened" not in document:
+        raise CommandError(f"{path}: is not an answer of the API; it needs receipt and opened")
+    return document["receipt"], document["opened"]
+
+
+def _about(item: dict[str, Any]) -> str:
+    body = item["entry"]["body"]
+    parts = [str(body[name])[:24] for name in ("model", "site", "run", "round", "reason") if body.get(name)]
+    return " ".join(parts)

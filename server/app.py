@@ -1,0 +1,155 @@
+"""`create_app(settings)`: the parts put together, the routes mounted, the log opened at start and closed at
+the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from federation.coordinator import Coordinator
+from server import errors, routes_audit, routes_keys, routes_models
+from server.access import CedarAuthorizer, read_policies, shipped_policies
+from server.context import Caller, Context, authorise, context_of
+from server.guard import Guard
+from server.journal import Clock, Journal, utc_now
+from server.keys import KeyStore
+from server.live import LiveModels
+from server.monitoring import CONTENT_TYPE, Monitoring
+from server.publishing import Publisher
+from server.receipting import Receipting
+from server.schemas import problems
+from server.service import PredictService
+from server.settings import Settings
+from server.warm import WarmModels
+
+_logger = logging.getLogger(__name__)
+
+_ABOUT: Final = """\
+Models trained by several sites under differential privacy, whose every claim can be proved.
+
+**In five minutes.** Get a key from your operator (`affidavit keys create --role consumer`) and send it as
+`Authorization: Bearer …`. `GET /v1/models` lists the models; `GET /v1/models/{name}` shows what a row must
+hold and which purposes are allowed; `POST /v1/models/{name}/predict` answers. Each answer carries
+the policies that allowed it, a receipt signed by the log, and the salts that open its entry.
+`GET /v1/audit/evidence/{index}` gives a zip that `affidavit verify` checks offline, against a policy
+file that you got elsewhere.
+
+**Errors** are RFC 9457 problem documents. Decide by `code`; it is stable. A refusal by policy names the
+policies and the entry that records it. `503` means that the log could not record the request: there is no
+answer without an entry.
+"""
+
+
+def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
+    """Build the application. Policies are loaded and checked here, so a bad file stops the start.
+
+    Raises:
+        PolicyLoadError: the access policies do not hold together.
+    """
+    text = read_policies(settings.policies) if settings.policies else shipped_policies()
+    authorizer, monitoring = CedarAuthorizer(text), Monitoring()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        context = build_context(settings, authorizer, monitoring, clock)
+        app.state.context = context
+        try:
+            await record_policies(context)
+            context.publisher.start()
+            yield
+        finally:
+            await context.publisher.stop()
+            context.keys.close()
+            context.coordinator.close()
+
+    app = FastAPI(
+        title="Affidavit",
+        summary="Federated learning whose every claim can be proved",
+        description=_ABOUT,
+        version=_version(),
+        lifespan=lifespan,
+        openapi_tags=[
+            {"name": "models", "description": "What is registered, and answers from what is live."},
+            {"name": "audit", "description": "The log: entries, proofs, checkpoints, evidence."},
+            {"name": "keys", "description": "API keys, for operators."},
+            {"name": "service", "description": "Health and metrics."},
+        ],
+        redirect_slashes=False,
+    )
+    errors.install(app)
+    for router in (routes_models.router, routes_audit.router, routes_keys.router):
+        app.include_router(router)
+    _service_routes(app)
+    app.add_middleware(Guard, settings=settings, monitoring=monitoring)
+    return app
+
+
+def build_context(
+    settings: Settings, authorizer: CedarAuthorizer, monitoring: Monitoring, clock: Clock
+) -> Context:
+    """Open the log and make every part.
+
+    Raises:
+        LedgerMissingError, SignerMissingError: a home is not there; `affidavit init` makes them.
+    """
+    coordinator = Coordinator.open(settings.coordinator_home, settings.signer_home)
+    journal = Journal(coordinator.ledger, clock, monitoring, timeout_s=settings.request_timeout_s / 2)
+    live = LiveModels(coordinator.ledger)
+    receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
+    return Context(
+        settings=settings,
+        coordinator=coordinator,
+        keys=KeyStore(settings.coordinator_home, clock, cache_s=settings.key_cache_s),
+        authorizer=authorizer,
+        journal=journal,
+        live=live,
+        predicting=PredictService(
+            live=live,
+            warm=WarmModels(coordinator.blobs.get),
+            authorizer=authorizer,
+            journal=journal,
+            receipting=receipting,
+            monitoring=monitoring,
+        ),
+        publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
+        monitoring=monitoring,
+        clock=clock,
+    )
+
+
+async def record_policies(context: Context) -> None:
+    """Say in the log which rules decide from now on, unless the last such entry says so already."""
+    from audit.entries import PolicyApplied, decode_entry
+
+    applied = context.authorizer.applied()
+    last = context.coordinator.ledger.search(type="policy.applied", newest_first=True, limit=1)
+    body = decode_entry(last[0].body).body if last else None
+    if not isinstance(body, PolicyApplied) or body != applied:
+        await context.journal.append(applied)
+
+
+def _service_routes(app: FastAPI) -> None:
+    @app.get("/healthz", tags=["service"], summary="Is the service able to record and answer?")
+    async def healthz(request: Request) -> dict[str, Any]:
+        """200 while the log can be read; says nothing about any model."""
+        return {"status": "ok", "tree_size": context_of(request).coordinator.ledger.tree_size}
+
+    @app.get("/metrics", tags=["service"], summary="Read Prometheus metrics", responses=problems(401, 403))
+    async def metrics(request: Request, principal: Caller) -> Response:
+        """Text exposition format 0.0.4; an operator's key is needed."""
+        await authorise(request, principal, "metrics.read")
+        return Response(context_of(request).monitoring.render(), media_type=CONTENT_TYPE)
+
+
+def _version() -> str:
+    try:
+        return version("affidavit")
+    except PackageNotFoundError:
+        return "0"

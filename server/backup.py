@@ -1,0 +1,188 @@
+"""Backup and restore of a coordinator's home, so that a restore can never make the log say two things.
+
+A backup is one tar file: consistent copies of the SQLite databases, then every other file. The signer's
+home is never in it: its state is what tells an old backup from the present. A backup whose log is shorter
+than the last signed checkpoint, or differs under it, is refused: signing on from there would be a second
+history.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from audit.ledger import Ledger
+from audit.signer import Signer
+from server.errors import ServerError
+
+FORMAT: Final = "affidavit-backup/1"
+_MANIFEST: Final = "backup.json"
+_MAX_BYTES: Final = 64 * 2**30
+_SKIPPED: Final = ("-wal", "-shm", "-journal", ".lock")
+
+
+class BackupError(ServerError):
+    """The file is no backup, or a home is in the way; the message names the path and the fix."""
+
+    code = "backup.unusable"
+
+
+class RestoreBehindSignerError(ServerError):
+    """The backup's log is not what the signer has signed."""
+
+    code = "restore.behind_signer"
+
+    def __init__(self, *, backup_size: int, signed_size: int) -> None:
+        super().__init__(
+            f"the backup's log has {backup_size} entries, but the signer has signed {signed_size}: signing "
+            "on would be a second history. Use a newer backup, or the database's replica. If none holds those "
+            "entries, start a new origin with `affidavit init` in an empty folder and publish a signed "
+            "statement of what was lost; never give the old origin a shorter log"
+        )
+        self.backup_size, self.signed_size = backup_size, signed_size
+
+
+class RestoreForkError(ServerError):
+    """The backup's log is long enough, but says something else than what was signed."""
+
+    code = "restore.fork"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupReport:
+    path: str
+    files: int
+    tree_size: int
+    origin: str
+
+
+def backup(home: Path, target: Path) -> BackupReport:
+    """Write a backup of `home` to `target`; safe while a server runs.
+
+    Raises:
+        BackupError: there is no coordinator's home, or the target exists.
+    """
+    if not (home / "log.db").is_file():
+        raise BackupError(f"{home}: is no coordinator's home; give --home")
+    if target.exists():
+        raise BackupError(f"{target}: exists; a backup never overwrites, choose another name")
+    with tempfile.TemporaryDirectory() as scratch:
+        copied = Path(scratch) / "home"
+        files = _copy(home, copied)
+        with Ledger.open(copied / "log.db") as ledger:
+            size, origin = ledger.tree_size, ledger.origin
+        _drop_journals(copied)
+        report = BackupReport(path=str(target), files=len(files), tree_size=size, origin=origin)
+        manifest = {"format": FORMAT, "origin": origin, "tree_size": size, "files": sorted(files)}
+        partial = target.with_name(target.name + ".partial")
+        with tarfile.open(partial, "x:gz") as archive:
+            data = json.dumps(manifest).encode()
+            info = tarfile.TarInfo(_MANIFEST)
+            info.size, info.mode = len(data), 0o600
+            archive.addfile(info, io.BytesIO(data))
+            for name in sorted(files):
+                archive.add(copied / name, arcname=f"home/{name}", recursive=False)
+        os.chmod(partial, 0o600)
+        partial.rename(target)
+    return report
+
+
+def restore(source: Path, home: Path, signer_home: Path) -> BackupReport:
+    """Put a backup back into `home`, after checking it against the signer's own state.
+
+    Raises:
+        BackupError: the file is no backup, or `home` holds a log already.
+        RestoreBehindSignerError: the signer has signed more than the backup holds.
+        RestoreForkError: the backup contradicts what the signer has signed.
+    """
+    if (home / "log.db").exists():
+        raise BackupError(f"{home}: holds a log already; move that folder away first, do not delete it")
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
+        files = _unpack(source, Path(scratch))
+        unpacked = Path(scratch) / "home"
+        with Ledger.open(unpacked / "log.db") as ledger:
+            size, origin = ledger.tree_size, ledger.origin
+            _check_against_signer(ledger, signer_home)
+        _drop_journals(unpacked)
+        if home.exists():
+            if any(home.iterdir()):
+                raise BackupError(f"{home}: is not empty; move it away first")
+            home.rmdir()
+        shutil.move(str(unpacked), str(home))
+    return BackupReport(path=str(home), files=len(files), tree_size=size, origin=origin)
+
+
+def _check_against_signer(ledger: Ledger, signer_home: Path) -> None:
+    signer = Signer.open(signer_home)
+    if signer.origin != ledger.origin:
+        raise RestoreForkError(f"the backup is of {ledger.origin}, the signer's log is {signer.origin}")
+    signed = signer.state().checkpoint
+    size = ledger.tree_size
+    if size < signed.tree_size:
+        raise RestoreBehindSignerError(backup_size=size, signed_size=signed.tree_size)
+    if signed.tree_size and ledger.root_at(signed.tree_size) != signed.root_hash:
+        raise RestoreForkError(
+            f"the backup's root of {signed.tree_size} entries is not the one that was signed; use another"
+        )
+
+
+def _copy(home: Path, target: Path) -> list[str]:
+    names = []
+    for path in sorted(home.rglob("*")):
+        name = path.relative_to(home).as_posix()
+        if path.is_symlink() or not path.is_file() or name.endswith(_SKIPPED):
+            continue
+        destination = target / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".db":
+            with (
+                closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as origin,
+                closing(sqlite3.connect(destination)) as copy,
+            ):
+                origin.backup(copy)
+        else:
+            shutil.copy2(path, destination)
+        names.append(name)
+    return names
+
+
+def _drop_journals(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name.endswith(_SKIPPED):
+            path.unlink()
+
+
+def _unpack(source: Path, target: Path) -> list[str]:
+    try:
+        with tarfile.open(source, "r:gz") as archive:
+            first = archive.next()
+            stream = archive.extractfile(first) if first is not None and first.name == _MANIFEST else None
+            manifest = json.loads(stream.read(2**20)) if stream is not None else None
+            if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+                raise BackupError(f"{source}: is no backup of this release")
+            names = {f"home/{name}" for name in manifest["files"]}
+            total = 0
+            for member in archive:
+                if member.name == _MANIFEST:
+                    continue
+                total += member.size
+                parts = PurePosixPath(member.name).parts
+                if member.name not in names or not member.isreg() or ".." in parts or total > _MAX_BYTES:
+                    raise BackupError(f"{source}: holds {member.name!r}, which no backup of ours does")
+                archive.extract(member, target, filter="data")
+                names.discard(member.name)
+            if names:
+                raise BackupError(f"{source}: lacks {sorted(names)[0]}; the file is cut short")
+            return list(manifest["files"])
+    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise BackupError(f"{source}: cannot be read as a backup ({error})") from error

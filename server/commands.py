@@ -1,0 +1,297 @@
+"""Commands for operators: `serve`, `keys create | list | revoke`, `status`, `doctor`, `backup`, `restore`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
+
+if TYPE_CHECKING:
+    from server.journal import Journal
+    from server.keys import KeyStore
+
+keys = typer.Typer(name="keys", help="API keys and their roles.", no_args_is_help=True)
+
+Home = Annotated[
+    Path | None, typer.Option("--home", help="Folder of the homes [AFFIDAVIT_HOME, .affidavit].")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Url = Annotated[str | None, typer.Option("--url", help="Ask the server at this address instead.")]
+KeyFile = Annotated[
+    Path | None, typer.Option("--key-file", help="File with an operator's key [AFFIDAVIT_API_KEY].")
+]
+
+
+def register(application: typer.Typer) -> None:
+    """Add these commands to the front door."""
+    application.command("serve")(serve)
+    application.add_typer(keys)
+    application.command("status")(status)
+    application.command("doctor")(doctor)
+    application.command("backup")(backup)
+    application.command("restore")(restore)
+
+
+@guarded
+def serve(
+    home: Home = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on [AFFIDAVIT_HOST, 127.0.0.1].")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [AFFIDAVIT_PORT, 8000].")] = None,
+    policies: Annotated[Path | None, typer.Option(help="Cedar file in place of the shipped rules.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the HTTP API until stopped. Its description is at /docs.
+
+    With --json the first line of standard output is {"url": …} once the socket listens.
+    Exit codes: 0 stopped, 1 it could not start, 2 wrong usage.
+    """
+    import logging
+    import socket
+
+    import uvicorn
+
+    from server.app import create_app
+    from server.settings import load_settings
+
+    flags = {"host": host, "port": port, "policies": policies, "log_level": log_level}
+    settings = load_settings(flags=flags, base=home).settings
+    level = settings.log_level.upper()
+    if level not in logging.getLevelNamesMapping():
+        raise CommandError(f"log_level {settings.log_level!r} is unknown; use info", code="server.settings")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if not (settings.coordinator_home / "log.db").is_file():
+        raise CommandError(
+            f"{settings.coordinator_home}: no log here; make one with `affidavit init`, or give --home",
+            code="audit.ledger_missing",
+        )
+    app = create_app(settings)
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    listener.listen(128)
+    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
+    sys.stdout.flush()
+    config = uvicorn.Config(
+        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+@keys.command("create")
+@guarded
+def create_key(
+    role: Annotated[str, typer.Option(help="node, officer, scientist, consumer or operator.")],
+    expires: Annotated[
+        str | None, typer.Option(help="RFC 3339, such as 2026-12-31T08:00:00Z; else never.")
+    ] = None,
+    note: Annotated[str, typer.Option(help="For your own memory; never in the log.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Write the key to this new file (0600), do not print it.")
+    ] = None,
+    home: Home = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an API key. Its text is shown once; the store keeps an argon2id hash.
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+    """
+    if url:
+        body = {"role": role, "note": note, **({"expires": expires} if expires else {})}
+        answer = ask_api(url, "/v1/keys", key=read_key(None, key_file), method="POST", body=body)
+        document: dict[str, Any] = json.loads(answer)
+    else:
+        from dataclasses import asdict
+
+        from server import key_service
+
+        with _parts(home) as (store, journal):
+            made = key_service.create_key(store, journal, role=role, expires=expires, note=note)
+        document = {"key": made.text, **asdict(made.view), "entry": made.entry}
+    if out is not None:
+        _write_secret(out, document.pop("key"))
+        document["file"] = str(out)
+    shown = f"key     {document.get('key', out)}\nid      {document['key_id']}   role {document['role']}"
+    emit(document, shown + "\nkeep it: nobody can show it again", as_json=as_json)
+
+
+@keys.command("list")
+@guarded
+def list_keys(home: Home = None, url: Url = None, key_file: KeyFile = None, as_json: AsJson = False) -> None:
+    """List the keys: id, role, pseudonym, dates; never a secret.
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+    """
+    if url:
+        document = json.loads(ask_api(url, "/v1/keys", key=read_key(None, key_file)))
+    else:
+        from dataclasses import asdict
+
+        with _parts(home) as (store, _):
+            document = {"keys": [asdict(key) for key in store.list()]}
+    columns = ("key_id", "role", "principal", "expires", "revoked", "note")
+    rows = [[key[column] for column in columns] for key in document["keys"]]
+    emit(document, table("", columns, rows) if rows else "no keys", as_json=as_json)
+
+
+@keys.command("revoke")
+@guarded
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="The key's id, from `affidavit keys list`.")],
+    home: Home = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Revoke a key at once and for good.
+
+    Exit codes: 0 done, 1 there is no such key, refused or failed, 2 wrong usage.
+    """
+    if url:
+        answer = ask_api(url, f"/v1/keys/{key_id}", key=read_key(None, key_file), method="DELETE")
+        document = json.loads(answer)
+    else:
+        from dataclasses import asdict
+
+        from server import key_service
+
+        with _parts(home) as (store, journal):
+            document = asdict(key_service.revoke_key(store, journal, key_id))
+    emit(document, f"revoked {key_id} ({document['role']})", as_json=as_json)
+
+
+@guarded
+def status(home: Home = None, as_json: AsJson = False) -> None:
+    """Show every setting, where its value came from, and what the homes hold.
+
+    Exit codes: 0 done, 1 a setting is wrong, 2 wrong usage.
+    """
+    from server.settings import load_settings
+
+    loaded = load_settings(base=home)
+    values = {
+        name: {"value": str(value) if isinstance(value, Path) else value, "source": loaded.sources[name]}
+        for name, value in loaded.settings.model_dump().items()
+    }
+    state = _home_state(base_home(home), loaded.settings.coordinator_home)
+    rows = [[name, item["value"], item["source"]] for name, item in values.items()]
+    shown = table("", ("setting", "value", "source"), rows)
+    lines = "\n".join(f"{name:<12} {value}" for name, value in state.items())
+    emit({"settings": values, "homes": state}, f"{shown}\n\n{lines}", as_json=as_json)
+
+
+@guarded
+def doctor(home: Home = None, as_json: AsJson = False) -> None:
+    """Check Python, the installed extras, the homes and the log, and name the fix for what is wrong.
+
+    Exit codes: 0 all is well, 1 something is wrong, 2 wrong usage.
+    """
+    from server.doctor import examine
+
+    found = examine(base_home(home))
+    rows = [
+        ["ok" if check.ok else ("--" if check.optional else "WRONG"), check.name, check.detail]
+        for check in found
+    ]
+    bad = [check for check in found if not check.ok and not check.optional]
+    document = {
+        "ok": not bad,
+        "checks": [{"name": c.name, "ok": c.ok, "optional": c.optional, "detail": c.detail} for c in found],
+    }
+    emit(document, table("", ("", "check", "what was found, and the fix"), rows), as_json=as_json)
+    if bad:
+        raise typer.Exit(1)
+
+
+@guarded
+def backup(
+    file: Annotated[Path, typer.Argument(help="The new backup, such as affidavit-2026-12-31.tar.gz.")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Back up the coordinator's home while it runs. The signer's home is never in it: keep that apart.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage.
+    """
+    from dataclasses import asdict
+
+    from server.backup import backup as make
+
+    report = make(base_home(home) / "coordinator", file)
+    shown = f"wrote {file}: {report.files} files, {report.tree_size} entries of {report.origin}"
+    emit(asdict(report), shown, as_json=as_json)
+
+
+@guarded
+def restore(
+    file: Annotated[Path, typer.Argument(help="A backup made by `affidavit backup`.")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Restore the coordinator's home, unless that would take the log behind what the signer has signed.
+
+    Exit codes: 0 done, 1 refused (restore.behind_signer, restore.fork) or failed, 2 wrong usage.
+    """
+    from dataclasses import asdict
+
+    from server.backup import restore as put_back
+
+    base = base_home(home)
+    report = put_back(file, base / "coordinator", base / "signer")
+    shown = (
+        f"restored {report.tree_size} entries of {report.origin} to {report.path}; check: affidavit log fsck"
+    )
+    emit(asdict(report), shown, as_json=as_json)
+
+
+@contextmanager
+def _parts(home: Path | None) -> Iterator[tuple[KeyStore, Journal]]:
+    """Yield the key store and a journal of the home on this machine."""
+    from audit.ledger import Ledger
+    from server.journal import Journal, utc_now
+    from server.keys import KeyStore
+    from server.monitoring import Monitoring
+
+    folder = base_home(home) / "coordinator"
+    with Ledger.open(folder / "log.db") as ledger, closing(KeyStore(folder, utc_now)) as store:
+        yield store, Journal(ledger, utc_now, Monitoring(), timeout_s=30)
+
+
+def _write_secret(path: Path, text: str) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise CommandError(f"{path}: exists; choose a new file for the key") from error
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+
+
+def _home_state(base: Path, coordinator: Path) -> dict[str, str]:
+    from audit.errors import AuditError
+    from audit.ledger import Ledger
+
+    state = {"homes": str(base)}
+    try:
+        with Ledger.open(coordinator / "log.db") as ledger:
+            state["log"] = f"{ledger.origin}, {ledger.tree_size} entries"
+    except AuditError as error:
+        state["log"] = f"none ({error})"
+    state["signer"] = "present" if (base / "signer").is_dir() else "none"
+    for role in ("sites", "officers"):
+        folder = base / role
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        state[role] = ", ".join(names) or "none"
+    return state

@@ -1,0 +1,111 @@
+"""What the routes share: built once at start, closed at the end; and the two questions every route asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from audit.entries import AccessDenied
+from audit.principal import AccessDeniedError, AttributeValue, Decision, Principal, Question, require
+from federation.coordinator import Coordinator
+from server.access import CedarAuthorizer
+from server.errors import UnauthenticatedError, request_id_of
+from server.journal import Clock, Journal
+from server.keys import KeyStore
+from server.live import LiveModels
+from server.monitoring import Monitoring
+from server.publishing import Publisher
+from server.service import PredictService
+from server.settings import Settings
+
+_bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="API key",
+    description="`Authorization: Bearer affidavit_…`; made by `affidavit keys create --role ROLE`.",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The parts of one running server."""
+
+    settings: Settings
+    coordinator: Coordinator
+    keys: KeyStore
+    authorizer: CedarAuthorizer
+    journal: Journal
+    live: LiveModels
+    predicting: PredictService
+    publisher: Publisher
+    monitoring: Monitoring
+    clock: Clock
+
+
+def context_of(request: Request) -> Context:
+    """Return the application's context."""
+    context = request.app.state.context
+    assert isinstance(context, Context)  # noqa: S101 - set by create_app's lifespan
+    return context
+
+
+async def principal_of(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None,
+) -> Principal:
+    """Return who holds the request's key.
+
+    Raises:
+        UnauthenticatedError: no key, or not a good one.
+    """
+    if credentials is None:
+        raise UnauthenticatedError("an API key is needed: send `Authorization: Bearer affidavit_…`")
+    keys = context_of(request).keys
+    return await to_thread.run_sync(keys.authenticate, credentials.credentials)
+
+
+Caller = Annotated[Principal, Depends(principal_of)]
+
+
+async def authorise(
+    request: Request,
+    principal: Principal,
+    action: str,
+    resource: str = "service",
+    attributes: Mapping[str, AttributeValue] | None = None,
+) -> Decision:
+    """Ask the policies; a refusal becomes an entry before it becomes an answer.
+
+    Raises:
+        AccessDeniedError: refused, with the entry's place in `entry`.
+        LedgerUnavailableError: refused, and the log could not record it.
+    """
+    context = context_of(request)
+    try:
+        return require(
+            context.authorizer,
+            principal,
+            Question(action=action, resource=resource, attributes=attributes or {}),
+        )
+    except AccessDeniedError as denied:
+        for policy in denied.decision.policies:
+            context.monitoring.denials.labels(action, policy).inc()
+        sequenced = await context.journal.append(
+            AccessDenied(
+                request_id=request_id_of(request),
+                action=action,
+                principal=principal.id,
+                role=principal.role,
+                policies=denied.decision.policies,
+                policy_set=denied.decision.policy_set,
+            )
+        )
+        denied.entry = {  # type: ignore[attr-defined]
+            "leaf_index": sequenced.leaf_index,
+            "leaf_hash": sequenced.leaf_hash.hex(),
+        }
+        raise

@@ -1,0 +1,216 @@
+"""What the server refuses, and the one place where errors of every package become HTTP answers (RFC 9457)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from audit.errors import AuditError
+from audit.principal import AccessDeniedError
+
+_logger = logging.getLogger(__name__)
+
+MEDIA_TYPE: Final = "application/problem+json"
+
+
+class ServerError(Exception):
+    """Base of every error `server` raises on purpose."""
+
+    code = "server.error"
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.extra = extra  # further members of the problem document
+
+
+class SettingsError(ServerError):
+    """A setting is unknown or out of range; the message names it and where it came from."""
+
+    code = "server.settings"
+
+
+class PolicyLoadError(ServerError):
+    """The access policies do not hold together; the server does not start on them."""
+
+    code = "access.policy_invalid"
+
+
+class UnauthenticatedError(ServerError):
+    """No key, or a key that is unknown, revoked or expired: the answer never says which."""
+
+    code = "access.unauthenticated"
+
+
+class KeyNotFoundError(ServerError):
+    code = "keys.not_found"
+
+
+class KeyRequestError(ServerError):
+    code = "keys.bad_request"
+
+
+class TooBusyError(ServerError):
+    code = "server.busy"
+
+
+class BodyTooLargeError(ServerError):
+    code = "request.too_large"
+
+
+class BodyTimeoutError(ServerError):
+    code = "request.timeout"
+
+
+class MalformedRequestError(ServerError):
+    """The body is not what the route reads; `fields` in `extra` names each field and the fix."""
+
+    code = "request.malformed"
+
+
+class ModelNotFoundError(ServerError):
+    code = "models.not_found"
+
+
+class VersionNotFoundError(ServerError):
+    code = "models.version_not_found"
+
+
+class RowContractError(ServerError):
+    """A row is outside the charter's data contract; `fields` names row, field, problem and fix."""
+
+    code = "predict.row_outside_contract"
+
+
+class ArtefactError(ServerError):
+    """The registry's copy of a version is absent, or its bytes are not the ones the log names."""
+
+    code = "models.artefact_unusable"
+
+
+class LedgerUnavailableError(ServerError):
+    """The decision could not be made durable, so there is no answer."""
+
+    code = "audit.ledger_unavailable"
+
+
+STATUS: Final[dict[str, int]] = {
+    "access.unauthenticated": 401,
+    "access.denied": 403,
+    "predict.denied": 403,
+    "request.malformed": 422,
+    "request.too_large": 413,
+    "request.timeout": 408,
+    "predict.row_outside_contract": 422,
+    "keys.bad_request": 422,
+    "keys.not_found": 404,
+    "models.not_found": 404,
+    "models.version_not_found": 404,
+    "models.artefact_unusable": 503,
+    "server.busy": 503,
+    "audit.ledger_unavailable": 503,
+    "audit.ledger_busy": 503,
+    "audit.ledger_closed": 503,
+    "audit.ledger_write": 503,
+    "audit.ledger_corrupt": 503,
+    "audit.signer_busy": 503,
+    "audit.entry_not_found": 404,
+    "audit.tree_range": 404,
+    "audit.no_such_checkpoint": 404,
+    "audit.entry_malformed": 422,
+    "audit.malformed_json": 422,
+    "audit.not_canonical": 422,
+    "audit.canonical": 422,
+    "audit.malformed_note": 422,
+    "audit.malformed_checkpoint": 422,
+    "audit.bad_signature": 403,
+    "audit.no_known_signature": 403,
+}
+"""Stable code to status, for the errors of all four packages. A code that is not here is a fault of ours:
+500.
+"""
+
+TITLES: Final[dict[int, str]] = {
+    400: "Bad request",
+    401: "A valid API key is needed",
+    403: "Refused by policy",
+    404: "Not found",
+    405: "Method not allowed",
+    408: "The request took too long to arrive",
+    413: "The body is too large",
+    415: "Unsupported media type",
+    422: "The request cannot be processed",
+    500: "Internal error",
+    503: "Try again later",
+}
+
+
+def problem(status: int, code: str, detail: str, *, request_id: str, **extra: Any) -> JSONResponse:
+    """Build a problem document; `code` is stable, `detail` is for people."""
+    document = {
+        "type": f"urn:affidavit:problem:{code}",
+        "title": TITLES.get(status, "Error"),
+        "status": status,
+        "code": code,
+        "detail": detail,
+        "instance": f"urn:affidavit:request:{request_id}",
+        **extra,
+    }
+    headers = {"Cache-Control": "no-store"}
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="affidavit"'
+    if status == 503:
+        headers["Retry-After"] = "1"
+    return JSONResponse(document, status_code=status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def request_id_of(request: Request) -> str:
+    """Return the id that the outermost middleware gave this request."""
+    return str(request.scope.get("affidavit.request_id", "0" * 32))
+
+
+def render(request: Request, error: Exception) -> JSONResponse:
+    """Turn any error into its problem document: the one mapping."""
+    request_id = request_id_of(request)
+    code = str(getattr(error, "code", "server.internal"))
+    status = STATUS.get(code)
+    if status is None:
+        _logger.error("request=%s code=%s: %s", request_id, code, error, exc_info=error)
+        return problem(
+            500, "server.internal", "the server failed; its log has the reason", request_id=request_id
+        )
+    extra = dict(getattr(error, "extra", {}))
+    if isinstance(error, AccessDeniedError):
+        extra = {**extra, "policies": list(error.decision.policies), "policy_set": error.decision.policy_set}
+        entry = getattr(error, "entry", None)
+        if entry is not None:
+            extra["entry"] = entry
+    return problem(status, code, str(error), request_id=request_id, **extra)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers, so that no answer of the application is anything but a problem document."""
+
+    async def ours(request: Request, error: Exception) -> JSONResponse:
+        return render(request, error)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class only
+        fields = [{"field": ".".join(map(str, e["loc"])), "problem": e["msg"]} for e in error.errors()]
+        return render(request, MalformedRequestError("a parameter is missing or malformed", fields=fields))
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only
+        codes = {404: "request.no_such_route", 405: "request.method_not_allowed"}
+        code = codes.get(error.status_code, "request.refused")
+        return problem(error.status_code, code, str(error.detail), request_id=request_id_of(request))
+
+    app.add_exception_handler(ServerError, ours)
+    app.add_exception_handler(AuditError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, ours)

@@ -1,0 +1,203 @@
+"""What may answer: each model's versions and their states, read from the log and from nowhere else.
+
+The server keeps what it has read and, before every decision, reads the entries that came since; so an
+approval or a roll-back by another process counts from the next request on. A transition counts only when an
+officer of the charter signed it, it continues the model's chain of transitions, and it starts from the
+state the version is in: a row that somebody wrote into the database is not an approval.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, Final
+
+from audit.canonical import parse_strict
+from audit.decimals import parse_decimal
+from audit.entries import (
+    ZERO_DIGEST,
+    CharterPublished,
+    VersionRegistered,
+    VersionTransition,
+    decode_entry,
+    decode_signature,
+    signing_payload,
+)
+from audit.errors import AuditError
+from audit.keys import VerifyKey, parse_public_key
+from audit.ledger import Ledger
+from audit.merkle import hash_leaf
+from server.errors import ModelNotFoundError, VersionNotFoundError
+
+_logger = logging.getLogger(__name__)
+
+_PAGE: Final = 500
+_TYPES: Final = ("charter.published", "version.registered", "version.transition")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedVersion:
+    """One version as the log has it at this moment."""
+
+    model: str
+    version: str
+    state: str
+    registered: VersionRegistered
+    registered_index: int
+    registered_at: str
+    charter: dict[str, Any]  # the canonical charter
+    charter_digest: str
+    transition: str  # leaf hash of the transition that made the present state; zeros for a candidate
+    approved_by: tuple[str, ...]
+
+    @property
+    def purposes(self) -> tuple[str, ...]:
+        return tuple(self.charter["purposes"])
+
+    @property
+    def epsilon_micro(self) -> int:
+        """The largest epsilon that the run claims for a site, in millionths, rounded up."""
+        return max((_micro(site.run_epsilon) for site in self.registered.epsilons), default=0)
+
+    @property
+    def epsilon_limit_micro(self) -> int:
+        return int(parse_decimal(self.charter["privacy"]["epsilon"]) * 1_000_000)
+
+
+class LiveModels:
+    """The models of one log."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._read_to = 0
+        self._charters: dict[str, dict[str, Any]] = {}
+        self._versions: dict[tuple[str, str], ServedVersion] = {}
+        self._heads: dict[str, str] = {}  # model -> leaf hash of its last transition
+        self._lock = threading.Lock()
+
+    def refresh(self) -> None:
+        """Read the entries that came since the last call."""
+        with self._lock:
+            size = self._ledger.tree_size
+            if size == self._read_to:
+                return
+            cursor = self._read_to - 1
+            while True:
+                page = self._ledger.search(type=_TYPES, after=cursor, limit=_PAGE)
+                for row in page:
+                    self._take(row.leaf_index, row.body)
+                    cursor = row.leaf_index
+                if len(page) < _PAGE:
+                    break
+            self._read_to = max(size, cursor + 1)
+
+    def models(self) -> tuple[str, ...]:
+        self.refresh()
+        return tuple(sorted({model for model, _ in self._versions}))
+
+    def versions(self, model: str) -> tuple[ServedVersion, ...]:
+        """Return the model's versions, newest first.
+
+        Raises:
+            ModelNotFoundError: the log registers no version of that name.
+        """
+        self.refresh()
+        found = [version for version in self._versions.values() if version.model == model]
+        if not found:
+            raise ModelNotFoundError(f"no model {model!r} is registered; GET /v1/models lists the names")
+        return tuple(sorted(found, key=lambda version: -version.registered_index))
+
+    def version(self, model: str, digest: str) -> ServedVersion:
+        for version in self.versions(model):
+            if version.version == digest:
+                return version
+        raise VersionNotFoundError(f"model {model!r} has no version {digest}")
+
+    def answering(self, model: str, digest: str | None = None) -> ServedVersion:
+        """Return the version that would answer: the one asked for, else the live one, else the newest."""
+        if digest is not None:
+            return self.version(model, digest)
+        versions = self.versions(model)
+        return next((version for version in versions if version.state == "live"), versions[0])
+
+    def _take(self, index: int, data: bytes) -> None:
+        try:
+            entry = decode_entry(data)
+        except AuditError as error:
+            _logger.error("entry %d is not readable and does not count: %s", index, error)
+            return
+        match entry.body:
+            case CharterPublished(digest=digest, canonical=canonical):
+                document = parse_strict(canonical.encode())
+                if isinstance(document, dict):
+                    self._charters[digest] = document
+            case VersionRegistered() as body:
+                charter = self._charters.get(body.charter)
+                if charter is None or (body.model, body.version) in self._versions:
+                    _logger.error("entry %d registers a version without its charter, or twice", index)
+                    return
+                self._versions[body.model, body.version] = ServedVersion(
+                    model=body.model,
+                    version=body.version,
+                    state="candidate",
+                    registered=body,
+                    registered_index=index,
+                    registered_at=entry.time,
+                    charter=charter,
+                    charter_digest=body.charter,
+                    transition=ZERO_DIGEST,
+                    approved_by=(),
+                )
+            case VersionTransition() as body:
+                self._move(index, hash_leaf(data).hex(), body)
+            case _:
+                return
+
+    def _move(self, index: int, leaf_hash: str, body: VersionTransition) -> None:
+        key = (body.model, body.version)
+        version = self._versions.get(key)
+        reason = _fault(version, self._heads.get(body.model, ZERO_DIGEST), body)
+        if version is None or reason:
+            _logger.error("entry %d is no valid transition and does not count: %s", index, reason)
+            return
+        if body.to_state == "live":
+            for other, served in self._versions.items():
+                if served.model == body.model and served.state == "live":
+                    self._versions[other] = replace(served, state="retired")
+        officers = (
+            (*version.approved_by, body.officer) if body.to_state == "approved" else version.approved_by
+        )
+        self._versions[key] = replace(
+            version, state=body.to_state, transition=leaf_hash, approved_by=officers
+        )
+        self._heads[body.model] = leaf_hash
+
+
+def _fault(version: ServedVersion | None, head: str, body: VersionTransition) -> str:
+    """Return why a transition does not count, or an empty text."""
+    if version is None:
+        return f"no version {body.version} of {body.model}"
+    if body.charter != version.charter_digest:
+        return "it names another charter"
+    if body.from_state != version.state:
+        return f"the version is {version.state}, not {body.from_state}"
+    if body.previous_transition != head:
+        return "it does not continue the model's chain of transitions"
+    if body.officer not in [officer["key"] for officer in version.charter["officers"]]:
+        return "its signer is no officer of the charter"
+    try:
+        domain, payload = signing_payload(body)
+        key = VerifyKey(parse_public_key(body.officer))
+        key.verify(domain, payload, decode_signature(body.signature))
+    except AuditError as error:
+        return str(error)
+    return ""
+
+
+def _micro(text: str) -> int:
+    try:
+        return int((parse_decimal(text) * 1_000_000).to_integral_value(ROUND_CEILING))
+    except AuditError:
+        return int(Decimal(2**53))  # a claim that cannot be read is above every limit

@@ -1,0 +1,63 @@
+"""Counters and histograms for Prometheus, one registry an application; no label is a caller's own word."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+class Monitoring:
+    """What an operator watches."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.requests = Counter(
+            "affidavit_http_requests",
+            "HTTP requests answered.",
+            ("method", "route", "status"),
+            registry=self.registry,
+        )
+        self.seconds = Histogram(
+            "affidavit_http_request_seconds",
+            "Seconds from a request's arrival to its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.predicted_rows = Counter(
+            "affidavit_predicted_rows", "Rows answered.", ("model",), registry=self.registry
+        )
+        self.denials = Counter(
+            "affidavit_denials",
+            "Requests refused, by the policy that decided.",
+            ("action", "policy"),
+            registry=self.registry,
+        )
+        self.append_seconds = Histogram(
+            "affidavit_ledger_append_seconds",
+            "Seconds until an entry was durable.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.append_failures = Counter(
+            "affidavit_ledger_append_failures",
+            "Entries that did not become durable; their requests got no answer.",
+            registry=self.registry,
+        )
+        self.tree_size = Gauge("affidavit_log_tree_size", "Entries in the log.", registry=self.registry)
+        self.checkpoint_size = Gauge(
+            "affidavit_log_checkpoint_size",
+            "Entries under the newest signed checkpoint.",
+            registry=self.registry,
+        )
+        self.cosignatures = Counter(
+            "affidavit_cosignatures", "Cosignatures accepted from witnesses.", registry=self.registry
+        )
+
+    def render(self) -> bytes:
+        """Return the exposition text, format 0.0.4."""
+        return generate_latest(self.registry)

@@ -1,0 +1,1 @@
+"""The access rules as package data: `access.cedarschema` says what exists, `access.cedar` who may do what."""

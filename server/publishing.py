@@ -1,0 +1,136 @@
+"""Checkpoints on a timer, and the cosignatures that witnesses bring.
+
+A new checkpoint is signed when the log grew and the interval has passed, so that the witnesses of a round
+meet on one checkpoint instead of chasing the newest entry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Final
+
+from anyio import to_thread
+
+from audit.checkpoints import add_signatures, parse_checkpoint_note
+from audit.entries import SiteEnrolled, decode_entry
+from audit.errors import AuditError, BadSignatureError, EntryNotFoundError
+from audit.notes import NoteVerifier, SignatureLine, open_note, parse_note
+from federation.coordinator import Coordinator
+from server.journal import Clock
+from server.monitoring import Monitoring
+
+_logger = logging.getLogger(__name__)
+
+_RECENT: Final = 64
+_FUTURE_S: Final = 300
+
+
+class Publisher:
+    """Signs what grew, and keeps what witnesses signed."""
+
+    def __init__(
+        self, coordinator: Coordinator, monitoring: Monitoring, clock: Clock, *, interval_s: float
+    ) -> None:
+        self._coordinator, self._monitoring, self._clock = coordinator, monitoring, clock
+        self._interval_s = interval_s
+        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="publish checkpoints")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def publish(self) -> bytes:
+        """Sign the log as it is now, unless that is signed already; return the note."""
+        async with self._lock:
+            return await to_thread.run_sync(self._publish)
+
+    async def current(self) -> bytes:
+        """Return the newest checkpoint; the first one is made on demand."""
+        note = await to_thread.run_sync(self._coordinator.ledger.latest_checkpoint)
+        return note if note is not None else await self.publish()
+
+    async def covering(self, leaf_index: int) -> bytes:
+        """Return the newest checkpoint whose tree holds `leaf_index`, made now when none does."""
+        note = await self.current()
+        if parse_checkpoint_note(note).tree_size > leaf_index:
+            return note
+        note = await self.publish()
+        if parse_checkpoint_note(note).tree_size > leaf_index:
+            return note
+        raise EntryNotFoundError(leaf_index=leaf_index, tree_size=parse_checkpoint_note(note).tree_size)
+
+    async def add_cosignature(self, site: str, line: str) -> tuple[int, int]:
+        """Keep a witness's signature line over a recent checkpoint.
+
+        Returns:
+            The tree size that it cosigns, and how many signatures that checkpoint has now.
+
+        Raises:
+            BadSignatureError: it is by no enrolled witness key of the site, or over no recent checkpoint.
+            MalformedNoteError: it is not a signature line.
+        """
+        async with self._lock:
+            return await to_thread.run_sync(self._add, site, line)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.publish()
+            except (AuditError, OSError) as error:
+                _logger.error("no checkpoint: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(self._interval_s)
+
+    def _publish(self) -> bytes:
+        ledger = self._coordinator.ledger
+        size = ledger.tree_size
+        self._monitoring.tree_size.set(size)
+        note = ledger.latest_checkpoint()
+        if note is None or parse_checkpoint_note(note).tree_size < size:
+            note = self._coordinator.publish()
+        self._monitoring.checkpoint_size.set(parse_checkpoint_note(note).tree_size)
+        return note
+
+    def _add(self, site: str, line: str) -> tuple[int, int]:
+        raw = line.encode() if line.endswith("\n") else line.encode() + b"\n"
+        SignatureLine.parse(raw)
+        ledger = self._coordinator.ledger
+        keys = []
+        for row in ledger.search(type="site.enrolled", site=site):
+            body = decode_entry(row.body).body
+            if isinstance(body, SiteEnrolled):
+                keys.append(NoteVerifier.parse(body.witness_key))
+        tried = 0
+
+        def is_over(note: bytes) -> bool:
+            nonlocal tried
+            tried += 1
+            return tried > _RECENT or self._is_signed(note, raw, keys)
+
+        note = ledger.latest_checkpoint(is_over)
+        if note is None or not self._is_signed(note, raw, keys):
+            raise BadSignatureError(
+                f"the line is no valid cosignature by an enrolled key of {site!r} over a recent checkpoint",
+                key=site,
+            )
+        merged = ledger.store_checkpoint(add_signatures(note, [raw]))
+        return parse_checkpoint_note(note).tree_size, len(parse_note(merged).signatures) - 1
+
+    def _is_signed(self, note: bytes, raw: bytes, keys: list[NoteVerifier]) -> bool:
+        alone = parse_note(note).text + b"\n" + raw
+        try:
+            signatures = open_note(alone, keys).signatures if keys else ()
+        except AuditError:
+            return False
+        latest = self._clock()
+        return any(
+            signature.timestamp is not None and signature.timestamp <= latest.timestamp() + _FUTURE_S
+            for signature in signatures
+        )

@@ -1,0 +1,198 @@
+"""The log over HTTP: entries, proofs, checkpoints, cosignatures, evidence."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from typing import Annotated, Any, Final
+
+from anyio import to_thread
+from audit.service import export_evidence as build_evidence
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import ValidationError
+
+from audit.canonical import parse_strict
+from audit.checkpoints import parse_checkpoint_note
+from audit.entries import TYPES, EvidenceExported, columns_of
+from audit.errors import AuditError
+from audit.merkle import hash_leaf
+from audit.tlog_proof import TlogProof
+from server.context import Caller, Context, authorise, context_of
+from server.errors import MalformedRequestError
+from server.schemas import DIGEST_PATTERN, CosignatureRequest, problems
+
+router = APIRouter(prefix="/v1/audit", tags=["audit"])
+
+Index = Annotated[int, Path(ge=0, le=2**53 - 1, description="The entry's place in the log, from 0.")]
+Name = Annotated[str | None, Query(pattern=r"^[a-z0-9][a-z0-9.:_-]{0,95}$")]
+_TIME: Final = r"^[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z$"
+_MAX_PAGE: Final = 500
+
+
+@router.get("/entries", summary="Search the log", responses=problems(401, 403, 422))
+async def search(
+    request: Request,
+    principal: Caller,
+    type: Annotated[str | None, Query(description="One of: " + ", ".join(TYPES))] = None,
+    actor: Name = None,
+    version: Annotated[str | None, Query(pattern=DIGEST_PATTERN)] = None,
+    run: Name = None,
+    site: Name = None,
+    since: Annotated[str | None, Query(pattern=_TIME, description="RFC 3339, UTC, inclusive.")] = None,
+    until: Annotated[str | None, Query(pattern=_TIME, description="RFC 3339, UTC, exclusive.")] = None,
+    after: Annotated[int | None, Query(ge=-1, description="Leaf index of the last entry you have.")] = None,
+    limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 100,
+) -> dict[str, Any]:
+    """Entries in log order that match every filter. Page on with `after` = `next`, until `next` is null."""
+    await authorise(request, principal, "log.read")
+    if type is not None and type not in TYPES:
+        raise MalformedRequestError(
+            f"type {type!r} is unknown",
+            fields=[{"field": "type", "problem": f"use one of {', '.join(TYPES)}"}],
+        )
+    ledger = context_of(request).coordinator.ledger
+    rows = await to_thread.run_sync(
+        lambda: ledger.search(
+            type=type, actor=actor, version=version, run=run, site=site,
+            since=since, until=until, after=after, limit=limit,
+        )
+    )  # fmt: skip
+    listed = [{"leaf_index": row.leaf_index, "entry": json.loads(row.body)} for row in rows]
+    return {"entries": listed, "next": rows[-1].leaf_index if len(rows) == limit else None}
+
+
+@router.get("/entries/{index}", summary="Read an entry", responses=problems(401, 403, 404))
+async def read_entry(request: Request, principal: Caller, index: Index) -> dict[str, Any]:
+    """The entry, its leaf hash, and its exact bytes in base64: hash those, not the JSON shown."""
+    data = await _readable(request, principal, index, "entry.read")
+    return {
+        "leaf_index": index,
+        "leaf_hash": hash_leaf(data).hex(),
+        "entry": json.loads(data),
+        "bytes": base64.b64encode(data).decode(),
+    }
+
+
+@router.get(
+    "/entries/{index}/proof", summary="Prove an entry (JSON or tlog-proof)", responses=problems(401, 403, 404)
+)
+async def prove_entry(request: Request, principal: Caller, index: Index) -> Response:
+    """An inclusion proof under the newest checkpoint. `Accept: text/plain` gives a C2SP tlog-proof file."""
+    text = "text/plain" in request.headers.get("accept", "")
+    return await _proof(request, principal, index, as_text=text)
+
+
+@router.get(
+    "/entries/{index}/proof.tlog-proof",
+    summary="Prove an entry (tlog-proof file)",
+    response_class=PlainTextResponse,
+    responses=problems(401, 403, 404),
+)
+async def prove_entry_file(request: Request, principal: Caller, index: Index) -> Response:
+    """The same as a C2SP tlog-proof file."""
+    return await _proof(request, principal, index, as_text=True)
+
+
+@router.get(
+    "/checkpoint",
+    summary="Read the newest checkpoint",
+    response_class=PlainTextResponse,
+    responses=problems(404),
+)
+async def read_checkpoint(request: Request) -> PlainTextResponse:
+    """The newest signed checkpoint with the cosignatures that have come in (C2SP signed note). No key
+    needed.
+    """
+    note = await context_of(request).publisher.current()
+    return PlainTextResponse(note.decode(), media_type="text/plain; charset=utf-8")
+
+
+@router.get("/consistency", summary="Prove that the log only grew", responses=problems(404, 422))
+async def prove_consistency(
+    request: Request,
+    old: Annotated[int, Query(ge=0, le=2**53 - 1)],
+    new: Annotated[int, Query(ge=0, le=2**53 - 1)],
+) -> dict[str, Any]:
+    """An RFC 6962 consistency proof between two tree sizes, base64 hashes. No key needed."""
+    ledger = context_of(request).coordinator.ledger
+    if not 0 <= old <= new:
+        raise MalformedRequestError(
+            "old must not exceed new", fields=[{"field": "old", "problem": "exceeds new"}]
+        )
+    proof = await to_thread.run_sync(lambda: ledger.consistency_proof(old, new) if old else [])
+    return {"old": old, "new": new, "proof": [base64.b64encode(node).decode() for node in proof]}
+
+
+@router.post("/cosignatures", summary="Add a witness's cosignature", responses=problems(403, 404, 422))
+async def add_cosignature(request: Request) -> dict[str, Any]:
+    """One signature line, made by an enrolled site's witness key over a recent checkpoint.
+
+    The line is its own proof of who sends it; no API key is needed.
+    """
+    try:
+        asked = CosignatureRequest.model_validate(parse_strict(await request.body()))
+    except (AuditError, ValidationError) as error:
+        raise MalformedRequestError(f"send note_signature and site: {error}") from error
+    size, have = await context_of(request).publisher.add_cosignature(asked.site, asked.note_signature)
+    context_of(request).monitoring.cosignatures.inc()
+    return {"tree_size": size, "cosignatures": have}
+
+
+@router.get("/evidence/{index}", summary="Export an evidence file", responses=problems(401, 403, 404))
+async def export_evidence(request: Request, principal: Caller, index: Index) -> Response:
+    """A zip that proves the entry offline: `affidavit verify FILE --policy POLICY`.
+
+    It holds the entries that led to this one, their proofs, the newest checkpoint and the artefacts by
+    digest. Put your own `receipt` and `opened` beside it with `affidavit evidence export --answer`.
+    """
+    await _readable(request, principal, index, "evidence.export")
+    context = context_of(request)
+    note = await context.publisher.covering(index)
+    data = await to_thread.run_sync(_export, context, index, note)
+    digest = hashlib.sha256(data).hexdigest()
+    await context.journal.append(
+        EvidenceExported(leaf_index=index, scope="entry", principal=principal.id, digest=digest)
+    )
+    name = f"evidence-{index}.zip"
+    return Response(
+        data,
+        media_type="application/zip",
+        headers={"Content-Disposition": f'attachment; filename="{name}"', "Digest": f"sha-256={digest}"},
+    )
+
+
+async def _readable(request: Request, principal: Caller, index: int, action: str) -> bytes:
+    """Return the entry's bytes, once the policies allow this caller to have them."""
+    ledger = context_of(request).coordinator.ledger
+    data = await to_thread.run_sync(ledger.entry, index)
+    named = columns_of(data).principal or ""
+    await authorise(request, principal, action, str(index), {"principal": named})
+    return data
+
+
+async def _proof(request: Request, principal: Caller, index: int, *, as_text: bool) -> Response:
+    data = await _readable(request, principal, index, "entry.read")
+    context = context_of(request)
+    note = await context.publisher.covering(index)
+    tree_size = parse_checkpoint_note(note).tree_size
+    ledger = context.coordinator.ledger
+    proof = await to_thread.run_sync(ledger.inclusion_proof, index, tree_size)
+    if as_text:
+        text = TlogProof(leaf_index=index, hashes=tuple(proof), checkpoint_note=note).format()
+        return Response(text, media_type="text/plain; charset=utf-8")
+    return JSONResponse(
+        {
+            "leaf_index": index,
+            "leaf_hash": hash_leaf(data).hex(),
+            "tree_size": tree_size,
+            "proof": [base64.b64encode(node).decode() for node in proof],
+            "checkpoint": note.decode(),
+        }
+    )
+
+
+def _export(context: Context, index: int, note: bytes) -> bytes:
+    coordinator = context.coordinator
+    return build_evidence(coordinator.ledger, coordinator.blobs.find, leaf_index=index, checkpoint=note)

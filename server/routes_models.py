@@ -1,0 +1,181 @@
+"""Models: what is registered, who approved it, and answers from the live version."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import PlainTextResponse
+from pydantic import ValidationError
+
+from audit.canonical import parse_strict
+from audit.entries import body_document
+from audit.errors import AuditError
+from server.context import Caller, authorise, context_of
+from server.errors import MalformedRequestError, request_id_of
+from server.live import ServedVersion
+from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, problems
+from server.service import Answered, Asked
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+ModelName = Annotated[str, Path(pattern=NAME_PATTERN, description="The charter's name.")]
+Digest = Annotated[str, Path(pattern=DIGEST_PATTERN, description="SHA-256 of the version's weights file.")]
+
+_PREDICT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": PredictRequest.model_json_schema()}},
+    }
+}
+
+
+@router.post(
+    "/{name}/predict",
+    summary="Answer rows with the live version",
+    response_model=PredictResponse,
+    responses=problems(401, 403, 404, 422, 503),
+    openapi_extra=_PREDICT_BODY,
+)
+async def predict(request: Request, principal: Caller, name: ModelName) -> PredictResponse:
+    """Send named features, get answers, the policies that allowed them, and a signed receipt.
+
+    The decision and salted commitments to each row and each answer are one entry of the log, durable before
+    you see the answer. Keep `receipt` and `opened`: with them and the evidence file anybody can later prove
+    what was answered, by which version, trained how. A refusal (`predict.denied`) names the policies and
+    its own entry.
+    """
+    asked = _parse(await request.body())
+    answered = await context_of(request).predicting.predict(
+        principal,
+        Asked(
+            model=name,
+            purpose=asked.purpose,
+            rows=asked.rows,
+            site=asked.site,
+            version=asked.version,
+            request_id=request_id_of(request),
+        ),
+    )
+    return render_answer(answered)
+
+
+@router.get("", summary="List the models", responses=problems(401, 403))
+async def list_models(request: Request, principal: Caller) -> dict[str, Any]:
+    """Every model that the log registers, with its live version, if any."""
+    await authorise(request, principal, "models.read")
+    live = context_of(request).live
+    listed = []
+    for name in live.models():
+        versions = live.versions(name)
+        answering = next((version.version for version in versions if version.state == "live"), None)
+        listed.append({"name": name, "live": answering, "versions": len(versions)})
+    return {"models": listed}
+
+
+@router.get("/{name}", summary="Show a model's versions and contract", responses=problems(401, 403, 404))
+async def show_model(request: Request, principal: Caller, name: ModelName) -> dict[str, Any]:
+    """The versions, newest first, and what a row must hold: the features of the charter that would answer."""
+    await authorise(request, principal, "models.read")
+    live = context_of(request).live
+    versions, answering = live.versions(name), live.answering(name)
+    return {
+        "name": name,
+        "live": answering.version if answering.state == "live" else None,
+        "task": answering.charter["task"],
+        "features": answering.charter["features"],
+        "label": answering.charter["label"],
+        "purposes": answering.charter["purposes"],
+        "versions": [_summary(version) for version in versions],
+    }
+
+
+@router.get("/{name}/versions/{digest}", summary="Show a version", responses=problems(401, 403, 404))
+async def show_version(
+    request: Request, principal: Caller, name: ModelName, digest: Digest
+) -> dict[str, Any]:
+    """The version's registration as it is in the log: gates, epsilon per site, run, charter, state."""
+    await authorise(request, principal, "models.read")
+    version = context_of(request).live.version(name, digest)
+    return {
+        **_summary(version),
+        "registration": body_document(version.registered),
+        "charter": version.charter,
+    }
+
+
+@router.get(
+    "/{name}/versions/{digest}/card",
+    summary="Read the model card",
+    response_class=PlainTextResponse,
+    responses=problems(401, 403, 404),
+)
+async def show_card(
+    request: Request, principal: Caller, name: ModelName, digest: Digest
+) -> PlainTextResponse:
+    """Markdown made from the log alone; what nothing proves reads NO EVIDENCE."""
+    await authorise(request, principal, "models.read")
+    context = context_of(request)
+    context.live.version(name, digest)
+    from federation.model_card import model_card
+
+    return PlainTextResponse(model_card(context.coordinator.ledger, digest), media_type="text/markdown")
+
+
+def render_answer(answered: Answered) -> PredictResponse:
+    """Render the answers: probabilities and values as JSON numbers; `opened` holds the exact committed
+    text.
+    """
+    return PredictResponse.model_validate(
+        {
+            "model": answered.model,
+            "version": answered.version,
+            "answers": [_numbers(answer) for answer in answered.answers],
+            "decision": {
+                "id": answered.request_id,
+                "policies": list(answered.decision.policies),
+                "policy_set": answered.decision.policy_set,
+            },
+            "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
+            "receipt": answered.receipt,
+            "opened": list(answered.opened),
+        }
+    )
+
+
+def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
+    shown = dict(answer)
+    for key in ("probability", "value"):
+        if key in shown:
+            shown[key] = json.loads(shown[key])
+    if "probabilities" in shown:
+        shown["probabilities"] = [json.loads(text) for text in shown["probabilities"]]
+    return shown
+
+
+def _parse(body: bytes) -> PredictRequest:
+    try:
+        return PredictRequest.model_validate(parse_strict(body, allow_floats=True))
+    except AuditError as error:
+        raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
+    except ValidationError as error:
+        fields = [
+            {"field": ".".join(map(str, found["loc"])), "problem": found["msg"]}
+            for found in error.errors(include_url=False, include_input=False)[:50]
+        ]
+        raise MalformedRequestError(f"{fields[0]['field']}: {fields[0]['problem']}", fields=fields) from error
+
+
+def _summary(version: ServedVersion) -> dict[str, Any]:
+    return {
+        "version": version.version,
+        "state": version.state,
+        "registered": version.registered_at,
+        "leaf_index": version.registered_index,
+        "run": version.registered.run,
+        "charter": version.charter_digest,
+        "approved_by": list(version.approved_by),
+        "gates_passed": all(gate.passed for gate in version.registered.gates),
+        "epsilon": max((site.run_epsilon for site in version.registered.epsilons), key=float, default=None),
+    }

@@ -1,0 +1,154 @@
+"""What the routes read and write, as the OpenAPI document shows it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PURPOSE_PATTERN: Final = r"^[a-z0-9][a-z0-9 ._-]{0,62}$"
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+DIGEST_PATTERN: Final = r"^[0-9a-f]{64}$"
+
+Value = str | int | float | bool | None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PredictRequest(_Strict):
+    """Rows to answer, each a feature by its charter name, and what the answer is for."""
+
+    purpose: Annotated[
+        str,
+        Field(pattern=PURPOSE_PATTERN, description="One of the purposes that the model's charter allows."),
+    ]
+    rows: Annotated[
+        list[dict[str, Value]],
+        Field(min_length=1, description="One object a row: feature name to value, in the charter's units."),
+    ]
+    site: Annotated[
+        str | None,
+        Field(
+            default=None,
+            pattern=r"^[a-z0-9][a-z0-9-]{0,62}$",
+            description="Whose intercept to use, where the model has one per site; absent means their mean.",
+        ),
+    ]
+    version: Annotated[
+        str | None,
+        Field(
+            default=None,
+            pattern=DIGEST_PATTERN,
+            description="Insist on this version; absent means the live one. Only a live version answers.",
+        ),
+    ]
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [{"purpose": "triage", "rows": [{"mean_radius_mm": 14.2, "mean_texture": 19.1}]}]
+        },
+    )
+
+
+class DecisionView(BaseModel):
+    """Which policies allowed the answer."""
+
+    id: str
+    policies: list[str]
+    policy_set: str
+
+
+class EntryRef(BaseModel):
+    """A place in the log."""
+
+    leaf_index: int
+    leaf_hash: str
+
+
+class Opened(BaseModel):
+    """What opens one row's commitments. Keep it: nobody else holds the salts."""
+
+    input_salt: str
+    output_salt: str
+    input: str
+    output: str
+
+
+class PredictResponse(BaseModel):
+    """Answers in the order of the rows, and all that is needed to prove them later."""
+
+    model: str
+    version: str
+    answers: list[dict[str, Any]]
+    decision: DecisionView
+    entry: EntryRef
+    receipt: dict[str, Any]
+    opened: list[Opened]
+
+
+class Problem(BaseModel):
+    """RFC 9457. Decide by `code`: it is stable; `detail` is for people."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    instance: str
+    policies: list[str] | None = None
+    entry: EntryRef | None = None
+    fields: list[dict[str, Any]] | None = None
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:affidavit:problem:predict.denied",
+                    "title": "Refused by policy",
+                    "status": 403,
+                    "code": "predict.denied",
+                    "detail": "predict on breast-cancer is refused to role consumer by purpose-…",
+                    "instance": "urn:affidavit:request:0f4bd1f2f0a54a0c9d3f0d6f0a1b2c3d",
+                    "policies": ["purpose-outside-charter"],
+                    "entry": {"leaf_index": 171, "leaf_hash": "9f2c…"},
+                }
+            ]
+        }
+    )
+
+
+class KeyRequest(_Strict):
+    """A key to make."""
+
+    role: str
+    expires: Annotated[str | None, Field(default=None, description="RFC 3339, UTC; absent means never.")]
+    note: Annotated[str, Field(default="", max_length=80)]
+
+
+class CosignatureRequest(_Strict):
+    """One signature line of a C2SP signed note, made by an enrolled site's witness key."""
+
+    note_signature: str
+    site: str
+
+
+PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        401: "`access.unauthenticated`: no key, or one that is unknown, revoked or expired",
+        403: "`access.denied`: `policies` names what decided, `entry` the log's record of it",
+        404: "the thing named in the path does not exist",
+        422: "`request.malformed`: `fields` names each field and the fix",
+        503: "the log could not record the request, so there is no answer; come back after `Retry-After`",
+    }.items()
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI `responses` for these statuses."""
+    return {status: PROBLEMS[status] for status in statuses}

@@ -1,0 +1,109 @@
+"""The server's settings: one frozen object, read at the edge, each value with its source.
+
+Order: flag > environment > file > default. The file is `config.yaml` in the coordinator's home, under the key
+`server`; the environment names are `AFFIDAVIT_` and the setting's name in capitals.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, Field, ValidationError
+
+from server.errors import SettingsError
+
+PREFIX: Final = "AFFIDAVIT_"
+
+
+class Settings(BaseModel, frozen=True, extra="forbid"):
+    """All that the server may be told."""
+
+    coordinator_home: Path = Path(".affidavit/coordinator")
+    signer_home: Path = Path(".affidavit/signer")
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    policies: Path | None = None  # a Cedar file in place of the shipped rules
+    max_body_bytes: Annotated[int, Field(ge=1_024, le=64 * 2**20)] = 1_048_576
+    max_rows: Annotated[int, Field(ge=1, le=10_000)] = 256
+    body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    request_timeout_s: Annotated[float, Field(gt=0, le=3_600)] = 30.0
+    publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 5.0
+    merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600
+    key_cache_s: Annotated[float, Field(ge=0, le=600)] = 60.0
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedSettings:
+    settings: Settings
+    sources: Mapping[str, str]  # setting -> "flag" | "environment NAME" | "file PATH" | "default"
+
+
+def load_settings(
+    *,
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    base: Path | None = None,
+) -> LoadedSettings:
+    """Collect the settings from every source.
+
+    Args:
+        flags: what the command line gave; a value of None was not given.
+        environ: the environment; the process's own when None.
+        base: the folder that holds the homes, in place of `.affidavit`.
+
+    Raises:
+        SettingsError: a value or a name is not one of `Settings`; the message says where it came from.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
+    if base is None and environ.get(PREFIX + "HOME"):
+        base, origin = Path(environ[PREFIX + "HOME"]), f"environment {PREFIX}HOME"
+    else:
+        origin = "flag"
+    if base is not None:
+        for name, role in (("coordinator_home", "coordinator"), ("signer_home", "signer")):
+            values[name], sources[name] = base / role, origin
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    for name in Settings.model_fields:
+        variable = PREFIX + name.upper()
+        if environ.get(variable):
+            values[name], sources[name] = environ[variable], f"environment {variable}"
+    for name, value in given.items():
+        values[name], sources[name] = value, "flag"
+    home = Path(values.get("coordinator_home", Settings().coordinator_home))
+    path = home / "config.yaml"
+    for name, value in _file_values(path).items():
+        if sources.get(name, "default") == "default":
+            values[name], sources[name] = value, f"file {path}"
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        source = sources.get(name, "flag")
+        raise SettingsError(f"{name} (from {source}): {first['msg']}; correct it there") from error
+    return LoadedSettings(settings=settings, sources=sources)
+
+
+def _file_values(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: is not readable YAML ({error}); correct or remove it") from error
+    section = (document or {}).get("server") or {} if isinstance(document, dict) or document is None else None
+    if not isinstance(section, dict):
+        raise SettingsError(f"{path}: `server` must hold settings by name")
+    unknown = sorted(set(section) - set(Settings.model_fields))
+    if unknown:
+        raise SettingsError(f"{path}: unknown settings {unknown}; known are {sorted(Settings.model_fields)}")
+    return {str(name): value for name, value in section.items()}
