@@ -428,7 +428,9 @@ class Agent:
                 request.note, request.old_size, request.proof, now=int(self._clock().timestamp())
             )
         except WitnessError as error:
-            _logger.warning("site %s does not cosign: %s", self.name, error)
+            stale = isinstance(error, WitnessConflictError)  # how a coordinator learns where to start from
+            level = logging.DEBUG if stale else logging.WARNING
+            _logger.log(level, "site %s does not cosign: %s", self.name, error)
             return _witness_error(error), {}
         return {"cosignature": line.decode()}, {}
 
