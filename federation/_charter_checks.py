@@ -44,8 +44,8 @@ def warnings_of(charter: Charter) -> list[str]:
     smallest = min(site.nominal_rows for site in charter.sites)
     if charter.privacy.delta >= Decimal(1) / smallest:
         said.append(
-            f"delta {charter.privacy.delta} is not below 1/{smallest} (the smallest site): it permits publishing a "
-            "whole row now and then; choose a delta well below 1/n"
+            f"delta {charter.privacy.delta} is not below 1/{smallest} (the smallest site): it permits "
+            "publishing a whole row now and then; choose a delta well below 1/n"
         )
     if not charter.gates:
         said.append("no gates: a version can be registered, and nothing says it is any good")
@@ -178,6 +178,18 @@ def _privacy(charter: Charter) -> Iterator[Problem]:
             message="unit: subject needs a bound on the rows one subject may give",
             fix="write the number; rows beyond it are not used",
         )
+    if privacy.max_rows_per_subject > 1 and privacy.sample_rate < 1:
+        yield Problem(
+            path="privacy.sample_rate",
+            message="rows are sampled one by one, so a subject with several gains nothing from it",
+            fix="write sample_rate: 1, or max_rows_per_subject: 1",
+        )
+    if privacy.max_rows_per_subject > 1 and privacy.sample_rate < 1:
+        yield Problem(
+            path="privacy.sample_rate",
+            message="rows are sampled one by one, which protects no subject who has several",
+            fix="write sample_rate: 1, or max_rows_per_subject: 1",
+        )
     if privacy.unit == "row" and (privacy.subject_id or privacy.max_rows_per_subject != 1):
         yield Problem(
             path="privacy.unit",
@@ -189,7 +201,7 @@ def _privacy(charter: Charter) -> Iterator[Problem]:
             path="privacy.subject_id", message="is a feature", fix="a model must not learn from an identifier"
         )
     largest = max(site.nominal_rows for site in charter.sites)
-    # a sum of n clipped gradients plus 64 standard deviations must stay inside 63 bits, with a factor 4 to spare
+    # a sum of n clipped gradients plus 64 standard deviations must fit in 63 bits, with room to spare
     units = 2.0**privacy.grid_bits
     reach = units * (4 * largest + 64 * float(privacy.noise_multiplier) * 2)
     if reach * charter.plan.local_steps >= 2.0**61:
@@ -201,20 +213,23 @@ def _privacy(charter: Charter) -> Iterator[Problem]:
 
 
 def _members(charter: Charter) -> Iterator[Problem]:
-    for kind, members, key in (("sites", charter.sites, "identity"), ("officers", charter.officers, "key")):
+    groups = (
+        ("sites", "identity", [(site.name, site.identity) for site in charter.sites]),
+        ("officers", "key", [(officer.name, officer.key) for officer in charter.officers]),
+    )
+    for kind, key, members in groups:
         names: set[str] = set()
         keys: set[str] = set()
-        for index, member in enumerate(members):
-            if member.name in names:
+        for index, (name, value) in enumerate(members):
+            if name in names:
                 yield Problem(
-                    path=f"{kind}[{index}].name", message=f"{member.name!r} occurs twice", fix="rename one"
+                    path=f"{kind}[{index}].name", message=f"{name!r} occurs twice", fix="rename one"
                 )
-            value = getattr(member, key)
             if value in keys:
                 yield Problem(
                     path=f"{kind}[{index}].{key}", message="is another member's key", fix="each has its own"
                 )
-            names.add(member.name)
+            names.add(name)
             keys.add(value)
             try:
                 parse_public_key(value)

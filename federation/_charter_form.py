@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from audit.decimals import decimal_text
+from audit.decimals import decimal_text, parse_decimal
 
 if TYPE_CHECKING:
     from federation.charter import Charter, Feature
@@ -106,6 +106,46 @@ def _gate(gate: Any) -> dict[str, Any]:
 
 def _decimal(value: Decimal | None) -> str:
     return decimal_text(value if value is not None else 0)
+
+
+_DECIMALS = frozenset(
+    ["lower", "upper", "learning_rate", "local_learning_rate", "beta1", "beta2", "tau", "epsilon", "delta", "sample_rate", "max_grad_norm", "noise_multiplier", "weight", "floor", "margin_over_baseline"]
+)
+
+
+def fields_of_canonical(document: dict[str, Any]) -> dict[str, Any]:
+    """Return what a `Charter` is built from, given its canonical JSON values."""
+    fields: dict[str, Any] = _decimals(document, "")
+    fields["model"] = _model_fields(document["model"])
+    return fields
+
+
+def _decimals(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _decimals(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_decimals(item, key) for item in value]
+    if isinstance(value, str) and key in _DECIMALS:
+        return parse_decimal(value)
+    return value
+
+
+def _model_fields(model: dict[str, Any]) -> dict[str, Any]:
+    family, layers = model["family"], model["layers"]
+    fields: dict[str, Any] = {"family": family, "site_intercept": bool(model["site_intercept"])}
+    activations = [
+        layer["layer"] for layer in layers if layer["layer"] in ("relu", "tanh", "sigmoid", "gelu")
+    ]
+    if family == "layers":
+        fields["layers"] = layers
+    if family in ("mlp", "cnn") and activations:
+        fields["activation"] = activations[0]
+    if family == "mlp":
+        fields["hidden"] = [layer["out"] for layer in layers if layer["layer"] == "linear"][:-1]
+    if family == "cnn":
+        fields["image"] = layers[0].get("shape")
+        fields["channels"] = [layer["out"] for layer in layers if layer["layer"] == "conv2d"]
+    return fields
 
 
 class _Dumper(yaml.SafeDumper):

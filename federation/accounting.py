@@ -1,8 +1,8 @@
 """The accountant: epsilon as a pure function of mechanism events, never a sum of epsilons.
 
-PLD composition by dp-accounting gives the number that counts (grid 1e-3 while planning, 1e-4 for a certificate), RDP
-stands beside it as an upper check, and full-batch events are also composed exactly. The step from continuous to
-discrete noise is charged to delta, by `audit.epsilon`, in all three.
+PLD composition by dp-accounting gives the number that counts (grid 1e-3 while planning, 1e-4 for a
+certificate), RDP stands beside it as an upper check, and full-batch events are also composed exactly. The
+step from continuous to discrete noise is charged to delta, by `audit.epsilon`, in all three.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PLANNING_GRID: Final = 1e-3
 CERTIFICATE_GRID: Final = 1e-4
 _COARSE_BEYOND: Final = 50.0  # past this epsilon a fine grid costs seconds and shows nothing
-_LARGEST: Final = 1000.0
+_MOST_NOISE: Final = 1e5
 
 Kind = tuple[float, float, int]  # sample rate, noise multiplier for one gradient's sensitivity, steps
 
@@ -227,7 +227,8 @@ def calibrate_noise(
     grid_bits: int = 20,
     precision: str = "float64",
 ) -> Decimal:
-    """Return the least noise multiplier, to four significant digits upwards, whose certificate meets `epsilon`.
+    """Return the least noise multiplier, to four significant digits upwards, whose certificate meets
+    `epsilon`.
 
     Raises:
         AccountingError: no noise multiplier up to 10^5 does.
@@ -246,15 +247,15 @@ def calibrate_noise(
             precision=precision,
         )
         events = [event] * rounds
-        if sample_rate == 1:
+        if sample_rate == 1 and grid == PLANNING_GRID:
             return recompute(events, float(delta)).value
         return pld_epsilon(events, float(delta), grid=grid)
 
     low, high = 0.05, 1.0
     while cost(Decimal(high), PLANNING_GRID) > target:
         low, high = high, high * 2
-        if high > 1e5:
-            raise AccountingError(f"no noise multiplier up to 100000 gives epsilon {epsilon} at delta {delta}")
+        if high > _MOST_NOISE:
+            raise AccountingError(f"no noise multiplier up to {_MOST_NOISE:g} gives epsilon {epsilon}")
     while high / low > 1.0005:
         middle = math.sqrt(low * high)
         if cost(Decimal(middle), PLANNING_GRID) > target:
@@ -262,35 +263,9 @@ def calibrate_noise(
         else:
             high = middle
     chosen = _four_digits(Decimal(low))
-    while Decimal(ceil_text(certificate(chosen, rounds, float(delta), sample_rate, local_steps, dimension, grid_bits,
-                                        relation, precision))) > Decimal(str(target)):  # fmt: skip
+    while Decimal(ceil_text(cost(chosen, CERTIFICATE_GRID))) > Decimal(str(epsilon)):
         chosen = _four_digits(chosen * Decimal("1.0002"))
     return chosen
-
-
-def certificate(
-    multiplier: Decimal,
-    rounds: int,
-    delta: float,
-    sample_rate: Decimal | float,
-    local_steps: int,
-    dimension: int,
-    grid_bits: int,
-    relation: str,
-    precision: str,
-) -> float:
-    """Return the certified epsilon of `rounds` equal releases."""
-    event = release_event(
-        noise_multiplier=multiplier,
-        sample_rate=sample_rate,
-        local_steps=local_steps,
-        dimension=dimension,
-        grid_bits=grid_bits,
-        relation=relation,
-        unit="row",
-        precision=precision,
-    )
-    return min(pld_epsilon([event] * rounds, delta), _LARGEST)
 
 
 def _four_digits(value: Decimal) -> Decimal:
@@ -302,9 +277,10 @@ def _four_digits(value: Decimal) -> Decimal:
 class LifetimeFilter:
     """The hard stop over a population's whole life, at one delta that never changes.
 
-    Later runs are chosen after seeing earlier results, so a PLD of the whole would not be valid. A Gaussian (GDP)
-    filter is, for full batches, and an RDP filter for any mix: both admit a release exactly while the guarantee of
-    all events so far, recomputed with it, stays within the cap (Smith and Thakurta 2022; Lécuyer 2021).
+    Later runs are chosen after seeing earlier results, so a PLD of the whole would not be valid. A Gaussian
+    (GDP) filter is, for full batches, and an RDP filter for any mix: both admit a release exactly while the
+    guarantee of all events so far, recomputed with it, stays within the cap (Smith and Thakurta 2022;
+    Lécuyer 2021).
     """
 
     epsilon: Decimal
@@ -329,16 +305,21 @@ def plan_report(charter: Charter) -> str:
         f"charter {charter.name}  {cost.charter}",
         f"model {charter.model.family}, {charter.dimension} parameters, {len(charter.sites)} sites",
         f"plan {charter.plan.strategy}, {charter.plan.rounds} rounds of {event.steps} step(s); {sampling}",
-        f"noise {event.sigma_grid / event.sensitivity_grid:.4g} x sensitivity, unit {event.unit}, "
-        f"relation {event.relation}, delta {privacy.delta}",
+        f"noise {event.sigma_grid / event.sensitivity_grid:.4g} x sensitivity, unit {event.unit}, relation"
+         f" {event.relation}, delta {privacy.delta}",
         "",
         f"{'site':<20} {'epsilon (PLD)':>14} {'epsilon (RDP)':>14} {'allowed':>8}  fits",
     ]
     for site in cost.sites:
         pld = site.spent.pld_text if math.isfinite(site.spent.pld) else "none"
         rdp = site.spent.rdp_text if math.isfinite(site.spent.rdp) else "none"
-        lines.append(f"{site.site:<20} {pld:>14} {rdp:>14} {site.epsilon!s:>8}  {'yes' if site.fits else 'NO'}")
+        lines.append(
+            f"{site.site:<20} {pld:>14} {rdp:>14} {site.epsilon!s:>8}  {'yes' if site.fits else 'NO'}"
+        )
     if cost.suggested_noise_multiplier is not None:
-        lines += ["", f"does not fit: write privacy.noise_multiplier: {cost.suggested_noise_multiplier}, or fewer rounds"]
+        lines += [
+            "",
+            f"does not fit: write noise_multiplier: {cost.suggested_noise_multiplier}, or fewer rounds",
+        ]
     lines += ["", *[f"warning: {text}" for text in cost.warnings]] if cost.warnings else []
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """The charter: what the sites agreed on, as one YAML file and as one canonical form whose digest names it.
 
-`Charter.load` reads the file people write; `canonical()` gives the bytes that sites sign and that the log keeps: every
-number a canonical decimal string, every layer spelt out, sites by name. Nothing in a charter is read from data.
+`Charter.load` reads the file people write; `canonical()` gives the bytes that sites sign and that the log
+keeps: every number a canonical decimal string, every layer spelt out, sites by name. Nothing in a charter
+is read from data.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from collections.abc import Mapping
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from audit.canonical import canonical_bytes
+from audit.canonical import canonical_bytes, parse_canonical
+from audit.errors import AuditError
 from audit.layers import dimension
 from federation._charter_checks import check_charter
 from federation._charter_errors import problems_of
-from federation._charter_form import canonical_document, yaml_text
+from federation._charter_form import canonical_document, fields_of_canonical, yaml_text
 from federation._numbers import Count, Number
 from federation.errors import CharterError, CharterFileError, Problem
 from federation.families import Layer, cnn, logistic_regression, mlp, normalise_layers
@@ -199,6 +201,23 @@ class Charter(_Part):
         except ValidationError as error:
             raise _with_lines(problems_of(error, cls), document.line_of, source) from None
 
+    @classmethod
+    def from_canonical(cls, text: str) -> Charter:
+        """Read a charter from its canonical bytes, as the log keeps them; the digest is the same.
+
+        Raises:
+            CharterError: the text is not the canonical form of a charter of this release.
+        """
+        try:
+            charter = cls.model_validate(
+                fields_of_canonical(cast("dict[str, Any]", parse_canonical(text.encode())))
+            )
+        except (AuditError, ValidationError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CharterError([_not_canonical(str(error))]) from error
+        if charter.canonical().decode() != text:
+            raise CharterError([_not_canonical("it reads back differently")])
+        return charter
+
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The model, spelt out from the closed set of layers."""
@@ -261,6 +280,12 @@ class Charter(_Part):
         from federation.rendering import charter_html
 
         return charter_html(self)
+
+
+def _not_canonical(why: str) -> Problem:
+    return Problem(
+        path="", message=f"not the canonical form of a charter: {why}", fix="use the bytes in the log"
+    )
 
 
 def resolve_layers(charter: Charter) -> list[Layer]:

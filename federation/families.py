@@ -1,7 +1,8 @@
 """Model families, and the layer lists they stand for.
 
-A model is always a layer list from a closed set: no code travels with a charter. A family is a shorter way of writing
-one. `check_layers` follows the shape of one example through the list and names the layer that does not fit.
+A model is always a layer list from a closed set: no code travels with a charter. A family is a shorter way
+of writing one. `check_layers` follows the shape of one example through the list and names the layer that
+does not fit.
 """
 
 from __future__ import annotations
@@ -68,8 +69,11 @@ def cnn(
     `image` is (channels, height, width) of one example; its product must be the encoded width.
     """
     if prod(image) != width:
-        raise LayerError(None, f"image {list(image)} holds {prod(image)} values, the features encode to {width}",
-                         "make channels x height x width equal to the encoded width")  # fmt: skip
+        raise LayerError(
+            None,
+            f"image {list(image)} holds {prod(image)} values, the features encode to {width}",
+            "make channels x height x width equal to the encoded width",
+        )
     depth, height, side = image
     layers: list[Layer] = [{"layer": "reshape", "shape": [depth, height, side]}]
     for size in channels:
@@ -97,7 +101,7 @@ def normalise_layers(layers: Sequence[Mapping[str, Any]]) -> list[Layer]:
     """
     result: list[Layer] = []
     for index, given in enumerate(layers):
-        if not isinstance(given, Mapping) or not isinstance(given.get("layer"), str):
+        if not isinstance(given.get("layer"), str):
             raise LayerError(
                 index, "is not a mapping with a key `layer`", "write {layer: linear, in: 30, out: 1}"
             )

@@ -1,7 +1,8 @@
 """An in-process `Grid`: Flower's real ServerApp and ClientApp objects, without Ray, processes or ports.
 
-Each node is one ClientApp with its own `node_config` and its own queue, served by one worker thread. A transport can
-be told to lose, delay or repeat messages, which is how the round loop is tested against a bad network.
+Each node is one ClientApp with its own `node_config` and its own queue, served by one worker thread. A
+transport can be told to lose, delay or repeat messages, which is how the round loop is tested against a bad
+network.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _CLIENT_APP_RAISED: Final = 2  # Flower's error code for an exception in a Clien
 _POLL_S: Final = 0.002
 
 Fault = Callable[[str, Message], float | None]
-"""(site, message) -> seconds to wait before delivery, 0 for now, None to lose it. Called for requests and replies."""
+"""(site, message) -> seconds to wait before delivery, 0 for now, None to lose it. Called for requests and
+replies.
+"""
 
 
 @dataclass(slots=True)
@@ -98,7 +101,12 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
@@ -122,7 +130,9 @@ class InProcessGrid(Grid):
         with self._lock:
             return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         waiting = set(self.push_messages(messages))
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []

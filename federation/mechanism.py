@@ -1,7 +1,7 @@
 """What the charter makes each site release, as the event an accountant sees, before anything is released.
 
-The formulas are those of the sites' own mechanism (`clients.dp.grid`, where the slack is derived); they are written
-twice because a plan must not import the code beside the data, and tested equal.
+The formulas are those of the sites' own mechanism (`clients.dp.grid`, where the slack is derived); they are
+written twice because a plan must not import the code beside the data, and tested equal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ SLACK: Final = {"float64": Fraction(1, 10**6), "float32": Fraction(1, 2**8)}
 
 
 def sensitivity_grid(*, grid_bits: int, dimension: int, relation: str, precision: str) -> int:
-    """Return the bound, in grid units, on the L2 distance of two neighbouring rounded sums."""
+    """Return the bound, in grid units, on the L2 distance of two neighbouring rounded sums.
+
+    A subject's rows are each clipped to C / max_rows_per_subject at the site, so a subject moves the sum by
+    no more than one row does where the unit is a row.
+    """
     gradients = 2 if relation == "replace_one" else 1
     root = math.isqrt(dimension - 1) + 1
     return math.ceil((gradients << grid_bits) * (1 + SLACK[precision])) + root
@@ -38,7 +42,9 @@ def release_event(
     unit: str,
     precision: str = "float64",
 ) -> MechanismEvent:
-    """Return the event of one release under the given terms; noise_multiplier is relative to the sensitivity."""
+    """Return the event of one release under the given terms; noise_multiplier is relative to the
+    sensitivity.
+    """
     sensitivity = sensitivity_grid(
         grid_bits=grid_bits, dimension=dimension, relation=relation, precision=precision
     )

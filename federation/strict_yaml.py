@@ -1,8 +1,8 @@
 """The strict YAML 1.2 subset that charters are written in.
 
-One reading only: no anchors, aliases, tags, merge keys, directives or second documents, no duplicate keys, and
-scalars by the YAML 1.2 core rules (`yes`, `on` and `12:30` are text). Numbers become `int` or `Decimal`, so that
-`1e-5` and `0.00001` are the same number. Every key path keeps its line.
+One reading only: no anchors, aliases, tags, merge keys, directives or second documents, no duplicate keys,
+and scalars by the YAML 1.2 core rules (`yes`, `on` and `12:30` are text). Numbers become `int` or
+`Decimal`, so that `1e-5` and `0.00001` are the same number. Every key path keeps its line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 
 from federation.errors import CharterFileError
 
-YamlValue: TypeAlias = "None | bool | int | Decimal | str | list[YamlValue] | dict[str, YamlValue]"
+YamlValue: TypeAlias = "bool | int | Decimal | str | list[YamlValue] | dict[str, YamlValue] | None"
 Path: TypeAlias = tuple[str | int, ...]
 
 MAX_BYTES: Final = 1 << 20

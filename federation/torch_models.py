@@ -1,7 +1,7 @@
 """The layer list as a torch module, and its weights as model files.
 
-Parameters are named and ordered as in `nn.Sequential` ("0.weight", "0.bias", "2.weight", …), which is also the order
-of the flat vector in updates and in `audit.weights` files. Attention: this module imports torch.
+Parameters are named and ordered as in `nn.Sequential` ("0.weight", "0.bias", "2.weight", …), which is also
+the order of the flat vector in updates and in `audit.weights` files. Attention: this module imports torch.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ class LayerModel(nn.Sequential):
         return x
 
 
-def build_model(layers: Sequence[Layer], *, precision: str = "float64", site: int | None = None) -> LayerModel:
-    """Return the model with unset weights; `site` is the row a `SiteIntercept` uses (index in sorted site names).
+def build_model(
+    layers: Sequence[Layer], *, precision: str = "float64", site: int | None = None
+) -> LayerModel:
+    """Return the model with unset weights; `site` is the row a `SiteIntercept` uses (index in sorted site
+    names).
 
     Raises:
         audit.layers.ModelError: the list is not a model.
@@ -72,7 +75,9 @@ def build_model(layers: Sequence[Layer], *, precision: str = "float64", site: in
     for module in model:
         if isinstance(module, SiteIntercept):
             if site is not None and not 0 <= site < module.weight.shape[0]:
-                raise LayerError(None, f"site {site} of {module.weight.shape[0]}", "give the index in the charter")
+                raise LayerError(
+                    None, f"site {site} of {module.weight.shape[0]}", "give the index in the charter"
+                )
             module.site = site
     return model
 
@@ -129,7 +134,9 @@ def get_weights(model: nn.Module) -> list[float]:
     return [value for p in model.parameters() for value in p.detach().double().reshape(-1).tolist()]
 
 
-def load_model(layers: Sequence[Layer], data: bytes, *, precision: str = "float64", site: int | None = None) -> LayerModel:
+def load_model(
+    layers: Sequence[Layer], data: bytes, *, precision: str = "float64", site: int | None = None
+) -> LayerModel:
     """Build the model of `layers` with the weights of a model file.
 
     Raises:

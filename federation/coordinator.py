@@ -1,0 +1,235 @@
+"""A coordinator's home: the log, its signer and the files by digest, opened together.
+
+home/config.yaml, home/log.db, home/blobs/, home/runs/; the signer's home is a directory of its own. Several
+processes may open one home: the database orders their entries, and the signer's lock is held for one
+signature at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import yaml
+
+from audit.checkpoints import add_signatures, open_checkpoint, parse_checkpoint_note
+from audit.entries import (
+    Body,
+    Entry,
+    LogCreated,
+    SiteEnrolled,
+    body_document,
+    columns_of,
+    decode_entry,
+    encode_entry,
+    new_entry,
+)
+from audit.errors import AuditError
+from audit.ledger import Ledger, Sequenced, StoredEntry
+from audit.notes import NoteVerifier
+from audit.signer import Signer, publish
+from federation.blobs import BlobStore
+from federation.errors import HomeError
+
+B = TypeVar("B")
+
+CONFIG = "config.yaml"
+LOG = "log.db"
+
+
+class Clock(Protocol):
+    """Where the time comes from; tests bring their own."""
+
+    def now(self) -> datetime:
+        """Return the time, aware, UTC."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+
+class Coordinator:
+    """The open home. Make it with `create` or `open`, end it with `close`."""
+
+    def __init__(
+        self, home: Path, signer_home: Path, ledger: Ledger, signer: Signer, clock: Clock | None = None
+    ) -> None:
+        self.home, self.signer_home = home, signer_home
+        self.ledger, self.signer = ledger, signer
+        self.clock: Clock = clock or SystemClock()
+        self.blobs = BlobStore(home / "blobs")
+
+    @classmethod
+    def create(
+        cls, home: Path | str, signer_home: Path | str, origin: str, *, clock: Clock | None = None
+    ) -> Coordinator:
+        """Make a new log named `origin` with a signer of its own, and write its first entry.
+
+        Raises:
+            HomeError: the home holds a log already.
+            AuditError: the origin or a folder cannot be used.
+        """
+        home, signer_home = Path(home), Path(signer_home)
+        if (home / LOG).exists():
+            raise HomeError(str(home), "holds a log already; open it, or choose another --home")
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "runs").mkdir(exist_ok=True)
+        signer_home.parent.mkdir(parents=True, exist_ok=True)
+        signer = Signer.create(signer_home, origin)
+        ledger = Ledger.create(home / LOG, origin)
+        config = {"origin": origin, "signer_home": str(signer_home.absolute())}
+        (home / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        coordinator = cls(home, signer_home, ledger, signer, clock)
+        coordinator.append(LogCreated(origin=origin, log_key=signer.vkey), "coordinator")
+        return coordinator
+
+    @classmethod
+    def open(
+        cls, home: Path | str, signer_home: Path | str | None = None, *, clock: Clock | None = None
+    ) -> Coordinator:
+        """Open an existing home; never creates one.
+
+        Raises:
+            HomeError: there is none, or its configuration cannot be read.
+            AuditError: the log or the signer's state is missing or contradicts itself.
+        """
+        home = Path(home)
+        try:
+            config = yaml.safe_load((home / CONFIG).read_text(encoding="utf-8"))
+            configured = Path(config["signer_home"])
+        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+            raise HomeError(
+                str(home), "is not a coordinator's home; make one with `affidavit init`"
+            ) from error
+        chosen = Path(signer_home) if signer_home is not None else configured
+        ledger = Ledger.open(home / LOG)
+        try:
+            signer = Signer.open(chosen)
+        except AuditError:
+            ledger.close()
+            raise
+        return cls(home, chosen, ledger, signer, clock)
+
+    def close(self) -> None:
+        """Finish what was queued and let go of the files."""
+        self.ledger.close()
+
+    def __enter__(self) -> Coordinator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def origin(self) -> str:
+        return self.ledger.origin
+
+    @property
+    def log_key(self) -> str:
+        """The log's vkey, for policies."""
+        return self.signer.vkey
+
+    def append(self, body: Body, actor: str, event_id: str | None = None) -> Sequenced:
+        """Write one entry and wait until it is durable; the same event id and body again is the same entry.
+
+        Raises:
+            AuditError: the entry breaks a rule, or the log cannot take it.
+        """
+        if event_id is not None:
+            found = self.ledger.find_event(event_id)
+            if found is not None and body_document(decode_entry(found.body).body) == body_document(body):
+                return Sequenced(found.leaf_index, found.leaf_hash, event_id, self.ledger.tree_size)
+        time = self.clock.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        entry = new_entry(body, actor=actor, time=time, event_id=event_id)
+        data = encode_entry(entry)
+        return self.ledger.append_wait(data, event_id=entry.event_id, index_columns=columns_of(data))
+
+    def publish(self) -> bytes:
+        """Sign the log as it is now and keep the checkpoint; return the note."""
+        return publish(self.ledger, self.signer)
+
+    def cosign_round(self, collect: Callable[[bytes], Mapping[str, Sequence[bytes]]]) -> bytes:
+        """Publish, let `collect` ask the sites, keep every valid cosignature; return the cosigned note.
+
+        `collect` maps the signed note to signature lines by site; a line that is not by the site's enrolled
+        witness key over this note is dropped.
+        """
+        note = self.publish()
+        keys = self.witness_keys()
+        good: list[bytes] = []
+        for site, lines in collect(note).items():
+            good += [line for line in lines if site in keys and self._is_cosigned(note, line, keys[site])]
+        return self.ledger.store_checkpoint(add_signatures(note, good)) if good else note
+
+    def witness_keys(self) -> dict[str, NoteVerifier]:
+        """Return each enrolled site's latest witness key."""
+        found = self.bodies(SiteEnrolled)
+        return {body.site: NoteVerifier.parse(body.witness_key) for _, body in found}
+
+    def _is_cosigned(self, note: bytes, line: bytes, key: NoteVerifier) -> bool:
+        try:
+            opened = open_checkpoint(
+                add_signatures(note, [line]),
+                log=NoteVerifier.parse(self.log_key),
+                witnesses=[key],
+                now=int(self.clock.now().timestamp()),
+            )
+        except AuditError:
+            return False
+        return bool(opened.cosignatures)
+
+    def entries(self, **columns: Any) -> Iterator[tuple[StoredEntry, Entry]]:
+        """Yield every entry that `Ledger.search` finds, in index order, page by page."""
+        after: int | None = None
+        while True:
+            page = self.ledger.search(**columns, after=after, limit=1000)
+            for stored in page:
+                yield stored, decode_entry(stored.body)
+            if len(page) < 1000:
+                return
+            after = page[-1].leaf_index
+
+    def bodies(self, kind: type[B], **columns: Any) -> Iterator[tuple[StoredEntry, B]]:
+        """Yield (stored entry, body) of every entry whose body is a `kind`."""
+        from audit.entries import TYPE_OF
+
+        for stored, entry in self.entries(type=TYPE_OF[kind], **columns):
+            if isinstance(entry.body, kind):
+                yield stored, entry.body
+
+    def checkpoint_size(self, note: bytes) -> int:
+        """Return the tree size of a note of this log."""
+        return parse_checkpoint_note(note).tree_size
+
+    def keep_run(self, run: str, document: Mapping[str, Any]) -> None:
+        """Keep what a run needs to start, for the ServerApp that will carry it out."""
+        (self.home / "runs").mkdir(exist_ok=True)
+        (self.home / "runs" / f"{run}.json").write_text(json.dumps(document), encoding="utf-8")
+
+    def kept_run(self, run: str) -> dict[str, Any]:
+        """Return what `keep_run` kept.
+
+        Raises:
+            HomeError: no run of that id was prepared here.
+        """
+        path = self.home / "runs" / f"{run}.json"
+        try:
+            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise HomeError(
+                str(path), "no such run was prepared here; start it with `affidavit train`"
+            ) from error
+        return document
+
+
+def stable_event_id(*parts: str) -> str:
+    """Return an event id that the same facts always give, so that a retry writes no second entry."""
+    return hashlib.sha256(b"affidavit/event-id/v1\0" + "\0".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,205 @@
+"""Questions to the sites' agents over a Flower grid: short time-outs, one repetition, no answer trusted.
+
+One protocol for every kind of message: content {"header": {"kind", "header"}, "blobs": {…}}, header bytes
+strict JSON. A repeated request is the same bytes, and an agent answers it with the same bytes, so a lost
+message costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from audit.canonical import JsonValue, canonical_bytes, parse_strict
+from audit.errors import AuditError
+
+TRAIN_KINDS: Final = frozenset({"round"})
+MAX_HEADER_BYTES: Final = 4 << 20
+MAX_BLOB_BYTES: Final = 512 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One message to one site."""
+
+    kind: str
+    header: Mapping[str, JsonValue]
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+
+    def message(self, node_id: int, group_id: str) -> Message:
+        content = RecordDict(
+            {
+                "header": ConfigRecord({"kind": self.kind, "header": canonical_bytes(self.header)}),
+                "blobs": ConfigRecord(dict(self.blobs)),
+            }
+        )
+        kind = "train" if self.kind in TRAIN_KINDS else "query"
+        return Message(content, node_id, kind, group_id=group_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one site sent back; `failure` is "" or why nothing usable came."""
+
+    site: str
+    header: Mapping[str, Any] = field(default_factory=dict)
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+    failure: str = ""
+
+
+def read_answer(site: str, reply: Message) -> Answer:
+    """Read a reply strictly; anything else than a proper one becomes a failure."""
+    if reply.has_error():
+        return Answer(site=site, failure=f"node error {reply.error.code}")
+    header_record, blob_record = reply.content.get("header"), reply.content.get("blobs")
+    if not isinstance(header_record, ConfigRecord) or not isinstance(blob_record, ConfigRecord):
+        return Answer(site=site, failure="the reply lacks its two records")
+    raw = header_record.get("header")
+    if not isinstance(raw, bytes) or len(raw) > MAX_HEADER_BYTES:
+        return Answer(site=site, failure="the reply's header is no bytes, or too many")
+    blobs: dict[str, bytes] = {}
+    for name, blob in blob_record.items():
+        if not isinstance(blob, bytes) or len(blob) > MAX_BLOB_BYTES:
+            return Answer(site=site, failure="a blob of the reply is no bytes, or too many")
+        blobs[name] = blob
+    try:
+        header = parse_strict(raw)
+    except AuditError as error:
+        return Answer(site=site, failure=f"the reply's header is not strict JSON: {error}")
+    if not isinstance(header, dict):
+        return Answer(site=site, failure="the reply's header is no object")
+    if isinstance(header.get("error"), str):
+        return Answer(site=site, header=header, failure=f"agent error {header['error'][:40]}")
+    return Answer(site=site, header=header, blobs=blobs)
+
+
+class Exchange:
+    """Asks several sites at once and waits no longer than it must."""
+
+    def __init__(self, grid: Grid, *, poll_s: float = 0.01, discovery_s: float = 30.0) -> None:
+        self._grid, self._poll_s, self._discovery_s = grid, poll_s, discovery_s
+        self._nodes: dict[str, int] = {}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites found so far."""
+        return tuple(sorted(self._nodes))
+
+    def discover(self, wanted: Iterable[str]) -> dict[str, Answer]:
+        """Ask every node who it is until all `wanted` sites have answered, or the time is up.
+
+        Returns:
+            The hello answers by the name the node claims; the caller checks the claim.
+        """
+        missing, found = set(wanted), dict[str, Answer]()
+        deadline = time.monotonic() + self._discovery_s
+        asked: set[int] = set()
+        while missing and time.monotonic() < deadline:
+            fresh = [node for node in self._grid.get_node_ids() if node not in asked]
+            asked |= set(fresh)
+            replies = self._send(
+                [Request(kind="hello", header={}).message(node, "hello") for node in fresh], 15.0
+            )
+            for reply in replies:
+                answer = read_answer("?", reply)
+                enrolment = answer.header.get("enrolment")
+                name = enrolment.get("site") if isinstance(enrolment, dict) else None
+                if isinstance(name, str) and name in missing and not answer.failure:
+                    self._nodes[name] = reply.metadata.src_node_id
+                    found[name] = answer
+                    missing.discard(name)
+            if missing and not fresh:
+                time.sleep(min(0.2, self._poll_s * 10))
+                if time.monotonic() > deadline - self._discovery_s / 2:
+                    asked = set(self._nodes.values())
+        return found
+
+    def ask(
+        self, requests: Mapping[str, Request], *, timeout_s: float, group_id: str = ""
+    ) -> dict[str, tuple[Answer, Message | None]]:
+        """Send each site its request; return one answer a site within `timeout_s`.
+
+        A request unanswered after half of the time is sent once more; a site that stays silent has the
+        failure "timeout".
+        """
+        connected = {site: request for site, request in requests.items() if site in self._nodes}
+        answers: dict[str, tuple[Answer, Message | None]] = {
+            site: (Answer(site=site, failure="timeout" if site in connected else "not connected"), None)
+            for site in requests
+        }
+        messages = [self.message(site, connected[site], group_id) for site in sorted(connected)]
+        for reply in self.collect(messages, connected, timeout_s=timeout_s, group_id=group_id):
+            site = self.site_of(reply)
+            if site is not None:
+                answers[site] = (read_answer(site, reply), reply)
+        return answers
+
+    def message(self, site: str, request: Request, group_id: str = "") -> Message:
+        """Return the message that carries `request` to `site`."""
+        return request.message(self._nodes[site], group_id)
+
+    def site_of(self, reply: Message) -> str | None:
+        """Return the site whose node a reply says it comes from."""
+        for site, node in self._nodes.items():
+            if node == reply.metadata.src_node_id:
+                return site
+        return None
+
+    def collect(
+        self,
+        messages: Sequence[Message],
+        requests: Mapping[str, Request],
+        *,
+        timeout_s: float,
+        group_id: str = "",
+    ) -> list[Message]:
+        """Push `messages`, repeat those unanswered at half time, return at most one reply a site."""
+        waiting = {site for message in messages if (site := self._addressee(message)) is not None}
+        replies: list[Message] = []
+        ids = set(self._grid.push_messages(messages)) if messages else set[str]()
+        for part in (0, 1):
+            if part:
+                again = [self.message(site, requests[site], group_id) for site in sorted(waiting)]
+                ids |= set(self._grid.push_messages(again))
+            for reply in self._pull(ids, timeout_s / 2, lambda: len(waiting)):
+                site = self.site_of(reply)
+                if site in waiting:
+                    replies.append(reply)
+                    waiting.discard(site)
+            if not waiting:
+                break
+        return replies
+
+    def _addressee(self, message: Message) -> str | None:
+        for site, node in self._nodes.items():
+            if node == message.metadata.dst_node_id:
+                return site
+        return None
+
+    def _send(self, messages: list[Message], timeout_s: float) -> list[Message]:
+        ids = set(self._grid.push_messages(messages)) if messages else set[str]()
+        return list(self._pull(ids, timeout_s, lambda: len(ids)))
+
+    def _pull(self, ids: set[str], timeout_s: float, open_questions: Callable[[], int]) -> Iterator[Message]:
+        """Yield replies as they come; `ids` shrinks, and nothing open or the time-out ends it."""
+        deadline = time.monotonic() + timeout_s
+        while ids and open_questions():
+            found = list(self._grid.pull_messages(ids))
+            for reply in found:
+                ids.discard(reply.metadata.reply_to_message_id)
+                yield reply
+            if not ids or time.monotonic() >= deadline:
+                return
+            if not found:
+                time.sleep(self._poll_s)
+
+
+def header_text(header: Mapping[str, JsonValue]) -> str:
+    """Return a header as text, for logs and tests."""
+    return json.dumps(header, sort_keys=True)

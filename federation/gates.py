@@ -1,0 +1,80 @@
+"""Gates: what a version must show before anybody may approve it, and what it cost each site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+
+from audit.entries import GateResult, SiteEpsilon, SiteStatement
+from audit.metrics import gate_result
+from federation.accounting import spent
+from federation.charter import Charter
+from federation.errors import PublicSetError
+from federation.evaluation import PublicData, model_outputs
+
+
+def judge(charter: Charter, data: PublicData | None, weights: Sequence[float]) -> tuple[GateResult, ...]:
+    """Return the charter's gates for these weights, on the declared public set.
+
+    Raises:
+        PublicSetError: there are gates, and the public set is not here to judge them on.
+    """
+    document = charter.document
+    if not document["gates"]:
+        return ()
+    if data is None:
+        raise PublicSetError(
+            "the charter's gates count on its public set, which is not in this home; add the file"
+        )
+    outputs = model_outputs(charter.layers, weights, data.rows)
+    return tuple(
+        gate_result(gate, data.digest, charter.task, document["label"], data.labels, outputs)
+        for gate in document["gates"]
+    )
+
+
+def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) -> tuple[SiteEpsilon, ...]:
+    """Return what the run, and each population's whole life in this log, cost: PLD, with RDP beside it.
+
+    `statements` are all statements of the log, delivered or not.
+    """
+    delta = charter.privacy.delta
+    found = []
+    populations = sorted({(s.site, s.population) for s in statements if s.run == run})
+    for site, population in populations:
+        lifetime = [s for s in statements if (s.site, s.population) == (site, population)]
+        in_run = spent([s.event for s in lifetime if s.run == run], float(delta))
+        in_all = spent([s.event for s in lifetime], float(delta))
+        found.append(
+            SiteEpsilon(
+                site=site,
+                population=population,
+                events=sum(s.run == run for s in lifetime),
+                run_epsilon=in_run.pld_text,
+                run_epsilon_rdp=in_run.rdp_text,
+                lifetime_epsilon=in_all.pld_text,
+                delta=charter.document["privacy"]["delta"],
+                accountant=charter.privacy.accountant,
+                relation=in_run.relation,
+                unit=in_run.unit,
+            )
+        )
+    return tuple(found)
+
+
+def failed_gates(charter: Charter, gates: Sequence[GateResult], costs: Sequence[SiteEpsilon]) -> list[str]:
+    """Return a line for every gate that did not pass; the epsilon gate is always one of them."""
+    failed = [
+        f"{gate.metric} is {gate.value} on the {gate.source}, trivial baseline {gate.baseline}"
+        + (f", floor {gate.floor}" if gate.floor else "")
+        for gate in gates
+        if gate.passed != 1
+    ]
+    if not gates:
+        failed.append("no gate: the charter names no metric that anybody can recompute")
+    failed += [
+        f"epsilon of site {cost.site} is {cost.run_epsilon}, the charter allows {charter.privacy.epsilon}"
+        for cost in costs
+        if Decimal(cost.run_epsilon) > charter.privacy.epsilon
+    ]
+    return failed

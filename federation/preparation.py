@@ -1,0 +1,240 @@
+"""Before the first round: who is there, who signed the charter, who accepts the run. Everything becomes an
+entry.
+
+Entries: site.enrolled, charter.published, charter.signed, run.started, run.accepted, and site.undelivered
+for releases that a site debited earlier and that never reached their round. A step already in the log is
+not written twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from audit.entries import (
+    CharterPublished,
+    CharterSigned,
+    RunStarted,
+    SiteEnrolled,
+    SiteStatement,
+    SiteUndelivered,
+    body_document,
+    event_hash,
+)
+from federation.charter import Charter
+from federation.coordinator import Coordinator, stable_event_id
+from federation.errors import FederationError, ReplyError, SiteRefusedError, StatementError
+from federation.exchange import Answer, Exchange, Request
+from federation.statements import (
+    OdometerHead,
+    verify_acceptance,
+    verify_charter_signature,
+    verify_enrolment,
+    verify_past_statement,
+    verify_refusal,
+)
+from federation.witnessing import Witnessing
+
+ACTOR = "coordinator"
+PREPARE_TIMEOUT_S = 60.0
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Who takes part, with the keys and odometers that their statements are checked against."""
+
+    sites: tuple[str, ...]
+    enrolments: dict[str, SiteEnrolled]
+    heads: dict[str, OdometerHead]
+    failed: dict[str, FederationError]
+
+
+def record_enrolment(coordinator: Coordinator, body: SiteEnrolled) -> None:
+    """Write a proved enrolment, unless the same one is the site's latest already."""
+    latest = latest_enrolments(coordinator).get(body.site)
+    if latest is None or body_document(latest) != body_document(body):
+        coordinator.append(body, f"site:{body.site}")
+
+
+def latest_enrolments(coordinator: Coordinator) -> dict[str, SiteEnrolled]:
+    """Return each site's latest enrolment in the log."""
+    return {body.site: body for _, body in coordinator.bodies(SiteEnrolled)}
+
+
+def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> None:
+    """Publish the charter's canonical bytes, once."""
+    if any(body.digest == charter.digest for _, body in coordinator.bodies(CharterPublished)):
+        return
+    body = CharterPublished(digest=charter.digest, canonical=charter.canonical().decode(), author=author)
+    coordinator.append(body, ACTOR, stable_event_id("charter.published", charter.digest))
+
+
+def record_charter_signature(coordinator: Coordinator, body: CharterSigned) -> None:
+    """Write a proved signature of a charter, once a site."""
+    if body.site not in signed_by(coordinator, body.digest):
+        coordinator.append(body, f"site:{body.site}")
+
+
+def signed_by(coordinator: Coordinator, digest: str) -> set[str]:
+    """Return the sites whose signature of the charter is in the log."""
+    return {body.site for _, body in coordinator.bodies(CharterSigned) if body.digest == digest}
+
+
+def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter) -> dict[str, SiteEnrolled]:
+    """Find every member, prove its enrolment and record it.
+
+    Raises:
+        ReplyError: a member is not connected.
+        StatementError: a member's enrolment is not the charter's.
+    """
+    answers = exchange.discover(charter.site_names)
+    for name in charter.site_names:
+        if name not in answers:
+            raise ReplyError(name, "is not connected; start its agent and relay, or check the site's name")
+    enrolments = {}
+    for name in charter.site_names:
+        body = verify_enrolment(name, charter.site(name).identity, answers[name].header.get("enrolment"))
+        record_enrolment(coordinator, body)
+        enrolments[name] = body
+    return enrolments
+
+
+def gather_signatures(coordinator: Coordinator, exchange: Exchange, charter: Charter) -> None:
+    """Let every member that has not yet signed the charter sign it.
+
+    Raises:
+        SiteRefusedError: a member declined; every member must agree.
+        StatementError: a signature does not verify.
+    """
+    missing = set(charter.site_names) - signed_by(coordinator, charter.digest)
+    request = Request(kind="charter.sign", header={"charter": charter.canonical().decode()})
+    answers = exchange.ask(dict.fromkeys(sorted(missing), request), timeout_s=PREPARE_TIMEOUT_S)
+    for name in sorted(missing):
+        answer = answers[name][0]
+        if "signature" not in answer.header:
+            raise SiteRefusedError(name, str(answer.header.get("error", answer.failure or "bad reply")))
+        record_charter_signature(
+            coordinator,
+            verify_charter_signature(
+                name, charter.site(name).identity, charter.digest, answer.header["signature"]
+            ),
+        )
+
+
+def propose_run(
+    coordinator: Coordinator,
+    exchange: Exchange,
+    charter: Charter,
+    run_started: RunStarted,
+    enrolments: Mapping[str, SiteEnrolled],
+    witnessing: Witnessing,
+) -> Prepared:
+    """Ask every member to reserve the run's whole plan; record acceptances, refusals and undelivered
+    releases.
+    """
+    coordinator.append(run_started, ACTOR, stable_event_id("run.started", run_started.run))
+    history = SiteHistory.read(coordinator, before_run=run_started.run)
+    requests = {}
+    for name in run_started.sites:
+        header: dict[str, Any] = {
+            "run_started": body_document(run_started),
+            "charter": charter.canonical().decode(),
+        }
+        last = history.last_leaf.get((name, enrolments[name].population))
+        if last is not None and witnessing.covers(last):
+            header["own_statement"] = witnessing.logged(last)
+        requests[name] = Request(kind="run.propose", header=header)
+    answers = exchange.ask(requests, timeout_s=PREPARE_TIMEOUT_S)
+    prepared = Prepared(sites=(), enrolments=dict(enrolments), heads={}, failed={})
+    for name in run_started.sites:
+        try:
+            head = _accept(coordinator, charter, run_started, enrolments[name], answers[name][0], history)
+        except FederationError as error:
+            prepared.failed[name] = error
+            continue
+        prepared.heads[name] = head
+        prepared.sites = (*prepared.sites, name)
+    return prepared
+
+
+def _accept(
+    coordinator: Coordinator,
+    charter: Charter,
+    run_started: RunStarted,
+    enrolment: SiteEnrolled,
+    answer: Answer,
+    history: SiteHistory,
+) -> OdometerHead:
+    site, run = enrolment.site, run_started.run
+    if "refusal" in answer.header:
+        refusal = verify_refusal(site, enrolment, answer.header["refusal"])
+        coordinator.append(refusal, f"site:{site}", stable_event_id("site.refused", run, site, "0"))
+        raise SiteRefusedError(site, refusal.reason)
+    if answer.failure or "acceptance" not in answer.header:
+        raise ReplyError(site, answer.failure or "sent no acceptance")
+    acceptance = verify_acceptance(
+        site, enrolment, run, charter.digest, charter.plan.rounds, answer.header["acceptance"]
+    )
+    key = (site, enrolment.population)
+    undelivered = answer.header.get("undelivered", [])
+    if not isinstance(undelivered, list):
+        raise ReplyError(site, "undelivered is no list")
+    past = [verify_past_statement(site, enrolment, document) for document in undelivered]
+    fresh = sorted(
+        (statement for statement in past if event_hash(statement) not in history.known),
+        key=lambda s: s.sequence,
+    )
+    head = history.heads.get(key, OdometerHead())
+    for statement in fresh:
+        if (statement.sequence, statement.previous_event) != (head.sequence + 1, head.event_hash):
+            raise StatementError(
+                site, "undelivered", f"event {statement.sequence} does not follow {head.sequence}"
+            )
+        head = head.after(statement)
+    if (acceptance.next_sequence, acceptance.previous_event) != (head.sequence + 1, head.event_hash):
+        raise StatementError(
+            site,
+            "next_sequence",
+            f"starts at event {acceptance.next_sequence}, log and reported releases end at {head.sequence}",
+        )
+    coordinator.append(acceptance, f"site:{site}", stable_event_id("run.accepted", run, site))
+    for statement in fresh:
+        body = SiteUndelivered(statement=statement)
+        coordinator.append(body, f"site:{site}", stable_event_id("site.undelivered", event_hash(statement)))
+    return head
+
+
+@dataclass(slots=True)
+class SiteHistory:
+    """Every statement in the log, by population: where its odometer stands and which leaf says so."""
+
+    heads: dict[tuple[str, str], OdometerHead]
+    last_leaf: dict[tuple[str, str], int]
+    known: set[str]
+
+    @classmethod
+    def read(cls, coordinator: Coordinator, *, before_run: str) -> SiteHistory:
+        """Read the log as it was before `before_run`, so that a run which is resumed finds its own start."""
+        history = cls({}, {}, set())
+        for stored, entry in coordinator.entries(type=["site.statement", "site.undelivered"]):
+            body: Any = entry.body
+            statement: SiteStatement = body.statement if isinstance(body, SiteUndelivered) else body
+            key = (statement.site, statement.population)
+            if statement.run == before_run:
+                continue
+            history.known.add(event_hash(statement))
+            head = history.heads.get(key, OdometerHead())
+            if statement.sequence > head.sequence:
+                history.heads[key] = head.after(statement)
+                history.last_leaf[key] = stored.leaf_index
+        return history
+
+
+def failures_text(failed: Mapping[str, FederationError]) -> str:
+    """Return one line that names every site that is not there, and why."""
+    return "; ".join(str(failed[name]) for name in sorted(failed))
+
+
+def names(sites: Iterable[str]) -> str:
+    return ", ".join(sorted(sites))

@@ -1,0 +1,63 @@
+"""Charters and versions as small HTML tables, for notebooks."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from federation.charter import Charter
+    from federation.registry import Version
+
+
+def table(title: str, rows: list[tuple[str, str]]) -> str:
+    """Return a two-column table; every cell is escaped."""
+    cells = "".join(
+        f"<tr><th align='left'>{escape(a)}</th><td align='left'>{escape(b)}</td></tr>" for a, b in rows
+    )
+    return f"<table><caption>{escape(title)}</caption>{cells}</table>"
+
+
+def charter_html(charter: Charter) -> str:
+    """Return what matters of a charter at a glance."""
+    privacy, plan = charter.privacy, charter.plan
+    return table(
+        f"Charter {charter.name}",
+        [
+            ("digest", charter.digest),
+            ("task", f"{charter.task}: {charter.label.name} from {len(charter.features)} features"),
+            ("model", f"{charter.model.family}, {charter.dimension} parameters"),
+            ("plan", f"{plan.strategy}, {plan.rounds} rounds, the last {charter.average_last} averaged"),
+            (
+                "privacy",
+                f"epsilon {privacy.epsilon} for one {privacy.unit} ({privacy.relation}), delta {privacy.delta}, "
+                f"noise {privacy.noise_multiplier} x sensitivity",
+            ),
+            ("sites", ", ".join(charter.site_names)),
+            ("gates", ", ".join(gate.metric for gate in charter.gates) or "none"),
+            ("purposes", ", ".join(charter.purposes)),
+        ],
+    )
+
+
+def version_html(version: Version) -> str:
+    """Return a version's state, gates and epsilon at a glance."""
+    registered = version.registered
+    gates = [
+        f"{gate.metric} {gate.value} (baseline {gate.baseline}{', floor ' + gate.floor if gate.floor else ''}): "
+        + ("passed" if gate.passed == 1 else "FAILED")
+        for gate in registered.gates
+    ]
+    costs = [
+        f"{cost.site} {cost.run_epsilon} (lifetime {cost.lifetime_epsilon})" for cost in registered.epsilons
+    ]
+    return table(
+        f"Version {version.digest[:12]} of {version.model}",
+        [
+            ("digest", version.digest),
+            ("state", version.state),
+            ("run", registered.run),
+            ("gates", "; ".join(gates) or "none"),
+            ("epsilon", "; ".join(costs)),
+        ],
+    )

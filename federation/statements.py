@@ -1,0 +1,205 @@
+"""Whether what a site sent for a round is what the charter, the run and its own odometer demand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from audit.entries import (
+    ZERO_DIGEST,
+    CharterSigned,
+    MechanismEvent,
+    RunAccepted,
+    SiteEnrolled,
+    SiteRefused,
+    SiteStatement,
+    decode_signature,
+    event_hash,
+    parse_body,
+    signing_payload,
+)
+from audit.errors import AuditError
+from audit.keys import VerifyKey, parse_public_key
+from audit.notes import NoteVerifier
+from audit.weights import decode_update
+from federation.errors import StatementError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OdometerHead:
+    """The last event of a population that the coordinator knows of."""
+
+    sequence: int = 0
+    event_hash: str = ZERO_DIGEST
+
+    def after(self, statement: SiteStatement) -> OdometerHead:
+        return OdometerHead(sequence=statement.sequence, event_hash=event_hash(statement))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTerms:
+    """What every statement of one round must say."""
+
+    run: str
+    round: int
+    charter: str
+    base_model: str
+    participants: tuple[str, ...]
+    previous_round: str
+    event: MechanismEvent
+    enrolments: Mapping[str, SiteEnrolled]
+    heads: Mapping[str, OdometerHead]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptedUpdate:
+    """A site's proved statement and the integers it released."""
+
+    statement: SiteStatement
+    update: bytes
+    values: tuple[int, ...]
+
+
+def verify_statement(terms: RoundTerms, site: str, document: object, update: bytes) -> AcceptedUpdate:
+    """Prove one site's reply to a round.
+
+    Raises:
+        StatementError: naming the field that is not as it must be.
+    """
+    try:
+        statement = parse_body(SiteStatement, document)
+    except AuditError as error:
+        raise StatementError(site, "statement", str(error)) from error
+    enrolment, head = terms.enrolments[site], terms.heads[site]
+    wanted: dict[str, Any] = {
+        "run": terms.run,
+        "round": terms.round,
+        "charter": terms.charter,
+        "site": site,
+        "population": enrolment.population,
+        "base_model": terms.base_model,
+        "participants": terms.participants,
+        "previous_round": terms.previous_round,
+        "event": terms.event,
+        "sequence": head.sequence + 1,
+        "previous_event": head.event_hash,
+        "update": hashlib.sha256(update).hexdigest(),
+    }
+    for name, value in wanted.items():
+        found = getattr(statement, name)
+        if found != value:
+            raise StatementError(site, name, f"is {_short(found)}, must be {_short(value)}")
+    verify_signature(site, statement, enrolment.statement_key)
+    try:
+        values = tuple(decode_update(update))
+    except AuditError as error:
+        raise StatementError(site, "update", str(error)) from error
+    if len(values) != terms.event.dimension:
+        raise StatementError(site, "update", f"has {len(values)} numbers, the model {terms.event.dimension}")
+    return AcceptedUpdate(statement=statement, update=update, values=values)
+
+
+def verify_enrolment(site: str, identity: str, document: object) -> SiteEnrolled:
+    """Prove an enrolment: all three keys signed it, and the identity is the one the charter names.
+
+    Raises:
+        StatementError: naming the field.
+    """
+    try:
+        body = parse_body(SiteEnrolled, document)
+        witness = NoteVerifier.parse(body.witness_key)
+    except AuditError as error:
+        raise StatementError(site, "enrolment", str(error)) from error
+    if body.site != site or body.identity_key != identity:
+        raise StatementError(site, "identity_key", "is not the one in the charter")
+    if witness.name != site:
+        raise StatementError(site, "witness_key", f"bears the name {witness.name!r}")
+    domain, payload = signing_payload(body)
+    for name, key in (
+        ("signature", VerifyKey(parse_public_key(body.identity_key))),
+        ("statement_proof", _key(site, body.statement_key)),
+        ("witness_proof", witness.key),
+    ):
+        try:
+            key.verify(domain, payload, decode_signature(getattr(body, name), field=name))
+        except AuditError as error:
+            raise StatementError(site, name, str(error)) from error
+    return body
+
+
+def verify_charter_signature(site: str, identity: str, digest: str, document: object) -> CharterSigned:
+    """Prove that the site's identity key signed the charter."""
+    body = _parse(CharterSigned, site, document)
+    if (body.digest, body.site) != (digest, site):
+        raise StatementError(site, "digest", "signs another charter, or for another site")
+    verify_signature(site, body, identity)
+    return body
+
+
+def verify_acceptance(
+    site: str, enrolment: SiteEnrolled, run: str, charter: str, planned_events: int, document: object
+) -> RunAccepted:
+    """Prove that the site reserved this run's whole plan."""
+    body = _parse(RunAccepted, site, document)
+    wanted = {
+        "run": run,
+        "charter": charter,
+        "site": site,
+        "population": enrolment.population,
+        "planned_events": planned_events,
+    }
+    for name, value in wanted.items():
+        if getattr(body, name) != value:
+            raise StatementError(site, name, f"is {_short(getattr(body, name))}, must be {_short(value)}")
+    verify_signature(site, body, enrolment.statement_key)
+    return body
+
+
+def verify_refusal(site: str, enrolment: SiteEnrolled, document: object) -> SiteRefused:
+    """Prove that it was the site that declined."""
+    body = _parse(SiteRefused, site, document)
+    if body.site != site:
+        raise StatementError(site, "site", "refuses in another site's name")
+    verify_signature(site, body, enrolment.statement_key)
+    return body
+
+
+def verify_past_statement(site: str, enrolment: SiteEnrolled, document: object) -> SiteStatement:
+    """Prove a statement of an earlier round that the site reports as undelivered."""
+    body = _parse(SiteStatement, site, document)
+    if (body.site, body.population) != (site, enrolment.population):
+        raise StatementError(site, "undelivered", "is another site's or another population's statement")
+    verify_signature(site, body, enrolment.statement_key)
+    return body
+
+
+def verify_signature(site: str, body: Any, public_key: str) -> None:
+    """Prove a signed body's `signature`; StatementError when it does not verify."""
+    domain, payload = signing_payload(body)
+    try:
+        _key(site, public_key).verify(domain, payload, decode_signature(body.signature))
+    except AuditError as error:
+        raise StatementError(site, "signature", str(error)) from error
+
+
+def _parse(kind: type[T], site: str, document: object) -> T:
+    try:
+        return parse_body(kind, document)
+    except AuditError as error:
+        raise StatementError(site, kind.__name__, str(error)) from error
+
+
+def _key(site: str, text: str) -> VerifyKey:
+    try:
+        return VerifyKey(parse_public_key(text))
+    except AuditError as error:
+        raise StatementError(site, "key", str(error)) from error
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 90 else text[:87] + "..."

@@ -1,0 +1,191 @@
+"""Flower's own strategies, made provable: every reply is checked, and aggregation has one order and one
+result.
+
+Each class is a subclass of Flower's FedAvg, FedAdam or FedYogi. `configure_train` addresses exactly the
+participants, `aggregate_train` proves every statement before its integers count, then aggregates in float64
+exactly as `audit.replay` defines it, bit for bit; vectorised with numpy, which does the same operations in
+the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
+
+from audit.layers import parameter_specs
+from audit.replay import AggregationPlan, ReplayError
+from federation.charter import Charter
+from federation.errors import StatementError
+from federation.exchange import read_answer
+from federation.statements import AcceptedUpdate, RoundTerms, verify_statement
+
+Vector: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+
+
+class ProvableAggregation:
+    """What the three strategies share. Call `open_round`, then Flower's `configure_train` and
+    `aggregate_train`.
+    """
+
+    plan: AggregationPlan
+    strategy_name: ClassVar[str]
+
+    def prepare(self, charter: Charter, weights: Sequence[float]) -> None:
+        """Take the charter's constants and the flat weights that the first round starts from."""
+        self.charter = charter
+        self.plan = AggregationPlan.of_charter(charter.document)
+        self.weights: Vector = np.array(weights, dtype=np.float64)
+        self.accepted: dict[str, AcceptedUpdate] = {}
+        self.rejected: dict[str, StatementError] = {}
+        self._specs = parameter_specs(charter.layers)
+        self._m: Vector = np.zeros_like(self.weights)
+        self._v: Vector = np.zeros_like(self.weights)
+        self._terms: RoundTerms | None = None
+        self._nodes: dict[int, str] = {}
+        self._requests: list[Message] = []
+
+    def open_round(self, terms: RoundTerms, requests: Mapping[str, Message]) -> None:
+        """Say what the coming round's statements must hold, and which message each participant gets."""
+        self._terms = terms
+        self._requests = [requests[site] for site in sorted(requests)]
+        self._nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
+        self.accepted, self.rejected = {}, {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one message a participant; nobody is sampled, the charter says who takes part."""
+        return list(self._requests)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Prove each reply, aggregate those that hold, and return the new weights by parameter name.
+
+        `accepted` and `rejected` say who counted and who did not, and why. With fewer statements than the
+        charter's `minimum_sites` the weights stay as they were and nothing is returned.
+        """
+        terms = self._terms
+        if terms is None or terms.round != server_round:
+            raise ReplayError(f"round {server_round} was not opened")
+        for reply in replies:
+            site = self._nodes.get(reply.metadata.src_node_id)
+            if site is None or site in self.accepted:
+                continue
+            answer = read_answer(site, reply)
+            try:
+                if answer.failure or "statement" not in answer.header:
+                    raise StatementError(site, "reply", answer.failure or "holds no statement")
+                update = answer.blobs.get("update", b"")
+                self.accepted[site] = verify_statement(terms, site, answer.header["statement"], update)
+                self.rejected.pop(site, None)
+            except StatementError as error:
+                self.rejected[site] = error
+        if len(self.accepted) < self.charter.minimum_sites:
+            return None, None
+        self.weights = self._step(server_round)
+        return self.arrays(), MetricRecord({"sites": len(self.accepted)})
+
+    def arrays(self) -> ArrayRecord:
+        """Return the current weights by parameter name."""
+        parts, offset = {}, 0
+        for name, shape in self._specs:
+            count = math.prod(shape)
+            parts[name] = Array(self.weights[offset : offset + count].reshape(shape))
+            offset += count
+        return ArrayRecord(parts)
+
+    def _step(self, server_round: int) -> Vector:
+        plan, d = self.plan, self._pseudo_gradient()
+        if plan.strategy == "fedavg":
+            result = self.weights + plan.learning_rate * d
+        else:
+            result = self._adaptive(server_round, d)
+        if not bool(np.isfinite(result).all()):
+            raise ReplayError(f"round {server_round} gives weights that are not finite")
+        return result
+
+    def _pseudo_gradient(self) -> Vector:
+        plan, document = self.plan, {site["name"]: site for site in self.charter.document["sites"]}
+        total = 0.0
+        for site in sorted(self.accepted):
+            total = total + float(document[site]["weight"])
+        acc: Vector = np.zeros_like(self.weights)
+        for site in sorted(self.accepted):
+            values = np.array(self.accepted[site].values, dtype=np.int64).astype(np.float64)
+            share = float(document[site]["weight"]) / total
+            divisor = plan.scale
+            if plan.is_gradient:
+                divisor = plan.scale * (document[site]["nominal_rows"] * plan.sample_rate)
+            acc = acc + share * (values / divisor)
+        return -acc if plan.is_gradient else acc
+
+    def _adaptive(self, server_round: int, d: Vector) -> Vector:
+        raise NotImplementedError
+
+
+class AffidavitFedAvg(ProvableAggregation, FedAvg):
+    """Federated averaging: weights + learning_rate * d."""
+
+    strategy_name = "fedavg"
+
+
+class AffidavitFedAdam(ProvableAggregation, FedAdam):
+    """Flower's FedAdam on the pseudo-gradient d."""
+
+    strategy_name = "fedadam"
+
+    def _adaptive(self, server_round: int, d: Vector) -> Vector:
+        beta1, beta2 = self.plan.beta1, self.plan.beta2
+        self._m = beta1 * self._m + (1 - beta1) * d
+        self._v = beta2 * self._v + (1 - beta2) * (d * d)
+        eta = self.plan.learning_rate * math.sqrt(1 - beta2 ** (server_round + 1.0))
+        eta = eta / (1 - beta1 ** (server_round + 1.0))
+        return self.weights + eta * self._m / (np.sqrt(self._v) + self.plan.tau)
+
+
+class AffidavitFedYogi(ProvableAggregation, FedYogi):
+    """Flower's FedYogi on the pseudo-gradient d."""
+
+    strategy_name = "fedyogi"
+
+    def _adaptive(self, server_round: int, d: Vector) -> Vector:
+        beta1, beta2 = self.plan.beta1, self.plan.beta2
+        self._m = beta1 * self._m + (1 - beta1) * d
+        self._v = self._v - (1.0 - beta2) * (d * d) * np.sign(self._v - d * d)
+        return self.weights + self.plan.learning_rate * self._m / (np.sqrt(self._v) + self.plan.tau)
+
+
+Strategy: TypeAlias = AffidavitFedAvg | AffidavitFedAdam | AffidavitFedYogi
+
+
+def strategy_of(charter: Charter, weights: Sequence[float]) -> Strategy:
+    """Return the charter's strategy, ready for round 1."""
+    plan = charter.plan
+    adaptive: dict[str, Any] = {
+        "eta": float(plan.learning_rate),
+        "eta_l": float(plan.local_learning_rate),
+        "beta_1": float(plan.beta1),
+        "beta_2": float(plan.beta2),
+        "tau": float(plan.tau),
+    }
+    sites: dict[str, Any] = {
+        "min_train_nodes": charter.minimum_sites,
+        "min_evaluate_nodes": charter.minimum_sites,
+        "min_available_nodes": charter.minimum_sites,
+    }
+    strategy: Strategy
+    if plan.strategy == "fedadam":
+        strategy = AffidavitFedAdam(**sites, **adaptive)
+    elif plan.strategy == "fedyogi":
+        strategy = AffidavitFedYogi(**sites, **adaptive)
+    else:
+        strategy = AffidavitFedAvg(**sites)
+    strategy.prepare(charter, weights)
+    return strategy

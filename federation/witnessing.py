@@ -1,0 +1,92 @@
+"""Checkpoints between rounds: sign, let every agent cosign, and show agents what witnessed history holds."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from typing import Any
+
+from audit.checkpoints import parse_checkpoint_note
+from audit.notes import parse_note
+from audit.tlog_proof import TlogProof
+from federation.coordinator import Coordinator
+from federation.exchange import Exchange, Request
+
+COSIGN_TIMEOUT_S = 20.0
+
+
+class Witnessing:
+    """The coordinator's side of `add-checkpoint`, over the same grid as the rounds."""
+
+    def __init__(
+        self, coordinator: Coordinator, exchange: Exchange, *, timeout_s: float = COSIGN_TIMEOUT_S
+    ) -> None:
+        self._coordinator, self._exchange, self._timeout_s = coordinator, exchange, timeout_s
+        self._seen: dict[str, int] = {}  # tree size that each site cosigned last
+        self._note: bytes | None = None
+
+    def cosign(self, sites: Iterable[str]) -> int:
+        """Sign the log as it is, collect the sites' cosignatures, return how many there are."""
+        wanted = sorted(set(sites))
+        note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted))
+        self._note = note
+        return len(parse_note(note).signatures) - 1
+
+    @property
+    def tree_size(self) -> int:
+        """Size of the last cosigned tree; 0 before the first."""
+        return 0 if self._note is None else parse_checkpoint_note(self._note).tree_size
+
+    def covers(self, leaf_index: int) -> bool:
+        """Whether the last cosigned tree holds the leaf."""
+        return leaf_index < self.tree_size
+
+    def logged(self, leaf_index: int) -> dict[str, str]:
+        """Return a leaf with its tlog-proof to the last cosigned checkpoint, as agents read it."""
+        if self._note is None or not self.covers(leaf_index):
+            raise ValueError(f"leaf {leaf_index} is not in a cosigned tree yet")
+        ledger = self._coordinator.ledger
+        proof = TlogProof(
+            leaf_index=leaf_index,
+            hashes=tuple(ledger.inclusion_proof(leaf_index, self.tree_size)),
+            checkpoint_note=self._note,
+        )
+        return {
+            "entry": base64.b64encode(ledger.entry(leaf_index)).decode(),
+            "proof": proof.format().decode(),
+        }
+
+    def _collect(self, note: bytes, sites: list[str]) -> dict[str, list[bytes]]:
+        lines: dict[str, list[bytes]] = {}
+        waiting = sites
+        for _ in range(2):  # the second time from the sizes that the stale ones named
+            answers = self._exchange.ask(
+                {site: self._request(note, self._seen.get(site, 0)) for site in waiting},
+                timeout_s=self._timeout_s,
+                group_id="cosign",
+            )
+            stale: list[str] = []
+            for site in waiting:
+                header: Any = answers[site][0].header
+                line, size = header.get("cosignature"), header.get("tree_size")
+                if isinstance(line, str):
+                    lines[site] = [line.encode() if line.endswith("\n") else line.encode() + b"\n"]
+                    self._seen[site] = parse_checkpoint_note(note).tree_size
+                elif isinstance(size, int) and 0 <= size <= parse_checkpoint_note(note).tree_size:
+                    self._seen[site] = size
+                    stale.append(site)
+            if not stale:
+                break
+            waiting = stale
+        return lines
+
+    def _request(self, note: bytes, old_size: int) -> Request:
+        proof = self._coordinator.ledger.consistency_proof(old_size, parse_checkpoint_note(note).tree_size)
+        return Request(
+            kind="cosign",
+            header={
+                "old_size": old_size,
+                "proof": [base64.b64encode(item).decode() for item in proof],
+                "note": note.decode(),
+            },
+        )
