@@ -84,6 +84,7 @@ def mechanism_terms(terms: Terms) -> MechanismTerms:
         relation=terms.relation,
         grid_bits=terms.event.grid_bits,
         precision=terms.precision,
+        rows_per_unit=terms.max_rows_per_subject,
         local_steps=terms.local_steps,
         local_learning_rate=terms.local_learning_rate if local else None,
         normaliser=terms.normaliser if local else None,
