@@ -18,35 +18,96 @@ import secrets
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
+from audit.bodies import (
+    REFUSAL_CODES,
+    RUN_FAILURE_CODES,
+    TYPE_OF,
+    TYPES,
+    ZERO_DIGEST,
+    AccessDenied,
+    Body,
+    CharterPublished,
+    CharterSigned,
+    EvidenceExported,
+    GateResult,
+    KeyCreated,
+    KeyRevoked,
+    LogCreated,
+    MechanismEvent,
+    Metric,
+    PolicyApplied,
+    Prediction,
+    PredictionDenied,
+    RoundAbandoned,
+    RoundCompleted,
+    RowCommitment,
+    RunAccepted,
+    RunCompleted,
+    RunFailed,
+    RunStarted,
+    SiteEnrolled,
+    SiteEpsilon,
+    SiteRefused,
+    SiteStatement,
+    SiteUndelivered,
+    VersionRegistered,
+    VersionTransition,
+)
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
 
+__all__ = [
+    "MAX_ENTRY_BYTES",
+    "REFUSAL_CODES",
+    "RUN_FAILURE_CODES",
+    "TYPES",
+    "TYPE_OF",
+    "ZERO_DIGEST",
+    "AccessDenied",
+    "Body",
+    "CharterPublished",
+    "CharterSigned",
+    "Entry",
+    "EntryError",
+    "EvidenceExported",
+    "GateResult",
+    "IndexColumns",
+    "KeyCreated",
+    "KeyRevoked",
+    "LogCreated",
+    "MechanismEvent",
+    "Metric",
+    "PolicyApplied",
+    "Prediction",
+    "PredictionDenied",
+    "RoundAbandoned",
+    "RoundCompleted",
+    "RowCommitment",
+    "RunAccepted",
+    "RunCompleted",
+    "RunFailed",
+    "RunStarted",
+    "SiteEnrolled",
+    "SiteEpsilon",
+    "SiteRefused",
+    "SiteStatement",
+    "SiteUndelivered",
+    "VersionRegistered",
+    "VersionTransition",
+    "body_document",
+    "columns_of",
+    "decode_entry",
+    "decode_signature",
+    "encode_entry",
+    "event_hash",
+    "new_entry",
+    "parse_body",
+    "signing_payload",
+]
+
 T = TypeVar("T")
 
-ZERO_DIGEST: Final = "0" * 64
 MAX_ENTRY_BYTES: Final = 65_535  # the C2SP entry bundle's limit
-
-REFUSAL_CODES: Final = frozenset(
-    {
-        "already_released",
-        "bad_request",
-        "base_model_mismatch",
-        "budget_exhausted",
-        "charter_not_approved",
-        "contract_not_met",
-        "internal_error",
-        "ledger_behind_log",
-        "participants_not_allowed",
-        "purpose_not_allowed",
-        "round_out_of_order",
-        "run_not_accepted",
-        "site_closed",
-        "unwitnessed_history",
-    }
-)
-"""All that a site ever says about why it did not answer; file, row and reason stay on its own console."""
-
-RUN_FAILURE_CODES: Final = frozenset({"coordinator_error", "not_enough_sites", "site_refused", "stopped"})
 
 
 class EntryError(AuditError):
@@ -58,347 +119,6 @@ class EntryError(AuditError):
         super().__init__(f"{field}: {problem}")
         self.field, self.problem = field, problem
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogCreated:
-    origin: str
-    log_key: str  # vkey, type 0x01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteEnrolled:
-    """A site's identity key delegates three keys; each that signs proves itself over the same payload."""
-
-    site: str
-    population: str  # random pseudonym of the people behind the data
-    identity_key: str
-    statement_key: str
-    witness_key: str  # vkey, type 0x04
-    agreement_key: str  # X25519 public key, base64
-    signature: str
-    statement_proof: str
-    witness_proof: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CharterPublished:
-    digest: str
-    canonical: str  # the canonical bytes of the charter, as text
-    author: str  # public key of whoever drew it up
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CharterSigned:
-    digest: str
-    site: str
-    signature: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunStarted:
-    run: str
-    charter: str
-    model: str
-    author: str  # public key; signs this body
-    sites: tuple[str, ...]
-    rounds: int
-    initial_model: str
-    code: str  # digest of the aggregation code
-    signature: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunAccepted:
-    run: str
-    charter: str
-    site: str
-    population: str
-    next_sequence: int
-    previous_event: str
-    planned_events: int
-    lifetime_epsilon_cap: str
-    signature: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteRefused:
-    run: str
-    charter: str
-    site: str
-    round: int  # 0: the run as a whole
-    reason: str
-    signature: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MechanismEvent:
-    """One noised release in whole numbers: noise multiplier = sigma_grid / sensitivity_grid."""
-
-    mechanism: str  # "discrete_gaussian"
-    sampling: str  # "full" | "poisson"
-    sample_rate: str
-    steps: int
-    sigma_grid: int
-    sensitivity_grid: int
-    dimension: int
-    grid_bits: int
-    relation: str  # "add_remove" | "zero_out" | "replace_one"
-    unit: str  # "row" | "subject"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteStatement:
-    """What a site signs for one release."""
-
-    run: str
-    round: int
-    charter: str
-    site: str
-    population: str
-    base_model: str
-    participants: tuple[str, ...]
-    agent_code: str
-    previous_round: str  # leaf hash of the previous round's entry; zeros for round 1
-    event: MechanismEvent
-    sequence: int  # 1, 2, 3 … over the life of the population
-    previous_event: str  # hash of event sequence-1; zeros for the first
-    update: str  # digest of the update file as sent
-    signature: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteUndelivered:
-    """A release that was debited and never reached its round; it stays debited."""
-
-    statement: SiteStatement
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    name: str
-    value: str
-    source: str  # "public_set"
-    dataset: str  # digest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundCompleted:
-    run: str
-    round: int
-    base_model: str
-    statements: tuple[str, ...]  # leaf hashes, in the order of the sites' names
-    missing: tuple[str, ...]  # sites that gave none
-    output_model: str
-    metrics: tuple[Metric, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundAbandoned:
-    run: str
-    round: int
-    reason: str
-    missing: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunCompleted:
-    run: str
-    charter: str
-    rounds: int
-    last_round: str  # leaf hash of the last round's entry
-    weights: str  # digest of the averaged weights
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunFailed:
-    run: str
-    charter: str
-    round: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateResult:
-    metric: str
-    source: str
-    dataset: str
-    floor: str
-    baseline: str
-    value: str
-    passed: int  # 1 or 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteEpsilon:
-    """What a run cost one site's population, and what that population has spent in all."""
-
-    site: str
-    population: str
-    events: int
-    run_epsilon: str
-    run_epsilon_rdp: str
-    lifetime_epsilon: str
-    delta: str
-    accountant: str
-    relation: str
-    unit: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionRegistered:
-    version: str  # digest of the weights file
-    model: str
-    charter: str
-    run: str
-    author: str
-    averaged_from: int  # first round of the average
-    averaged_to: int
-    gates: tuple[GateResult, ...]
-    epsilons: tuple[SiteEpsilon, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionTransition:
-    """candidate -> approved -> live -> retired, each by a person's own key."""
-
-    version: str
-    model: str
-    charter: str
-    from_state: str
-    to_state: str
-    gate_results: str  # leaf hash of version.registered
-    previous_transition: str  # leaf hash of the model's previous transition; zeros for the first
-    officer: str  # public key
-    reason: str
-    signature: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyCreated:
-    key_id: str
-    role: str
-    principal: str
-    expires: str  # time, or "" for never
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyRevoked:
-    key_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyApplied:
-    policy_set: str
-    schema_digest: str
-    engine: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowCommitment:
-    input: str
-    output: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    """A decision to allow and the answer it allowed, in one entry."""
-
-    request_id: str
-    model: str
-    version: str
-    charter: str
-    transition: str  # leaf hash of the transition that made the version live
-    purpose: str
-    principal: str
-    role: str
-    site: str  # whose intercept was used; "" for none
-    policies: tuple[str, ...]
-    policy_set: str
-    rows: tuple[RowCommitment, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictionDenied:
-    request_id: str
-    model: str
-    purpose: str
-    principal: str
-    role: str
-    reason: str
-    policies: tuple[str, ...]
-    policy_set: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccessDenied:
-    """Somebody with a valid key asked for something, other than a prediction, that their role does not hold."""
-
-    request_id: str
-    action: str
-    principal: str
-    role: str
-    policies: tuple[str, ...]
-    policy_set: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvidenceExported:
-    leaf_index: int
-    scope: str
-    principal: str
-    digest: str
-
-
-Body = (
-    LogCreated
-    | SiteEnrolled
-    | CharterPublished
-    | CharterSigned
-    | RunStarted
-    | RunAccepted
-    | SiteRefused
-    | SiteStatement
-    | SiteUndelivered
-    | RoundCompleted
-    | RoundAbandoned
-    | RunCompleted
-    | RunFailed
-    | VersionRegistered
-    | VersionTransition
-    | KeyCreated
-    | KeyRevoked
-    | PolicyApplied
-    | Prediction
-    | PredictionDenied
-    | AccessDenied
-    | EvidenceExported
-)
-
-TYPES: Final[dict[str, type[Any]]] = {
-    "log.created": LogCreated,
-    "site.enrolled": SiteEnrolled,
-    "site.refused": SiteRefused,
-    "site.statement": SiteStatement,
-    "site.undelivered": SiteUndelivered,
-    "charter.published": CharterPublished,
-    "charter.signed": CharterSigned,
-    "run.started": RunStarted,
-    "run.accepted": RunAccepted,
-    "run.completed": RunCompleted,
-    "run.failed": RunFailed,
-    "round.completed": RoundCompleted,
-    "round.abandoned": RoundAbandoned,
-    "version.registered": VersionRegistered,
-    "version.transition": VersionTransition,
-    "key.created": KeyCreated,
-    "key.revoked": KeyRevoked,
-    "policy.applied": PolicyApplied,
-    "prediction": Prediction,
-    "prediction.denied": PredictionDenied,
-    "access.denied": AccessDenied,
-    "evidence.exported": EvidenceExported,
-}
-TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}
 
 _SIGNATURE_FIELDS: Final = ("signature", "statement_proof", "witness_proof")
 _DOMAINS: Final[dict[type[Any], str]] = {
