@@ -43,10 +43,10 @@ class RestoreBehindSignerError(ServerError):
 
     def __init__(self, *, backup_size: int, signed_size: int) -> None:
         super().__init__(
-            f"the backup's log has {backup_size} entries, but the signer has signed {signed_size}: signing "
-            "on would be a second history. Use a newer backup, or the database's replica. If none holds those "
-            "entries, start a new origin with `affidavit init` in an empty folder and publish a signed "
-            "statement of what was lost; never give the old origin a shorter log"
+            f"the backup's log has {backup_size} entries, but the signer has signed {signed_size}: "
+            "signing on would be a second history. Use a newer backup, or the database's replica. If none "
+            "holds those entries, start a new origin with `affidavit init` in an empty folder and sign a "
+            "public statement of what was lost; never give the old origin a shorter log"
         )
         self.backup_size, self.signed_size = backup_size, signed_size
 

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from audit.errors import AuditError
 from audit.principal import AccessDeniedError
+from federation.errors import FederationError
 
 _logger = logging.getLogger(__name__)
 
@@ -211,6 +212,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(ServerError, ours)
     app.add_exception_handler(AuditError, ours)
+    app.add_exception_handler(FederationError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, ours)

@@ -66,10 +66,11 @@ class Guard:
 
         try:
             await asyncio.wait_for(self._app(scope, replay, send), self._settings.request_timeout_s)
-        except TimeoutError:
+        except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text
+            if isinstance(error, TimeoutError):
+                error = TooBusyError(f"no answer within {self._settings.request_timeout_s:g} s")
             if not status[0]:
-                busy = TooBusyError(f"no answer within {self._settings.request_timeout_s:g} s")
-                await render(request, busy)(scope, receive, send)
+                await render(request, error)(scope, receive, send)
 
     async def _body(self, request: Request, receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes

@@ -8,6 +8,7 @@ state the version is in: a row that somebody wrote into the database is not an a
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
 from audit.ledger import Ledger
 from audit.merkle import hash_leaf
+from federation.registry import ALLOWED, CANDIDATE, LIVE, RETIRED
 from server.errors import ModelNotFoundError, VersionNotFoundError
 
 _logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class ServedVersion:
     registered_at: str
     charter: dict[str, Any]  # the canonical charter
     charter_digest: str
+    charter_author: str
     transition: str  # leaf hash of the transition that made the present state; zeros for a candidate
     approved_by: tuple[str, ...]
 
@@ -72,7 +75,7 @@ class LiveModels:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._read_to = 0
-        self._charters: dict[str, dict[str, Any]] = {}
+        self._charters: dict[str, tuple[dict[str, Any], str]] = {}  # digest -> charter, author
         self._versions: dict[tuple[str, str], ServedVersion] = {}
         self._heads: dict[str, str] = {}  # model -> leaf hash of its last transition
         self._lock = threading.Lock()
@@ -120,7 +123,7 @@ class LiveModels:
         if digest is not None:
             return self.version(model, digest)
         versions = self.versions(model)
-        return next((version for version in versions if version.state == "live"), versions[0])
+        return next((version for version in versions if version.state == LIVE), versions[0])
 
     def _take(self, index: int, data: bytes) -> None:
         try:
@@ -129,24 +132,26 @@ class LiveModels:
             _logger.error("entry %d is not readable and does not count: %s", index, error)
             return
         match entry.body:
-            case CharterPublished(digest=digest, canonical=canonical):
-                document = parse_strict(canonical.encode())
-                if isinstance(document, dict):
-                    self._charters[digest] = document
+            case CharterPublished() as body:
+                text = body.canonical.encode()
+                document = parse_strict(text)
+                if isinstance(document, dict) and hashlib.sha256(text).hexdigest() == body.digest:
+                    self._charters[body.digest] = document, body.author
             case VersionRegistered() as body:
-                charter = self._charters.get(body.charter)
-                if charter is None or (body.model, body.version) in self._versions:
+                published = self._charters.get(body.charter)
+                if published is None or (body.model, body.version) in self._versions:
                     _logger.error("entry %d registers a version without its charter, or twice", index)
                     return
                 self._versions[body.model, body.version] = ServedVersion(
                     model=body.model,
                     version=body.version,
-                    state="candidate",
+                    state=CANDIDATE,
                     registered=body,
                     registered_index=index,
                     registered_at=entry.time,
-                    charter=charter,
+                    charter=published[0],
                     charter_digest=body.charter,
+                    charter_author=published[1],
                     transition=ZERO_DIGEST,
                     approved_by=(),
                 )
@@ -162,10 +167,10 @@ class LiveModels:
         if version is None or reason:
             _logger.error("entry %d is no valid transition and does not count: %s", index, reason)
             return
-        if body.to_state == "live":
+        if body.to_state == LIVE:
             for other, served in self._versions.items():
-                if served.model == body.model and served.state == "live":
-                    self._versions[other] = replace(served, state="retired")
+                if served.model == body.model and served.state == LIVE:
+                    self._versions[other] = replace(served, state=RETIRED)
         officers = (
             (*version.approved_by, body.officer) if body.to_state == "approved" else version.approved_by
         )
@@ -183,6 +188,12 @@ def _fault(version: ServedVersion | None, head: str, body: VersionTransition) ->
         return "it names another charter"
     if body.from_state != version.state:
         return f"the version is {version.state}, not {body.from_state}"
+    if (body.from_state, body.to_state) not in ALLOWED:
+        return f"nothing goes from {body.from_state} to {body.to_state}"
+    if body.to_state != RETIRED and not all(gate.passed for gate in version.registered.gates):
+        return "a gate did not pass"
+    if body.officer in (version.registered.author, version.charter_author):
+        return "its signer trained the version or drew up its charter"
     if body.previous_transition != head:
         return "it does not continue the model's chain of transitions"
     if body.officer not in [officer["key"] for officer in version.charter["officers"]]:

@@ -8,7 +8,6 @@ import json
 from typing import Annotated, Any, Final
 
 from anyio import to_thread
-from audit.service import export_evidence as build_evidence
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
@@ -194,5 +193,7 @@ async def _proof(request: Request, principal: Caller, index: int, *, as_text: bo
 
 
 def _export(context: Context, index: int, note: bytes) -> bytes:
+    from audit.service import export_evidence as build
+
     coordinator = context.coordinator
-    return build_evidence(coordinator.ledger, coordinator.blobs.find, leaf_index=index, checkpoint=note)
+    return build(coordinator.ledger, coordinator.blobs.find, leaf_index=index, checkpoint=note)

@@ -46,8 +46,9 @@ async def predict(request: Request, principal: Caller, name: ModelName) -> Predi
     what was answered, by which version, trained how. A refusal (`predict.denied`) names the policies and
     its own entry.
     """
-    asked = _parse(await request.body())
-    answered = await context_of(request).predicting.predict(
+    context = context_of(request)
+    asked = _parse(await request.body(), max_rows=context.settings.max_rows)
+    answered = await context.predicting.predict(
         principal,
         Asked(
             model=name,
@@ -154,9 +155,9 @@ def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _parse(body: bytes) -> PredictRequest:
+def _parse(body: bytes, *, max_rows: int) -> PredictRequest:
     try:
-        return PredictRequest.model_validate(parse_strict(body, allow_floats=True))
+        asked = PredictRequest.model_validate(parse_strict(body, allow_floats=True))
     except AuditError as error:
         raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
     except ValidationError as error:
@@ -165,6 +166,10 @@ def _parse(body: bytes) -> PredictRequest:
             for found in error.errors(include_url=False, include_input=False)[:50]
         ]
         raise MalformedRequestError(f"{fields[0]['field']}: {fields[0]['problem']}", fields=fields) from error
+    if len(asked.rows) > max_rows:
+        problem = f"{len(asked.rows)} rows; at most {max_rows} fit in one entry, send several requests"
+        raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
+    return asked
 
 
 def _summary(version: ServedVersion) -> dict[str, Any]:

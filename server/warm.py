@@ -11,6 +11,7 @@ from typing import Any, Final
 from audit.encoding import RowEncoder
 from audit.errors import AuditError
 from audit.models import answer_of, weights_of_file
+from federation.errors import FederationError
 from server.errors import ArtefactError, RowContractError
 from server.live import ServedVersion
 
@@ -93,7 +94,7 @@ class WarmModels:
         layers = served.charter["model"]["layers"]
         try:
             weights = weights_of_file(layers, self._get(served.version))
-        except (AuditError, OSError, LookupError) as error:
+        except (AuditError, FederationError, OSError) as error:
             raise ArtefactError(f"version {served.version}: {error}") from error
         return WarmModel(
             encoder=RowEncoder(served.charter["features"]),
