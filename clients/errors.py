@@ -45,6 +45,12 @@ class LinkError(ClientsError):
     code = "clients.link"
 
 
+class SimulationError(ClientsError):
+    """A federation on this machine cannot be put together as asked."""
+
+    code = "clients.simulation"
+
+
 class OdometerError(ClientsError):
     """The release does not continue the population's odometer."""
 

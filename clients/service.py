@@ -1,0 +1,286 @@
+"""Use cases of a site: add it, look at its file, approve and sign a charter, follow the log as a witness.
+
+These are called by the person who owns the site's home, on the machine that holds it; the file system is
+their authoriser. What the coordinator asks goes to `clients.agent` instead.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from audit.canonical import canonical_bytes, parse_strict
+from audit.entries import SiteStatement, decode_entry
+from audit.epsilon import recompute
+from audit.errors import AuditError, WitnessError
+from audit.tlog_policy import Policy
+from audit.witness import Witness
+from clients.errors import DataProblem, HomeError, LinkError
+from clients.home import SiteHome
+
+if TYPE_CHECKING:
+    import httpx
+
+    from clients.agent import Agent
+
+_PAGE: Final = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddSiteRequest:
+    """A new site. The lifetime budget is a decision: it has no default."""
+
+    home: Path
+    name: str
+    data: Path
+    population: str
+    lifetime_epsilon: str
+    lifetime_delta: str
+    auto_approve: bool = False
+    purposes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteStatus:
+    """What a site's own people see of it."""
+
+    name: str
+    population: str
+    pseudonym: str
+    data: Path
+    releases: int
+    undelivered: int
+    open_runs: tuple[str, ...]
+    lifetime_epsilon: float  # spent, by the filter that stops the site
+    committed_epsilon: float  # spent and reserved
+    cap_epsilon: str
+    cap_delta: str
+    approved_charters: tuple[str, ...]
+    witnessed_size: int | None  # None: the site follows no log yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Review:
+    """A charter, as it would bind this site, and what its data file says to it."""
+
+    charter: str
+    releases: int
+    charter_epsilon: float
+    lifetime_after: float
+    fits: bool
+    problems: tuple[DataProblem, ...]
+
+
+def add_site(request: AddSiteRequest) -> SiteHome:
+    """Make a site's home: keys, population pseudonym, budget. The data file must be readable.
+
+    Raises:
+        HomeError, IdentityError: the home cannot be made.
+        DataFileError: the file as a whole cannot serve.
+    """
+    from clients.loader import read_table
+
+    read_table(request.data)
+    return SiteHome.create(
+        request.home,
+        name=request.name,
+        data=request.data,
+        population=request.population,
+        lifetime_epsilon=request.lifetime_epsilon,
+        lifetime_delta=request.lifetime_delta,
+        auto_approve=request.auto_approve,
+        purposes=request.purposes,
+    )
+
+
+def federation_policy(log_key: str, witnesses: Mapping[str, str]) -> Policy:
+    """Return the policy of a log whose n sites are its witnesses: w of n, 2w > n + f, f = (n - 1) / 3."""
+    count = len(witnesses)
+    need = (count + (count - 1) // 3) // 2 + 1
+    lines = [f"log {log_key}", *(f"witness {site} {key}" for site, key in sorted(witnesses.items()))]
+    lines += [f"group members {need} {' '.join(sorted(witnesses))}", "quorum members"]
+    return Policy.parse("\n".join(lines) + "\n")
+
+
+def review(home: SiteHome, charter: str) -> Review:
+    """Say what a charter (canonical text) would cost this site, and what is wrong with its file.
+
+    Raises:
+        RefusedError: the charter is malformed, or not for this site.
+    """
+    from clients.ledger import SiteLedger
+    from clients.loader import inspect_file
+    from clients.terms import read_terms
+
+    terms = read_terms(charter, site=home.name)
+    lifetime = home.config.lifetime
+    ledger = SiteLedger(home.ledger_path, home.high_water_path)
+    try:
+        committed = ledger.committed_events(home.config.population.pseudonym)
+    finally:
+        ledger.close()
+    planned = (terms.event,) * terms.rounds
+    after = recompute((*committed, *planned), float(lifetime.delta)).value
+    return Review(
+        charter=terms.digest,
+        releases=terms.rounds,
+        charter_epsilon=recompute(planned, float(lifetime.delta)).value,
+        lifetime_after=after,
+        fits=after <= float(lifetime.epsilon),
+        problems=inspect_file(home.config.data, terms),
+    )
+
+
+def approve_charter(home: SiteHome, charter: str) -> SiteHome:
+    """Record that this site's people agree; the agent signs the charter when the coordinator asks.
+
+    Raises:
+        RefusedError: the charter is malformed, or not for this site.
+    """
+    from clients.terms import read_terms
+
+    return home.approve(read_terms(charter, site=home.name).digest)
+
+
+def status(home: SiteHome) -> SiteStatus:
+    """Read the site's home; fails while an agent holds the ledger.
+
+    Raises:
+        HomeError: another process holds the ledger.
+        LedgerBehindError: an old copy of the ledger was put back.
+    """
+    from clients.ledger import SiteLedger
+
+    ledger = SiteLedger(home.ledger_path, home.high_water_path)
+    try:
+        return status_of(home, ledger)
+    finally:
+        ledger.close()
+
+
+def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
+    """Return the status of a site whose ledger is open here."""
+    population, lifetime = home.config.population, home.config.lifetime
+    events = ledger.events(population.pseudonym)
+    committed = ledger.committed_events(population.pseudonym)
+    witnessed = None
+    if home.witness_path.exists():
+        witnessed = _witness(home).tree_size
+    return SiteStatus(
+        name=home.name,
+        population=population.name,
+        pseudonym=population.pseudonym,
+        data=home.config.data,
+        releases=len(events),
+        undelivered=len(ledger.undelivered(population.pseudonym)),
+        open_runs=tuple(item.run for item in ledger.open_reservations(population.pseudonym)),
+        lifetime_epsilon=recompute(events, float(lifetime.delta)).value if events else 0.0,
+        committed_epsilon=recompute(committed, float(lifetime.delta)).value if committed else 0.0,
+        cap_epsilon=format(lifetime.epsilon, "f"),
+        cap_delta=format(lifetime.delta, "f"),
+        approved_charters=home.config.rules.approved_charters,
+        witnessed_size=witnessed,
+    )
+
+
+def witness_once(home: SiteHome, url: str, *, client: httpx.Client | None = None) -> int:
+    """Pull the log's checkpoint, prove that it extends the last one this site saw, post the cosignature.
+
+    Returns:
+        The tree size now cosigned.
+
+    Raises:
+        WitnessError: the log was rewritten, truncated or forked; nothing was cosigned.
+        LinkError: the log does not answer, or not in its protocol.
+    """
+    import httpx
+
+    own = client is None
+    client = client or httpx.Client(timeout=30.0)
+    try:
+        return _witness_once(home, url.rstrip("/"), client)
+    except httpx.HTTPError as error:
+        raise LinkError(f"{url} does not answer: {error}") from error
+    finally:
+        if own:
+            client.close()
+
+
+def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
+    from audit.checkpoints import parse_checkpoint_note
+
+    note = client.get(f"{url}/v1/audit/checkpoint").raise_for_status().content
+    witness = _witness(home)
+    old_size = witness.tree_size
+    try:
+        size = parse_checkpoint_note(note).tree_size
+        proof: list[bytes] = []
+        if 0 < old_size < size:
+            reply = client.get(f"{url}/v1/audit/consistency", params={"old": old_size, "new": size})
+            proof = _hashes(reply.raise_for_status().content)
+        line = witness.cosign(note, old_size, proof, now=int(datetime.now(UTC).timestamp()))
+    except WitnessError:
+        raise
+    except AuditError as error:
+        raise LinkError(f"{url} does not speak as a log: {error}") from error
+    body = {"note_signature": line.decode(), "site": home.name}
+    client.post(f"{url}/v1/audit/cosignatures", json=body).raise_for_status()
+    return size
+
+
+def check_against_log(
+    agent: Agent, url: str, *, headers: Mapping[str, str] | None = None, client: httpx.Client | None = None
+) -> int:
+    """Compare the agent's ledger with its statements in the log, before it serves; return how many there are.
+
+    `headers` carries the site's API key.
+
+    Raises:
+        LedgerBehindError: the log shows a release that the ledger does not have.
+        LinkError: the log does not answer, or not in its protocol.
+    """
+    import httpx
+
+    own = client is None
+    client = client or httpx.Client(timeout=30.0)
+    seen, after = 0, -1
+    query: dict[str, str | int] = {"type": "site.statement", "site": agent.name, "limit": _PAGE}
+    try:
+        while True:
+            reply = client.get(
+                f"{url.rstrip('/')}/v1/audit/entries", params={**query, "after": after}, headers=headers
+            )
+            page = reply.raise_for_status().json()
+            for item in page["entries"]:
+                body = decode_entry(canonical_bytes(item["entry"])).body
+                if isinstance(body, SiteStatement):
+                    agent.observe(body)
+                    seen += 1
+            if page["next"] is None:
+                return seen
+            after = int(page["next"])
+    except (httpx.HTTPError, KeyError, TypeError, ValueError, AuditError) as error:
+        raise LinkError(f"{url} does not answer as a log: {error}") from error
+    finally:
+        if own:
+            client.close()
+
+
+def _witness(home: SiteHome) -> Witness:
+    logs = home.policy().logs
+    if not home.witness_path.exists():
+        raise HomeError(home.witness_path, "is missing", "restore it; a witness never starts over")
+    return Witness(home.witness_path, home.keys().witness_signer(home.name), logs[0].verifier)
+
+
+def _hashes(data: bytes) -> list[bytes]:
+    document = parse_strict(data)
+    proof = document.get("proof") if isinstance(document, dict) else None
+    if not isinstance(proof, list) or not all(isinstance(item, str) for item in proof):
+        raise LinkError(f"a consistency proof is a list of hashes, not {json.dumps(document)[:60]}")
+    return [base64.b64decode(str(item), validate=True) for item in proof]
