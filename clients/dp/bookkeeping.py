@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from clients.dp.chain import ChainPass, links_of
 from clients.dp.errors import ShapeError, TermsError, UnsupportedModelError
 from clients.dp.grid import Precision
 from clients.dp.layers import LayerBook, book_of, refuse_in_place
@@ -234,6 +235,9 @@ def _plan(model: nn.Module, views: dict[str, Tensor], loss: Loss) -> Pass:
             return HookPass(model, views, OUTPUT_GRADIENTS[loss])
         book.views = {name: views[f"{path}.{name}".lstrip(".")] for name, _ in own}
         books[module] = book
+    links = links_of(_flatten(private), books)
+    if links is not None:
+        return ChainPass(links, OUTPUT_GRADIENTS[loss])
     return BookPass(private, books, OUTPUT_GRADIENTS[loss])
 
 
@@ -248,7 +252,8 @@ def _private_copy(model: nn.Module) -> nn.Module:
 
 def _flatten(model: nn.Module) -> list[Callable[[Tensor], Tensor]]:
     hooked = model._forward_hooks or model._forward_pre_hooks
-    if hooked or not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+    chained = type(model).forward is nn.Sequential.forward or type(model).__name__ == "LayerModel"
+    if hooked or not (isinstance(model, nn.Sequential) and chained):
         return [model]
     return [step for module in model for step in _flatten(module)]
 

@@ -88,23 +88,30 @@ class _MatrixBook(LayerBook):
             norms = norms + _square_norms(self._bias_gradients)
         return norms
 
+    def _add_weight(self, gradient: Tensor) -> None:
+        """Add a gradient of shape (E, D) in the order of `_sequence_norms`."""
+        self.views["weight"] += gradient
+
     def accumulate(self, factors: Tensor) -> None:
         weight = self.views["weight"]
         if self._flat is not None:
             x, g = self._flat
             weight.addmm_((g * factors[:, None]).t(), x)
         elif self._per_example is not None:
-            weight.view(-1).addmv_(self._per_example.t(), factors)
+            self._add_weight((factors @ self._per_example).view(len(weight), -1))
         elif self._sequence is not None:
             x, g = self._sequence
-            scaled = (g * factors[:, None, None]).flatten(0, 1)
-            weight.view(len(weight), -1).addmm_(scaled.t(), x.flatten(0, 1))
+            self._add_weight((g * factors[:, None, None]).flatten(0, 1).t() @ x.flatten(0, 1))
         if self.bias is not None and self._bias_gradients is not None:
             self.views["bias"].addmv_(self._bias_gradients.t(), factors)
         self._flat = self._sequence = self._per_example = self._bias_gradients = None
 
 
 class LinearBook(_MatrixBook):
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the layer's output alone."""
+        return functional.linear(x, self.weight, self.bias)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return functional.linear(x, self.weight, self.bias), x
 
@@ -112,9 +119,9 @@ class LinearBook(_MatrixBook):
         x, g = calls[0]
         if len(calls) == 1 and x.dim() == 2:
             return self._flat_norms(x, g)
-        x = torch.cat([_positions(x) for x, _ in calls], dim=1)
-        g = torch.cat([_positions(g) for _, g in calls], dim=1)
-        return self._sequence_norms(x, g)
+        return self._sequence_norms(
+            _side_by_side([_positions(x) for x, _ in calls]), _side_by_side([_positions(g) for _, g in calls])
+        )
 
 
 class ConvBook(_MatrixBook):
@@ -147,15 +154,34 @@ class ConvBook(_MatrixBook):
         return functional.conv2d(x, self.weight, self.bias, self._stride, self._padding, self._dilation), x
 
     def square_norms(self, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
-        pairs = [(self._patches(x), g.flatten(2)) for x, g in calls]
-        x = pairs[0][0] if len(pairs) == 1 else torch.cat([x for x, _ in pairs], dim=2)
-        g = pairs[0][1] if len(pairs) == 1 else torch.cat([g for _, g in pairs], dim=2)
-        return self._sequence_norms(x.mT, g.mT)
+        x = _side_by_side([self._patches(x) for x, _ in calls])
+        g = _side_by_side([g.flatten(2).mT for _, g in calls])
+        return self._sequence_norms(x, g)
 
     def _patches(self, x: Tensor) -> Tensor:
-        """Return (B, D, T) with D = channels * kernel pixels."""
+        """Return (B, T, D), D = kernel pixels * channels, channels last: far faster to copy than `unfold`."""
         image = x.unsqueeze(2) if self._one_dimensional else x
-        return functional.unfold(image, self._kernel, self._dilation, self._padding, self._stride)
+        down, across = self._padding
+        padded = functional.pad(image, (across, across, down, down)).permute(0, 2, 3, 1).contiguous()
+        rows, height, width, channels = padded.shape
+        sizes = [
+            (length - dilation * (kernel - 1) - 1) // stride + 1
+            for length, kernel, stride, dilation in zip(
+                (height, width), self._kernel, self._stride, self._dilation, strict=True
+            )
+        ]
+        per_row, per_line, per_pixel, one = padded.stride()
+        steps = (self._stride[0] * per_line, self._stride[1] * per_pixel)
+        kernel_steps = (self._dilation[0] * per_line, self._dilation[1] * per_pixel)
+        patches = padded.as_strided(
+            (rows, *sizes, *self._kernel, channels), (per_row, *steps, *kernel_steps, one)
+        )
+        return patches.reshape(rows, sizes[0] * sizes[1], -1)
+
+    def _add_weight(self, gradient: Tensor) -> None:
+        view = self.views["weight"]
+        down, across = self._kernel
+        view += gradient.view(len(view), down, across, -1).permute(0, 3, 1, 2).reshape(view.shape)
 
 
 class EmbeddingBook(LayerBook):
@@ -171,6 +197,7 @@ class EmbeddingBook(LayerBook):
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        codes = codes.long()
         low, high = torch.aminmax(codes)
         if low < 0 or high >= self._count:
             inside = (codes >= 0) & (codes < self._count)
@@ -180,8 +207,8 @@ class EmbeddingBook(LayerBook):
         return functional.embedding(codes, self._weight), codes
 
     def square_norms(self, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
-        codes = torch.cat([codes.flatten(1) for codes, _ in calls], dim=1)
-        g = torch.cat([g.reshape(g.shape[0], -1, g.shape[-1]) for _, g in calls], dim=1)
+        codes = _side_by_side([codes.flatten(1) for codes, _ in calls])
+        g = _side_by_side([g.reshape(g.shape[0], -1, g.shape[-1]) for _, g in calls])
         if self._padding is not None:
             g = g * (codes != self._padding)[:, :, None]
         self._kept = (codes, g)
@@ -270,14 +297,16 @@ class SiteInterceptBook(_VectorBook):
         self._weight: Tensor = module.weight  # type: ignore[assignment]
         self._site: int | None = module.site  # type: ignore[assignment]
 
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the layer's output alone."""
+        return x + (self._weight.mean(0) if self._site is None else self._weight[self._site])
+
     def forward(self, x: Tensor, site: object = None) -> tuple[Tensor, None]:
         if site is not None:
             raise UnsupportedModelError(
                 "SiteIntercept", "set its `site`; a site given per call is for prediction"
             )
-        if self._site is None:
-            return x + self._weight.mean(0), None
-        return x + self._weight[self._site], None
+        return self.apply(x), None
 
     def gradients(self, kept: None, g: Tensor) -> dict[str, Tensor]:
         sites, width = self.views["weight"].shape
@@ -316,6 +345,10 @@ def refuse_in_place(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "inplace"):
             setattr(module, "inplace", False)  # noqa: B010  its type is known to no stub
+
+
+def _side_by_side(calls: list[Tensor]) -> Tensor:
+    return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)
 
 
 def _positions(x: Tensor) -> Tensor:
