@@ -1,4 +1,4 @@
-"""What pydantic found, said again for the person who wrote the file: the key, what is wrong, what to write."""
+"""What pydantic found, said again for whoever wrote the file: the key, what is wrong, what to write."""
 
 from __future__ import annotations
 

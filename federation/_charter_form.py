@@ -109,7 +109,23 @@ def _decimal(value: Decimal | None) -> str:
 
 
 _DECIMALS = frozenset(
-    ["lower", "upper", "learning_rate", "local_learning_rate", "beta1", "beta2", "tau", "epsilon", "delta", "sample_rate", "max_grad_norm", "noise_multiplier", "weight", "floor", "margin_over_baseline"]
+    [
+        "lower",
+        "upper",
+        "learning_rate",
+        "local_learning_rate",
+        "beta1",
+        "beta2",
+        "tau",
+        "epsilon",
+        "delta",
+        "sample_rate",
+        "max_grad_norm",
+        "noise_multiplier",
+        "weight",
+        "floor",
+        "margin_over_baseline",
+    ]
 )
 
 

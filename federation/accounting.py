@@ -192,17 +192,7 @@ def plan_cost(charter: Charter) -> PlanCost:
     fits = Decimal(total.pld_text) <= privacy.epsilon if math.isfinite(total.pld) else False
     suggestion = None
     if not fits:
-        suggestion = calibrate_noise(
-            epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            rounds=charter.plan.rounds,
-            local_steps=charter.plan.local_steps,
-            sample_rate=privacy.sample_rate,
-            relation=privacy.relation,
-            dimension=charter.dimension,
-            grid_bits=privacy.grid_bits,
-            precision=privacy.precision,
-        )
+        suggestion = noise_for(charter)
     return PlanCost(
         charter=charter.digest,
         event=event,
@@ -212,6 +202,22 @@ def plan_cost(charter: Charter) -> PlanCost:
         ),
         warnings=tuple(warnings_of(charter)),
         suggested_noise_multiplier=suggestion,
+    )
+
+
+def noise_for(charter: Charter) -> Decimal:
+    """Return the least noise multiplier under which the charter's plan meets its own epsilon."""
+    privacy = charter.privacy
+    return calibrate_noise(
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        rounds=charter.plan.rounds,
+        local_steps=charter.plan.local_steps,
+        sample_rate=privacy.sample_rate,
+        relation=privacy.relation,
+        dimension=charter.dimension,
+        grid_bits=privacy.grid_bits,
+        precision=privacy.precision,
     )
 
 
@@ -301,12 +307,12 @@ def plan_report(charter: Charter) -> str:
     cost, privacy = plan_cost(charter), charter.privacy
     event = cost.event
     sampling = "every row, every round" if event.sampling == "full" else f"Poisson, q = {event.sample_rate}"
+    noise = event.sigma_grid / event.sensitivity_grid
     lines = [
         f"charter {charter.name}  {cost.charter}",
         f"model {charter.model.family}, {charter.dimension} parameters, {len(charter.sites)} sites",
         f"plan {charter.plan.strategy}, {charter.plan.rounds} rounds of {event.steps} step(s); {sampling}",
-        f"noise {event.sigma_grid / event.sensitivity_grid:.4g} x sensitivity, unit {event.unit}, relation"
-         f" {event.relation}, delta {privacy.delta}",
+        f"noise {noise:.4g} x sensitivity, unit {event.unit}, {event.relation}, delta {privacy.delta}",
         "",
         f"{'site':<20} {'epsilon (PLD)':>14} {'epsilon (RDP)':>14} {'allowed':>8}  fits",
     ]

@@ -32,7 +32,7 @@ NAME: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Name = Annotated[str, StringConstraints(pattern=NAME)]
-FieldName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+FieldName = Annotated[str, StringConstraints(pattern=r"^[^\s\x00-\x1f]([^\x00-\x1f]{0,62}[^\s\x00-\x1f])?$")]
 PublicKey = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -189,7 +189,9 @@ class Charter(_Part):
         document = parse_yaml(text, source=source)
         if not isinstance(document.value, dict):
             raise CharterFileError("is not a mapping of keys to values", source=source, line=1)
-        left_open = placeholder_problems(document.value)
+        left_open = placeholder_problems(document.value) or _noise_left_open(cls, document.value)
+        if {path for path, _ in left_open} == {_NOISE}:
+            left_open = _noise_left_open(cls, document.value) or left_open
         if left_open:
             raise _with_lines(left_open, document.line_of, source)
         try:
@@ -321,13 +323,35 @@ def placeholder_problems(
             found for index, item in enumerate(value) for found in placeholder_problems(item, (*path, index))
         ]
     if isinstance(value, str) and value.strip().upper().startswith(PLACEHOLDER):
-        problem = Problem(
-            path="",
-            message=f"still says {PLACEHOLDER}",
-            fix="write what is known of the field (a range from its definition, never from anybody's data)",
+        fix = (
+            "write what the field means, never what is in anybody's data"
+            if _MEANINGS & set(path)
+            else "decide it"
         )
-        return [(path, problem)]
+        return [(path, Problem(path="", message=f"still says {PLACEHOLDER}", fix=fix))]
     return []
+
+
+_NOISE: Final = ("privacy", "noise_multiplier")
+_MEANINGS: Final = frozenset({"lower", "upper", "unit", "categories", "classes"})
+
+
+def _noise_left_open(
+    kind: type[Charter], document: dict[str, Any]
+) -> list[tuple[tuple[str | int, ...], Problem]]:
+    """Return the one problem of a charter that only lacks its noise, with the number that it needs."""
+    privacy = document.get("privacy")
+    if not isinstance(privacy, dict) or isinstance(privacy.get("noise_multiplier"), (int, Decimal)):
+        return []
+    from federation.accounting import noise_for
+
+    try:
+        charter = kind.model_validate({**document, "privacy": {**privacy, "noise_multiplier": 1}})
+        needed = noise_for(charter)
+    except (CharterError, ValidationError, AccountingError):
+        return []
+    message = f"is open; epsilon {charter.privacy.epsilon} needs at least {needed} for this plan"
+    return [(_NOISE, Problem(path="", message=message, fix=f"write noise_multiplier: {needed}"))]
 
 
 def _with_lines(

@@ -12,9 +12,8 @@ if TYPE_CHECKING:
 
 def table(title: str, rows: list[tuple[str, str]]) -> str:
     """Return a two-column table; every cell is escaped."""
-    cells = "".join(
-        f"<tr><th align='left'>{escape(a)}</th><td align='left'>{escape(b)}</td></tr>" for a, b in rows
-    )
+    row = "<tr><th align='left'>{}</th><td align='left'>{}</td></tr>"
+    cells = "".join(row.format(escape(name), escape(value)) for name, value in rows)
     return f"<table><caption>{escape(title)}</caption>{cells}</table>"
 
 
@@ -30,8 +29,7 @@ def charter_html(charter: Charter) -> str:
             ("plan", f"{plan.strategy}, {plan.rounds} rounds, the last {charter.average_last} averaged"),
             (
                 "privacy",
-                f"epsilon {privacy.epsilon} for one {privacy.unit} ({privacy.relation}), delta {privacy.delta}, "
-                f"noise {privacy.noise_multiplier} x sensitivity",
+                f"epsilon {privacy.epsilon}, delta {privacy.delta}, one {privacy.unit}, {privacy.relation}",
             ),
             ("sites", ", ".join(charter.site_names)),
             ("gates", ", ".join(gate.metric for gate in charter.gates) or "none"),
@@ -44,8 +42,7 @@ def version_html(version: Version) -> str:
     """Return a version's state, gates and epsilon at a glance."""
     registered = version.registered
     gates = [
-        f"{gate.metric} {gate.value} (baseline {gate.baseline}{', floor ' + gate.floor if gate.floor else ''}): "
-        + ("passed" if gate.passed == 1 else "FAILED")
+        f"{gate.metric} {gate.value} (baseline {gate.baseline}) {'passed' if gate.passed == 1 else 'FAILED'}"
         for gate in registered.gates
     ]
     costs = [

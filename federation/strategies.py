@@ -147,7 +147,8 @@ class AffidavitFedAdam(ProvableAggregation, FedAdam):
         self._v = beta2 * self._v + (1 - beta2) * (d * d)
         eta = self.plan.learning_rate * math.sqrt(1 - beta2 ** (server_round + 1.0))
         eta = eta / (1 - beta1 ** (server_round + 1.0))
-        return self.weights + eta * self._m / (np.sqrt(self._v) + self.plan.tau)
+        moved: Vector = self.weights + eta * self._m / (np.sqrt(self._v) + self.plan.tau)
+        return moved
 
 
 class AffidavitFedYogi(ProvableAggregation, FedYogi):

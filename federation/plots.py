@@ -1,0 +1,47 @@
+"""One picture of a run: what it learnt and what it cost, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from federation.progress import RunEvent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def history_figure(events: Sequence[RunEvent], *, budget: float | None = None, title: str = "") -> Figure:
+    """Return a figure of metrics and epsilon per round, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rounds = [event for event in events if event.kind == "round"]
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    learnt, cost = figure.subplots(1, 2)
+    numbers = [event.round for event in rounds]
+    for name in sorted({name for event in rounds for name in event.metrics}):
+        values = [event.metrics.get(name, float("nan")) for event in rounds]
+        learnt.plot(numbers, values, marker=".", label=name)
+    learnt.set(xlabel="round", ylabel="on the public set", title=title or "metrics of each round's weights")
+    if rounds and rounds[0].metrics:
+        learnt.legend()
+    cost.plot(numbers, [event.epsilon or 0.0 for event in rounds], marker=".", color="tab:red", label="spent")
+    if budget is not None:
+        cost.axhline(budget, linestyle="--", color="grey", label="the charter's epsilon")
+    cost.set(xlabel="round", ylabel="epsilon of each site", title="privacy spent")
+    cost.set_ylim(bottom=0)
+    cost.legend()
+    return figure
+
+
+def save_history(
+    events: Sequence[RunEvent], path: Path | str, *, budget: float | None = None, title: str = ""
+) -> Path:
+    """Write the figure as a PNG file; return its path."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    history_figure(events, budget=budget, title=title).savefig(target, dpi=120, format="png")
+    return target
