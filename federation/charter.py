@@ -23,7 +23,7 @@ from federation._charter_checks import check_charter
 from federation._charter_errors import problems_of
 from federation._charter_form import canonical_document, fields_of_canonical, yaml_text
 from federation._numbers import Count, Number
-from federation.errors import CharterError, CharterFileError, Problem
+from federation.errors import AccountingError, CharterError, CharterFileError, Problem
 from federation.families import Layer, cnn, logistic_regression, mlp, normalise_layers
 from federation.strict_yaml import parse_yaml
 
