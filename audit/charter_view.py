@@ -1,0 +1,385 @@
+"""A charter as a verifier reads it: from the canonical bytes in the log, strictly, into typed values.
+
+Writing and checking a charter for people is the federation's; this is only what is needed to judge
+everything that followed from it. Whatever is malformed is one typed error that names the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, Final
+
+from audit.canonical import parse_canonical
+from audit.decimals import parse_decimal
+from audit.encoding import RowEncoder
+from audit.entries import MechanismEvent
+from audit.epsilon import RELATIONS
+from audit.errors import AuditError
+from audit.keys import parse_public_key
+from audit.layers import check_layers, dimension, output_shape
+from audit.metrics import METRICS_OF_TASK
+from audit.models import outputs_of
+from audit.replay import STRATEGIES, AggregationPlan
+
+SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class CharterFormError(AuditError):
+    """The bytes are not a charter in canonical form; `field` is the key's path."""
+
+    code = "audit.charter_form"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"charter {field}: {problem}")
+        self.field, self.problem = field, problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CharterSite:
+    name: str
+    identity: str
+    nominal_rows: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CharterPrivacy:
+    unit: str
+    relation: str
+    epsilon: Decimal
+    delta: Decimal
+    sample_rate: str
+    max_grad_norm: str
+    noise_multiplier: Decimal
+    accountant: str
+    grid_bits: int
+    subject_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CharterView:
+    """All that later steps compare with; `gates`, `features` and `label` stay plain JSON values."""
+
+    digest: str
+    name: str
+    task: str
+    features: tuple[Mapping[str, Any], ...]
+    label: Mapping[str, Any]
+    layers: tuple[Mapping[str, Any], ...]
+    dimension: int
+    rounds: int
+    local_steps: int
+    minimum_sites: int
+    aggregation: AggregationPlan
+    privacy: CharterPrivacy
+    sites: tuple[CharterSite, ...]
+    public_set: str  # digest; "" when the charter declares none
+    public_rows: int
+    gates: tuple[Mapping[str, Any], ...]
+    purposes: tuple[str, ...]
+    officers: Mapping[str, str]  # public key to name
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self.sites)
+
+    def site(self, name: str) -> CharterSite | None:
+        return next((site for site in self.sites if site.name == name), None)
+
+    def event_problem(self, event: MechanismEvent) -> str | None:
+        """Return what is wrong with a release's event under this charter, or None.
+
+        The noise must be at least the charter's multiple of a sensitivity that is at least one clipped
+        gradient (two, under replace-one) on the charter's grid; everything else must be as agreed.
+        """
+        privacy = self.privacy
+        agreed: dict[str, str | int] = {
+            "mechanism": "discrete_gaussian",
+            "sampling": "full" if privacy.sample_rate == "1" else "poisson",
+            "sample_rate": privacy.sample_rate,
+            "steps": self.local_steps,
+            "dimension": self.dimension,
+            "grid_bits": privacy.grid_bits,
+            "relation": privacy.relation,
+            "unit": privacy.unit,
+        }
+        for name, value in agreed.items():
+            if getattr(event, name) != value:
+                return f"event.{name} is {getattr(event, name)!r}, the charter says {value!r}"
+        least = (2 if privacy.relation == "replace_one" else 1) << privacy.grid_bits
+        if event.sensitivity_grid < least:
+            return f"event.sensitivity_grid is {event.sensitivity_grid}, the charter's least is {least}"
+        if event.sigma_grid < Fraction(privacy.noise_multiplier) * event.sensitivity_grid:
+            ratio = event.sigma_grid / event.sensitivity_grid
+            return (
+                f"event.sigma_grid is {ratio:.6g} x sensitivity, the charter says {privacy.noise_multiplier}"
+            )
+        return None
+
+
+def read_charter(canonical: bytes) -> CharterView:
+    """Read a charter's canonical bytes.
+
+    Raises:
+        CharterFormError: names the key and what is wrong with it.
+    """
+    try:
+        document = parse_canonical(canonical)
+    except AuditError as error:
+        raise CharterFormError("bytes", str(error)) from error
+    top = _Part(document, "", optional=("public_set",), fields=_TOP)
+    if top.value["affidavit"] != 1:
+        raise CharterFormError("affidavit", "is not a version this release reads")
+    task = top.choice("task", tuple(METRICS_OF_TASK))
+    plan = _Part(top.value["plan"], "plan", fields=_PLAN)
+    privacy = _Part(top.value["privacy"], "privacy", fields=_PRIVACY)
+    sites = tuple(_site(value, f"sites[{i}]") for i, value in enumerate(top.items("sites")))
+    names = [site.name for site in sites]
+    if not names or names != sorted(set(names)):
+        raise CharterFormError("sites", "are not one or more, each once, in the order of their names")
+    features = tuple(_feature(value, f"features[{i}]") for i, value in enumerate(top.items("features")))
+    if not features or len({feature["name"] for feature in features}) != len(features):
+        raise CharterFormError("features", "are not one or more, each named once")
+    label = _label(top.value["label"], task)
+    public = top.value.get("public_set")
+    digest, rows = _public_set(public) if public is not None else ("", 0)
+    rounds = plan.count("rounds", least=1)
+    minimum_sites = plan.count("minimum_sites", least=1)
+    average_last = plan.count("average_last", least=1)
+    if minimum_sites > len(sites) or average_last > rounds:
+        raise CharterFormError("plan", "minimum_sites or average_last is more than there are")
+    if plan.count("grid_bits", least=1, source=privacy) > 62:
+        raise CharterFormError("privacy.grid_bits", "is more than an integer update can hold")
+    _check_numbers(plan, privacy)
+    layers = _layers(top, features, label, task)
+    view = CharterView(
+        digest=hashlib.sha256(canonical).hexdigest(),
+        name=top.text("name"),
+        task=task,
+        features=features,
+        label=label,
+        layers=layers,
+        dimension=dimension(layers),
+        rounds=rounds,
+        local_steps=plan.count("local_steps", least=1),
+        minimum_sites=minimum_sites,
+        aggregation=AggregationPlan.of_charter(top.value),
+        privacy=CharterPrivacy(
+            unit=privacy.choice("unit", ("row", "subject")),
+            relation=privacy.choice("relation", RELATIONS),
+            epsilon=privacy.decimal("epsilon"),
+            delta=privacy.decimal("delta"),
+            sample_rate=privacy.text("sample_rate"),
+            max_grad_norm=privacy.text("max_grad_norm"),
+            noise_multiplier=privacy.decimal("noise_multiplier"),
+            accountant=privacy.text("accountant"),
+            grid_bits=privacy.count("grid_bits", least=1),
+            subject_id=privacy.text("subject_id"),
+        ),
+        sites=sites,
+        public_set=digest,
+        public_rows=rows,
+        gates=tuple(_gate(value, f"gates[{i}]", task) for i, value in enumerate(top.items("gates"))),
+        purposes=tuple(top.texts("purposes")),
+        officers=_officers(top),
+    )
+    if view.privacy.unit == "subject" and not view.privacy.subject_id:
+        raise CharterFormError("privacy.subject_id", 'is empty, so the unit can only be "row"')
+    return view
+
+
+_TOP: Final = (
+    "affidavit", "name", "task", "features", "label", "model", "plan", "privacy", "sites", "gates",
+    "purposes", "officers",
+)  # fmt: skip
+_PLAN: Final = (
+    "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
+    "beta2", "tau", "round_timeout_s", "minimum_sites",
+)  # fmt: skip
+_PRIVACY: Final = (
+    "unit", "relation", "epsilon", "delta", "sample_rate", "max_grad_norm", "noise_multiplier", "accountant",
+    "grid_bits", "precision", "subject_id", "max_rows_per_subject",
+)  # fmt: skip
+
+
+class _Part:
+    """One object of the charter; every read names its key on failure."""
+
+    def __init__(
+        self, value: Any, path: str, *, fields: tuple[str, ...], optional: tuple[str, ...] = ()
+    ) -> None:
+        if not isinstance(value, dict):
+            raise CharterFormError(path or "top", "is not an object")
+        missing, unknown = set(fields) - set(value), set(value) - set(fields) - set(optional)
+        if missing or unknown:
+            raise CharterFormError(
+                path or "top", f"missing keys {sorted(missing)}, unknown {sorted(unknown)}"
+            )
+        self.value, self.path = value, path
+
+    def fail(self, key: str, problem: str) -> CharterFormError:
+        return CharterFormError(f"{self.path}.{key}".lstrip("."), problem)
+
+    def text(self, key: str) -> str:
+        value = self.value[key]
+        if not isinstance(value, str):
+            raise self.fail(key, "is not text")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        value = self.text(key)
+        if value not in allowed:
+            raise self.fail(key, f"{value[:40]!r} is none of {', '.join(allowed)}")
+        return value
+
+    def count(self, key: str, *, least: int = 0, source: _Part | None = None) -> int:
+        value = (source or self).value[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise (source or self).fail(key, f"is not a whole number of at least {least}")
+        return value
+
+    def decimal(self, key: str, *, least: Decimal | None = None, above: Decimal | None = None) -> Decimal:
+        try:
+            value = parse_decimal(self.text(key))
+        except AuditError as error:
+            raise self.fail(key, str(error)) from error
+        if (least is not None and value < least) or (above is not None and value <= above):
+            raise self.fail(key, f"{value} is out of range")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        value = self.value[key]
+        if not isinstance(value, list):
+            raise self.fail(key, "is not a list")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        values = self.items(key)
+        if not all(isinstance(value, str) for value in values) or len(set(values)) != len(values):
+            raise self.fail(key, "is not a list of distinct texts")
+        return values
+
+
+def _check_numbers(plan: _Part, privacy: _Part) -> None:
+    zero, one = Decimal(0), Decimal(1)
+    plan.choice("strategy", STRATEGIES)
+    for key in ("learning_rate", "local_learning_rate", "tau"):
+        plan.decimal(key, above=zero)
+    for key in ("beta1", "beta2"):
+        if plan.decimal(key, least=zero) >= one:
+            raise plan.fail(key, "is not below 1")
+    plan.count("round_timeout_s", least=1)
+    for key in ("epsilon", "max_grad_norm", "noise_multiplier"):
+        privacy.decimal(key, above=zero)
+    if privacy.decimal("delta", above=zero) >= one:
+        raise privacy.fail("delta", "is not below 1")
+    if privacy.decimal("sample_rate", above=zero) > one:
+        raise privacy.fail("sample_rate", "is above 1")
+    privacy.choice("precision", ("float64", "float32"))
+    several = privacy.count("max_rows_per_subject", least=1) > 1
+    if several and privacy.decimal("sample_rate", above=zero) < one:
+        raise privacy.fail("sample_rate", "is below 1, while a subject may have several rows")
+
+
+def _site(value: Any, path: str) -> CharterSite:
+    part = _Part(value, path, fields=("name", "identity", "nominal_rows", "weight"))
+    if not SITE_NAME.fullmatch(part.text("name")):
+        raise part.fail("name", "is not a site's name")
+    return CharterSite(
+        name=part.text("name"),
+        identity=_key(part, "identity"),
+        nominal_rows=part.count("nominal_rows", least=1),
+        weight=float(part.decimal("weight", above=Decimal(0))),
+    )
+
+
+def _key(part: _Part, key: str) -> str:
+    try:
+        parse_public_key(part.text(key))
+    except AuditError as error:
+        raise part.fail(key, str(error)) from error
+    return part.text(key)
+
+
+def _feature(value: Any, path: str) -> Mapping[str, Any]:
+    kind = value.get("type") if isinstance(value, dict) else None
+    more: tuple[str, ...] = ("lower", "upper", "transform")
+    if kind == "category":
+        more = ("categories",)
+    elif kind == "boolean":
+        more = ()
+    part = _Part(value, path, fields=("name", "type", "unit", "missing", *more))
+    part.choice("type", ("number", "integer", "boolean", "category"))
+    part.choice("missing", ("refuse", "midpoint"))
+    part.text("name"), part.text("unit")
+    if kind == "category" and not part.texts("categories"):
+        raise part.fail("categories", "are none")
+    if kind in ("number", "integer"):
+        part.choice("transform", ("none", "log"))
+        part.decimal("upper", above=part.decimal("lower"))
+    return part.value
+
+
+def _label(value: Any, task: str) -> Mapping[str, Any]:
+    fields = ("name", "lower", "upper") if task == "regression" else ("name", "classes")
+    part = _Part(value, "label", fields=fields)
+    part.text("name")
+    if task == "regression":
+        part.decimal("upper", above=part.decimal("lower"))
+        return part.value
+    count = len(part.texts("classes"))
+    if count < 2 or (task == "binary" and count != 2):
+        raise part.fail("classes", f"{count} classes do not make a {task} task")
+    return part.value
+
+
+def _layers(
+    top: _Part, features: tuple[Mapping[str, Any], ...], label: Mapping[str, Any], task: str
+) -> tuple[Mapping[str, Any], ...]:
+    model = _Part(top.value["model"], "model", fields=("family", "site_intercept", "layers"))
+    model.text("family"), model.count("site_intercept")
+    layers = model.items("layers")
+    try:
+        check_layers(layers)
+        shape = output_shape(layers, (RowEncoder(features).size,))
+    except AuditError as error:
+        raise CharterFormError("model.layers", str(error)) from error
+    if shape != (outputs_of(task, label),):
+        raise CharterFormError("model.layers", f"give outputs of shape {shape} for a {task} task")
+    for index, layer in enumerate(layers):
+        if layer["layer"] == "site_intercept" and layer["sites"] != len(top.items("sites")):
+            raise CharterFormError(f"model.layers[{index}].sites", "is not the number of sites")
+    return tuple(layers)
+
+
+def _public_set(value: Any) -> tuple[str, int]:
+    part = _Part(value, "public_set", fields=("digest", "rows"))
+    if not _DIGEST.fullmatch(part.text("digest")):
+        raise part.fail("digest", "is not a lower-case hex SHA-256")
+    return part.text("digest"), part.count("rows", least=1)
+
+
+def _gate(value: Any, path: str, task: str) -> Mapping[str, Any]:
+    part = _Part(value, path, fields=("metric", "source"), optional=("floor", "margin_over_baseline"))
+    part.choice("metric", METRICS_OF_TASK[task])
+    part.choice("source", ("public_set",))
+    for key in ("floor", "margin_over_baseline"):
+        if key in part.value:
+            part.decimal(key)
+    if len(part.value) < 3:
+        raise part.fail("floor", "and margin_over_baseline are both absent, so nothing could fail")
+    return part.value
+
+
+def _officers(top: _Part) -> dict[str, str]:
+    officers: dict[str, str] = {}
+    for index, value in enumerate(top.items("officers")):
+        part = _Part(value, f"officers[{index}]", fields=("name", "key"))
+        officers[_key(part, "key")] = part.text("name")
+    return officers

@@ -1,0 +1,122 @@
+"""Steps on the arithmetic: every round rebuilt from the sites' updates, the version from the last rounds."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+from audit.errors import AuditError
+from audit.models import initial_weights, model_file, weights_of_file
+from audit.replay import Aggregator, SiteUpdate, average
+from audit.verify.chain import Chain, FailError, GapError, Outcome, Round, expect, need
+from audit.verify.history import LINKS
+from audit.verify.members import CHARTER
+from audit.verify.report import Word
+from audit.verify.training import ROUNDS
+from audit.weights import decode_update
+
+REPLAY, WEIGHTS = "The aggregation", "The model's weights"
+CHEAP_ADDITIONS: Final = 20_000_000
+
+
+def check_aggregation(chain: Chain) -> Outcome:
+    """Replay each round in float64 and compare the digest of what comes out."""
+    charter = need(chain.charter, CHARTER)
+    if not chain.rounds:
+        need(None, ROUNDS)
+    additions = sum(len(found.statements) for found in chain.rounds) * charter.dimension
+    if chain.replay is False or (chain.replay is None and additions > CHEAP_ADDITIONS):
+        why = "as you asked" if chain.replay is False else f"{additions:,} additions; run again with --replay"
+        return Outcome(
+            word=Word.ATTESTED,
+            code="replay.skipped",
+            detail=f"by the log's operator: the rounds were not replayed ({why})",
+        )
+    aggregator = Aggregator(charter.aggregation)
+    weights = initial_weights(charter.layers, charter.digest)
+    outputs: list[list[float]] = []
+    for found in chain.rounds:
+        updates = [_update(chain, found, position) for position in range(len(found.statements))]
+        try:
+            weights = aggregator.step(found.leaf.body.round, weights, updates)
+            digest = hashlib.sha256(model_file(charter.layers, weights)).hexdigest()
+        except AuditError as error:
+            raise FailError("replay.refused", str(error), found.leaf.index) from error
+        expect(
+            found.leaf.body.output_model,
+            digest,
+            code="replay.output_model",
+            field=f"output_model of round {found.leaf.body.round}",
+            entry=found.leaf.index,
+        )
+        outputs.append(weights)
+    chain.outputs = tuple(outputs)
+    return Outcome(
+        word=Word.PROVED,
+        detail=f"{len(outputs)} rounds replayed from the sites' updates; every output model is rebuilt "
+        f"bit for bit",
+    )
+
+
+def check_weights(chain: Chain) -> Outcome:
+    """The run's weights are the average of its last rounds, and the file of that digest."""
+    charter, completed = need(chain.charter, CHARTER), need(chain.completed, LINKS)
+    if not chain.rounds:
+        need(None, ROUNDS)
+    last = charter.aggregation.average_last
+    registered = chain.registered
+    if registered is not None:
+        bounds = {"averaged_from": charter.rounds - last + 1, "averaged_to": charter.rounds}
+        for field, value in bounds.items():
+            expect(
+                getattr(registered.body, field),
+                value,
+                code="version.average",
+                field=field,
+                entry=registered.index,
+            )
+    digest = completed.body.weights
+    if chain.outputs:
+        rebuilt = average(chain.outputs[-last:])
+        found = hashlib.sha256(model_file(charter.layers, rebuilt)).hexdigest()
+        expect(digest, found, code="version.weights", field="weights", entry=completed.index)
+        chain.weights = rebuilt
+        return Outcome(
+            word=Word.PROVED,
+            detail=f"{digest[:16]}… is the average of the last {last} rounds, {charter.dimension} parameters",
+        )
+    data = chain.evidence.artefacts.get(digest)
+    if data is None:
+        raise GapError(
+            "version.weights_missing", f"model file {digest[:16]}… is not in the file", completed.index
+        )
+    try:
+        chain.weights = weights_of_file(charter.layers, data)
+    except AuditError as error:
+        raise FailError("version.weights", str(error), completed.index) from error
+    return Outcome(
+        word=Word.ATTESTED,
+        code="replay.skipped",
+        detail=f"by the log's operator: that {digest[:16]}… is the average of the last {last} rounds",
+    )
+
+
+def _update(chain: Chain, found: Round, position: int) -> SiteUpdate:
+    charter = need(chain.charter, CHARTER)
+    leaf = found.statements[position]
+    body = leaf.body
+    site = charter.site(body.site)
+    data = chain.evidence.artefacts.get(body.update)
+    if site is None or data is None:
+        what = (
+            f"the update of site {body.site} for round {body.round} ({body.update[:16]}…) is not in the file"
+        )
+        raise GapError("replay.update_missing", what, leaf.index)
+    try:
+        values = decode_update(data)
+    except AuditError as error:
+        raise FailError("replay.update", f"site {body.site}: {error}", leaf.index) from error
+    expect(
+        len(values), charter.dimension, code="replay.update", field="length of the update", entry=leaf.index
+    )
+    return SiteUpdate(site=site.name, nominal_rows=site.nominal_rows, weight=site.weight, values=values)

@@ -1,0 +1,173 @@
+"""Steps on one prediction: it was allowed, the version gives this answer, the receipt was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, Final
+
+from audit.canonical import parse_canonical
+from audit.commitments import verify_opening
+from audit.decimals import parse_decimal
+from audit.encoding import RowEncoder
+from audit.entries import RowCommitment, VersionTransition
+from audit.errors import AuditError
+from audit.forward import forward
+from audit.models import answer_of
+from audit.receipts import Receipt, verify_kept, verify_receipt
+from audit.verify.aggregation import WEIGHTS
+from audit.verify.chain import Chain, FailError, Leaf, Outcome, expect, need
+from audit.verify.history import CHECKPOINT, INCLUSION, LINKS
+from audit.verify.members import CHARTER
+from audit.verify.report import Word
+
+DECISION, ANSWER, RECEIPT = "The decision to answer", "The answer", "The receipt"
+_TOLERANCE: Final = Decimal("0.000001")
+
+
+def check_decision(chain: Chain) -> Outcome:
+    """Allowed by named policies, for a purpose of the charter, by a version that was live."""
+    charter, leaf = need(chain.charter, CHARTER), need(chain.prediction, LINKS)
+    transition, body = need(chain.transition, LINKS), leaf.body
+    expect(
+        transition.body.to_state,
+        "live",
+        code="prediction.version_not_live",
+        field="to_state",
+        entry=leaf.index,
+    )
+    if body.purpose not in charter.purposes:
+        raise FailError("prediction.purpose", f"purpose {body.purpose!r} is not in the charter", leaf.index)
+    if not body.policies or not all(body.policies):
+        raise FailError("prediction.policies", "the entry names no policy that allowed it", leaf.index)
+    if body.site and charter.site(body.site) is None:
+        raise FailError("prediction.site", f"site {body.site!r} is not in the charter", leaf.index)
+    for later in chain.leaves(VersionTransition):
+        if later.body.model == body.model and transition.index < later.index < leaf.index:
+            _check_still_live(later, body.version, leaf.index)
+    allowed = f"allowed by {', '.join(body.policies)} to role {body.role} for {body.purpose}"
+    between = range(transition.index + 1, leaf.index)
+    if all(index in chain.located for index in between):
+        return Outcome(word=Word.PROVED, detail=f"{allowed}; the version was live when it answered")
+    return Outcome(
+        word=Word.ATTESTED,
+        detail=f"by the log's operator: {allowed}, and that no entry between leaves {transition.index} and "
+        f"{leaf.index} retired the version",
+    )
+
+
+def check_answer(chain: Chain) -> Outcome:
+    """Open the rows, encode them, run the version, compare."""
+    leaf, opened = need(chain.prediction, LINKS), chain.evidence.opened
+    if opened is None:
+        return Outcome(
+            word=Word.ATTESTED,
+            code="answer.not_opened",
+            detail="by the log's operator: the entry commits to inputs and answers, and the file does not "
+            "open them",
+        )
+    charter, weights = need(chain.charter, CHARTER), need(chain.weights, WEIGHTS)
+    expect(
+        len(opened), len(leaf.body.rows), code="answer.rows", field="number of opened rows", entry=leaf.index
+    )
+    encoder = RowEncoder(charter.features)
+    names = charter.site_names
+    site = names.index(leaf.body.site) if leaf.body.site else None
+    for number, (row, commitment) in enumerate(zip(opened, leaf.body.rows, strict=True), start=1):
+        given, answered = _open(row, commitment, number, leaf.index)
+        try:
+            outputs = forward(charter.layers, weights, encoder.encode(given), site)
+            computed = answer_of(charter.task, charter.label, outputs)
+        except AuditError as error:
+            raise FailError("answer.not_recomputable", f"row {number}: {error}", leaf.index) from error
+        problem = _difference(answered, computed)
+        if problem:
+            raise FailError("answer.other_model", f"row {number}: {problem}", leaf.index)
+    count = len(opened)
+    return Outcome(
+        word=Word.PROVED,
+        detail=f"{count} row{'s' if count > 1 else ''} opened; this version gives exactly this answer",
+    )
+
+
+def check_receipt(chain: Chain) -> Outcome:
+    """The receipt is the log's, for this entry, and was kept."""
+    if not chain.located:
+        need(None, INCLUSION)
+    checkpoint, log = need(chain.checkpoint, CHECKPOINT), need(chain.log, CHECKPOINT)
+    subject = chain.located[chain.evidence.leaf_index]
+    try:
+        receipt = Receipt.parse(chain.receipt or b"")
+        verify_receipt(receipt, log)
+    except AuditError as error:
+        raise FailError("receipt.invalid", str(error)) from error
+    expect(
+        receipt.leaf_index, subject.index, code="receipt.other_entry", field="leaf_index", entry=subject.index
+    )
+    expect(
+        receipt.leaf_hash.hex(),
+        subject.leaf_hash,
+        code="receipt.other_entry",
+        field="leaf_hash",
+        entry=subject.index,
+    )
+    try:
+        verify_kept(receipt, checkpoint, chain.evidence.proofs.get(subject.index, ()))
+    except AuditError as error:
+        raise FailError("receipt.broken", str(error), subject.index) from error
+    return Outcome(
+        word=Word.PROVED, detail=f"promised by the log at {receipt.time}, and kept: leaf {subject.index}"
+    )
+
+
+def _check_still_live(later: Leaf[VersionTransition], version: str, entry: int) -> None:
+    if later.body.version == version and later.body.to_state != "live":
+        raise FailError(
+            "prediction.version_not_live",
+            f"leaf {later.index} had made the version {later.body.to_state}",
+            entry,
+        )
+
+
+def _open(
+    row: Mapping[str, str], commitment: RowCommitment, number: int, entry: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    opened: list[dict[str, Any]] = []
+    for field in ("input", "output"):
+        try:
+            salt, value = bytes.fromhex(row[f"{field}_salt"]), row[field].encode()
+            verify_opening(getattr(commitment, field), field=field, salt=salt, value=value)
+            document = parse_canonical(value)
+        except (AuditError, ValueError) as error:
+            raise FailError("answer.commitment", f"row {number}, {field}: {error}", entry) from error
+        if not isinstance(document, dict):
+            raise FailError("answer.commitment", f"row {number}, {field}: is not an object", entry)
+        opened.append(document)
+    return opened[0], opened[1]
+
+
+def _difference(answered: Mapping[str, Any], computed: Mapping[str, Any]) -> str:
+    """Return how the answer differs from the recomputed one by more than rounding, or ""."""
+    if set(answered) != set(computed):
+        return f"the answer has {sorted(answered)}, the model gives {sorted(computed)}"
+    near_tie = False
+    for field in ("probability", "value", "probabilities"):
+        if field not in computed:
+            continue
+        theirs, ours = _numbers(answered[field]), _numbers(computed[field])
+        if len(theirs) != len(ours) or any(
+            abs(a - b) > _TOLERANCE for a, b in zip(theirs, ours, strict=False)
+        ):
+            return f"{field} is {answered[field]!s:.60}, the model gives {computed[field]!s:.60}"
+        top = sorted([*ours, Decimal(1) - ours[0]] if field == "probability" else ours)[-2:]
+        near_tie = len(top) == 2 and top[1] - top[0] <= 2 * _TOLERANCE
+    if answered["label"] != computed["label"] and not near_tie:
+        return f"label is {answered['label']!s:.40}, the model gives {computed['label']!s:.40}"
+    return ""
+
+
+def _numbers(value: Any) -> list[Decimal]:
+    try:
+        return [parse_decimal(item) for item in (value if isinstance(value, list) else [value])]
+    except AuditError:
+        return []

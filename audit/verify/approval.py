@@ -1,0 +1,162 @@
+"""Steps on the decision to use a model: its gates, recomputed, and the officers' signatures."""
+
+from __future__ import annotations
+
+import dataclasses
+from decimal import Decimal
+from typing import Final
+
+from audit.decimals import parse_decimal
+from audit.entries import ZERO_DIGEST, GateResult, VersionTransition
+from audit.errors import AuditError
+from audit.forward import forward
+from audit.metrics import gate_passes, gate_result
+from audit.public_set import read_public_set
+from audit.verify.aggregation import WEIGHTS
+from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need, verify_body
+from audit.verify.history import LINKS
+from audit.verify.members import CHARTER
+from audit.verify.report import Word
+
+GATES, APPROVALS = "The gates", "The approvals"
+LEGAL: Final = {
+    "candidate": ("approved", "retired"),
+    "approved": ("live", "retired"),
+    "live": ("retired",),
+    "retired": ("live",),
+}
+_TOLERANCE: Final = Decimal("0.000002")
+
+
+def check_gates(chain: Chain) -> Outcome:
+    """Every gate of the charter, measured again on its public set."""
+    charter, registered = need(chain.charter, CHARTER), need(chain.registered, LINKS)
+    entry, results = registered.index, registered.body.gates
+    if not charter.gates:
+        raise GapError(
+            "gate.none", "the charter sets no gate, so nothing shows what the model is worth", entry
+        )
+    expect(len(results), len(charter.gates), code="gate.results", field="number of gates", entry=entry)
+    weights = need(chain.weights, WEIGHTS)
+    data = chain.evidence.artefacts.get(charter.public_set)
+    if data is None:
+        raise GapError("gate.public_set_missing", "the charter's public set is not in the file", entry)
+    try:
+        rows, labels = read_public_set(data, charter.features, charter.label)
+        outputs = [forward(charter.layers, weights, row) for row in rows]
+        expect(
+            len(rows),
+            charter.public_rows,
+            code="gate.public_set",
+            field="rows of the public set",
+            entry=entry,
+        )
+        measured = [
+            gate_result(gate, charter.public_set, charter.task, charter.label, labels, outputs)
+            for gate in charter.gates
+        ]
+    except FailError:
+        raise
+    except AuditError as error:
+        raise FailError("gate.public_set", str(error), entry) from error
+    for gate, claimed, found in zip(charter.gates, results, measured, strict=True):
+        _compare(claimed, found, entry)
+        if not gate_passes(gate, value=found.value, trivial=found.baseline):
+            raise FailError("gate.not_passed", f"{found.metric} is {found.value} on the public set", entry)
+    shown = ", ".join(f"{found.metric} {found.value} (trivial {found.baseline})" for found in measured)
+    return Outcome(
+        word=Word.PROVED, detail=f"measured again on the public set of {len(rows)} rows: {shown}; all passed"
+    )
+
+
+def check_approvals(chain: Chain) -> Outcome:
+    """Back through the model's transitions to the first; then forward, state by state."""
+    charter, registered = need(chain.charter, CHARTER), need(chain.registered, LINKS)
+    last = need(chain.transition, LINKS)
+    transitions: list[Leaf[VersionTransition]] = [last]
+    while transitions[-1].body.previous_transition != ZERO_DIGEST:
+        leaf = transitions[-1]
+        transitions.append(
+            chain.linked(
+                leaf.body.previous_transition, VersionTransition, "the transition before", entry=leaf.index
+            )
+        )
+    transitions.reverse()
+    _check_no_fork(chain, transitions)
+    states: dict[str, str] = {}
+    for leaf in transitions:
+        body = leaf.body
+        expect(body.model, last.body.model, code="approval.chain", field="model", entry=leaf.index)
+        before = states.get(body.version, "candidate")
+        expect(body.from_state, before, code="approval.state", field="from_state", entry=leaf.index)
+        if body.to_state not in LEGAL[before]:
+            raise FailError("approval.state", f"{before} cannot become {body.to_state!r}", leaf.index)
+        states[body.version] = body.to_state
+        verify_body(body, body.officer, code="approval.signature", who="the officer", entry=leaf.index)
+        if body.version == registered.body.version:
+            _check_officer(chain, leaf, registered.leaf_hash)
+    state = states[registered.body.version]
+    if chain.prediction is not None and state != "live":
+        raise FailError("prediction.version_not_live", f"the version is {state}", chain.prediction.index)
+    officers = sorted(
+        {
+            charter.officers[leaf.body.officer]
+            for leaf in transitions
+            if leaf.body.version == registered.body.version
+        }
+    )
+    return Outcome(
+        word=Word.PROVED,
+        detail=f"candidate to {state} by the keys of {', '.join(officers)}, officers of the charter and "
+        f"not its "
+        f"author nor the run's; {len(transitions)} transitions of the model, one after the other",
+    )
+
+
+def _compare(claimed: GateResult, found: GateResult, entry: int) -> None:
+    for field in (item.name for item in dataclasses.fields(GateResult)):
+        is_number = field in ("value", "baseline")
+        name = f"gates.{found.metric}.{field}"
+        if not is_number:
+            expect(
+                getattr(claimed, field), getattr(found, field), code="gate.results", field=name, entry=entry
+            )
+            continue
+        try:
+            difference = abs(parse_decimal(getattr(claimed, field)) - parse_decimal(getattr(found, field)))
+        except AuditError as error:
+            raise FailError("gate.results", f"{name}: {error}", entry) from error
+        if difference > _TOLERANCE:
+            expect(
+                getattr(claimed, field), getattr(found, field), code="gate.results", field=name, entry=entry
+            )
+
+
+def _check_no_fork(chain: Chain, transitions: list[Leaf[VersionTransition]]) -> None:
+    known = {leaf.index for leaf in transitions}
+    last = transitions[-1]
+    for leaf in chain.leaves(VersionTransition):
+        if leaf.body.model == last.body.model and leaf.index < last.index and leaf.index not in known:
+            raise FailError(
+                "approval.fork", "a transition of the model that the chain does not hold", leaf.index
+            )
+
+
+def _check_officer(chain: Chain, leaf: Leaf[VersionTransition], registration: str) -> None:
+    charter, started = need(chain.charter, CHARTER), need(chain.started, LINKS)
+    published = need(chain.published, CHARTER)
+    body = leaf.body
+    expect(
+        body.gate_results, registration, code="approval.other_version", field="gate_results", entry=leaf.index
+    )
+    expect(body.charter, charter.digest, code="approval.other_version", field="charter", entry=leaf.index)
+    if body.officer not in charter.officers:
+        raise FailError("approval.not_an_officer", f"{body.officer} is no officer of the charter", leaf.index)
+    if body.officer in (
+        started.body.author,
+        published.body.author,
+        need(chain.registered, LINKS).body.author,
+    ):
+        raise FailError(
+            "approval.own_work", "the officer is the author of the run or of the charter", leaf.index
+        )

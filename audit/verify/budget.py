@@ -1,0 +1,262 @@
+"""Steps on privacy: every release of each population counted once, and epsilon recomputed from the events."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, Final
+
+from audit.charter_view import CharterView
+from audit.decimals import decimal_text, parse_decimal
+from audit.entries import (
+    ZERO_DIGEST,
+    MechanismEvent,
+    SiteEpsilon,
+    SiteStatement,
+    SiteUndelivered,
+    event_hash,
+)
+from audit.epsilon import EpsilonError, epsilon_with_discretisation, rdp_epsilon, recompute
+from audit.errors import AuditError
+from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need, verify_body
+from audit.verify.history import LINKS
+from audit.verify.members import CHARTER
+from audit.verify.report import EpsilonLine, Word
+from audit.verify.training import ROUNDS
+
+ODOMETERS, EPSILON = "The odometers", "Epsilon"
+_TOLERANCE: Final = 1e-6
+
+
+def check_odometers(chain: Chain) -> Outcome:
+    """Events 1 to n of every population, chained by hash, across all its runs in this log."""
+    if not chain.rounds:
+        need(None, ROUNDS)
+    completed = need(chain.completed, LINKS)
+    until = chain.registered.index if chain.registered else completed.index
+    for site, accepted in sorted(chain.accepted.items()):
+        population = accepted.body.population
+        events = _events(chain, site, population, until)
+        history: list[SiteStatement] = []
+        previous, rounds = ZERO_DIGEST, set[tuple[str, int]]()
+        for leaf in events:
+            body = leaf.body
+            if history and body.sequence == history[-1].sequence and body == history[-1]:
+                continue  # reported as undelivered, and delivered after all
+            if body.sequence > len(history) + 1:
+                raise _gap(chain, site, len(history) + 1, body.sequence, leaf)
+            place = (body.run, body.round)
+            expect(
+                body.sequence,
+                len(history) + 1,
+                code="odometer.sequence",
+                field="event.sequence",
+                entry=leaf.index,
+            )
+            expect(
+                body.previous_event, previous, code="odometer.chain", field="previous_event", entry=leaf.index
+            )
+            if place in rounds:
+                raise FailError(
+                    "odometer.round_twice",
+                    f"site {site} released run {body.run} round {body.round} twice",
+                    leaf.index,
+                )
+            key = chain.enrolment_at(site, leaf.index).body.statement_key
+            verify_body(body, key, code="statement.signature", who=f"site {site}", entry=leaf.index)
+            rounds.add(place)
+            history.append(body)
+            previous = event_hash(body)
+        _check_start(history, accepted.body.next_sequence, accepted.body.previous_event, accepted.index)
+        chain.histories[site] = tuple(history)
+    shown = ", ".join(f"{site} 1 to {len(history)}" for site, history in sorted(chain.histories.items()))
+    return Outcome(
+        word=Word.PROVED, detail=f"every release counted once and chained by hash up to leaf {until}: {shown}"
+    )
+
+
+def check_epsilon(chain: Chain) -> Outcome:
+    """Recompute epsilon for run and lifetime; no claim may be lower, no run above the charter."""
+    charter = need(chain.charter, CHARTER)
+    if not chain.histories:
+        need(None, ODOMETERS)
+    registered, run = chain.registered, need(chain.started, LINKS).body.run
+    claims = {claim.site: claim for claim in registered.body.epsilons} if registered else {}
+    entry = registered.index if registered else None
+    if registered and (len(claims) != len(registered.body.epsilons) or set(claims) != set(chain.histories)):
+        raise FailError("epsilon.claims", "the claims do not name each site that took part once", entry)
+    delta = float(charter.privacy.delta)
+    lines, attested = [], False
+    for site, history in sorted(chain.histories.items()):
+        events = [statement.event for statement in history if statement.run == run]
+        lifetime = [statement.event for statement in history]
+        try:
+            spent, spent_ever = _spent(events, delta, charter), _spent(lifetime, delta, charter)
+            rdp = rdp_epsilon(events, delta)
+        except EpsilonError as error:
+            raise FailError("epsilon.event", f"site {site}: {error}", entry) from error
+        claim = claims.get(site)
+        if claim is not None and entry is not None:
+            _check_terms(claim, charter, history, entry)
+            proved = _check_claim(claim, "run_epsilon", spent, entry)
+            proved &= _check_claim(claim, "lifetime_epsilon", spent_ever, entry)
+            _check_claim(claim, "run_epsilon_rdp", Spent(rdp, "RDP upper bound", True), entry)
+            attested |= not proved
+            _check_charter(parse_decimal(claim.run_epsilon), site, charter, entry)
+        elif spent.is_exact:
+            _check_charter(Decimal(spent.value), site, charter, entry)
+        lines.append(
+            EpsilonLine(
+                site=site,
+                run_epsilon=_up(spent.value),
+                lifetime_epsilon=_up(spent_ever.value),
+                events=len(lifetime),
+                delta=decimal_text(charter.privacy.delta),
+                unit=charter.privacy.unit,
+                relation=charter.privacy.relation,
+                method=spent.method,
+                claimed=claim.run_epsilon if claim else "",
+            )
+        )
+    chain.epsilons = tuple(lines)
+    most = max(
+        lines,
+        key=lambda line: parse_decimal(line.run_epsilon) if line.run_epsilon != "none" else Decimal(10**9),
+    )
+    detail = (
+        f"at most {most.run_epsilon} for the run (charter: {charter.privacy.epsilon}), one "
+        f"{charter.privacy.unit}, "
+        f"{charter.privacy.relation.replace('_', '/')}, delta {decimal_text(charter.privacy.delta)}, "
+        f"{most.method}"
+    )
+    if attested:
+        detail += (
+            "; a claim below that bound is its author's word: install affidavit[accounting] to recompute it"
+        )
+        return Outcome(word=Word.ATTESTED, code="epsilon.bound_only", detail=detail, entry=entry)
+    return Outcome(word=Word.PROVED, detail=detail)
+
+
+class Spent:
+    """A recomputed epsilon: how, and whether an honest claim cannot be lower."""
+
+    def __init__(self, value: float, method: str, is_exact: bool) -> None:
+        self.value, self.method, self.is_exact = value, method, is_exact
+
+
+def _events(chain: Chain, site: str, population: str, until: int) -> list[Leaf[SiteStatement]]:
+    found = [leaf for leaf in chain.leaves(SiteStatement) if leaf.index < until]
+    found += [
+        Leaf(leaf.index, leaf.leaf_hash, leaf.body.statement)
+        for leaf in chain.leaves(SiteUndelivered)
+        if leaf.index < until
+    ]
+    own = [leaf for leaf in found if (leaf.body.site, leaf.body.population) == (site, population)]
+    return sorted(own, key=lambda leaf: (leaf.body.sequence, leaf.index))
+
+
+def _gap(chain: Chain, site: str, wanted: int, found: int, leaf: Leaf[SiteStatement]) -> AuditError:
+    """A missing event fails when it is this run's, whose statements are all known; else the file lacks it."""
+    missing = f"site {site}: event {wanted} is missing, the next is {found}"
+    accepted = chain.accepted[site].body
+    if wanted >= accepted.next_sequence and leaf.body.run == accepted.run:
+        return FailError("odometer.gap", missing, leaf.index)
+    return GapError("odometer.gap", missing, leaf.index)
+
+
+def _check_start(history: Sequence[SiteStatement], first: int, previous: str, entry: int) -> None:
+    if not 1 <= first <= len(history):
+        raise FailError(
+            "odometer.acceptance", f"next_sequence is {first}, {len(history)} events follow", entry
+        )
+    before = event_hash(history[first - 2]) if first > 1 else ZERO_DIGEST
+    expect(previous, before, code="odometer.acceptance", field="previous_event", entry=entry)
+
+
+def _spent(events: Sequence[MechanismEvent], delta: float, charter: CharterView) -> Spent:
+    bound = recompute(events, delta)
+    if bound.exact:
+        return Spent(bound.value, bound.method, True)
+    value = _pld_epsilon(events, delta, charter.privacy.relation)
+    return (
+        Spent(bound.value, bound.method, False) if value is None else Spent(value, "PLD, grid 0.0001", True)
+    )
+
+
+def _pld_epsilon(events: Sequence[MechanismEvent], delta: float, relation: str) -> float | None:
+    """Return epsilon by privacy loss distributions where dp-accounting is installed, else None."""
+    if importlib.util.find_spec("dp_accounting") is None or len({event.relation for event in events}) > 1:
+        return None
+    dp: Any = importlib.import_module("dp_accounting")
+    pld: Any = importlib.import_module("dp_accounting.pld.pld_privacy_accountant")
+    neighbours = {
+        "add_remove": dp.NeighboringRelation.ADD_OR_REMOVE_ONE,
+        "zero_out": dp.NeighboringRelation.REPLACE_SPECIAL,
+        "replace_one": dp.NeighboringRelation.REPLACE_ONE,
+    }[relation]
+    accountant = pld.PLDAccountant(neighbours, 1e-4)
+    gradients = 2 if relation == "replace_one" else 1
+    counts: dict[tuple[float, float], int] = {}
+    for event in events:
+        kind = (float(event.sample_rate), gradients * event.sigma_grid / event.sensitivity_grid)
+        counts[kind] = counts.get(kind, 0) + event.steps
+    for (rate, multiplier), steps in sorted(counts.items()):
+        single = dp.GaussianDpEvent(multiplier)
+        accountant.compose(dp.PoissonSampledDpEvent(rate, single) if rate < 1 else single, steps)
+    return epsilon_with_discretisation(events, delta, accountant.get_epsilon)
+
+
+def _check_terms(
+    claim: SiteEpsilon, charter: CharterView, history: Sequence[SiteStatement], entry: int
+) -> None:
+    wanted = {
+        "population": history[0].population,
+        "delta": decimal_text(charter.privacy.delta),
+        "relation": charter.privacy.relation,
+        "unit": charter.privacy.unit,
+    }
+    for field, value in wanted.items():
+        expect(
+            getattr(claim, field),
+            value,
+            code="epsilon.terms",
+            field=f"epsilons.{claim.site}.{field}",
+            entry=entry,
+        )
+
+
+def _check_claim(claim: SiteEpsilon, field: str, spent: Spent, entry: int) -> bool:
+    """Return whether the claim is proved; it fails where it is lower than what was spent."""
+    try:
+        claimed = float(parse_decimal(getattr(claim, field)))
+    except AuditError as error:
+        raise FailError("epsilon.claims", f"epsilons.{claim.site}.{field}: {error}", entry) from error
+    if claimed >= spent.value - _TOLERANCE * max(1.0, spent.value):
+        return True
+    if spent.is_exact:
+        raise FailError(
+            "epsilon.claimed_lower",
+            f"epsilons.{claim.site}.{field} claims {getattr(claim, field)}; the events cost "
+            f"{_up(spent.value)} "
+            f"({spent.method})",
+            entry,
+        )
+    return False
+
+
+def _check_charter(value: Decimal, site: str, charter: CharterView, entry: int | None) -> None:
+    if value > charter.privacy.epsilon:
+        raise FailError(
+            "epsilon.over_charter",
+            f"site {site}: {value} is above the charter's {charter.privacy.epsilon}",
+            entry,
+        )
+
+
+def _up(value: float) -> str:
+    if not math.isfinite(value):
+        return "none"
+    return decimal_text(Decimal(value).quantize(Decimal("0.0001"), rounding=ROUND_CEILING))

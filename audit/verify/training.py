@@ -1,0 +1,222 @@
+"""Steps on the run: how it began, what each site signed in each round, and that the rounds form one chain."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from audit.charter_view import CharterView
+from audit.entries import (
+    ZERO_DIGEST,
+    RoundCompleted,
+    RunAccepted,
+    RunStarted,
+    SiteStatement,
+)
+from audit.models import initial_weights, model_file
+from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, Round, expect, need, verify_body
+from audit.verify.history import LINKS
+from audit.verify.members import CHARTER, SITES
+from audit.verify.report import Word
+
+RUN, ROUNDS, NOISE = "The training run", "The rounds and their statements", "The noise and the data"
+
+
+def check_run(chain: Chain) -> Outcome:
+    """The run's author signed it, it starts from the charter's weights, and its sites accepted it."""
+    charter, started = need(chain.charter, CHARTER), need(chain.started, LINKS)
+    completed = need(chain.completed, LINKS)
+    if not chain.enrolments:
+        need(None, SITES)
+    body, at = started.body, started.index
+    verify_body(body, body.author, code="run.signature", who="the run's author", entry=at)
+    expect(body.rounds, charter.rounds, code="run.rounds", field="rounds", entry=at)
+    expect(completed.body.rounds, charter.rounds, code="run.rounds", field="rounds", entry=completed.index)
+    first = hashlib.sha256(_initial_model(charter)).hexdigest()
+    expect(body.initial_model, first, code="run.initial_model", field="initial_model", entry=at)
+    _check_sites(charter, body.sites, at)
+    for leaf in chain.leaves(RunAccepted):
+        if leaf.body.run == body.run:
+            _check_acceptance(chain, charter, started, leaf)
+    if len(chain.accepted) < charter.minimum_sites:
+        raise GapError(
+            "run.acceptance_missing",
+            f"acceptances of {len(chain.accepted)} sites; the charter needs {charter.minimum_sites}",
+            at,
+        )
+    return Outcome(
+        word=Word.PROVED,
+        detail=f"run {body.run} by {body.author}, from the weights the charter gives; accepted by "
+        f"{', '.join(sorted(chain.accepted))}",
+    )
+
+
+def check_rounds(chain: Chain) -> Outcome:
+    """Backwards by hashes from the run's last round: every round, every statement, nothing besides."""
+    charter, started, completed = (
+        need(chain.charter, CHARTER),
+        need(chain.started, LINKS),
+        need(chain.completed, LINKS),
+    )
+    if not chain.accepted:
+        need(None, RUN)
+    rounds: list[Round] = []
+    named, entry = completed.body.last_round, completed.index
+    for number in range(charter.rounds, 0, -1):
+        found = _round(chain, charter, started.body, number, named, entry)
+        rounds.append(found)
+        named, entry = found.statements[0].body.previous_round, found.statements[0].index
+    expect(named, ZERO_DIGEST, code="round.chain", field="previous_round of round 1", entry=entry)
+    rounds.reverse()
+    _check_models(started.body.initial_model, rounds)
+    _check_nothing_besides(chain, started.body.run, rounds)
+    chain.rounds = tuple(rounds)
+    count = sum(len(found.statements) for found in rounds)
+    return Outcome(
+        word=Word.PROVED,
+        detail=f"rounds 1 to {len(rounds)} without a gap, each on the model before it; {count} statements "
+        f"signed "
+        "by the sites' statement keys, each with the charter's noise, sampling and clipping terms",
+    )
+
+
+def check_noise(chain: Chain) -> Outcome:
+    """What nobody can prove from outside: say so, and whose word it is."""
+    if not chain.rounds:
+        need(None, ROUNDS)
+    codes = sorted({leaf.body.agent_code for found in chain.rounds for leaf in found.statements})
+    sites = sorted({leaf.body.site for found in chain.rounds for leaf in found.statements})
+    return Outcome(
+        word=Word.ATTESTED,
+        detail=f"by the statement keys of {', '.join(sites)}: that rows were clipped and the noise was "
+        f"drawn, and "
+        f"what the rows were; agent code {', '.join(code[:16] + '…' for code in codes[:4])}",
+    )
+
+
+def _initial_model(charter: CharterView) -> bytes:
+    return model_file(charter.layers, initial_weights(charter.layers, charter.digest))
+
+
+def _check_sites(charter: CharterView, sites: Sequence[str], entry: int) -> None:
+    if list(sites) != sorted(set(sites)) or not set(sites) <= set(charter.site_names):
+        raise FailError(
+            "run.sites", f"sites {', '.join(sites)[:80]} are not sites of the charter, in order", entry
+        )
+    if len(sites) < charter.minimum_sites:
+        raise FailError("run.sites", f"{len(sites)} sites; the charter needs {charter.minimum_sites}", entry)
+
+
+def _check_acceptance(
+    chain: Chain, charter: CharterView, started: Leaf[RunStarted], leaf: Leaf[RunAccepted]
+) -> None:
+    body = leaf.body
+    if body.site not in started.body.sites or body.site in chain.accepted:
+        raise FailError("run.acceptance", f"site {body.site} was not asked, or accepted twice", leaf.index)
+    enrolment = chain.enrolment_at(body.site, leaf.index).body
+    wanted = {
+        "charter": charter.digest,
+        "population": enrolment.population,
+        "planned_events": charter.rounds,
+    }
+    for field, value in wanted.items():
+        expect(getattr(body, field), value, code="run.acceptance", field=field, entry=leaf.index)
+    key = enrolment.statement_key
+    verify_body(body, key, code="run.acceptance", who=f"site {body.site}", entry=leaf.index)
+    chain.accepted[body.site] = leaf
+
+
+def _round(
+    chain: Chain, charter: CharterView, run: RunStarted, number: int, leaf_hash: str, entry: int
+) -> Round:
+    leaf = chain.linked(leaf_hash, RoundCompleted, f"round {number}'s entry", entry=entry)
+    body = leaf.body
+    expect(body.run, run.run, code="round.chain", field="run", entry=leaf.index)
+    expect(body.round, number, code="round.chain", field="round", entry=leaf.index)
+    statements = tuple(
+        chain.linked(name, SiteStatement, f"a statement of round {number}", entry=leaf.index)
+        for name in body.statements
+    )
+    sites = [statement.body.site for statement in statements]
+    if sites != sorted(set(sites)):
+        raise FailError("round.sites", f"round {number} counts a site twice, or out of order", leaf.index)
+    if len(sites) < charter.minimum_sites:
+        raise FailError(
+            "round.sites",
+            f"round {number} has {len(sites)} statements, not {charter.minimum_sites}",
+            leaf.index,
+        )
+    participants = statements[0].body.participants
+    if sorted([*sites, *body.missing]) != list(participants):
+        raise FailError(
+            "round.sites",
+            f"round {number}: those who answered and those missing are not who took part",
+            leaf.index,
+        )
+    previous = statements[0].body.previous_round
+    for statement in statements:
+        _check_statement(chain, charter, run, body, statement, participants, previous)
+    return Round(leaf, statements)
+
+
+def _check_statement(
+    chain: Chain,
+    charter: CharterView,
+    run: RunStarted,
+    completed: RoundCompleted,
+    leaf: Leaf[SiteStatement],
+    participants: tuple[str, ...],
+    previous: str,
+) -> None:
+    body, entry = leaf.body, leaf.index
+    enrolment = chain.enrolment_at(body.site, entry).body
+    verify_body(
+        body, enrolment.statement_key, code="statement.signature", who=f"site {body.site}", entry=entry
+    )
+    accepted = chain.accepted.get(body.site)
+    if accepted is None or accepted.index >= entry:
+        raise FailError("statement.not_accepted", f"site {body.site} had not accepted the run", entry)
+    wanted = {
+        "run": run.run,
+        "round": completed.round,
+        "charter": charter.digest,
+        "population": accepted.body.population,
+        "base_model": completed.base_model,
+        "participants": participants,
+        "previous_round": previous,
+    }
+    for field, value in wanted.items():
+        expect(getattr(body, field), value, code="statement.field", field=field, entry=entry)
+    problem = charter.event_problem(body.event)
+    if problem:
+        raise FailError("statement.event", problem, entry)
+
+
+def _check_models(initial: str, rounds: Sequence[Round]) -> None:
+    base, participants, before = initial, None, -1
+    for found in rounds:
+        leaf = found.leaf
+        expect(leaf.body.base_model, base, code="round.base_model", field="base_model", entry=leaf.index)
+        if min(statement.index for statement in found.statements) <= before:
+            raise FailError("verify.order", "a statement stands before the round it builds on", leaf.index)
+        asked = found.statements[0].body.participants
+        if participants is not None and asked != participants:
+            raise FailError(
+                "round.sites", "those asked are not those who answered the round before", leaf.index
+            )
+        base, before = leaf.body.output_model, leaf.index
+        participants = tuple(statement.body.site for statement in found.statements)
+
+
+def _check_nothing_besides(chain: Chain, run: str, rounds: Sequence[Round]) -> None:
+    known = {found.leaf.index for found in rounds}
+    known |= {statement.index for found in rounds for statement in found.statements}
+    for leaf in chain.leaves(RoundCompleted):
+        if leaf.body.run == run and leaf.index not in known:
+            raise FailError(
+                "round.invented", f"another entry for round {leaf.body.round} of the run", leaf.index
+            )
+    for statement in chain.leaves(SiteStatement):
+        if statement.body.run == run and statement.index not in known:
+            what = f"site {statement.body.site}'s statement for round {statement.body.round} is in no round"
+            raise FailError("round.statement_left_out", what, statement.index)
