@@ -48,7 +48,7 @@ class Trainer:
             raise RefusedError("contract_not_met", str(error)) from error
         mechanism = self._mechanism(terms)
         mechanism.load(torch.tensor(weights, dtype=torch.float64))
-        release = mechanism.release(torch.from_numpy(data.inputs), _targets(data, terms))
+        release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
         if made != (event.sigma_grid, event.sensitivity_grid, event.dimension, event.steps):
@@ -91,6 +91,7 @@ def mechanism_terms(terms: Terms) -> MechanismTerms:
     )
 
 
-def _targets(data: TrainingData, terms: Terms) -> torch.Tensor:
+def targets_of(data: TrainingData, terms: Terms) -> torch.Tensor:
+    """Return the labels as the charter's loss takes them."""
     targets = torch.from_numpy(data.targets)
     return targets.long() if terms.task == "multiclass" else targets
