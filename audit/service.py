@@ -152,7 +152,11 @@ def prove_entry(
     ledger.entry(leaf_index)
     note = best_checkpoint(ledger, leaf_index)
     size = parse_checkpoint_note(note).tree_size
-    return TlogProof(leaf_index, tuple(ledger.inclusion_proof(leaf_index, size)), note)
+    return TlogProof(
+        leaf_index=leaf_index,
+        hashes=tuple(ledger.inclusion_proof(leaf_index, size)),
+        checkpoint_note=note,
+    )
 
 
 def export_entry(
@@ -218,7 +222,11 @@ def add_answer(
     receipt: Mapping[str, Any] | bytes | None = None,
     opened: Sequence[Mapping[str, str]] | None = None,
 ) -> bytes:
-    """Return an evidence file with the caller's receipt and opened rows added; EvidenceError when it is none."""
+    """Return the evidence file with the caller's receipt and opened rows added.
+
+    Raises:
+        EvidenceError: `data` is no evidence file.
+    """
     return write_evidence(_with_answer(read_evidence(data), receipt, opened))
 
 
@@ -283,10 +291,14 @@ class _Closure:
             self.scope = "version"
             self._run(body.run, leaf_index)
             self._artefact(body.version)
-        elif isinstance(body, (RunStarted, RunAccepted, RunCompleted, RoundCompleted, SiteStatement)):
-            if list(self._search(RunCompleted, type="run.completed", run=body.run)):
-                self.scope = "run"
-                self._run(body.run, self._ledger.tree_size)
+        elif isinstance(
+            body, (RunStarted, RunAccepted, RunCompleted, RoundCompleted, SiteStatement)
+        ) and self._is_completed(body.run):
+            self.scope = "run"
+            self._run(body.run, self._ledger.tree_size)
+
+    def _is_completed(self, run: str) -> bool:
+        return any(True for _ in self._search(RunCompleted, type="run.completed", run=run))
 
     def _version(self, transition: VersionTransition, until: int) -> None:
         for index, data, _ in self._search(
