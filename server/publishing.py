@@ -58,10 +58,12 @@ class Publisher:
         return note if note is not None else await self.publish()
 
     async def covering(self, leaf_index: int) -> bytes:
-        """Return the newest checkpoint whose tree holds `leaf_index`, made now when none does."""
-        note = await self.current()
-        if parse_checkpoint_note(note).tree_size > leaf_index:
-            return note
+        """Return the best witnessed recent checkpoint whose tree holds `leaf_index`; made now when none
+        does.
+        """
+        best = await to_thread.run_sync(self._best_covering, leaf_index)
+        if best is not None:
+            return best
         note = await self.publish()
         if parse_checkpoint_note(note).tree_size > leaf_index:
             return note
@@ -97,6 +99,18 @@ class Publisher:
             note = self._coordinator.publish()
         self._monitoring.checkpoint_size.set(parse_checkpoint_note(note).tree_size)
         return note
+
+    def _best_covering(self, leaf_index: int) -> bytes | None:
+        found: list[tuple[int, int, bytes]] = []
+
+        def look(note: bytes) -> bool:
+            size = parse_checkpoint_note(note).tree_size
+            if size > leaf_index:
+                found.append((len(parse_note(note).signatures), size, note))
+            return size <= leaf_index or len(found) >= _RECENT
+
+        self._coordinator.ledger.latest_checkpoint(look)
+        return max(found)[2] if found else None
 
     def _add(self, site: str, line: str) -> tuple[int, int]:
         raw = line.encode() if line.endswith("\n") else line.encode() + b"\n"
