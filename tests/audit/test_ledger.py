@@ -58,6 +58,30 @@ with Ledger.open(path) as ledger:
             print(number, future.result().leaf_index, flush=True)
 """
 
+KILLER = """
+import os, random, signal
+for attempt in range(20):
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        ledger = Ledger.open(path)
+        for n in range(10**9):
+            name = f"w{attempt}-{n}"
+            body = entry(n)[0].replace(f"{who}-{n}".encode(), name.encode())
+            future = ledger.append(body, event_id=name, index_columns=entry(n)[1])
+            if n % 5 == 0:  # so that some entries are always on their way
+                os.write(write_end, f"{name} {future.result().leaf_index}\\n".encode())
+    os.close(write_end)
+    acks = open(read_end)
+    for _ in range(random.randrange(1, 20)):
+        print(acks.readline(), end="")
+    time.sleep(random.uniform(0, 0.003))
+    os.kill(pid, signal.SIGKILL)
+    print(acks.read(), end="")
+    acks.close()
+    os.waitpid(pid, 0)
+"""
+
 
 def start_writer(path: Path, who: str, count: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WRITER, str(path), who, str(count)]
@@ -371,14 +395,14 @@ ledger.close()
 def test_two_processes_share_one_log_without_a_gap(tmp_path: Path, log_tools: SimpleNamespace) -> None:
     path = tmp_path / "log.db"
     Ledger.create(path, log_tools.ORIGIN).close()
-    writers = [start_writer(path, who, 400) for who in ("a", "b")]
+    writers = [start_writer(path, who, 200) for who in ("a", "b")]
     acked = [
         line.split() for writer in writers for line in writer.communicate(timeout=60)[0].splitlines()[1:]
     ]
     assert [writer.returncode for writer in writers] == [0, 0]
     indices = sorted(int(index) for _, index in acked)
     assert indices == list(range(len(indices)))
-    assert len(indices) >= 800
+    assert len(indices) >= 400
     report = fsck(path, columns_of=log_tools.columns_of)
     assert report.ok, report
     assert report.entries == len(indices)
@@ -390,25 +414,7 @@ def test_killed_writer_loses_nothing_that_was_acknowledged(
     """Twenty writers, forked from one process to save its imports, each killed while it appends."""
     path = tmp_path / "log.db"
     Ledger.create(path, log_tools.ORIGIN).close()
-    script = (
-        WRITER.split("with Ledger.open")[0]
-        + """
-import os, random, signal
-for attempt in range(20):
-    pid = os.fork()
-    if pid == 0:
-        ledger = Ledger.open(path)
-        for n in range(10**9):
-            name = f"w{attempt}-{n}"
-            body = entry(n)[0].replace(f"{who}-{n}".encode(), name.encode())
-            future = ledger.append(body, event_id=name, index_columns=entry(n)[1])
-            if n % 5 == 0:
-                os.write(1, f"{name} {future.result().leaf_index}\\n".encode())
-    time.sleep(random.uniform(0.03, 0.1))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-"""
-    )
+    script = WRITER.split("with Ledger.open")[0] + KILLER
     command = [sys.executable, "-c", script, str(path), "x", "0"]
     done = subprocess.run(command, check=True, timeout=60, stdout=subprocess.PIPE, text=True)
     acked = {name: int(index) for name, index in (line.split() for line in done.stdout.splitlines())}
@@ -418,7 +424,7 @@ for attempt in range(20):
         stored = {s.event_id: s.leaf_index for n in range(0, ledger.tree_size, 900) for s in page(ledger, n)}
         assert len(stored) == ledger.tree_size
         assert {name: stored.get(name) for name in acked} == acked
-    assert len(acked) > 100
+    assert len(acked) >= 20
 
 
 def page(ledger: Ledger, start: int) -> list[SimpleNamespace]:

@@ -125,6 +125,24 @@ def test_forty_witnesses_are_supported() -> None:
     assert policy.evaluate(f"w{i}" for i in range(21)).satisfied
 
 
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_split_view_reaches_two_quorums_only_if_2w_is_at_most_n_plus_f(count: int) -> None:
+    """Every way in which f corrupt witnesses cosign both histories and each honest one cosigns either."""
+    keys = [NoteSigner(f"w{i}", SigningKey.generate(), KeyType.COSIGNATURE) for i in range(count)]
+    head = f"log {LOG.vkey}\n" + "".join(f"witness w{i} {key.vkey}\n" for i, key in enumerate(keys))
+    names = [f"w{i}" for i in range(count)]
+    for need, corrupt in itertools.product(range(1, count + 1), range(count)):
+        policy = Policy.parse(f"{head}group g {need} {' '.join(names)}\nquorum g\n")
+        both, honest = names[:corrupt], names[corrupt:]
+        split = any(
+            policy.evaluate([*both, *left]).satisfied
+            and policy.evaluate([*both, *(name for name in honest if name not in left)]).satisfied
+            for size in range(len(honest) + 1)
+            for left in itertools.combinations(honest, size)
+        )
+        assert split == (2 * need <= count + corrupt)
+
+
 def test_size_caps_are_enforced() -> None:
     with pytest.raises(MalformedPolicyError, match="cap"):
         Policy.parse("\n" * 2000)
