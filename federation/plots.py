@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,18 @@ from federation.progress import RunEvent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def show_in_notebooks(figure: Figure) -> Figure:
+    """Give a figure made without pyplot the picture that a notebook looks for."""
+
+    def png() -> bytes:
+        buffer = BytesIO()
+        figure.savefig(buffer, dpi=110, format="png")
+        return buffer.getvalue()
+
+    figure._repr_png_ = png  # type: ignore[attr-defined]
+    return figure
 
 
 def history_figure(events: Sequence[RunEvent], *, budget: float | None = None, title: str = "") -> Figure:
@@ -34,7 +47,7 @@ def history_figure(events: Sequence[RunEvent], *, budget: float | None = None, t
     cost.set(xlabel="round", ylabel="epsilon of each site", title="privacy spent")
     cost.set_ylim(bottom=0)
     cost.legend()
-    return figure
+    return show_in_notebooks(figure)
 
 
 def save_history(
