@@ -100,13 +100,21 @@ class ClippedGradient:
         """
         self._check_shapes(inputs, targets, mask)
         if not self._checked:
-            check_against_definition(self.model, self.loss, inputs, self._like)
-            self._checked = True
+            self.check(inputs)
         self._flat.zero_()
         for start in range(0, len(inputs), self._chunk_rows):
             rows = slice(start, start + self._chunk_rows)
             self._add(inputs[rows], targets[rows], None if mask is None else mask[rows])
         return self._flat.clone()
+
+    def check(self, like: Tensor) -> None:
+        """Compare with the definition on made-up rows of the shape and type of `like`, whose values are not read.
+
+        Raises:
+            UnsupportedModelError: they differ, or the model cannot run on such rows.
+        """
+        check_against_definition(self.model, self.loss, like, self._like)
+        self._checked = True
 
     def _add(self, inputs: Tensor, targets: Tensor, mask: Tensor | None) -> None:
         square_norms, unreadable = self._pass.square_norms(inputs, targets)

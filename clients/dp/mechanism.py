@@ -152,6 +152,14 @@ class Mechanism:
             raise ShapeError("weights", tuple(flat.shape), (self.dimension,))
         self._set(flat)
 
+    def check(self, row_shape: tuple[int, ...]) -> None:
+        """Refuse a model that cannot be trained privately before there is any data; `release` does it otherwise.
+
+        Raises:
+            UnsupportedModelError: see `bookkeeping`.
+        """
+        self._gradient.check(torch.empty((0, *row_shape), dtype=self._dtype))
+
     def release(self, inputs: Tensor, targets: Tensor) -> Release:
         """Return one noised release over these rows from the loaded weights; it always has its full cost.
 

@@ -75,9 +75,9 @@ def check_against_definition(
 
 def _made_up_rows(model: nn.Module, like: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     shape = (rows, *like.shape[1:])
-    if like.is_floating_point():
-        return torch.rand(shape, generator=generator, dtype=like.dtype)
     counts = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    if like.is_floating_point():
+        return torch.rand(shape, generator=generator, dtype=like.dtype) * min(counts, default=1)
     return torch.randint(0, min(counts, default=2), shape, generator=generator).to(like.dtype)
 
 

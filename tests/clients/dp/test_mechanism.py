@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from clients.dp.errors import GridOverflowError, ShapeError, TermsError
+from clients.dp.errors import GridOverflowError, ShapeError, TermsError, UnsupportedModelError
 from clients.dp.mechanism import Mechanism, MechanismTerms, Release
 from clients.dp.randomness import SecureRandom
 
@@ -344,6 +344,17 @@ def test_terms_out_of_range_are_refused_by_name(change, field):
 def test_a_grid_that_could_overflow_is_refused_before_any_row():
     with pytest.raises(GridOverflowError):
         Mechanism(small_model(), terms(grid_bits=38, noise_multiplier=1.0), "cross_entropy")
+
+
+def test_a_model_that_mixes_rows_is_refused_before_any_data():
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    mechanism = Mechanism(nn.Sequential(Centred(), nn.Linear(6, 3)), terms(), "cross_entropy")
+    with pytest.raises(UnsupportedModelError):
+        mechanism.check((6,))
+    Mechanism(small_model(), terms(), "cross_entropy").check((6,))
 
 
 def test_double_inputs_serve_a_single_precision_mechanism(data):
