@@ -6,6 +6,7 @@ With --url they ask a running server; without, they read the coordinator's home 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
+from audit.principal import LocalOwner, Principal
 
 if TYPE_CHECKING:
     from audit.ledger import Ledger
@@ -68,8 +70,11 @@ def list_entries(
         query = urlencode({name: value for name, value in filters.items() if value is not None})
         found = json.loads(ask_api(url, f"/v1/audit/entries?{query}", key=read_key(None, key_file)))
     else:
+        from audit.service import SearchRequest, search_entries
+
+        asked = SearchRequest(**filters)  # type: ignore[arg-type]
         with _ledger(home) as ledger:
-            rows = ledger.search(**filters)  # type: ignore[arg-type]
+            rows = search_entries(ledger, _owner(), LocalOwner(), asked)
         listed = [{"leaf_index": row.leaf_index, "entry": json.loads(row.body)} for row in rows]
         found = {"entries": listed, "next": rows[-1].leaf_index if len(rows) == limit else None}
     lines = [
@@ -101,9 +106,10 @@ def show_entry(
         found = json.loads(ask_api(url, f"/v1/audit/entries/{index}", key=read_key(None, key_file)))
     else:
         from audit.merkle import hash_leaf
+        from audit.service import read_entry
 
         with _ledger(home) as ledger:
-            data = ledger.entry(index)
+            data = read_entry(ledger, _owner(), LocalOwner(), index)
         found = {
             "leaf_index": index,
             "leaf_hash": hash_leaf(data).hex(),
@@ -128,29 +134,12 @@ def prove_entry(
 
     Exit codes: 0 done, 1 refused, no such entry, or no checkpoint covers it yet, 2 wrong usage.
     """
-    from audit.checkpoints import parse_checkpoint_note
-    from audit.merkle import hash_leaf
     from audit.tlog_proof import TlogProof
 
     if url:
         document = json.loads(ask_api(url, f"/v1/audit/entries/{index}/proof", key=read_key(None, key_file)))
     else:
-        with _ledger(home) as ledger:
-            data, note = ledger.entry(index), ledger.latest_checkpoint()
-            if note is None or parse_checkpoint_note(note).tree_size <= index:
-                raise CommandError(
-                    f"no checkpoint covers entry {index} yet; a running server signs one within seconds",
-                    code="audit.no_such_checkpoint",
-                )
-            size = parse_checkpoint_note(note).tree_size
-            nodes = ledger.inclusion_proof(index, size)
-        document = {
-            "leaf_index": index,
-            "leaf_hash": hash_leaf(data).hex(),
-            "tree_size": size,
-            "proof": [base64.b64encode(node).decode() for node in nodes],
-            "checkpoint": note.decode(),
-        }
+        document = _prove_here(home, index)
     proof = TlogProof(
         leaf_index=index,
         hashes=tuple(base64.b64decode(node) for node in document["proof"]),
@@ -227,16 +216,41 @@ def _ledger(home: Path | None) -> Ledger:
     return Ledger.open(base_home(home) / "coordinator" / "log.db")
 
 
+def _owner() -> Principal:
+    return Principal(id="owner", role="operator")
+
+
+def _prove_here(home: Path | None, index: int) -> dict[str, Any]:
+    from audit.checkpoints import parse_checkpoint_note
+    from audit.merkle import hash_leaf
+    from audit.service import prove_entry as prove
+
+    with _ledger(home) as ledger:
+        proof = prove(ledger, _owner(), LocalOwner(), index)
+        leaf_hash = hash_leaf(ledger.entry(index)).hex()
+    return {
+        "leaf_index": index,
+        "leaf_hash": leaf_hash,
+        "tree_size": parse_checkpoint_note(proof.checkpoint_note).tree_size,
+        "proof": [base64.b64encode(node).decode() for node in proof.hashes],
+        "checkpoint": proof.checkpoint_note.decode(),
+    }
+
+
 def _export_here(base: Path, index: int) -> bytes:
-    from audit.ledger import Ledger
-    from audit.service import export_evidence
+    from audit.service import export_entry
 
     def blob(digest: str) -> bytes | None:
         path = base / "coordinator" / "blobs" / digest[:2] / digest
-        return path.read_bytes() if path.is_file() else None
+        data = path.read_bytes() if path.is_file() else None
+        if data is not None and hashlib.sha256(data).hexdigest() != digest:
+            raise CommandError(
+                f"{path}: is altered; restore it from a backup", code="federation.blob_altered"
+            )
+        return data
 
-    with Ledger.open(base / "coordinator" / "log.db") as ledger:
-        return export_evidence(ledger, blob, leaf_index=index)
+    with _ledger(base) as ledger:
+        return export_entry(ledger, blob, _owner(), LocalOwner(), index)
 
 
 def _answer_parts(path: Path | None) -> tuple[Any, Any]:

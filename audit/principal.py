@@ -83,6 +83,7 @@ class AccessDeniedError(AuditError):
             f"by {', '.join(decision.policies)}"
         )
         self.principal, self.question, self.decision = principal, question, decision
+        self.entry: Mapping[str, int | str] | None = None  # where the log records it: leaf_index, leaf_hash
 
 
 def require(authorizer: Authorizer, principal: Principal, question: Question) -> Decision:

@@ -28,6 +28,7 @@ from audit.entries import (
     SiteUndelivered,
     VersionRegistered,
     VersionTransition,
+    columns_of,
     decode_entry,
 )
 from audit.errors import AuditError
@@ -49,6 +50,7 @@ __all__ = [
     "export_entry",
     "export_evidence",
     "prove_entry",
+    "read_entry",
     "search_entries",
 ]
 
@@ -138,6 +140,18 @@ def search_entries(
     return ledger.search(**{name: getattr(request, name) for name in request.__dataclass_fields__})
 
 
+def read_entry(ledger: EvidenceLog, principal: Principal, authorizer: Authorizer, leaf_index: int) -> bytes:
+    """Return the exact bytes of one entry.
+
+    Raises:
+        AccessDeniedError: the caller may not read it.
+        EntryNotFoundError: the log has no such leaf.
+    """
+    data = ledger.entry(leaf_index)
+    require(authorizer, principal, _about(data, leaf_index, "entry.read"))
+    return data
+
+
 def prove_entry(
     ledger: EvidenceLog, principal: Principal, authorizer: Authorizer, leaf_index: int
 ) -> TlogProof:
@@ -148,8 +162,7 @@ def prove_entry(
         NoCheckpointError: no checkpoint covers it yet.
         EntryNotFoundError: the log has no such leaf.
     """
-    require(authorizer, principal, Question(action="entry.read", resource=str(leaf_index)))
-    ledger.entry(leaf_index)
+    read_entry(ledger, principal, authorizer, leaf_index)
     note = best_checkpoint(ledger, leaf_index)
     size = parse_checkpoint_note(note).tree_size
     return TlogProof(
@@ -163,7 +176,7 @@ def export_entry(
     ledger: EvidenceLog, blobs: BlobSource, principal: Principal, authorizer: Authorizer, leaf_index: int
 ) -> bytes:
     """Return the evidence file of one entry; errors as `export_evidence`, and AccessDeniedError."""
-    require(authorizer, principal, Question(action="evidence.export", resource=str(leaf_index)))
+    require(authorizer, principal, _about(ledger.entry(leaf_index), leaf_index, "evidence.export"))
     return export_evidence(ledger, blobs, leaf_index=leaf_index)
 
 
@@ -245,6 +258,12 @@ def best_checkpoint(ledger: EvidenceLog, leaf_index: int, further: bytes | None 
     if not covering:
         raise NoCheckpointError(leaf_index)
     return max(covering, key=lambda found: found[:2])[2]
+
+
+def _about(data: bytes, leaf_index: int, action: str) -> Question:
+    """Return the question about one entry; whom it names may matter to the answer."""
+    named = columns_of(data).principal or ""
+    return Question(action=action, resource=str(leaf_index), attributes={"principal": named})
 
 
 def _with_answer(

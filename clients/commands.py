@@ -292,7 +292,7 @@ def _site_home(base: Path, name: str, data: Path, lifetime_epsilon: str | None) 
     found = SiteHome.open(base / "sites" / name)
     if found.config.data.resolve() != data.resolve():
         raise CommandError(
-            f"site {name} reads {found.config.data}, not {data}; change `data` in its site.yaml, or give that file",
+            f"site {name} reads {found.config.data}, not {data}; change `data` in its site.yaml",
             code="train.other_file",
         )
     return found

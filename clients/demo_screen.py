@@ -108,9 +108,8 @@ class Screen:
     def refusal(self, purpose: str, refusal: Mapping[str, Any]) -> None:
         self.note("")
         self.note(f"the same row for {purpose}: {refusal['status']} {refusal['title']}")
-        self.note(
-            f"refused  by {', '.join(refusal['policies'])}; recorded as entry {refusal['entry']['leaf_index']}"
-        )
+        entry = refusal["entry"]["leaf_index"]
+        self.note(f"refused  by {', '.join(refusal['policies'])}; recorded as entry {entry}")
 
     def caught(self, report: str, code: int) -> None:
         bad = [line for line in report.splitlines() if "FAIL" in line or "INVALID" in line]
@@ -121,15 +120,15 @@ class Screen:
         home = folder / "homes"
         self._console.print(f"\n[bold]Done in {seconds:.0f} s. What to try next[/bold]")
         for line in (
-            f"affidavit verify {folder}/evidence.zip                     without a policy nothing is believed",
-            f"affidavit verify {folder}/evidence.zip --policy {folder}/policy.txt --json",
-            f"affidavit log list --home {home} --type round.completed",
-            f"affidavit models card breast-cytology --home {home}",
-            f"affidavit site status northgate --home {home}            what the odometer has counted",
-            f"affidavit serve --home {home}                            then open http://127.0.0.1:8000/docs",
-            "affidavit charter new --from my.csv                      begin with your own data",
+            ("without a policy nothing is believed", f"verify {folder}/evidence.zip"),
+            ("for a script", f"verify {folder}/evidence.zip --policy {folder}/policy.txt --json"),
+            ("the log itself", f"log list --home {home} --type round.completed"),
+            ("made from the log alone", f"models card breast-cytology --home {home}"),
+            ("what the odometer counted", f"site status northgate --home {home}"),
+            ("then open http://127.0.0.1:8000/docs", f"serve --home {home}"),
+            ("begin with your own data", "charter new --from my.csv"),
         ):
-            self.note(line)
+            self.note(f"affidavit {line[1]:<78}  # {line[0]}")
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)

@@ -70,7 +70,8 @@ def init(
     lines = [
         f"log      {document['origin']}",
         f"log key  {document['log_key']}   (give it to the sites; it goes into every policy)",
-        f"homes    {document['coordinator']}, {document['signer']} (keep the signer's out of every backup of the log)",
+        f"homes    {document['coordinator']}, {document['signer']}",
+        "keep the signer's home out of every backup of the log",
     ]
     emit(document, lines, as_json=as_json)
 

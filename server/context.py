@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from audit.entries import AccessDenied
-from audit.principal import AccessDeniedError, AttributeValue, Decision, Principal, Question, require
+from audit.principal import AccessDeniedError, Decision, Principal, Question, require
 from federation.coordinator import Coordinator
 from server.access import CedarAuthorizer
 from server.errors import UnauthenticatedError, request_id_of
@@ -71,14 +72,9 @@ async def principal_of(
 Caller = Annotated[Principal, Depends(principal_of)]
 
 
-async def authorise(
-    request: Request,
-    principal: Principal,
-    action: str,
-    resource: str = "service",
-    attributes: Mapping[str, AttributeValue] | None = None,
-) -> Decision:
-    """Ask the policies; a refusal becomes an entry before it becomes an answer.
+@asynccontextmanager
+async def denials_recorded(request: Request) -> AsyncIterator[None]:
+    """Make a refusal inside the block an entry before it becomes an answer.
 
     Raises:
         AccessDeniedError: refused, with the entry's place in `entry`.
@@ -86,12 +82,9 @@ async def authorise(
     """
     context = context_of(request)
     try:
-        return require(
-            context.authorizer,
-            principal,
-            Question(action=action, resource=resource, attributes=attributes or {}),
-        )
+        yield
     except AccessDeniedError as denied:
+        action, principal = denied.question.action, denied.principal
         for policy in denied.decision.policies:
             context.monitoring.denials.labels(action, policy).inc()
         sequenced = await context.journal.append(
@@ -104,8 +97,15 @@ async def authorise(
                 policy_set=denied.decision.policy_set,
             )
         )
-        denied.entry = {  # type: ignore[attr-defined]
+        denied.entry = {
             "leaf_index": sequenced.leaf_index,
             "leaf_hash": sequenced.leaf_hash.hex(),
         }
         raise
+
+
+async def authorise(request: Request, principal: Principal, action: str) -> Decision:
+    """Ask the policies about the service as a whole; errors as `denials_recorded`."""
+    question = Question(action=action, resource="service")
+    async with denials_recorded(request):
+        return require(context_of(request).authorizer, principal, question)

@@ -121,7 +121,12 @@ STATUS: Final[dict[str, int]] = {
     "audit.signer_busy": 503,
     "audit.entry_not_found": 404,
     "audit.tree_range": 404,
-    "audit.no_such_checkpoint": 404,
+    "evidence.no_checkpoint": 503,
+    "evidence.gap": 404,
+    "evidence.too_large": 413,
+    "federation.not_found": 404,
+    "federation.blob_missing": 503,
+    "federation.blob_altered": 503,
     "audit.entry_malformed": 422,
     "audit.malformed_json": 422,
     "audit.not_canonical": 422,
@@ -187,9 +192,8 @@ def render(request: Request, error: Exception) -> JSONResponse:
     extra = dict(getattr(error, "extra", {}))
     if isinstance(error, AccessDeniedError):
         extra = {**extra, "policies": list(error.decision.policies), "policy_set": error.decision.policy_set}
-        entry = getattr(error, "entry", None)
-        if entry is not None:
-            extra["entry"] = entry
+        if error.entry is not None:
+            extra["entry"] = dict(error.entry)
     return problem(status, code, str(error), request_id=request_id, **extra)
 
 

@@ -15,7 +15,7 @@ from anyio import to_thread
 
 from audit.checkpoints import add_signatures, parse_checkpoint_note
 from audit.entries import SiteEnrolled, decode_entry
-from audit.errors import AuditError, BadSignatureError, EntryNotFoundError
+from audit.errors import AuditError, BadSignatureError
 from audit.notes import NoteVerifier, SignatureLine, open_note, parse_note
 from federation.coordinator import Coordinator
 from server.journal import Clock
@@ -57,17 +57,11 @@ class Publisher:
         note = await to_thread.run_sync(self._coordinator.ledger.latest_checkpoint)
         return note if note is not None else await self.publish()
 
-    async def covering(self, leaf_index: int) -> bytes:
-        """Return the best witnessed recent checkpoint whose tree holds `leaf_index`; made now when none
-        does.
-        """
-        best = await to_thread.run_sync(self._best_covering, leaf_index)
-        if best is not None:
-            return best
-        note = await self.publish()
-        if parse_checkpoint_note(note).tree_size > leaf_index:
-            return note
-        raise EntryNotFoundError(leaf_index=leaf_index, tree_size=parse_checkpoint_note(note).tree_size)
+    async def cover(self, leaf_index: int) -> None:
+        """Sign a checkpoint now, unless one holds `leaf_index` already or the log lacks that entry."""
+        note = await self.current()
+        if parse_checkpoint_note(note).tree_size <= leaf_index < self._coordinator.ledger.tree_size:
+            await self.publish()
 
     async def add_cosignature(self, site: str, line: str) -> tuple[int, int]:
         """Keep a witness's signature line over a recent checkpoint.
@@ -99,18 +93,6 @@ class Publisher:
             note = self._coordinator.publish()
         self._monitoring.checkpoint_size.set(parse_checkpoint_note(note).tree_size)
         return note
-
-    def _best_covering(self, leaf_index: int) -> bytes | None:
-        found: list[tuple[int, int, bytes]] = []
-
-        def look(note: bytes) -> bool:
-            size = parse_checkpoint_note(note).tree_size
-            if size > leaf_index:
-                found.append((len(parse_note(note).signatures), size, note))
-            return size <= leaf_index or len(found) >= _RECENT
-
-        self._coordinator.ledger.latest_checkpoint(look)
-        return max(found)[2] if found else None
 
     def _add(self, site: str, line: str) -> tuple[int, int]:
         raw = line.encode() if line.endswith("\n") else line.encode() + b"\n"

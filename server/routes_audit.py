@@ -12,13 +12,14 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 
+from audit import service
 from audit.canonical import parse_strict
 from audit.checkpoints import parse_checkpoint_note
-from audit.entries import TYPES, EvidenceExported, columns_of
+from audit.entries import TYPES, EvidenceExported
 from audit.errors import AuditError
 from audit.merkle import hash_leaf
-from audit.tlog_proof import TlogProof
-from server.context import Caller, Context, authorise, context_of
+from audit.service import SearchRequest
+from server.context import Caller, context_of, denials_recorded
 from server.errors import MalformedRequestError
 from server.schemas import DIGEST_PATTERN, CosignatureRequest, problems
 
@@ -45,19 +46,20 @@ async def search(
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 100,
 ) -> dict[str, Any]:
     """Entries in log order that match every filter. Page on with `after` = `next`, until `next` is null."""
-    await authorise(request, principal, "log.read")
     if type is not None and type not in TYPES:
         raise MalformedRequestError(
             f"type {type!r} is unknown",
             fields=[{"field": "type", "problem": f"use one of {', '.join(TYPES)}"}],
         )
-    ledger = context_of(request).coordinator.ledger
-    rows = await to_thread.run_sync(
-        lambda: ledger.search(
-            type=type, actor=actor, version=version, run=run, site=site,
-            since=since, until=until, after=after, limit=limit,
-        )
+    asked = SearchRequest(
+        type=type, actor=actor, version=version, run=run, site=site,
+        since=since, until=until, after=after, limit=limit,
     )  # fmt: skip
+    context = context_of(request)
+    async with denials_recorded(request):
+        rows = await to_thread.run_sync(
+            service.search_entries, context.coordinator.ledger, principal, context.authorizer, asked
+        )
     listed = [{"leaf_index": row.leaf_index, "entry": json.loads(row.body)} for row in rows]
     return {"entries": listed, "next": rows[-1].leaf_index if len(rows) == limit else None}
 
@@ -65,7 +67,11 @@ async def search(
 @router.get("/entries/{index}", summary="Read an entry", responses=problems(401, 403, 404))
 async def read_entry(request: Request, principal: Caller, index: Index) -> dict[str, Any]:
     """The entry, its leaf hash, and its exact bytes in base64: hash those, not the JSON shown."""
-    data = await _readable(request, principal, index, "entry.read")
+    context = context_of(request)
+    async with denials_recorded(request):
+        data = await to_thread.run_sync(
+            service.read_entry, context.coordinator.ledger, principal, context.authorizer, index
+        )
     return {
         "leaf_index": index,
         "leaf_hash": hash_leaf(data).hex(),
@@ -146,10 +152,18 @@ async def export_evidence(request: Request, principal: Caller, index: Index) -> 
     It holds the entries that led to this one, their proofs, the newest checkpoint and the artefacts by
     digest. Put your own `receipt` and `opened` beside it with `affidavit evidence export --answer`.
     """
-    await _readable(request, principal, index, "evidence.export")
     context = context_of(request)
-    note = await context.publisher.covering(index)
-    data = await to_thread.run_sync(_export, context, index, note)
+    coordinator = context.coordinator
+    await context.publisher.cover(index)
+    async with denials_recorded(request):
+        data = await to_thread.run_sync(
+            service.export_entry,
+            coordinator.ledger,
+            coordinator.blobs.find,
+            principal,
+            context.authorizer,
+            index,
+        )
     digest = hashlib.sha256(data).hexdigest()
     await context.journal.append(
         EvidenceExported(leaf_index=index, scope="entry", principal=principal.id, digest=digest)
@@ -162,38 +176,21 @@ async def export_evidence(request: Request, principal: Caller, index: Index) -> 
     )
 
 
-async def _readable(request: Request, principal: Caller, index: int, action: str) -> bytes:
-    """Return the entry's bytes, once the policies allow this caller to have them."""
-    ledger = context_of(request).coordinator.ledger
-    data = await to_thread.run_sync(ledger.entry, index)
-    named = columns_of(data).principal or ""
-    await authorise(request, principal, action, str(index), {"principal": named})
-    return data
-
-
 async def _proof(request: Request, principal: Caller, index: int, *, as_text: bool) -> Response:
-    data = await _readable(request, principal, index, "entry.read")
     context = context_of(request)
-    note = await context.publisher.covering(index)
-    tree_size = parse_checkpoint_note(note).tree_size
-    ledger = context.coordinator.ledger
-    proof = await to_thread.run_sync(ledger.inclusion_proof, index, tree_size)
+    await context.publisher.cover(index)
+    async with denials_recorded(request):
+        proof = await to_thread.run_sync(
+            service.prove_entry, context.coordinator.ledger, principal, context.authorizer, index
+        )
     if as_text:
-        text = TlogProof(leaf_index=index, hashes=tuple(proof), checkpoint_note=note).format()
-        return Response(text, media_type="text/plain; charset=utf-8")
+        return Response(proof.format(), media_type="text/plain; charset=utf-8")
     return JSONResponse(
         {
             "leaf_index": index,
-            "leaf_hash": hash_leaf(data).hex(),
-            "tree_size": tree_size,
-            "proof": [base64.b64encode(node).decode() for node in proof],
-            "checkpoint": note.decode(),
+            "leaf_hash": hash_leaf(context.coordinator.ledger.entry(index)).hex(),
+            "tree_size": parse_checkpoint_note(proof.checkpoint_note).tree_size,
+            "proof": [base64.b64encode(node).decode() for node in proof.hashes],
+            "checkpoint": proof.checkpoint_note.decode(),
         }
     )
-
-
-def _export(context: Context, index: int, note: bytes) -> bytes:
-    from audit.service import export_evidence as build
-
-    coordinator = context.coordinator
-    return build(coordinator.ledger, coordinator.blobs.find, leaf_index=index, checkpoint=note)

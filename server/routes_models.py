@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
@@ -121,7 +122,8 @@ async def show_card(
     context.live.version(name, digest)
     from federation.model_card import model_card
 
-    return PlainTextResponse(model_card(context.coordinator.ledger, digest), media_type="text/markdown")
+    card = await to_thread.run_sync(model_card, context.coordinator.ledger, digest)
+    return PlainTextResponse(card, media_type="text/markdown")
 
 
 def render_answer(answered: Answered) -> PredictResponse:
