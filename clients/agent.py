@@ -153,8 +153,6 @@ class Agent:
             raise
 
     def _dispatch(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> Answer:
-        if self._closed_by is not None:
-            raise RefusedError("ledger_behind_log", str(self._closed_by))
         if kind == "hello":
             parse_header(header, frozenset())
             enrolment = self._keys.enrolment(self.name, self.population)
@@ -179,6 +177,8 @@ class Agent:
 
     def _signed_refusal(self, run: str, charter: str, number: int, act: Any, request: Any) -> Answer:
         try:
+            if self._closed_by is not None:
+                raise self._closed_by
             answer: Answer = act(request)
         except LedgerBehindError as error:
             return self._refuse(run, charter, number, RefusedError("ledger_behind_log", str(error)))

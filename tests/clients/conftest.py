@@ -15,10 +15,17 @@ import pytest
 
 from audit.canonical import canonical_bytes
 from audit.checkpoints import parse_checkpoint_note
-from audit.entries import RoundCompleted, RunStarted, SiteStatement, body_document, parse_body, signing_payload
+from audit.entries import (
+    RoundCompleted,
+    RunStarted,
+    SiteStatement,
+    body_document,
+    parse_body,
+    signing_payload,
+)
 from audit.keys import SigningKey
-from audit.replay import AggregationPlan, Aggregator, SiteUpdate
 from audit.models import initial_weights, model_file, weights_of_file
+from audit.replay import AggregationPlan, Aggregator, SiteUpdate
 from audit.tlog_policy import Policy
 from audit.tlog_proof import TlogProof
 from audit.weights import decode_update
@@ -55,11 +62,14 @@ purposes: [research]
 """
 
 ROWS = "age,dose,arm,outcome\n" + "".join(
-    f"{20 + 3 * i},{5 + 11 * i},{'drug' if i % 2 else 'placebo'},{'yes' if i % 3 else 'no'}\n" for i in range(20)
+    f"{20 + 3 * i},{5 + 11 * i},{'drug' if i % 2 else 'placebo'},{'yes' if i % 3 else 'no'}\n"
+    for i in range(20)
 )
 
 
-def call(agent: Agent, kind: str, header: dict[str, Any], **blobs: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
+def call(
+    agent: Agent, kind: str, header: dict[str, Any], **blobs: bytes
+) -> tuple[dict[str, Any], dict[str, bytes]]:
     raw, answer = agent.handle(kind, canonical_bytes(header), blobs)
     document: dict[str, Any] = json.loads(raw)
     return document, answer
@@ -125,9 +135,12 @@ class Network:
             body = dataclasses.replace(body, signature=signature_text(self.author, domain, payload))
         return body_document(body)
 
-    def propose(self, charter: Charter | None = None, **changes: Any) -> dict[str, dict[str, Any]]:
+    def propose(
+        self, charter: Charter | None = None, *, only: str = "", **changes: Any
+    ) -> dict[str, dict[str, Any]]:
         header = {"run_started": self.run_started(charter, **changes), "charter": self.text(charter)}
-        return {site: call(agent, "run.propose", header)[0] for site, agent in self.agents.items()}
+        asked = {only: self.agents[only]} if only else self.agents
+        return {site: call(agent, "run.propose", header)[0] for site, agent in asked.items()}
 
     def start(self, charter: Charter | None = None) -> None:
         """Sign the charter and get the run accepted everywhere."""
@@ -182,9 +195,13 @@ class Network:
             header["own_statement"] = self.logged(statements[site]) if site in statements else None
         return header | changes
 
-    def ask(self, site: str, number: int, base: bytes | None = None, **changes: Any) -> tuple[dict[str, Any], bytes]:
+    def ask(
+        self, site: str, number: int, base: bytes | None = None, **changes: Any
+    ) -> tuple[dict[str, Any], bytes]:
         header = self.round_header(number, site, **changes)
-        document, blobs = call(self.agents[site], "round", header, base_model=self.base if base is None else base)
+        document, blobs = call(
+            self.agents[site], "round", header, base_model=self.base if base is None else base
+        )
         return document, blobs.get("update", b"")
 
     def play(self, number: int, sites: tuple[str, ...] = SITES) -> None:
@@ -197,7 +214,9 @@ class Network:
         self.complete(number, replies)
 
     def complete(self, number: int, replies: dict[str, tuple[SiteStatement, bytes]]) -> None:
-        appended = {s: self.coordinator.append(reply[0], "coordinator") for s, reply in sorted(replies.items())}
+        appended = {
+            s: self.coordinator.append(reply[0], "coordinator") for s, reply in sorted(replies.items())
+        }
         members = {site.name: site for site in self.charter.sites}
         updates = [
             SiteUpdate(
@@ -230,7 +249,9 @@ class Network:
         self.coordinator.close()
 
 
-def make_charter(agents: dict[str, Agent], *, rounds: int = 3, noise: str = "2", max_grad_norm: str = "1") -> Charter:
+def make_charter(
+    agents: dict[str, Agent], *, rounds: int = 3, noise: str = "2", max_grad_norm: str = "1"
+) -> Charter:
     sites = "\n".join(
         f'  - {{name: {name}, identity: "{agent.home.keys().identity.text}", nominal_rows: 20, weight: 1}}'
         for name, agent in agents.items()
@@ -279,6 +300,55 @@ def network(tmp_path: Path) -> Iterator[Network]:
     made = make_network(tmp_path)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Network]]:
+    """A network with a signed charter, one with an accepted run, and one that has played round 1.
+
+    Tests that use them through `signed`, `accepted` or `played` only make requests that change nothing.
+    """
+    made = {name: make_network(tmp_path_factory.mktemp(name)) for name in ("signed", "accepted", "played")}
+    made["signed"].sign()
+    made["signed"].run_started()
+    made["accepted"].start()
+    made["played"].start()
+    made["played"].play(1)
+    yield made
+    for each in made.values():
+        each.close()
+
+
+@pytest.fixture
+def signed(networks: dict[str, Network]) -> Iterator[Network]:
+    yield from unmoved(networks["signed"])
+
+
+@pytest.fixture
+def accepted(networks: dict[str, Network]) -> Iterator[Network]:
+    yield from unmoved(networks["accepted"])
+
+
+@pytest.fixture
+def played(networks: dict[str, Network]) -> Iterator[Network]:
+    yield from unmoved(networks["played"])
+
+
+def unmoved(network: Network) -> Iterator[Network]:
+    """Lend a network, and see to it that no ledger moved."""
+    before = odometers(network)
+    yield dataclasses.replace(network)
+    assert odometers(network) == before
+
+
+def odometers(network: Network) -> dict[str, tuple[int, int]]:
+    return {
+        site: (
+            agent.ledger.head(agent.population).sequence,
+            len(agent.ledger.open_reservations(agent.population)),
+        )
+        for site, agent in network.agents.items()
+    }
 
 
 @pytest.fixture

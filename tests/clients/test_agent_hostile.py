@@ -22,7 +22,9 @@ def test_an_honest_run_debits_one_event_a_round(network):
     for number in (1, 2, 3):
         network.play(number)
     assert heads(network) == {"alpha": 3, "beta": 3, "gamma": 3}
-    statements = [r.statement for r in network.agents["alpha"].ledger.releases(network.agents["alpha"].population)]
+    statements = [
+        r.statement for r in network.agents["alpha"].ledger.releases(network.agents["alpha"].population)
+    ]
     assert [s.sequence for s in statements] == [1, 2, 3]
     assert statements[2].previous_event == event_hash(statements[1])
 
@@ -68,17 +70,15 @@ def test_an_old_round_is_not_replayed(network, code_of):
     for number in (1, 2):
         network.play(number)
     stale = network.round_header(2, "alpha")
-    assert code_of(network.ask("alpha", 1, **{k: stale[k] for k in ("previous_round", "own_statement")})[0]) == (
-        "already_released"
-    )
+    assert code_of(
+        network.ask("alpha", 1, **{k: stale[k] for k in ("previous_round", "own_statement")})[0]
+    ) == ("already_released")
     assert heads(network)["alpha"] == 2
 
 
-def test_a_round_is_not_skipped(network, code_of):
-    network.start()
-    network.play(1)
-    assert code_of(network.ask("alpha", 3)[0]) == "round_out_of_order"
-    assert heads(network)["alpha"] == 1
+def test_a_round_is_not_skipped(played, code_of):
+    assert code_of(played.ask("alpha", 3)[0]) == "round_out_of_order"
+    assert heads(played)["alpha"] == 1
 
 
 def test_extra_rounds_beyond_the_charter_are_refused(network, code_of):
@@ -110,24 +110,22 @@ def test_a_charter_is_not_signed_without_its_people(build_network, code_of, requ
     assert code_of(answer) == "charter_not_approved"
 
 
-def test_a_charter_that_gives_the_site_another_key_is_not_signed(network, code_of, request_of):
-    text = network.text().replace(network.agents["alpha"].home.keys().identity.text, SigningKey.generate().text)
-    answer, _ = request_of(network.agents["alpha"], "charter.sign", {"charter": text})
+def test_a_charter_that_gives_the_site_another_key_is_not_signed(signed, code_of, request_of):
+    text = signed.text().replace(signed.agents["alpha"].home.keys().identity.text, SigningKey.generate().text)
+    answer, _ = request_of(signed.agents["alpha"], "charter.sign", {"charter": text})
     assert code_of(answer) == "charter_not_approved"
 
 
-def test_a_run_under_the_text_of_another_charter_is_refused(network, code_of, request_of):
-    network.sign()
-    other = network.variant(noise="0.5")
-    header = {"run_started": network.run_started(), "charter": network.text(other)}
-    assert code_of(request_of(network.agents["alpha"], "run.propose", header)[0]) == "charter_not_approved"
+def test_a_run_under_the_text_of_another_charter_is_refused(signed, code_of, request_of):
+    other = signed.variant(noise="0.5")
+    header = {"run_started": signed.run_started(), "charter": signed.text(other)}
+    assert code_of(request_of(signed.agents["alpha"], "run.propose", header)[0]) == "charter_not_approved"
 
 
-def test_a_round_of_a_run_nobody_accepted_is_refused(network, code_of):
-    network.sign()
-    network.run_started()
-    assert code_of(network.ask("alpha", 1)[0]) == "run_not_accepted"
-    assert heads(network)["alpha"] == 0
+def test_a_round_of_a_run_nobody_accepted_is_refused(signed, code_of):
+    signed.run_started()
+    assert code_of(signed.ask("alpha", 1)[0]) == "run_not_accepted"
+    assert heads(signed)["alpha"] == 0
 
 
 def test_a_finished_run_gives_no_more_rounds(network, code_of, request_of):
@@ -153,47 +151,41 @@ def test_a_finished_run_gives_no_more_rounds(network, code_of, request_of):
     ],
     ids=str,
 )
-def test_a_run_that_departs_from_the_charter_is_refused(network, code_of, changes):
-    network.sign()
-    answer = network.propose(**changes)["alpha"]
+def test_a_run_that_departs_from_the_charter_is_refused(signed, code_of, changes):
+    answer = signed.propose(only="alpha", **changes)["alpha"]
     assert code_of(answer) in {"bad_request", "base_model_mismatch", "participants_not_allowed"}
-    assert network.agents["alpha"].ledger.reservation(network.run) is None
+    assert signed.agents["alpha"].ledger.reservation(signed.run) is None
 
 
-@pytest.mark.parametrize("names", [[], ["beta", "gamma"], ["alpha"], ["beta", "alpha"], ["alpha", "alpha", "beta"]])
-def test_participants_that_are_not_the_charters_are_refused(network, code_of, names):
-    network.start()
-    assert code_of(network.ask("alpha", 1, participants=names)[0]) == "participants_not_allowed"
-    assert heads(network)["alpha"] == 0
+@pytest.mark.parametrize(
+    "names", [[], ["beta", "gamma"], ["alpha"], ["beta", "alpha"], ["alpha", "alpha", "beta"]]
+)
+def test_participants_that_are_not_the_charters_are_refused(accepted, code_of, names):
+    assert code_of(accepted.ask("alpha", 1, participants=names)[0]) == "participants_not_allowed"
+    assert heads(accepted)["alpha"] == 0
 
 
-def test_a_first_round_that_does_not_start_from_the_charters_weights_is_refused(network, code_of):
-    network.start()
-    other = network.base[:-8] + b"\0\0\0\0\0\0\xf0?"
-    assert code_of(network.ask("alpha", 1, base=other)[0]) == "base_model_mismatch"
-    assert heads(network)["alpha"] == 0
+def test_a_first_round_that_does_not_start_from_the_charters_weights_is_refused(accepted, code_of):
+    other = accepted.base[:-8] + b"\0\0\0\0\0\0\xf0?"
+    assert code_of(accepted.ask("alpha", 1, base=other)[0]) == "base_model_mismatch"
+    assert heads(accepted)["alpha"] == 0
 
 
 @pytest.mark.parametrize("base", [b"", b"junk", b"\xff" * 100])
-def test_a_base_model_that_is_no_model_is_refused(network, code_of, base):
-    network.start()
-    assert code_of(network.ask("alpha", 1, base=base)[0]) == "base_model_mismatch"
+def test_a_base_model_that_is_no_model_is_refused(accepted, code_of, base):
+    assert code_of(accepted.ask("alpha", 1, base=base)[0]) == "base_model_mismatch"
 
 
-def test_a_base_model_that_is_not_the_rounds_output_is_refused(network, code_of):
-    network.start()
-    network.play(1)
-    other = network.base[:-8] + b"\0\0\0\0\0\0\xf0?"
-    assert code_of(network.ask("alpha", 2, base=other)[0]) == "base_model_mismatch"
-    assert heads(network)["alpha"] == 1
+def test_a_base_model_that_is_not_the_rounds_output_is_refused(played, code_of):
+    other = played.base[:-8] + b"\0\0\0\0\0\0\xf0?"
+    assert code_of(played.ask("alpha", 2, base=other)[0]) == "base_model_mismatch"
+    assert heads(played)["alpha"] == 1
 
 
 @pytest.mark.parametrize("which", ["previous_round", "own_statement"])
-def test_history_that_is_not_shown_is_refused(network, code_of, which):
-    network.start()
-    network.play(1)
-    assert code_of(network.ask("alpha", 2, **{which: None})[0]) == "unwitnessed_history"
-    assert heads(network)["alpha"] == 1
+def test_history_that_is_not_shown_is_refused(played, code_of, which):
+    assert code_of(played.ask("alpha", 2, **{which: None})[0]) == "unwitnessed_history"
+    assert heads(played)["alpha"] == 1
 
 
 @pytest.mark.parametrize("witnesses", [0, 1])
@@ -238,18 +230,16 @@ def test_a_checkpoint_forged_by_another_log_key_is_refused(network, code_of, tmp
     forged.close()
 
 
-def test_a_round_entry_invented_beside_the_log_is_refused(network, code_of):
-    network.start()
-    network.play(1)
-    header = network.round_header(2, "alpha")
+def test_a_round_entry_invented_beside_the_log_is_refused(played, code_of):
+    header = played.round_header(2, "alpha")
     entry = decode_entry(base64.b64decode(header["previous_round"]["entry"]))
-    poisoned = network.base[:-8] + b"\0\0\0\0\0\0\xf0?"
+    poisoned = played.base[:-8] + b"\0\0\0\0\0\0\xf0?"
     body = dataclasses.replace(entry.body, output_model=hashlib.sha256(poisoned).hexdigest())
     from audit.entries import encode_entry
 
     forged = encode_entry(dataclasses.replace(entry, body=body))
     header["previous_round"]["entry"] = base64.b64encode(forged).decode()
-    answer, _ = network.ask("alpha", 2, base=poisoned, **header)
+    answer, _ = played.ask("alpha", 2, base=poisoned, **header)
     assert code_of(answer) == "unwitnessed_history"
 
 
@@ -265,12 +255,10 @@ def test_a_round_that_leaves_the_sites_statement_out_is_refused(network, code_of
     assert code_of(network.ask("alpha", 2)[0]) == "unwitnessed_history"
 
 
-def test_another_sites_statement_in_place_of_its_own_is_refused(network, code_of):
-    network.start()
-    network.play(1)
-    leaf, statements = network.previous
-    wrong = network.logged(statements["beta"])
-    assert code_of(network.ask("alpha", 2, own_statement=wrong)[0]) == "unwitnessed_history"
+def test_another_sites_statement_in_place_of_its_own_is_refused(played, code_of):
+    _, statements = played.previous
+    wrong = played.logged(statements["beta"])
+    assert code_of(played.ask("alpha", 2, own_statement=wrong)[0]) == "unwitnessed_history"
 
 
 def test_another_runs_round_is_not_this_runs_history(network, code_of):
@@ -334,17 +322,16 @@ def test_a_purpose_the_site_does_not_allow_is_refused(build_network, code_of, re
     assert code_of(request_of(agent, "charter.sign", {"charter": network.text()})[0]) == "purpose_not_allowed"
 
 
-def test_a_refusal_is_signed_by_the_site(network, code_of):
+def test_a_refusal_is_signed_by_the_site(signed, code_of):
     from audit.entries import SiteRefused, decode_signature, signing_payload
 
-    network.sign()
-    network.run_started()
-    document, _ = network.ask("alpha", 1)
+    signed.run_started()
+    document, _ = signed.ask("alpha", 1)
     body = parse_body(SiteRefused, document["refusal"])
     domain, payload = signing_payload(body)
-    key = network.agents["alpha"].home.keys().statement.verify_key
+    key = signed.agents["alpha"].home.keys().statement.verify_key
     key.verify(domain, payload, decode_signature(body.signature))
-    assert (body.run, body.round, body.site) == (network.run, 1, "alpha")
+    assert (body.run, body.round, body.site) == (signed.run, 1, "alpha")
 
 
 @pytest.mark.parametrize(
@@ -368,10 +355,10 @@ def test_a_refusal_is_signed_by_the_site(network, code_of):
         ("round", b'{"run":"a" }'),
     ],
 )
-def test_malformed_requests_get_a_closed_code(network, kind, header):
+def test_malformed_requests_get_a_closed_code(signed, kind, header):
     import json
 
-    answer, blobs = network.agents["alpha"].handle(kind, header, {})
+    answer, blobs = signed.agents["alpha"].handle(kind, header, {})
     assert json.loads(answer) == {"error": "bad_request"}
     assert blobs == {}
 
