@@ -8,6 +8,7 @@ history.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -82,7 +83,12 @@ def backup(home: Path, target: Path) -> BackupReport:
             size, origin = ledger.tree_size, ledger.origin
         _drop_journals(copied)
         report = BackupReport(path=str(target), files=len(files), tree_size=size, origin=origin)
-        manifest = {"format": FORMAT, "origin": origin, "tree_size": size, "files": sorted(files)}
+        manifest = {
+            "format": FORMAT,
+            "origin": origin,
+            "tree_size": size,
+            "files": {name: _digest(copied / name) for name in sorted(files)},
+        }
         partial = target.with_name(target.name + ".partial")
         with tarfile.open(partial, "x:gz") as archive:
             data = json.dumps(manifest).encode()
@@ -156,6 +162,11 @@ def _copy(home: Path, target: Path) -> list[str]:
     return names
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _drop_journals(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and path.name.endswith(_SKIPPED):
@@ -170,7 +181,8 @@ def _unpack(source: Path, target: Path) -> list[str]:
             manifest = json.loads(stream.read(2**20)) if stream is not None else None
             if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
                 raise BackupError(f"{source}: is no backup of this release")
-            names = {f"home/{name}" for name in manifest["files"]}
+            digests = {f"home/{name}": str(digest) for name, digest in manifest["files"].items()}
+            names = set(digests)
             total = 0
             for member in archive:
                 if member.name == _MANIFEST:
@@ -180,9 +192,13 @@ def _unpack(source: Path, target: Path) -> list[str]:
                 if member.name not in names or not member.isreg() or ".." in parts or total > _MAX_BYTES:
                     raise BackupError(f"{source}: holds {member.name!r}, which no backup of ours does")
                 archive.extract(member, target, filter="data")
+                if _digest(target / member.name) != digests[member.name]:
+                    raise BackupError(f"{source}: {member.name} is altered; use another backup")
                 names.discard(member.name)
-            if names:
-                raise BackupError(f"{source}: lacks {sorted(names)[0]}; the file is cut short")
+            if names or not digests:
+                raise BackupError(
+                    f"{source}: lacks {min(names, default='everything')}; the file is cut short"
+                )
             return list(manifest["files"])
-    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackupError(f"{source}: cannot be read as a backup ({error})") from error
