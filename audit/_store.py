@@ -97,13 +97,20 @@ def writing(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def blob(value: object, where: str) -> bytes:
+    """Return `value` if it is bytes; SQLite would store anything in the column."""
+    if type(value) is not bytes:
+        raise LedgerCorruptError(f"{where} holds no bytes; run fsck")
+    return value
+
+
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
         _raise_named(error.orig if isinstance(error.orig, Exception) else error)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # sqlite3 cannot even read some of its own messages
         _raise_named(error)
 
 

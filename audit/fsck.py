@@ -42,6 +42,10 @@ class FsckReport:
     entries: int  # leaves that were found good
 
 
+class _Text(bytes):
+    """A value that SQLite stores as TEXT, undecoded; a BLOB stays plain `bytes`."""
+
+
 class _FoundError(Exception):
     def __init__(self, problem: str, where: str, detail: str) -> None:
         super().__init__(detail)
@@ -75,12 +79,12 @@ def fsck(
     except sqlite3.Error as error:
         return FsckReport(False, "unreadable", str(path), str(error), 0)
     try:
-        connection.text_factory = bytes
+        connection.text_factory = _Text
         connection.execute("BEGIN")  # one snapshot, whatever writers do meanwhile
         examination.run(connection)
     except _FoundError as found:
         return FsckReport(False, found.problem, found.where, found.detail, examination.entries)
-    except (sqlite3.Error, OverflowError) as error:
+    except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
         return FsckReport(False, "unreadable", str(path), str(error), examination.entries)
     finally:
         connection.close()
@@ -120,7 +124,9 @@ class _Examination:
     def head(self, connection: sqlite3.Connection) -> tuple[int, bytes]:
         rows = connection.execute("SELECT id, schema_version, origin, size, edge FROM head").fetchall()
         match rows:
-            case [(1, int(version), bytes(name), int(size), bytes(edge))] if version == SCHEMA_VERSION:
+            case [(1, int(version), _Text() as name, int(size), edge)] if (
+                version == SCHEMA_VERSION and type(edge) is bytes
+            ):
                 origin = name.decode(errors="replace")
                 if self.origin not in (None, origin):
                     raise _FoundError("head", "head.origin", f"is {origin!r}, expected {self.origin!r}")
@@ -132,7 +138,11 @@ class _Examination:
         query = "SELECT tree_size, note, note_hash FROM checkpoint ORDER BY tree_size"
         for tree_size, note, note_hash in connection.execute(query):
             where = f"checkpoint {tree_size!r}"
-            if not isinstance(note, bytes) or hashlib.sha256(note).digest() != note_hash:
+            if (
+                type(note) is not bytes
+                or type(note_hash) is not bytes
+                or hashlib.sha256(note).digest() != note_hash
+            ):
                 raise _FoundError("checkpoint", where, "the note is not the one that was stored")
             try:
                 checkpoint = parse_checkpoint_note(note)
@@ -158,7 +168,7 @@ class _Examination:
             where = f"leaf {index!r}"
             if index != self.edge.size:
                 raise _FoundError("leaf_order", where, f"expected leaf {self.edge.size}")
-            if not isinstance(body, bytes) or hash_leaf(body) != leaf_hash:
+            if type(body) is not bytes or type(leaf_hash) is not bytes or hash_leaf(body) != leaf_hash:
                 raise _FoundError("leaf_hash", where, "the body does not have the stored leaf hash")
             self.derived(where, body, event_id, columns)
             self.edge.append(hash_leaf(body), lambda *node: self.node(stored, *node))
@@ -172,15 +182,19 @@ class _Examination:
             expected_id, expected = self.event_id_of(body), self.columns_of(body)
         except AuditError as error:
             raise _FoundError("columns", where, f"the body is no entry: {error}") from error
-        if event_id != expected_id.encode():
+        if event_id != _Text(expected_id.encode()) or type(event_id) is not _Text:
             raise _FoundError("event_id", where, f"is not {expected_id!r}, which the body states")
         for name, value in zip(_COLUMNS, columns, strict=True):
             derived = getattr(expected, name)
-            if value != (derived.encode() if isinstance(derived, str) else derived):
+            stored = _Text(derived.encode()) if isinstance(derived, str) else derived
+            if value != stored or type(value) is not type(stored):
                 raise _FoundError("columns", f"{where}.{name}", f"is not {derived!r}, which the body states")
 
     def node(self, stored: dict[tuple[int, int], object], level: int, index: int, node: bytes) -> None:
-        if level % TILE_HEIGHT == 0 and stored.pop((level, index), None) != node:
+        if level % TILE_HEIGHT:
+            return
+        found = stored.pop((level, index), None)
+        if found != node or type(found) is not bytes:
             raise _FoundError("node", f"node {level}/{index}", "is not the hash of its leaves")
 
     def root_matches(self) -> None:
@@ -203,7 +217,7 @@ def _expected_schema() -> dict[bytes, tuple[object, ...]]:
             LedgerTable.metadata.create_all(connection)
             raw = connection.connection.driver_connection
             assert isinstance(raw, sqlite3.Connection)  # noqa: S101
-            raw.text_factory = bytes
+            raw.text_factory = _Text
             return _schema_of(raw)
     finally:
         engine.dispose()

@@ -23,6 +23,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from audit import _store, merkle
 from audit._integrate import AppendRequest, Sequenced, commit_batch, read_edge
 from audit._sequencer import Sequencer
+from audit._store import blob
 from audit._tiles import TileReader
 from audit.checkpoints import Checkpoint, add_signatures, parse_checkpoint_note
 from audit.entries import MAX_ENTRY_BYTES, IndexColumns
@@ -226,11 +227,12 @@ class Ledger:
 
     def entries(self, start: int, stop: int) -> list[bytes]:
         """Return the bytes of leaves start <= index < stop; fewer when the log is shorter."""
-        return [row[0] for row in self._rows(select(LEAF.c.body), start, stop)]
+        return [blob(row[0], "leaf.body") for row in self._rows(select(LEAF.c.body), start, stop)]
 
     def leaf_hashes(self, start: int, stop: int) -> list[bytes]:
         """Return the hashes of leaves start <= index < stop; fewer when the log is shorter."""
-        return [row[0] for row in self._rows(select(LEAF.c.leaf_hash), start, stop)]
+        rows = self._rows(select(LEAF.c.leaf_hash), start, stop)
+        return [blob(row[0], "leaf.leaf_hash") for row in rows]
 
     def find_event(self, event_id: str) -> StoredEntry | None:
         """Return the entry that an event id names."""
@@ -301,7 +303,9 @@ class Ledger:
         with _store.writing(self._engine) as connection:
             held = connection.execute(select(CHECKPOINT.c.note).where(same_size)).scalar()
             if held is not None:
-                note = add_signatures(held, [line.format() for line in parse_note(note).signatures])
+                note = add_signatures(
+                    blob(held, "checkpoint"), [line.format() for line in parse_note(note).signatures]
+                )
             values = {"note": note, "note_hash": hashlib.sha256(note).digest()}
             statement = sqlite_insert(CHECKPOINT).values(tree_size=checkpoint.tree_size, **values)
             connection.execute(statement.on_conflict_do_update(index_elements=["tree_size"], set_=values))
@@ -311,9 +315,10 @@ class Ledger:
         """Return the note of the largest stored tree, or of the largest one that `accept`s its note."""
         query = select(CHECKPOINT.c.note).order_by(CHECKPOINT.c.tree_size.desc())
         with _store.reading(self._engine) as connection:
-            for row in connection.execute(query):
-                if accept is None or accept(row.note):
-                    return bytes(row.note)
+            for stored in connection.execute(query).scalars():
+                note = blob(stored, "checkpoint")
+                if accept is None or accept(note):
+                    return note
         return None
 
     def checkpoint_at(self, tree_size: int) -> bytes | None:
@@ -321,14 +326,13 @@ class Ledger:
         query = select(CHECKPOINT.c.note).where(CHECKPOINT.c.tree_size == tree_size)
         with _store.reading(self._engine) as connection:
             note = connection.execute(query).scalar()
-        return None if note is None else bytes(note)
+        return None if note is None else blob(note, "checkpoint")
 
     def checkpoints(self) -> list[bytes]:
         """Return every stored note, smallest tree first."""
+        query = select(CHECKPOINT.c.note).order_by(CHECKPOINT.c.tree_size)
         with _store.reading(self._engine) as connection:
-            return [
-                row.note for row in connection.execute(select(CHECKPOINT).order_by(CHECKPOINT.c.tree_size))
-            ]
+            return [blob(note, "checkpoint") for note in connection.execute(query).scalars()]
 
     # inside
 
@@ -362,9 +366,9 @@ class Ledger:
         return [
             StoredEntry(
                 row.idx,
-                row.leaf_hash,
+                blob(row.leaf_hash, "leaf.leaf_hash"),
                 row.event_id,
-                row.body,
+                blob(row.body, "leaf.body"),
                 IndexColumns(**{name: getattr(row, name) for name in _COLUMNS}),
             )
             for row in rows
