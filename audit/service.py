@@ -299,9 +299,7 @@ class _Closure:
         body = decode_entry(data).body
         if isinstance(body, Prediction):
             self.scope = "prediction"
-            transition = self._by_hash(
-                body.transition, VersionTransition, type="version.transition", model=body.model
-            )
+            transition = self._by_hash(body.transition, VersionTransition, type="version.transition")
             self._version(transition, leaf_index)
         elif isinstance(body, VersionTransition):
             self.scope = "version"
@@ -325,9 +323,7 @@ class _Closure:
         ):
             if index < until:
                 self._take(index, data)
-        registered = self._by_hash(
-            transition.gate_results, VersionRegistered, type="version.registered", version=transition.version
-        )
+        registered = self._by_hash(transition.gate_results, VersionRegistered, type="version.registered")
         self._run(registered.run, self._index_of(transition.gate_results))
         self._artefact(transition.version)
 

@@ -72,7 +72,9 @@ def check_gates(chain: Chain) -> Outcome:
 def check_approvals(chain: Chain) -> Outcome:
     """Back through the model's transitions to the first; then forward, state by state."""
     charter, registered = need(chain.charter, CHARTER), need(chain.registered, LINKS)
-    last = need(chain.transition, LINKS)
+    last = chain.transition
+    if last is None:
+        raise GapError("approval.none", "no transition of the version is in the file", registered.index)
     transitions: list[Leaf[VersionTransition]] = [last]
     while transitions[-1].body.previous_transition != ZERO_DIGEST:
         leaf = transitions[-1]
