@@ -27,6 +27,10 @@ PLANNING_GRID: Final = 1e-3
 CERTIFICATE_GRID: Final = 1e-4
 _COARSE_BEYOND: Final = 50.0  # past this epsilon a fine grid costs seconds and shows nothing
 _MOST_NOISE: Final = 1e5
+_MOST_EPSILON: Final = 100.0
+_LEAST_NOISE: Final = 0.05
+_CLOSE: Final = 1.0005
+_STEPS: Final = 40
 
 Kind = tuple[float, float, int]  # sample rate, noise multiplier for one gradient's sensitivity, steps
 
@@ -240,6 +244,8 @@ def calibrate_noise(
         AccountingError: no noise multiplier up to 10^5 does.
     """
     target = float(epsilon)
+    if not 0 < target <= _MOST_EPSILON:
+        raise AccountingError(f"epsilon {epsilon} is not above 0 and at most {_MOST_EPSILON:g}")
 
     def cost(multiplier: Decimal, grid: float) -> float:
         event = release_event(
@@ -257,18 +263,29 @@ def calibrate_noise(
             return recompute(events, float(delta)).value
         return pld_epsilon(events, float(delta), grid=grid)
 
-    low, high = 0.05, 1.0
-    while cost(Decimal(high), PLANNING_GRID) > target:
-        low, high = high, high * 2
+    low, high, above, below = 0.0, 1.0, math.inf, 0.0
+    while (below := cost(Decimal(high), PLANNING_GRID)) > target:
+        low, high, above = high, high * 2, below
         if high > _MOST_NOISE:
             raise AccountingError(f"no noise multiplier up to {_MOST_NOISE:g} gives epsilon {epsilon}")
-    while high / low > 1.0005:
-        middle = math.sqrt(low * high)
-        if cost(Decimal(middle), PLANNING_GRID) > target:
-            low = middle
+    while low == 0.0 and high > _LEAST_NOISE:
+        if (found := cost(Decimal(high / 2), PLANNING_GRID)) > target:
+            low, above = high / 2, found
         else:
-            high = middle
-    chosen = _four_digits(Decimal(low))
+            high, below = high / 2, found
+    for _ in range(
+        _STEPS
+    ):  # epsilon falls almost like a power of the noise: aim between the ends, then a hair above
+        if low == 0.0 or high <= low * _CLOSE:
+            break
+        aim = low * (high / low) ** (math.log(above / target) / math.log(above / below))
+        for guess in (aim * _CLOSE**0.5, aim / _CLOSE**0.5):
+            middle = min(max(guess, low * _CLOSE**0.4), high / _CLOSE**0.4)
+            found = cost(Decimal(middle), PLANNING_GRID)
+            low, above, high, below = (
+                (middle, found, high, below) if found > target else (low, above, middle, found)
+            )
+    chosen = _four_digits(Decimal(high))
     while Decimal(ceil_text(cost(chosen, CERTIFICATE_GRID))) > Decimal(str(epsilon)):
         chosen = _four_digits(chosen * Decimal("1.0002"))
     return chosen

@@ -97,7 +97,7 @@ class Privacy(_Part):
 
     unit: Literal["row", "subject"]
     relation: Literal["add_remove", "zero_out", "replace_one"]
-    epsilon: Number = Field(gt=0, le=1000)
+    epsilon: Number = Field(gt=0, le=100)
     delta: Number = Field(gt=0, lt=1)
     sample_rate: Number = Field(default=Decimal("1"), gt=0, le=1)
     max_grad_norm: Number = Field(gt=0)

@@ -14,6 +14,7 @@ from typing import Final
 from federation.charter import PLACEHOLDER
 from federation.errors import CharterFileError
 
+_MAX_HEADER: Final = 1 << 20
 TYPES: Final = ("number", "integer", "boolean", "category")
 
 _HEAD: Final = """\
@@ -56,8 +57,9 @@ def read_header(path: Path | str) -> list[str]:
         CharterFileError: the file cannot be read, or its first line names no columns.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader([file.readline()]), [])
+        with open(path, "rb", buffering=0) as file:  # unbuffered: not a byte beyond the header is read
+            line = file.readline(_MAX_HEADER)
+        names = next(csv.reader([line.decode("utf-8-sig")]), [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CharterFileError(f"cannot be read: {error}", source=str(path), line=None) from error
     if not names or any(not name.strip() for name in names):
