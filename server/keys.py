@@ -37,6 +37,7 @@ _KEY = re.compile(r"affidavit_([a-z2-7]{16})_([A-Za-z0-9_-]{43})")
 _NOTE = re.compile(r"[ -~]{0,80}")
 _CACHE_SIZE: Final = 1_024
 _VERIFYING_AT_ONCE: Final = 4
+_HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)  # OWASP's second choice
 _REFUSED: Final = "the API key is absent, unknown, revoked or expired"
 
 Clock = Callable[[], datetime]
@@ -77,14 +78,16 @@ class KeyView:
 class KeyStore:
     """The keys of one coordinator's home."""
 
-    def __init__(self, home: Path, clock: Clock, *, cache_s: float = 60.0) -> None:
+    def __init__(
+        self, home: Path, clock: Clock, *, cache_s: float = 60.0, hasher: PasswordHasher = _HASHER
+    ) -> None:
         path = home / FILE
         if not path.exists():
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         self._engine: Engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
         ApiKey.metadata.create_all(self._engine)
         self._clock, self._cache_s = clock, cache_s
-        self._hasher = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)  # OWASP's second choice
+        self._hasher = hasher
         self._verified: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
         self._verifying = threading.BoundedSemaphore(_VERIFYING_AT_ONCE)

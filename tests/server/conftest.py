@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from argon2 import PasswordHasher
 from starlette.testclient import TestClient
 
 from audit.canonical import canonical_bytes
@@ -36,6 +37,7 @@ from server.app import create_app
 from server.keys import KeyStore
 from server.settings import Settings
 
+CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)  # its cost is in the stored hash
 ORIGIN = "tests.example/server"
 MODEL = "toy"
 LAYERS = [
@@ -188,7 +190,7 @@ class Lab:
         return Settings.model_validate({**values, **changed})
 
     def keys(self) -> KeyStore:
-        return KeyStore(self.folder / "coordinator", self.clock)
+        return KeyStore(self.folder / "coordinator", self.clock, hasher=CHEAP)
 
     def key(self, role: str, **options: object) -> str:
         store = self.keys()

@@ -219,3 +219,12 @@ def test_missing_policy_file_stops_the_start(tmp_path):
 def test_policies_in_force_are_an_entry_once(client, lab):
     (entry,) = lab.entries("policy.applied")
     assert entry["body"]["policy_set"] == CedarAuthorizer(shipped_policies()).policy_set
+
+
+def test_shipped_hash_is_argon2id_with_owasps_cost(tmp_path, lab):
+    from server.keys import KeyStore
+
+    store = KeyStore(tmp_path, lab.clock)
+    store.create(role="consumer")
+    store.close()
+    assert b"$argon2id$v=19$m=19456,t=2,p=1$" in (tmp_path / "keys.db").read_bytes()
