@@ -165,12 +165,13 @@ class LedgerCorruptError(AuditError):
 
 
 class LedgerBusyError(AuditError):
-    """The queue is full: nothing was accepted, try again later."""
+    """The queue is full or the database taken: nothing was accepted, try again later."""
 
     code = "audit.ledger_busy"
 
     def __init__(self, *, retry_after_s: float, pending: int) -> None:
-        super().__init__(f"{pending} entries are waiting to be sequenced; retry in {retry_after_s} s")
+        cause = f"{pending} entries wait to be sequenced" if pending else "another process is writing"
+        super().__init__(f"the log is busy: {cause}; retry in {retry_after_s} s")
         self.retry_after_s, self.pending = retry_after_s, pending
 
 

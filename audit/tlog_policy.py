@@ -24,6 +24,7 @@ MAX_POLICY_BYTES = 1 << 18
 MAX_LINES = 1024
 NO_QUORUM = "none"
 
+_BLANKS = re.compile(r"[ \t]+")
 _COUNT = re.compile(r"[1-9][0-9]{0,3}")
 _NAME = re.compile(r"[\x21-\x7e]+")
 
@@ -156,8 +157,8 @@ class _Parser:
         if len(text) > MAX_POLICY_BYTES or len(lines) > MAX_LINES:
             raise self.error("the policy is over the cap on bytes or lines")
         for self.number, line in enumerate(lines, start=1):
-            words = line.split()
-            if not words or line.startswith("#"):
+            words = _BLANKS.split(line.removesuffix("\r").strip(" \t"))
+            if words == [""] or line.startswith("#"):
                 continue
             if not all(_NAME.fullmatch(word) for word in words):
                 raise self.error("holds characters outside printable ASCII")

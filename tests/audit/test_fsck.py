@@ -10,6 +10,7 @@ import pytest
 
 from audit import merkle
 from audit.checkpoints import Checkpoint, cosign, sign_checkpoint
+from audit.entries import LogCreated, columns_of, encode_entry, new_entry
 from audit.errors import AuditError
 from audit.fsck import FsckReport, fsck
 from audit.keys import SigningKey
@@ -193,6 +194,21 @@ def test_body_that_is_no_entry_is_named(tmp_path: Path, log_tools: SimpleNamespa
         ledger.append_wait(b'{"a":1,"a":2}', event_id="e", index_columns=made.columns)
     report = examine(tmp_path / "log.db", log_tools)
     assert (report.problem, report.where) == ("columns", "leaf 0")
+
+
+def test_columns_of_real_entries_are_derived_again(tmp_path: Path, log_tools: SimpleNamespace) -> None:
+    created = LogCreated(origin=log_tools.ORIGIN, log_key="ed25519:" + "A" * 43 + "=")
+    entry = new_entry(created, actor="coordinator", time=log_tools.TIME)
+    body = encode_entry(entry)
+    path = tmp_path / "log.db"
+    with Ledger.create(path, log_tools.ORIGIN) as ledger:
+        ledger.append_wait(body, event_id=entry.event_id, index_columns=columns_of(body))
+    assert fsck(path, columns_of=columns_of, origin=log_tools.ORIGIN).ok
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE leaf SET actor = 'somebody'")
+    connection.commit()
+    connection.close()
+    assert fsck(path, columns_of=columns_of).where == "leaf 0.actor"
 
 
 def test_examination_changes_nothing(original: Path, log_tools: SimpleNamespace) -> None:

@@ -30,7 +30,7 @@ def test_policy_reads_back() -> None:
 
 def test_comments_blank_lines_and_extra_spaces_are_skipped() -> None:
     text = "# ours\n\n" + THREE_OF_FOUR.replace("group sites", "\ngroup \t sites")
-    assert Policy.parse(text) == Policy.parse(THREE_OF_FOUR)
+    assert Policy.parse(text) == Policy.parse(text.replace("\n", "\r\n")) == Policy.parse(THREE_OF_FOUR)
 
 
 def test_threshold_counts_members() -> None:
@@ -93,6 +93,9 @@ FAULTY = [
     (f"log {LOG.vkey} url more\nquorum none\n", 1, "none of"),
     (HEAD + "witness \u00e9 x\n", 6, "ASCII"),
     (HEAD + "quorum none\n\x00\n", 7, "ASCII"),
+    (HEAD + "quorum\u00a0none\n", 6, "ASCII"),
+    (HEAD + "quorum \u2028 none\n", 6, "ASCII"),
+    (HEAD + "quorum none\rmore\n", 6, "ASCII"),
     ("log\n", 1, "none of"),
 ]
 
