@@ -108,7 +108,7 @@ class ClippedGradient:
         return self._flat.clone()
 
     def check(self, like: Tensor) -> None:
-        """Compare with the definition on made-up rows of the shape and type of `like`, whose values are not read.
+        """Compare with the definition on made-up rows of `like`'s shape and type; its values are not read.
 
         Raises:
             UnsupportedModelError: they differ, or the model cannot run on such rows.

@@ -153,7 +153,7 @@ class Mechanism:
         self._set(flat)
 
     def check(self, row_shape: tuple[int, ...]) -> None:
-        """Refuse a model that cannot be trained privately before there is any data; `release` does it otherwise.
+        """Refuse a model that cannot be trained privately, before there is any data; or `release` does.
 
         Raises:
             UnsupportedModelError: see `bookkeeping`.
