@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from audit.decimals import DecimalError, decimal_text, parse_decimal
-from audit.encoding import EncodingError, RowEncoder, is_missing
+from audit.encoding import is_missing
 from clients.errors import DataFileError, DataProblem
 from clients.terms import Terms
+from federation.contract import check_frame
+from federation.encoding import encode_frame, encode_labels
 
 _logger = logging.getLogger(__name__)
 
 FEW_ROWS: Final = 2
-MAX_REPORTED: Final = 1000
+_DECIMAL: Final = re.compile(r"[+-]?[0-9]{1,300}(?:\.[0-9]{0,300})?")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,37 +78,19 @@ def load_training_data(path: Path, terms: Terms) -> TrainingData:
     """
     table = read_table(path)
     _require_columns(table, terms)
-    encoder = RowEncoder(terms.features)
-    names = [str(feature["name"]) for feature in terms.features]
-    columns = [table.frame[name].tolist() for name in names]
-    labels = table.frame[terms.label["name"]].tolist()
-    chosen = _rows_within_subjects(table, terms)
-    inputs: list[list[float]] = []
-    targets: list[float] = []
-    left_out = 0
-    for position in chosen:
-        target = _target(labels[position], terms)
-        try:
-            if target is None or position in table.ragged:
-                raise EncodingError(())
-            encoded = encoder.encode(
-                {name: column[position] for name, column in zip(names, columns, strict=True)}
-            )
-        except EncodingError:
-            left_out += 1
-            continue
-        inputs.append(encoded)
-        targets.append(target)
+    inputs, usable = encode_frame(terms.features, _with_numeric_columns(table.frame, terms))
+    targets, labelled = encode_labels(terms.label, table.frame[terms.label["name"]])
+    usable &= labelled
+    usable[list(table.ragged)] = False
+    usable &= _within_subjects(table, terms)
+    left_out = int(len(usable) - usable.sum())
     if left_out:
         _logger.warning(
             "%s: %d rows are outside the contract and take no part; `affidavit site status` names them",
             path,
             left_out,
         )
-    return TrainingData(
-        np.asarray(inputs, dtype=np.float64).reshape(len(inputs), encoder.size),
-        np.asarray(targets, dtype=np.float64),
-    )
+    return TrainingData(inputs[usable], targets[usable])
 
 
 def inspect_file(path: Path, terms: Terms) -> tuple[DataProblem, ...]:
@@ -122,9 +106,8 @@ def inspect_file(path: Path, terms: Terms) -> tuple[DataProblem, ...]:
         problems.append(_about(table, "holds a header and no rows", "export the data again"))
     elif rows < FEW_ROWS:
         problems.append(
-            _about(table, "holds one row", "a site of one person can contribute little but noise; add rows")
+            _about(table, "holds one row", "a site of one person contributes little but noise; add rows")
         )
-    encoder = RowEncoder(terms.features)
     for position, cells in table.ragged.items():
         problems.append(
             DataProblem(
@@ -135,26 +118,19 @@ def inspect_file(path: Path, terms: Terms) -> tuple[DataProblem, ...]:
                 fix="check quotes and separators",
             )
         )
-    for position, row in enumerate(table.frame[list(encoder.names)].to_dict("records")):
-        if position in table.ragged:
-            continue
-        for found in encoder.check({str(name): value for name, value in row.items()}):
-            problem, _, fix = found.message.partition("; ")
-            problems.append(
-                DataProblem(
-                    file=table.file,
-                    row=position + 1,
-                    column=found.field,
-                    problem=problem,
-                    fix=fix or "correct it",
-                )
+    if rows:
+        problems += [
+            DataProblem(
+                file=table.file, row=found.row, column=found.column, problem=found.problem, fix=found.fix
             )
-    problems += _label_problems(table, terms)
-    return tuple(problems[:MAX_REPORTED])
+            for found in check_frame(table.frame, terms.features, terms.label)
+            if found.row is None or found.row - 1 not in table.ragged
+        ]
+    return tuple(problems)
 
 
 def _read_csv(path: Path) -> Table:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.reader(file)
         try:
             header = next(reader, [])
@@ -212,73 +188,32 @@ def _require_columns(table: Table, terms: Terms) -> None:
         )
 
 
-def _rows_within_subjects(table: Table, terms: Terms) -> list[int]:
-    """Positions to use: with a subject column, each subject's first `max_rows_per_subject` rows."""
+def _within_subjects(table: Table, terms: Terms) -> NDArray[np.bool_]:
+    """Which rows to use: with a subject column, each subject's first `max_rows_per_subject`."""
     if not terms.subject_id:
-        return list(range(len(table.frame)))
+        return np.ones(len(table.frame), dtype=np.bool_)
     seen: dict[str, int] = {}
     chosen = []
-    for position, subject in enumerate(table.frame[terms.subject_id].tolist()):
-        if is_missing(subject):
-            continue  # nobody's row: it could be anybody's, so it takes no part
-        key = str(subject)
+    for subject in table.frame[terms.subject_id].tolist():
+        key = "" if is_missing(subject) else str(subject)
         seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= terms.max_rows_per_subject:
-            chosen.append(position)
-    return chosen
+        # a row of nobody could be anybody's, so it takes no part
+        chosen.append(key != "" and seen[key] <= terms.max_rows_per_subject)
+    return np.asarray(chosen, dtype=np.bool_)
 
 
-def _target(value: Any, terms: Terms) -> float | None:
-    if is_missing(value):
-        return None
-    if "classes" in terms.label:
-        classes = list(terms.label["classes"])
-        name = _class_name(value)
-        return float(classes.index(name)) if name in classes else None
-    try:
-        number = float(parse_decimal(decimal_text(value)))
-    except DecimalError:
-        return None
-    lower, upper = _label_bounds(terms)
-    return 2.0 * (min(max(number, lower), upper) - lower) / (upper - lower) - 1.0
-
-
-def _class_name(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return value
-    try:
-        return decimal_text(value)
-    except DecimalError:
-        return ""
-
-
-def _label_bounds(terms: Terms) -> tuple[float, float]:
-    return float(parse_decimal(terms.label["lower"])), float(parse_decimal(terms.label["upper"]))
-
-
-def _label_problems(table: Table, terms: Terms) -> list[DataProblem]:
-    name = str(terms.label["name"])
-    found = []
-    for position, value in enumerate(table.frame[name].tolist()):
-        if position in table.ragged:
-            continue
-        problem = ""
-        if _target(value, terms) is None:
-            allowed = ", ".join(terms.label.get("classes", ()))
-            problem = "is missing" if is_missing(value) else f"{str(value)[:40]!r} is not declared"
-            fix = f"use one of {allowed}" if allowed else "give a number"
-        elif "classes" not in terms.label:
-            lower, upper = _label_bounds(terms)
-            number = float(parse_decimal(decimal_text(value)))
-            if not lower <= number <= upper:
-                problem, fix = f"{str(value)[:40]!r} is outside {lower:g} to {upper:g}", "check the unit"
-        if problem:
-            found.append(
-                DataProblem(file=table.file, row=position + 1, column=name, problem=problem, fix=fix)
-            )
-    return found
+def _with_numeric_columns(frame: pd.DataFrame, terms: Terms) -> pd.DataFrame:
+    """Turn columns of plain decimal text into floats at once: the same doubles, many times faster."""
+    ready = {}
+    for feature in terms.features:
+        cells = frame[feature["name"]].tolist()
+        if feature["type"] in ("number", "integer") and all(
+            isinstance(cell, str) and _DECIMAL.fullmatch(cell) for cell in cells
+        ):
+            ready[feature["name"]] = np.asarray(cells, dtype=np.float64)
+        else:
+            ready[feature["name"]] = frame[feature["name"]]
+    return pd.DataFrame(ready, index=frame.index)
 
 
 def _about(table: Table, problem: str, fix: str) -> DataProblem:
