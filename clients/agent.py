@@ -93,13 +93,13 @@ class Agent:
 
     @classmethod
     def open(cls, home: Path | SiteHome, *, clock: Clock = _utc_now) -> Agent:
-        """Open the agent of a site's home; one process at a time.
+        """Open the agent of a site's home, read afresh; one process at a time.
 
         Raises:
             LedgerBehindError: an old copy of the ledger was put back.
             ClientsError: the home is incomplete, or another agent holds it.
         """
-        site_home = home if isinstance(home, SiteHome) else SiteHome.open(home)
+        site_home = SiteHome.open(home.path if isinstance(home, SiteHome) else home)
         ledger = SiteLedger(site_home.ledger_path, site_home.high_water_path)
         try:
             return cls(site_home, ledger, clock=clock)

@@ -146,10 +146,11 @@ class SiteHome:
         return SiteKeys.open(self.path / "keys")
 
     def approve(self, digest: str) -> SiteHome:
-        """Return the home with one more approved charter, written to `site.yaml`."""
-        approved = tuple(sorted({*self.config.rules.approved_charters, digest}))
-        rules = self.config.rules.model_dump() | {"approved_charters": approved}
-        document = self.config.model_dump(mode="json") | {"rules": rules}
+        """Return the home with one more approved charter, added to `site.yaml` as it is now."""
+        config = SiteHome.open(self.path).config
+        approved = tuple(sorted({*config.rules.approved_charters, digest}))
+        rules = config.rules.model_dump() | {"approved_charters": approved}
+        document = config.model_dump(mode="json") | {"rules": rules}
         home = SiteHome(self.path, _validated(self.path / _CONFIG, document))
         home._write()
         return home

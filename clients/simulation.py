@@ -161,7 +161,7 @@ def ray_launch(agents: Mapping[str, Agent]) -> Launch:
                 raise
 
         backend: Any = {
-            "init_args": {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False},
+            "init_args": {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False},
             "client_resources": {"num_cpus": 1},
         }
         with (
@@ -265,48 +265,42 @@ def _set_up(
     folder: Path | str | None,
     lifetime_epsilon: str,
 ) -> tuple[SimulatedFederation, Charter]:
-    temporary = None
-    if folder is None:
-        temporary = tempfile.TemporaryDirectory(prefix="affidavit-")
-        folder = temporary.name
-    base = Path(folder)
-    delta = _delta(source)
-    files = write_site_files(base / "data", sites)
-    public_file = None if public is None else write_frame(base / "data" / "public.csv", public)
-    homes = {
-        name: SiteHome.create(
-            base / "sites" / name,
-            name=name,
-            data=path,
-            population=f"simulated people of {name}",
-            lifetime_epsilon=lifetime_epsilon,
-            lifetime_delta=delta,
-            auto_approve=True,
-        )
-        for name, path in files.items()
-    }
-    federation = SimulatedFederation(
-        base,
-        files,
-        homes,
-        new_coordinator(base),
-        Identity.create(base / "scientist"),
-        Identity.create(base / "officer"),
-        public_file,
-        temporary,
-    )
-    try:
+    with ExitStack() as undo:
+        temporary = None
+        if folder is None:
+            temporary = tempfile.TemporaryDirectory(prefix="affidavit-")
+            undo.callback(temporary.cleanup)
+            folder = temporary.name
+        base, delta = Path(folder), _delta(source)
+        files = write_site_files(base / "data", sites)
+        rows = {name: count_rows(path) for name, path in files.items()}
+        public_file = None if public is None else write_frame(base / "data" / "public.csv", public)
+        homes = {
+            name: SiteHome.create(
+                base / "sites" / name,
+                name=name,
+                data=path,
+                population=f"simulated people of {name}",
+                lifetime_epsilon=lifetime_epsilon,
+                lifetime_delta=delta,
+                auto_approve=True,
+            )
+            for name, path in files.items()
+        }
+        officer = Identity.create(base / "officer")
         agreed = complete_charter(
             source,
             identities={name: home.keys().identity.text for name, home in homes.items()},
-            rows={name: count_rows(path) for name, path in files.items()},
-            officers={"simulated-officer": federation.officer.public},
+            rows=rows,
+            officers={"simulated-officer": officer.public},
             public_set=None if public_file is None else public_file.read_bytes(),
             public_rows=0 if public_file is None else count_rows(public_file),
         )
-    except BaseException:
-        federation.close()
-        raise
+        scientist, coordinator = Identity.create(base / "scientist"), new_coordinator(base)
+        federation = SimulatedFederation(
+            base, files, homes, coordinator, scientist, officer, public_file, temporary
+        )
+        undo.pop_all()
     return federation, agreed
 
 

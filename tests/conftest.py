@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from federation.coordinator import Coordinator
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -69,3 +76,90 @@ def _beside_repository(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the shared {name} are not beside this checkout")
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A federation that has trained: four hospitals, a log, a live version. Copy it before you write to it.
+
+    data/ (CSV files), charter.yaml, policy.txt, homes/coordinator, homes/signer, homes/sites/<name>,
+    homes/officer, homes/scientist, and run.json, which names the run and the version.
+    """
+
+    folder: Path
+
+    @property
+    def run(self) -> str:
+        return str(json.loads((self.folder / "run.json").read_text())["run"])
+
+    @property
+    def version(self) -> str:
+        return str(json.loads((self.folder / "run.json").read_text())["version"])
+
+    @property
+    def policy(self) -> str:
+        return (self.folder / "policy.txt").read_text(encoding="utf-8")
+
+    def copy(self, folder: Path) -> Trained:
+        shutil.copytree(self.folder, folder)
+        return Trained(folder)
+
+    def open(self) -> Coordinator:
+        """Open the coordinator's home; the caller closes it."""
+        from federation.coordinator import Coordinator
+
+        return Coordinator.open(self.folder / "homes" / "coordinator", self.folder / "homes" / "signer")
+
+
+@pytest.fixture(scope="session")
+def trained(build_once: Callable[[str, Callable[[Path], None]], Path]) -> Trained:
+    """The one trained federation that tests share; read it in place, or `copy` it."""
+    return Trained(build_once("trained", _train))
+
+
+def _train(folder: Path) -> None:
+    from audit.principal import LocalOwner, Principal
+    from clients.demo_data import demo_charter, write_demo_files
+    from clients.home import SiteHome
+    from clients.identity import Identity
+    from clients.simulation import run_federation
+    from federation.charter import Charter
+    from federation.coordinator import Coordinator
+    from federation.service import ApproveRequest, RegisterRequest, approve, register
+
+    files = write_demo_files(folder / "data")
+    homes = {
+        name: SiteHome.create(
+            folder / "homes" / "sites" / name,
+            name=name,
+            data=path,
+            population=f"patients of {name}",
+            lifetime_epsilon="20",
+            lifetime_delta="0.00001",
+            auto_approve=True,
+        )
+        for name, path in files.sites.items()
+    }
+    officer = Identity.create(folder / "homes" / "officer")
+    scientist = Identity.create(folder / "homes" / "scientist")
+    text = demo_charter(
+        public=files.public,
+        identities={name: home.keys().identity.text for name, home in homes.items()},
+        officers={"olsen": officer.public},
+        epsilon="6",
+        rounds=4,
+    )
+    (folder / "charter.yaml").write_text(text, encoding="utf-8")
+    owner = LocalOwner()
+    with Coordinator.create(
+        folder / "homes" / "coordinator", folder / "homes" / "signer", "tests/log"
+    ) as log:
+        run = run_federation(Charter.parse(text), homes, log, scientist.key, public_set=files.public)
+        version = register(log, Principal(id="curie", role="scientist"), owner, RegisterRequest(run=run.run))
+        live = ApproveRequest(version=version.digest, to_state="live", reason="gates passed")
+        approve(log, Principal(id="olsen", role="officer", key=officer.public), owner, live, officer.key)
+        log.publish()
+    (folder / "policy.txt").write_text(homes["northgate"].policy().format(), encoding="utf-8")
+    (folder / "run.json").write_text(
+        json.dumps({"run": run.run, "version": version.digest}), encoding="utf-8"
+    )

@@ -25,7 +25,7 @@ NEIGHBOURS = {
 
 @pytest.fixture
 def speak(network, request_of):
-    """Return `speak(data) -> (statement, update, sizes)`: a first round on those data, in a run of its own."""
+    """Return `speak(data) -> (statement, update, sizes)`: a first round on those data, in a run apart."""
     network.sign()
     agent = network.agents["alpha"]
     spoken = []
