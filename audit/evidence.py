@@ -26,6 +26,12 @@ from audit.merkle import hash_leaf
 
 FORMAT: Final = "affidavit-evidence/1"
 SCOPES: Final = ("prediction", "version", "run", "entry")
+_SCOPE_OF: Final = {
+    "prediction": "prediction",
+    "version.registered": "version",
+    "version.transition": "version",
+    "run.completed": "run",
+}
 MAX_BYTES: Final = 64 << 20
 MAX_FILES: Final = 20_000
 MAX_PROOF_HASHES: Final = 63
@@ -76,6 +82,11 @@ class Evidence:
     receipt: bytes | None = None
     opened: tuple[Mapping[str, str], ...] | None = None
     policy: str | None = None
+
+
+def scope_of(entry_type: str) -> str:
+    """Return how far a file about an entry of this type must reach; nobody may choose less."""
+    return _SCOPE_OF.get(entry_type, "entry")
 
 
 def write_evidence(evidence: Evidence) -> bytes:

@@ -32,7 +32,7 @@ from audit.entries import (
     decode_entry,
 )
 from audit.errors import AuditError
-from audit.evidence import Evidence, read_evidence, write_evidence
+from audit.evidence import Evidence, read_evidence, scope_of, write_evidence
 from audit.merkle import hash_leaf
 from audit.notes import parse_note
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
@@ -296,26 +296,18 @@ class _Closure:
     def collect(self, leaf_index: int, data: bytes) -> None:
         self._take(leaf_index, data)
         self._take(0, self._ledger.entry(0))
-        body = decode_entry(data).body
+        entry = decode_entry(data)
+        body, self.scope = entry.body, scope_of(entry.type)
         if isinstance(body, Prediction):
-            self.scope = "prediction"
             transition = self._by_hash(body.transition, VersionTransition, type="version.transition")
             self._version(transition, leaf_index)
         elif isinstance(body, VersionTransition):
-            self.scope = "version"
             self._version(body, leaf_index)
         elif isinstance(body, VersionRegistered):
-            self.scope = "version"
             self._run(body.run, leaf_index)
             self._artefact(body.version)
-        elif isinstance(
-            body, (RunStarted, RunAccepted, RunCompleted, RoundCompleted, SiteStatement)
-        ) and self._is_completed(body.run):
-            self.scope = "run"
-            self._run(body.run, self._ledger.tree_size)
-
-    def _is_completed(self, run: str) -> bool:
-        return any(True for _ in self._search(RunCompleted, type="run.completed", run=run))
+        elif isinstance(body, RunCompleted):
+            self._run(body.run, leaf_index)
 
     def _version(self, transition: VersionTransition, until: int) -> None:
         for index, data, _ in self._search(

@@ -23,7 +23,7 @@ LEGAL: Final = {
     "candidate": ("approved", "retired"),
     "approved": ("live", "retired"),
     "live": ("retired",),
-    "retired": ("live",),
+    "retired": ("live",),  # a rollback, for a version that was live before
 }
 _TOLERANCE: Final = Decimal("0.000002")
 
@@ -86,13 +86,16 @@ def check_approvals(chain: Chain) -> Outcome:
     transitions.reverse()
     _check_no_fork(chain, transitions)
     states: dict[str, str] = {}
+    served: set[str] = set()
     for leaf in transitions:
         body = leaf.body
         expect(body.model, last.body.model, code="approval.chain", field="model", entry=leaf.index)
         before = states.get(body.version, "candidate")
         expect(body.from_state, before, code="approval.state", field="from_state", entry=leaf.index)
-        if body.to_state not in LEGAL[before]:
+        if body.to_state not in LEGAL[before] or (before == "retired" and body.version not in served):
             raise FailError("approval.state", f"{before} cannot become {body.to_state!r}", leaf.index)
+        if body.to_state == "live":
+            served.add(body.version)
         states[body.version] = body.to_state
         verify_body(body, body.officer, code="approval.signature", who="the officer", entry=leaf.index)
         if body.version == registered.body.version:

@@ -15,6 +15,7 @@ from audit.entries import (
     decode_entry,
 )
 from audit.errors import AuditError
+from audit.evidence import scope_of
 from audit.merkle import hash_leaf, verify_inclusion
 from audit.notes import NoteVerifier
 from audit.tlog_policy import NO_QUORUM
@@ -126,23 +127,19 @@ def check_links(chain: Chain) -> Outcome:
     if not chain.located:
         need(None, INCLUSION)
     subject = chain.located[chain.evidence.leaf_index]
-    body = subject.body
+    body, scope = subject.body, scope_of(subject.entry.type)
+    expect(chain.evidence.scope, scope, code="verify.scope", field="scope of the file", entry=subject.index)
     if isinstance(body, Prediction):
         _take_prediction(chain, Leaf(subject.index, subject.leaf_hash, body))
     elif isinstance(body, VersionTransition):
         _take_transition(chain, Leaf(subject.index, subject.leaf_hash, body))
     elif isinstance(body, VersionRegistered):
         chain.registered = Leaf(subject.index, subject.leaf_hash, body)
-    scope = chain.evidence.scope
-    fits = {"prediction": chain.prediction, "version": chain.registered, "run": getattr(body, "run", None)}
-    if scope != "entry" and not fits[scope]:
-        raise FailError("verify.scope", f"a {subject.entry.type} entry is no {scope}", subject.index)
     if scope == "entry":
         return Outcome(
             word=Word.PROVED, detail=f"leaf {subject.index}, a {subject.entry.type} entry, on its own"
         )
-    run = chain.registered.body.run if chain.registered else getattr(body, "run", "")
-    _take_run(chain, str(run))
+    _take_run(chain, chain.registered.body.run if chain.registered else body.run)
     completed, started = need(chain.completed, LINKS), need(chain.started, LINKS)
     names = [
         f"prediction {chain.prediction.index}" if chain.prediction else "",

@@ -56,6 +56,7 @@ _MEANING: Final[Mapping[Verdict, str]] = {
     Verdict.UNWITNESSED: "too few of the policy's witnesses cosigned this history; its operator could still "
     "show others another one.",
 }
+_ENTRY_ALONE: Final = "this entry is in the witnessed log. Nothing is said of what it claims."
 _WORDS: Final = (
     "PROVED: recomputed from the bytes in this file.  ATTESTED: a key signed it, and nobody can know more "
     "from "
@@ -167,7 +168,10 @@ class Report:
             for line in self.epsilons:
                 lines += _wrapped(line.text(), indent=4)
         lines += ["", *_wrapped(_WORDS, indent=0)]
-        lines += ["", *_wrapped(f"{self.verdict.value}: {_MEANING[self.verdict]}", indent=0)]
+        meaning = _MEANING[self.verdict]
+        if self.scope == "entry" and self.verdict is Verdict.VALID:
+            meaning = _ENTRY_ALONE
+        lines += ["", *_wrapped(f"{self.verdict.value}: {meaning}", indent=0)]
         return "\n".join(_printable(line) for line in lines) + "\n"
 
 

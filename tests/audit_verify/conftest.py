@@ -177,11 +177,11 @@ class World:
         before: dict[str, Hook] | None = None,
         after: dict[str, Hook] | None = None,
         charter_changes: Callable[[dict[str, Any]], None] | None = None,
-        like: World | None = None,
+        log_key: SigningKey | None = None,
     ) -> None:
         self.before, self.after = before or {}, after or {}
         self.log, self.blobs = MemoryLog(), {}
-        self.log_key = like.log_key if like else SigningKey.generate()
+        self.log_key = log_key or SigningKey.generate()
         self.author = SigningKey.generate()
         self.officer, self.second_officer = SigningKey.generate(), SigningKey.generate()
         encoder = RowEncoder(self._features())
@@ -189,14 +189,6 @@ class World:
             Hospital(name, [(encoder.encode(row), label) for row, label in patients(count, seed)])
             for seed, (name, count) in enumerate(SITES.items())
         ]
-        if like is not None:
-            for mine, theirs in zip(self.hospitals, like.hospitals, strict=True):
-                mine.identity, mine.statement, mine.witness = (
-                    theirs.identity,
-                    theirs.statement,
-                    theirs.witness,
-                )
-                mine.population = theirs.population
         self.transitions: dict[str, str] = {}
         public = self.put(public_csv())
         document = self._charter(rounds, public)
@@ -336,12 +328,12 @@ class World:
 
     def event(self) -> MechanismEvent:
         privacy = self.charter.privacy
-        sensitivity = (1 << privacy.grid_bits) + 10
+        sensitivity = ((1 + (privacy.relation == "replace_one")) << privacy.grid_bits) + 10
         return MechanismEvent(
             mechanism="discrete_gaussian",
-            sampling="full",
-            sample_rate="1",
-            steps=1,
+            sampling="full" if privacy.sample_rate == "1" else "poisson",
+            sample_rate=privacy.sample_rate,
+            steps=self.charter.local_steps,
             sigma_grid=math.ceil(float(privacy.noise_multiplier) * sensitivity),
             sensitivity_grid=sensitivity,
             dimension=self.charter.dimension,
@@ -358,6 +350,8 @@ class World:
             gradient = [error * v for v in x] + [error] + [error * (k == position) for k in range(3)]
             norm = math.sqrt(sum(v * v for v in gradient))
             total = [a + b * min(1.0, 1.0 / max(norm, 1e-12)) for a, b in zip(total, gradient, strict=True)]
+        if self.charter.local_steps > 1:  # such sites release a difference of weights
+            total = [-v / len(hospital.rows) for v in total]
         scale, noise = 2.0**self.charter.privacy.grid_bits, secrets.SystemRandom()
         return [round(v * scale) + round(noise.gauss(0, self.event().sigma_grid)) for v in total]
 
@@ -473,7 +467,7 @@ class World:
         privacy, delta = self.charter.privacy, float(self.charter.privacy.delta)
         of_run, ever = [self.event()] * self.charter.rounds, [self.event()] * hospital.sequence
         return SiteEpsilon(
-            site=hospital.name, population=hospital.population, events=hospital.sequence,
+            site=hospital.name, population=hospital.population, events=self.charter.rounds,
             run_epsilon=up(recompute(of_run, delta).value), run_epsilon_rdp=up(rdp_epsilon(of_run, delta)),
             lifetime_epsilon=up(recompute(ever, delta).value), delta=decimal_text(privacy.delta),
             accountant="pld", relation=privacy.relation, unit=privacy.unit,
