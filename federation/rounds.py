@@ -52,6 +52,8 @@ from federation.witnessing import Witnessing
 
 _logger = logging.getLogger(__name__)
 
+FINISH_TIMEOUT_S = 10.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOutcome:
@@ -162,7 +164,7 @@ class RoundLoop:
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
         if output is None:
-            self._abandon(number, accepted, missing, strategy.rejected)
+            self._abandon(number, accepted, missing, strategy.rejected, state)
         leaves: list[str] = []
         for site, update in accepted.items():
             self._coordinator.blobs.put(update.update)
@@ -242,23 +244,25 @@ class RoundLoop:
             _logger.warning("round %d: %s", number, rejection)
             self._emit("refused", number=number, sites=(site,), detail=str(rejection))
 
-    def _abandon(self, number: int, accepted: Any, missing: tuple[str, ...], rejected: Any) -> None:
+    def _abandon(
+        self, number: int, accepted: Any, missing: tuple[str, ...], rejected: Any, state: _Progress
+    ) -> None:
         for site, update in accepted.items():
             body = SiteUndelivered(statement=update.statement)
             event_id = stable_event_id("site.undelivered", event_hash(update.statement))
-            self._coordinator.append(body, f"site:{site}", event_id)
+            state.own_leaf[site] = self._coordinator.append(body, f"site:{site}", event_id).leaf_index
         self._coordinator.append(
             RoundAbandoned(run=self._run.run, round=number, reason="not_enough_sites", missing=missing), ACTOR
         )
         self._emit("abandoned", number=number, sites=tuple(accepted), missing=missing)
         silent = [f"site {site}: no answer in time" for site in missing if site not in rejected]
         detail = "; ".join([*(str(error) for error in rejected.values()), *silent])
-        raise self._fail(number, "not_enough_sites", detail)
+        raise self._fail(number, "not_enough_sites", detail, state)
 
-    def _fail(self, number: int, reason: str, detail: str) -> RunFailedError:
+    def _fail(self, number: int, reason: str, detail: str, state: _Progress | None = None) -> RunFailedError:
         body = RunFailed(run=self._run.run, charter=self._charter.digest, round=number, reason=reason)
         self._coordinator.append(body, ACTOR, stable_event_id("run.failed", self._run.run))
-        self._coordinator.publish()
+        self._finish(_Progress(participants=self._exchange.sites, base_model=b"") if state is None else state)
         self._emit("failed", number=number, detail=f"{reason}: {detail}")
         return RunFailedError(self._run.run, number, reason, detail)
 
@@ -275,15 +279,7 @@ class RoundLoop:
             ACTOR,
             stable_event_id("run.completed", self._run.run),
         )
-        witnesses = self._witnessing.cosign(state.participants)
-        finished = {
-            site: Request(
-                kind="run.finished",
-                header={"run": self._run.run, "own_statement": self._witnessing.logged(state.own_leaf[site])},
-            )
-            for site in state.participants
-        }
-        self._exchange.ask(finished, timeout_s=20.0)
+        witnesses = self._finish(state)
         outcome = RunOutcome(
             run=self._run.run,
             charter=self._charter.digest,
@@ -301,6 +297,21 @@ class RoundLoop:
             witnesses=witnesses,
         )
         return outcome
+
+    def _finish(self, state: _Progress) -> int:
+        """Have the end witnessed, and tell every site that the run is over; what it did not release is free
+        again.
+        """
+        witnesses = self._witnessing.cosign(state.participants)
+        finished = {}
+        for site in state.participants:
+            header: dict[str, Any] = {"run": self._run.run}
+            leaf = state.own_leaf.get(site)
+            if leaf is not None and self._witnessing.covers(leaf):
+                header["own_statement"] = self._witnessing.logged(leaf)
+            finished[site] = Request(kind="run.finished", header=header)
+        self._exchange.ask(finished, timeout_s=FINISH_TIMEOUT_S)
+        return witnesses
 
     def _epsilon(self, rounds: int) -> float:
         return recompute([self._event] * rounds, float(self._charter.privacy.delta)).value

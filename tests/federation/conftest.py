@@ -103,6 +103,7 @@ class FakeSite:
     asked: list[str] = field(default_factory=list)
     sequence: int = 0
     head: str = ZERO_DIGEST
+    accepted: dict[str, dict[str, Any]] = field(default_factory=dict)
     answered: dict[tuple[str, int], tuple[dict[str, Any], dict[str, bytes]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,6 +158,9 @@ class FakeSite:
         if kind == "run.propose":
             self.charter = Charter.from_canonical(request["charter"])
             run = request["run_started"]
+            reported = [body_document(statement) for statement in self.undelivered]
+            if run["run"] in self.accepted:
+                return {"acceptance": self.accepted[run["run"]], "undelivered": reported}, {}
             body = RunAccepted(
                 run=run["run"],
                 charter=run["charter"],
@@ -168,11 +172,8 @@ class FakeSite:
                 lifetime_epsilon_cap="10",
                 signature="",
             )
-            reported = [body_document(statement) for statement in self.undelivered]
-            return {
-                "acceptance": body_document(self.signed(body, self.statement)),
-                "undelivered": reported,
-            }, {}
+            self.accepted[run["run"]] = body_document(self.signed(body, self.statement))
+            return {"acceptance": self.accepted[run["run"]], "undelivered": reported}, {}
         if kind == "cosign":
             line = cosign(request["note"].encode(), self.cosigner(), 1_700_000_000)
             return {"cosignature": line.decode()}, {}
@@ -251,14 +252,25 @@ class Federation:
         """Carry out one run through Flower's real objects; `fault` loses or delays messages."""
 
         def launch(config: Mapping[str, str]) -> None:
-            with InProcessGrid(self.client_app(), {name: {} for name in connected}, fault=fault) as grid:
-                context = Context(0, 0, {}, RecordDict(), {**config, "poll-s": 0.002})
-                server_app(grid=grid, context=context)
+            self.serve(config, fault, connected)
 
         request = service.TrainRequest(charter=charter or self.charter)
         return service.train(
             self.coordinator, self.principal, self.owner, request, self.author, launch, on_event=on_event
         )
+
+    def serve(
+        self,
+        config: Mapping[str, str],
+        fault: Any = None,
+        connected: tuple[str, ...] = ("north", "south", "west"),
+    ) -> None:
+        with InProcessGrid(self.client_app(), {name: {} for name in connected}, fault=fault) as grid:
+            server_app(grid=grid, context=Context(0, 0, {}, RecordDict(), {**config, "poll-s": 0.002}))
+
+    def resume(self, run: str) -> None:
+        """Start the ServerApp of a prepared run once more."""
+        self.serve({"home": str(self.coordinator.home), "run": run})
 
     def registered(self) -> registry.Version:
         """Return a fresh candidate version."""

@@ -84,7 +84,7 @@ def test_relations_stand_as_published(rate, noise, steps, replaced):
 
 
 def test_heterogeneous_rounds_compose_events_and_never_add_epsilons():
-    events = [event(3 + i % 5, 0.05 + 0.05 * (i % 4), 1 + i % 3) for i in range(24)]
+    events = [event(3 + i % 2, 0.05 + 0.1 * (i % 3), 2) for i in range(24)]
     together = pld_epsilon(events, 1e-5, grid=1e-3)
     alone = {single: pld_epsilon([single], 1e-5, grid=1e-3) for single in set(events)}
     assert max(alone.values()) < together < 0.5 * math.fsum(alone[single] for single in events)
@@ -140,7 +140,7 @@ def test_claims_are_rounded_up(value, text):
     [
         {"epsilon": 3, "rounds": 30},
         {"epsilon": "0.5", "rounds": 5, "relation": "replace_one"},
-        {"epsilon": 8, "rounds": 2, "local_steps": 20, "sample_rate": Decimal("0.25")},
+        {"epsilon": 8, "rounds": 2, "local_steps": 4, "sample_rate": Decimal("0.5")},
     ],
 )
 def test_calibrated_noise_meets_epsilon_and_a_little_less_does_not(terms):

@@ -168,7 +168,7 @@ def test_describe_names_what_it_cannot_say_and_what_would_do(module, words):
 
 
 def test_describe_refuses_a_model_that_is_no_sequence():
-    with pytest.raises(DescribeError, match="nn.Sequential"):
+    with pytest.raises(DescribeError, match=r"nn\.Sequential"):
         describe(nn.Linear(2, 2))
 
 

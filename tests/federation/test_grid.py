@@ -1,0 +1,161 @@
+"""The in-process grid is a Flower grid: real messages, real ClientApps, and faults when a test asks."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from federation.errors import FederationError
+from federation.exchange import Exchange, Request, read_answer
+from federation.grid import InProcessGrid
+
+
+def echo_app(seen=None):
+    app = ClientApp()
+
+    @app.query()
+    def query(message, context):
+        if seen is not None:
+            seen.append((context.node_config["site"], threading.get_ident()))
+        if context.node_config.get("broken"):
+            raise ValueError("patient 17 is the cause")
+        header = message.content["header"]["header"]
+        if b'"sleep"' in header:
+            time.sleep(0.3)
+        body = b'{"enrolment":{"site":"%s"}}' % str(context.node_config["site"]).encode()
+        content = RecordDict(
+            {"header": ConfigRecord({"kind": "x", "header": body}), "blobs": ConfigRecord({"b": b"1"})}
+        )
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def ask(grid, node, header=None, **arguments):
+    message = Request(kind="hello", header=header or {}).message(node, "")
+    return list(grid.send_and_receive([message], **arguments))
+
+
+def test_it_is_a_grid_of_flowers_own_kind():
+    with InProcessGrid(echo_app(), {"a": {}}) as grid:
+        assert isinstance(grid, Grid)
+        (node,) = grid.get_nodes()
+        assert node.name == "a"
+        assert list(grid.get_node_ids()) == [node.node_id]
+        (reply,) = ask(grid, node.node_id, timeout=2)
+        assert reply.metadata.src_node_id == node.node_id
+        assert list(grid.pull_messages([reply.metadata.reply_to_message_id])) == []  # pulled once
+
+
+def test_nodes_work_side_by_side():
+    seen = []
+    with InProcessGrid(echo_app(seen), {name: {} for name in "abc"}) as grid:
+        messages = [Request(kind="hello", header={"sleep": 1}).message(n, "") for n in grid.get_node_ids()]
+        started = time.monotonic()
+        assert len(list(grid.send_and_receive(messages, timeout=5))) == 3
+        assert time.monotonic() - started < 0.8
+    assert len({thread for _, thread in seen}) == 3
+
+
+def test_a_failing_app_tells_its_kind_of_error_and_nothing_of_its_text():
+    with InProcessGrid(echo_app(), {"a": {"broken": True}}) as grid:
+        (reply,) = ask(grid, next(iter(grid.get_node_ids())), timeout=2)
+    assert reply.has_error()
+    assert reply.error.reason == "ValueError"
+    assert read_answer("a", reply).failure == "node error 2"
+
+
+def test_a_lost_message_ends_at_the_time_out():
+    with InProcessGrid(echo_app(), {"a": {}}, fault=lambda site, message: None) as grid:
+        started = time.monotonic()
+        assert ask(grid, next(iter(grid.get_node_ids())), timeout=0.3) == []
+        assert time.monotonic() - started < 1
+
+
+def test_a_message_to_nobody_is_lost():
+    with InProcessGrid(echo_app(), {"a": {}}) as grid:
+        assert ask(grid, 4242, timeout=0.1) == []
+
+
+def test_a_delayed_message_arrives_late():
+    with InProcessGrid(echo_app(), {"a": {}}, fault=lambda site, message: 0.15) as grid:
+        node = next(iter(grid.get_node_ids()))
+        started = time.monotonic()
+        assert len(ask(grid, node, timeout=3)) == 1
+        assert time.monotonic() - started >= 0.3  # there and back
+
+
+def test_after_close_nothing_is_delivered():
+    grid = InProcessGrid(echo_app(), {"a": {}})
+    node = next(iter(grid.get_node_ids()))
+    grid.close()
+    assert ask(grid, node, timeout=0.1) == []
+
+
+def test_an_exchange_knows_only_the_sites_it_asked_for():
+    with InProcessGrid(echo_app(), {"a": {}, "b": {}}) as grid:
+        exchange = Exchange(grid, discovery_s=5)
+        assert set(exchange.discover(["a"])) == {"a"}
+        assert exchange.sites == ("a",)
+
+
+def test_an_exchange_gives_up_on_a_site_that_is_not_there():
+    with InProcessGrid(echo_app(), {"a": {}}) as grid:
+        exchange = Exchange(grid, discovery_s=0.3)
+        started = time.monotonic()
+        assert set(exchange.discover(["a", "zz"])) == {"a"}
+        assert time.monotonic() - started < 2
+        answers = exchange.ask({"zz": Request(kind="hello", header={})}, timeout_s=0.2)
+        assert answers["zz"][0].failure == "not connected"
+
+
+def test_one_silent_site_does_not_hold_back_the_others_answers():
+    silent = []
+
+    def fault(site, message):
+        return None if site == "b" and silent else 0.0
+
+    with InProcessGrid(echo_app(), {"a": {}, "b": {}}, fault=fault) as grid:
+        exchange = Exchange(grid, discovery_s=5)
+        exchange.discover(["a", "b"])
+        silent.append(True)
+        answers = exchange.ask(dict.fromkeys("ab", Request(kind="hello", header={})), timeout_s=0.4)
+    assert answers["a"][0].failure == ""
+    assert answers["b"][0].failure == "timeout"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"header": ConfigRecord({"header": b"{}"})},
+        {"header": ConfigRecord({"header": "text"}), "blobs": ConfigRecord({})},
+        {"header": ConfigRecord({"header": b"{"}), "blobs": ConfigRecord({})},
+        {"header": ConfigRecord({"header": b"[]"}), "blobs": ConfigRecord({})},
+        {"header": ConfigRecord({"header": b'{"a":1,"a":2}'}), "blobs": ConfigRecord({})},
+        {"header": ConfigRecord({"header": b"{}"}), "blobs": ConfigRecord({"update": 3})},
+        {"header": ConfigRecord({"header": b'{"error":"internal_error"}'}), "blobs": ConfigRecord({})},
+    ],
+)
+def test_replies_outside_the_protocol_are_failures(content):
+    with InProcessGrid(echo_app(), {"a": {}}) as grid:
+        origin = Request(kind="hello", header={}).message(next(iter(grid.get_node_ids())), "")
+    reply = Message(RecordDict(content), reply_to=origin)
+    assert read_answer("a", reply).failure
+
+
+def test_the_server_app_names_what_its_run_config_lacks():
+    from flwr.app import Context
+
+    from federation.server_app import app
+
+    with (
+        InProcessGrid(echo_app(), {"a": {}}) as grid,
+        pytest.raises(FederationError, match="`home` and `run`"),
+    ):
+        app(grid=grid, context=Context(0, 0, {}, RecordDict(), {"home": "", "run": ""}))
