@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,7 +98,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    outcome = application(given, prog_name="affidavit", standalone_mode=False)
+    return _run(application, given)
+
+
+def _run(application: typer.Typer, given: list[str]) -> int:
+    import click
+    import typer
+
+    try:
+        outcome = application(given, prog_name="affidavit", standalone_mode=False)
+    except click.exceptions.Abort:
+        print("error command.aborted: nothing was done", file=sys.stderr)
+        return 1
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "affidavit"
+        if "--json" in given:
+            document = {"error": {"code": "command.usage", "message": error.format_message()}}
+            typer.echo(json.dumps(document))
+        print(f"error command.usage: {error.format_message()} (see {path} --help)", file=sys.stderr)
+        return 2
     return outcome if isinstance(outcome, int) else 0
 
 
@@ -106,7 +129,7 @@ def build_application() -> typer.Typer:
     import typer
 
     application = typer.Typer(
-        name="affidavit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+        name="affidavit", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
     )
     for package in _PACKAGES:
         importlib.import_module(f"{package}.commands").register(application)

@@ -25,6 +25,7 @@ R = TypeVar("R")
 
 DEFAULT_BASE: Final = ".affidavit"
 DEBUG: Final = "AFFIDAVIT_DEBUG"
+_MAX_ERROR_LINES: Final = 20
 
 
 class CommandError(Exception):
@@ -62,7 +63,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             if os.environ.get(DEBUG):
                 raise
             code, message = describe(error)
-            fail(code, message, as_json=bool(kwargs.get("as_json")))
+            fail(code, _shortened(message), as_json=bool(kwargs.get("as_json")))
 
     return run
 
@@ -81,6 +82,12 @@ def describe(error: Exception) -> tuple[str, str]:
     if isinstance(error, OSError):
         return "command.os", str(error)
     return "command.internal", f"{type(error).__name__}: {error} (set {DEBUG}=1 for the traceback)"
+
+
+def _shortened(message: str) -> str:
+    lines = message.splitlines()
+    more = len(lines) - _MAX_ERROR_LINES
+    return message if more <= 0 else "\n".join([*lines[:_MAX_ERROR_LINES], f"and {more} more"])
 
 
 def fail(code: str, message: str, *, as_json: bool, status: int = 1) -> NoReturn:

@@ -48,6 +48,7 @@ def demo(
     verifies.
 
     Everything is real and stays in one folder. About a minute on two cores.
+
     Exit codes: 0 every link held, 1 one did not (its code is named), 2 wrong usage.
     """
     import dataclasses
@@ -72,9 +73,9 @@ def train(
     public_set: Annotated[
         Path | None, typer.Option(help="The public set's file; without it no gate can pass.")
     ] = None,
-    lifetime_epsilon: Annotated[
-        str | None, typer.Option(help="Lifetime budget of each site that has no home yet.")
-    ] = None,
+    agree: Annotated[
+        bool, typer.Option("--agree", help="Agree to the charter for every site here; all are yours.")
+    ] = False,
     engine: Annotated[str, typer.Option(help="inprocess, or ray (an extra).")] = "inprocess",
     home: Home = None,
     as_json: AsJson = False,
@@ -82,10 +83,11 @@ def train(
     """Train on your own files: every site's agent runs on this machine, each with its own home and budget.
 
     The coordinator's home and the sites' homes must exist (`init`, `site add`). Registers the version;
-    approve it with `affidavit models approve`. Exit codes: 0 trained and registered, 1 refused or failed
+    approve it with `affidavit models approve`.
+
+    Exit codes: 0 trained and registered, 1 refused or failed
     (the log says why), 2 wrong usage.
     """
-    from audit.console import fail
     from audit.principal import LocalOwner, Principal
     from clients.demo_screen import Screen
     from clients.service import approve_charter
@@ -99,16 +101,20 @@ def train(
     base, loaded, person = base_home(home), Charter.load(charter), _identity(author)
     files = _named_files(sites)
     if sorted(files) != sorted(loaded.site_names):
-        fail(
-            "train.sites",
-            f"--site names {sorted(files)}, the charter names {sorted(loaded.site_names)}",
-            as_json=as_json,
+        raise CommandError(
+            f"--site names {sorted(files)}, the charter names {sorted(loaded.site_names)}", code="train.sites"
         )
-    text = loaded.canonical().decode()
-    homes = {
-        name: approve_charter(_site_home(base, name, path, lifetime_epsilon), text)
-        for name, path in files.items()
-    }
+    homes = {name: _site_home(base, name, path) for name, path in files.items()}
+    for name, place in homes.items():
+        rules = place.config.rules
+        if agree:
+            homes[name] = approve_charter(place, loaded.canonical().decode())
+        elif not rules.auto_approve and loaded.digest not in rules.approved_charters:
+            raise CommandError(
+                f"site {name} has not agreed; run `affidavit charter sign {charter} --site {name}`, or add "
+                "--agree when all these sites are yours",
+                code="train.not_agreed",
+            )
     screen = Screen(quiet=as_json)
     with Coordinator.open(base / "coordinator") as coordinator:
         with screen.training(loaded.plan.rounds):
@@ -247,6 +253,7 @@ def sign_charter(
     """Show what a charter would cost this site and what its file lacks, then agree to it.
 
     The agent signs with the site's key when the coordinator asks. Problems in the file are shown here only.
+
     Exit codes: 0 agreed, 1 not agreed: it does not fit the lifetime budget or is not for this site, 2 wrong
     usage.
     """
@@ -286,7 +293,7 @@ def _open_site(base: Path, name: str) -> SiteHome:
     return SiteHome.open(base / "sites" / name)
 
 
-def _site_home(base: Path, name: str, data: Path, lifetime_epsilon: str | None) -> SiteHome:
+def _site_home(base: Path, name: str, data: Path) -> SiteHome:
     from clients.home import SiteHome
 
     found = SiteHome.open(base / "sites" / name)

@@ -88,6 +88,7 @@ def new_charter(
     """Write a charter to fill in: a line for each column of the file.
 
     Bounds, units and categories are left for you to say: read from data, they would tell about it.
+
     Exit codes: 0 done, 1 the file has no header or the charter exists, 2 wrong usage.
     """
     from federation.draft import draft_charter, read_header

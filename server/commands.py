@@ -54,6 +54,7 @@ def serve(
     """Serve the HTTP API until stopped. Its description is at /docs.
 
     With --json the first line of standard output is {"url": …} once the socket listens.
+
     Exit codes: 0 stopped, 1 it could not start, 2 wrong usage.
     """
     import logging
