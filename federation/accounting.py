@@ -138,8 +138,8 @@ def pld_epsilon(events: Sequence[MechanismEvent], delta: float, *, grid: float =
     for event in events:
         check_event(event)
     relation = relation_of(events)
-    if rdp_epsilon(events, delta) > _COARSE_BEYOND:
-        grid = max(grid, PLANNING_GRID)
+    if grid < PLANNING_GRID and rdp_epsilon(events, delta) > _COARSE_BEYOND:
+        grid = PLANNING_GRID
     loss = _loss(_kinds(events), relation, grid)
     epsilon = epsilon_with_discretisation(events, delta, loss.get_epsilon_for_delta)
     if all(event.sampling == "full" for event in events):
