@@ -16,7 +16,7 @@ Layer: TypeAlias = Mapping[str, Any]
 Shape: TypeAlias = tuple[int, ...]
 
 NORM_EPS: Final = 1e-5
-MAX_PARAMETERS: Final = 50_000_000
+MAX_PARAMETERS: Final = 8_000_000  # an update of as many whole numbers still fits into an evidence file
 _MAX_SIZE: Final = 1 << 24
 
 _FIELDS: Final[dict[str, tuple[str, ...]]] = {

@@ -153,7 +153,7 @@ class Report:
         }
 
     def json_text(self) -> str:
-        return json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_json(), indent=2) + "\n"
 
     def text(self) -> str:
         """Return the report as plain text for a person."""

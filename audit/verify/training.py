@@ -147,6 +147,10 @@ def _round(
             leaf.index,
         )
     participants = statements[0].body.participants
+    if not set(participants) <= set(chain.accepted):
+        raise FailError(
+            "round.sites", f"round {number} asked a site that had not accepted the run", leaf.index
+        )
     if sorted([*sites, *body.missing]) != list(participants):
         raise FailError(
             "round.sites",
