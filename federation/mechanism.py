@@ -28,7 +28,7 @@ def sensitivity_grid(*, grid_bits: int, dimension: int, relation: str, precision
     """
     gradients = 2 if relation == "replace_one" else 1
     root = math.isqrt(dimension - 1) + 1
-    return math.ceil((gradients << grid_bits) * (1 + SLACK[precision])) + root
+    return gradients * (math.ceil((1 << grid_bits) * (1 + SLACK[precision])) + root)
 
 
 def release_event(

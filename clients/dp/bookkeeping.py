@@ -26,6 +26,9 @@ from clients.dp.losses import OUTPUT_GRADIENTS, Loss, OutputGradient
 from clients.dp.selfcheck import check_against_definition
 
 CHUNK_ROWS = 1024
+_LEAST_ROWS = 64
+"""Fewest rows in a pass. Matrix libraries take other kernels for a handful of rows, which round otherwise: the
+gradients of three rows would change when a fourth one leaves. Weights may be chosen to make much of that."""
 
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.MultiheadAttention, nn.RNNBase)
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float64: "float64", torch.float32: "float32"}
@@ -117,6 +120,8 @@ class ClippedGradient:
         self._checked = True
 
     def _add(self, inputs: Tensor, targets: Tensor, mask: Tensor | None) -> None:
+        if len(inputs) < _LEAST_ROWS:
+            inputs, targets, mask = _filled_up(inputs, targets, mask)
         square_norms, unreadable = self._pass.square_norms(inputs, targets)
         with torch.no_grad():
             probe = square_norms.sum() + inputs.sum()
@@ -210,6 +215,14 @@ class BookPass:
     def accumulate(self, factors: Tensor) -> None:
         for book in self._books:
             book.accumulate(factors)
+
+
+def _filled_up(inputs: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `_LEAST_ROWS` rows: those given, then copies of the first one that count zero times."""
+    rows = torch.arange(_LEAST_ROWS)
+    real = rows < len(inputs)
+    rows = torch.where(real, rows, 0)
+    return inputs[rows], targets[rows], real if mask is None else real & mask[rows].bool()
 
 
 def _plan(model: nn.Module, views: dict[str, Tensor], loss: Loss) -> Pass:

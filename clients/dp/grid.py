@@ -48,7 +48,8 @@ def ceil_sqrt(value: int) -> int:
 def sensitivity_grid(*, grid_bits: int, dimension: int, relation: Relation, precision: Precision) -> int:
     """Return an upper bound, in grid units, on the L2 distance of two neighbouring rounded sums.
 
-    `add_remove` and `zero_out` move the sum by one clipped gradient; `replace_one` by two.
+    `add_remove` and `zero_out` move the sum by one clipped gradient; `replace_one` by two, each with its own
+    rounding, because a sampled step may hold the one and not the other.
 
     Raises:
         TermsError: a value is outside its range.
@@ -62,7 +63,7 @@ def sensitivity_grid(*, grid_bits: int, dimension: int, relation: Relation, prec
     if relation not in ("add_remove", "zero_out", "replace_one"):
         raise TermsError("relation", relation, "give add_remove, zero_out or replace_one")
     gradients = 2 if relation == "replace_one" else 1
-    return math.ceil((gradients << grid_bits) * (1 + SLACK[precision])) + ceil_sqrt(dimension)
+    return gradients * (math.ceil((1 << grid_bits) * (1 + SLACK[precision])) + ceil_sqrt(dimension))
 
 
 def sigma_grid(*, noise_multiplier: float | Decimal | Fraction, sensitivity: int) -> int:
