@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from audit._files import write_durably
@@ -132,9 +131,7 @@ class SigningKey:
 
     def __init__(self, private: Ed25519PrivateKey) -> None:
         self._private = private
-        self.verify_key = VerifyKey(
-            private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-        )
+        self.verify_key = VerifyKey(private.public_key().public_bytes_raw())
 
     @classmethod
     def generate(cls) -> SigningKey:
@@ -167,6 +164,8 @@ class SigningKey:
         Raises:
             KeyFileError: the file exists, or the folder cannot be written.
         """
+        from cryptography.hazmat.primitives import serialization  # slow to load; a verifier reads no key file
+
         encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
         if passphrase is not None:
             if not passphrase:
@@ -193,6 +192,8 @@ class SigningKey:
         Raises:
             KeyFileError: no such file, readable by others, wrong passphrase, or not an Ed25519 key.
         """
+        from cryptography.hazmat.primitives import serialization
+
         try:
             with open(path, "rb") as file:
                 if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from statistics import median
 from typing import Any, Final
 
 from audit.decimals import parse_decimal, rounded_text
@@ -87,7 +86,7 @@ def baseline(metric: str, labels: Sequence[float]) -> float:
         case "r2":
             return 0.0
         case "mae":
-            return mae(labels, [median(labels)] * len(labels))
+            return mae(labels, [_median(labels)] * len(labels))
         case _:
             raise MetricError(f"no metric is called {metric!r}")
 
@@ -155,6 +154,11 @@ def gate_passes(gate: Mapping[str, Any], *, value: str, trivial: str) -> bool:
     if "margin_over_baseline" in gate:
         return score >= sign * parse_decimal(trivial) + margin
     return True
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered, middle = sorted(values), len(values) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _check(labels: Sequence[float], scores: Sequence[float]) -> None:
