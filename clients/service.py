@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import httpx
 
     from clients.agent import Agent
+    from federation.coordinator import Coordinator
 
 _PAGE: Final = 500
 
@@ -231,6 +232,28 @@ def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
     body = {"note_signature": line.decode(), "site": home.name}
     client.post(f"{url}/v1/audit/cosignatures", json=body).raise_for_status()
     return size
+
+
+def cosign_here(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> bytes:
+    """Publish the log and let the sites of `homes`, all on this machine, cosign it; return the note.
+
+    Raises:
+        WitnessError: a site refuses, because the log was rewritten, truncated or forked.
+    """
+    from audit.checkpoints import parse_checkpoint_note
+
+    now = int(datetime.now(UTC).timestamp())
+
+    def collect(note: bytes) -> dict[str, list[bytes]]:
+        size, lines = parse_checkpoint_note(note).tree_size, {}
+        for name, home in homes.items():
+            witness = _witness(home)
+            old_size = witness.tree_size
+            proof = coordinator.ledger.consistency_proof(old_size, size) if old_size else []
+            lines[name] = [witness.cosign(note, old_size, proof, now=now)]
+        return lines
+
+    return coordinator.cosign_round(collect)
 
 
 def check_against_log(

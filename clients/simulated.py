@@ -21,6 +21,7 @@ from audit.principal import LocalOwner, Principal
 from clients.errors import DataFileError, SimulationError
 from clients.home import SITE_NAME, SiteHome
 from clients.identity import Identity
+from clients.service import cosign_here
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.evaluation import model_outputs
@@ -114,9 +115,9 @@ class SimulatedRun:
             raise SimulationError("a run without privacy is a comparison; it cannot be registered")
         author = self.federation.scientist
         principal = Principal(id=author.key.verify_key.fingerprint, role="scientist", key=author.public)
-        self.version = register(
-            self.federation.coordinator, principal, LocalOwner(), RegisterRequest(run=self.id)
-        )
+        log = self.federation.coordinator
+        self.version = register(log, principal, LocalOwner(), RegisterRequest(run=self.id))
+        cosign_here(self.federation.homes, log)
         return self.version
 
     def approve(self, reason: str = "simulated approval") -> Version:
@@ -131,8 +132,31 @@ class SimulatedRun:
         officer = self.federation.officer
         principal = Principal(id=officer.key.verify_key.fingerprint, role="officer", key=officer.public)
         request = ApproveRequest(version=self.version.digest, to_state="live", reason=reason)
-        self.version = approve(self.federation.coordinator, principal, LocalOwner(), request, officer.key)
+        log = self.federation.coordinator
+        self.version = approve(log, principal, LocalOwner(), request, officer.key)
+        cosign_here(self.federation.homes, log)
         return self.version
+
+    @property
+    def policy(self) -> str:
+        """The trust file of the made-up sites: which log and which witnesses they believe."""
+        return next(iter(self.federation.homes.values())).policy().format()
+
+    def evidence(self) -> bytes:
+        """Return the file that proves the version offline, to whoever holds `policy`.
+
+        Raises:
+            SimulationError: the version is not registered yet.
+        """
+        if self.version is None:
+            raise SimulationError("register the version first: run.register()")
+        from audit.service import export_evidence
+
+        last = (
+            self.version.transitions[-1].leaf_index if self.version.transitions else self.version.leaf_index
+        )
+        log = self.federation.coordinator
+        return export_evidence(log.ledger, log.blobs.find, leaf_index=last)
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the averaged weights' answers for rows of the charter's features; nothing is logged."""
