@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
@@ -74,6 +74,27 @@ def check_event(event: MechanismEvent) -> float:
     return rate
 
 
+def on_one_footing(events: Sequence[MechanismEvent]) -> list[MechanismEvent]:
+    """Return the events under one neighbouring relation, the strictest of theirs.
+
+    Beside a replace-one event, a release stated for one row added or removed counts with two rows'
+    sensitivity.
+
+    Raises:
+        EpsilonError: rows and subjects are mixed; a guarantee for the one is none for the other.
+    """
+    if len({event.unit for event in events}) > 1:
+        raise EpsilonError("event.unit: events of unit row and of unit subject do not compose")
+    if len({event.relation == "replace_one" for event in events}) < 2:
+        return list(events)
+    return [
+        event
+        if event.relation == "replace_one"
+        else replace(event, relation="replace_one", sensitivity_grid=2 * event.sensitivity_grid)
+        for event in events
+    ]
+
+
 def discretisation_slack(events: Iterable[MechanismEvent], epsilon_cap: float) -> float:
     """Return how much delta the step from continuous to discrete noise costs, at epsilon `epsilon_cap`."""
     if epsilon_cap > 700:
@@ -121,6 +142,7 @@ def _full_batch(events: Sequence[MechanismEvent], delta: float) -> tuple[float, 
         raise EpsilonError("the exact Gaussian composition is for full batches (q = 1) only")
     if not events:
         return 0.0, True
+    events = on_one_footing(events)
     mu = math.sqrt(
         math.fsum(event.steps * (event.sensitivity_grid / event.sigma_grid) ** 2 for event in events)
     )
@@ -152,7 +174,7 @@ def rdp_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
     if not events:
         return 0.0
     kinds: dict[tuple[float, float, bool], int] = {}
-    for event in events:
+    for event in on_one_footing(events):
         key = (check_event(event), event.sigma_grid / event.sensitivity_grid, event.relation == "replace_one")
         kinds[key] = kinds.get(key, 0) + event.steps
     curves = [(steps, _rdp_curve(*key)) for key, steps in kinds.items()]
@@ -171,6 +193,74 @@ def recompute(events: Sequence[MechanismEvent], delta: float) -> EpsilonBound:
     value, exact = _full_batch(events, delta)
     method = "exact Gaussian composition" if exact else "zCDP upper bound"
     return EpsilonBound(value=value, method=method, exact=exact)
+
+
+def epsilon_floor(events: Sequence[MechanismEvent], delta: float) -> float:
+    """Return a value that the true epsilon is not below: an attack that anybody could mount on the releases.
+
+    The attacker adds up the releases along the changed row's direction and compares with a threshold t.
+    With P(sum > t) and Q(sum > t) on neighbouring data, epsilon is at least log((P - delta) / Q); the
+    best of many t counts. Releases of other sampling rates or noise are ignored, which can only lower the
+    value.
+
+    Raises:
+        EpsilonError: an event is not accountable, or delta is not in (0, 1).
+    """
+    _check_delta(delta)
+    groups: dict[tuple[float, float, bool], int] = {}
+    for event in events:
+        key = (check_event(event), event.sigma_grid / event.sensitivity_grid, event.relation == "replace_one")
+        groups[key] = groups.get(key, 0) + event.steps
+    distance = discretisation_slack(events, 0.0) / 2
+    return max(
+        (
+            _attack(rate, noise, replaced, steps, delta, distance)
+            for (rate, noise, replaced), steps in groups.items()
+        ),
+        default=0.0,
+    )
+
+
+def _attack(
+    rate: float, noise_multiplier: float, replaced: bool, steps: int, delta: float, distance: float
+) -> float:
+    spread = math.sqrt(steps) * noise_multiplier * (2.0 if replaced else 1.0)
+    counts = _binomial(steps, rate)
+    mean = steps * rate
+    reach = math.sqrt(steps * rate * (1 - rate) + spread**2)
+    best = 0.0
+    for position in range(241):
+        threshold = mean + (position / 20 - 4) * reach
+        there = math.fsum(p * math.exp(_log_normal_cdf((k - threshold) / spread)) for k, p in counts)
+        if replaced:
+            here = math.fsum(p * math.exp(_log_normal_cdf((-k - threshold) / spread)) for k, p in counts)
+        else:
+            here = math.exp(_log_normal_cdf(-threshold / spread))
+        gain = there - delta - distance
+        if gain > 0 and here + distance > 0:
+            best = max(best, math.log(gain / (here + distance)))
+    return best * (1 - _UP)
+
+
+def _binomial(steps: int, rate: float) -> list[tuple[int, float]]:
+    """Return (k, probability) for all that matters of a binomial; the tails left out only lower the attack."""
+    if rate == 1:
+        return [(steps, 1.0)]
+    middle, reach = steps * rate, 12 * math.sqrt(steps * rate * (1 - rate)) + 12
+    first, last = max(0, math.floor(middle - reach)), min(steps, math.ceil(middle + reach))
+    return [
+        (
+            k,
+            math.exp(
+                math.lgamma(steps + 1)
+                - math.lgamma(k + 1)
+                - math.lgamma(steps - k + 1)
+                + k * math.log(rate)
+                + (steps - k) * math.log1p(-rate)
+            ),
+        )
+        for k in range(first, last + 1)
+    ]
 
 
 def _check_delta(delta: float) -> None:

@@ -27,8 +27,8 @@ from clients.dp.selfcheck import check_against_definition
 
 CHUNK_ROWS = 1024
 _LEAST_ROWS = 64
-"""Fewest rows in a pass. Matrix libraries take other kernels for a handful of rows, which round otherwise: the
-gradients of three rows would change when a fourth one leaves. Weights may be chosen to make much of that."""
+"""Fewest rows in a pass. Matrix libraries take other kernels for a handful of rows, which round otherwise:
+the gradients of three rows would change when a fourth leaves, and weights can be chosen to magnify that."""
 
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.MultiheadAttention, nn.RNNBase)
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float64: "float64", torch.float32: "float32"}

@@ -1,4 +1,4 @@
-"""A row's gradient is its own: how many rows share the pass changes nothing, not even under hostile weights."""
+"""A row's gradient is its own: how many rows share the pass changes nothing, even under hostile weights."""
 
 from __future__ import annotations
 
