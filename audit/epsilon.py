@@ -237,13 +237,13 @@ def _attack(
         else:
             here = math.exp(_log_normal_cdf(-threshold / spread))
         gain = there - delta - distance
-        if gain > 0 and here + distance > 0:
-            best = max(best, math.log(gain / (here + distance)))
+        if gain > 0:
+            best = max(best, math.log(gain / (here + distance + 1e-30)))
     return best * (1 - _UP)
 
 
 def _binomial(steps: int, rate: float) -> list[tuple[int, float]]:
-    """Return (k, probability) for all that matters of a binomial; the tails left out only lower the attack."""
+    """Return (k, probability) of a binomial, without tails of less than one part in 10**30."""
     if rate == 1:
         return [(steps, 1.0)]
     middle, reach = steps * rate, 12 * math.sqrt(steps * rate * (1 - rate)) + 12

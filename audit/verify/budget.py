@@ -19,7 +19,13 @@ from audit.entries import (
     SiteUndelivered,
     event_hash,
 )
-from audit.epsilon import EpsilonError, epsilon_with_discretisation, rdp_epsilon, recompute
+from audit.epsilon import (
+    EpsilonError,
+    epsilon_floor,
+    epsilon_with_discretisation,
+    rdp_epsilon,
+    recompute,
+)
 from audit.errors import AuditError
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need, verify_body
 from audit.verify.history import LINKS
@@ -150,8 +156,11 @@ def check_epsilon(chain: Chain) -> Outcome:
 class Spent:
     """A recomputed epsilon: how, and whether an honest claim cannot be lower."""
 
-    def __init__(self, value: float, method: str, is_exact: bool, tolerance: float = 1e-6) -> None:
-        self.value, self.method, self.is_exact, self.tolerance = value, method, is_exact, tolerance
+    def __init__(
+        self, value: float, method: str, is_exact: bool, *, tolerance: float = 1e-6, floor: float = 0.0
+    ) -> None:
+        self.value, self.method, self.is_exact = value, method, is_exact
+        self.tolerance, self.floor = tolerance, floor
 
 
 def _events(chain: Chain, site: str, population: str, until: int) -> list[Leaf[SiteStatement]]:
@@ -188,8 +197,8 @@ def _spent(events: Sequence[MechanismEvent], delta: float, charter: CharterView)
         return Spent(bound.value, bound.method, True)
     value = _pld_epsilon(tuple(events), delta, charter.privacy.relation)
     if not value < bound.value:
-        return Spent(bound.value, bound.method, False)
-    return Spent(value, "PLD, grid 0.0001", True, _PLD_TOLERANCE)
+        return Spent(bound.value, bound.method, False, floor=epsilon_floor(events, delta))
+    return Spent(value, "PLD, grid 0.0001", True, tolerance=_PLD_TOLERANCE)
 
 
 @lru_cache(maxsize=64)
@@ -247,12 +256,13 @@ def _check_claim(claim: SiteEpsilon, field: str, spent: Spent, entry: int) -> bo
         raise FailError("epsilon.claims", f"epsilons.{claim.site}.{field}: {error}", entry) from error
     if claimed >= spent.value - spent.tolerance * max(1.0, spent.value):
         return True
-    if spent.is_exact:
+    least = spent.value if spent.is_exact else spent.floor
+    if claimed < least - spent.tolerance:
+        method = spent.method if spent.is_exact else "an attack by adding the releases up"
         raise FailError(
             "epsilon.claimed_lower",
-            f"epsilons.{claim.site}.{field} claims {getattr(claim, field)}; the events cost "
-            f"{_up(spent.value)} "
-            f"({spent.method})",
+            f"epsilons.{claim.site}.{field} claims {getattr(claim, field)}; the events cost at least "
+            f"{_up(least)} ({method})",
             entry,
         )
     return False

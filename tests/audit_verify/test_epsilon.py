@@ -13,6 +13,7 @@ from audit.entries import MechanismEvent
 from audit.epsilon import (
     EpsilonError,
     discretisation_slack,
+    epsilon_floor,
     gaussian_epsilon,
     rdp_epsilon,
     recompute,
@@ -98,6 +99,28 @@ def test_the_rdp_bound_is_never_below_the_privacy_loss_distribution(q, noise_mul
     theirs.compose(PoissonSampledDpEvent(q, GaussianDpEvent(noise_multiplier)), steps)
     pld = theirs.get_epsilon(1e-5)
     assert pld <= ours <= (3 if relation == "replace_one" else 1.35) * pld
+
+
+@pytest.mark.parametrize("relation", ["add_remove", "replace_one"])
+@pytest.mark.parametrize(
+    ("q", "noise_multiplier", "steps"), [(0.05, 1, 200), (0.25, 4, 200), (0.5, 3, 4), (1, 5, 30)]
+)
+def test_the_floor_is_just_below_the_privacy_loss_distribution(q, noise_multiplier, steps, relation):
+    factor = 0.5 if relation == "replace_one" else 1.0
+    ours = epsilon_floor([event(q, factor * noise_multiplier, steps, relation)], 1e-5)
+    theirs = PLDAccountant(RELATIONS[relation], value_discretization_interval=1e-3)
+    inner = GaussianDpEvent(noise_multiplier)
+    theirs.compose(inner if q == 1 else PoissonSampledDpEvent(q, inner), steps)
+    pld = theirs.get_epsilon(1e-5)
+    assert 0.7 * pld <= ours <= pld
+
+
+def test_the_floor_of_several_kinds_of_events_is_the_worst_one_s():
+    assert epsilon_floor([], 1e-5) == 0
+    one, two = event(0.5, 3, 4), event(1, 30, 2)
+    assert epsilon_floor([one, two], 1e-5) == pytest.approx(epsilon_floor([one], 1e-5), rel=1e-6)
+    with pytest.raises(EpsilonError):
+        epsilon_floor([one], 2.0)
 
 
 def test_integer_orders_agree_with_another_implementation():

@@ -104,16 +104,23 @@ def test_the_verifier_loads_nothing_but_the_standard_library_and_cryptography(ca
     assert foreign <= {"audit", "cryptography", "cffi"}
 
 
-def test_epsilon_below_an_upper_bound_is_attested_where_no_accountant_is_installed(
-    case, tmp_path, make_world
+@pytest.mark.parametrize(
+    ("claimed", "word", "code"),
+    [("3.9", "ATTESTED", "epsilon.bound_only"), ("3", "FAIL", "epsilon.claimed_lower")],
+)
+def test_without_an_accountant_a_claim_below_the_bound_is_attested_or_disproved(
+    tmp_path, make_world, claimed, word, code
 ):
-    """The bare install cannot recompute a PLD; it says so instead of believing, and catches a false RDP."""
-    world = make_world(
-        charter_changes=lambda charter: charter["privacy"].update(
-            sample_rate="0.5", noise_multiplier="3", epsilon="9"
-        ),
-        before={"version.registered": lower_the_claims},
-    )
+    """The bare install cannot recompute a PLD: it says so, and still refuses what an attack disproves."""
+
+    def claim(world, body):
+        lower = (replace(item, run_epsilon=claimed, lifetime_epsilon=claimed) for item in body.epsilons)
+        return replace(body, epsilons=tuple(lower))
+
+    def terms(charter):
+        charter["privacy"].update(sample_rate="0.5", noise_multiplier="1.5", epsilon="9")
+
+    world = make_world(charter_changes=terms, before={"version.registered": claim})
     index, opened = world.whole()
     world.publish(at=datetime.now(UTC))
     (tmp_path / "evidence.zip").write_bytes(world.evidence(index, opened=opened))
@@ -124,11 +131,4 @@ def test_epsilon_below_an_upper_bound_is_attested_where_no_accountant_is_install
     )
     done = run(tmp_path, "evidence.zip", "--policy", "policy.txt", "--json", code=bare)
     step = next(s for s in json.loads(done.stdout)["steps"] if s["title"] == "Epsilon")
-    assert (step["word"], step["code"]) == ("ATTESTED", "epsilon.bound_only")
-    assert "affidavit[accounting]" in step["detail"]
-
-
-def lower_the_claims(world, body):
-    """What a PLD would claim: below the RDP bound."""
-    lower = (replace(claim, run_epsilon="1.2", lifetime_epsilon="1.2") for claim in body.epsilons)
-    return replace(body, epsilons=tuple(lower))
+    assert (step["word"], step["code"]) == (word, code), step
