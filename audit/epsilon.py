@@ -208,7 +208,7 @@ def epsilon_floor(events: Sequence[MechanismEvent], delta: float) -> float:
     """
     _check_delta(delta)
     groups: dict[tuple[float, float, bool], int] = {}
-    for event in events:
+    for event in on_one_footing(events):
         key = (check_event(event), event.sigma_grid / event.sensitivity_grid, event.relation == "replace_one")
         groups[key] = groups.get(key, 0) + event.steps
     distance = discretisation_slack(events, 0.0) / 2

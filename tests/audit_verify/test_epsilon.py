@@ -236,3 +236,18 @@ def test_an_event_that_nobody_can_account_for_is_refused(change):
 def test_a_delta_outside_zero_and_one_is_refused(delta):
     with pytest.raises(EpsilonError, match="delta"):
         gaussian_epsilon([event(1, 5, 30)], delta)
+
+
+def test_events_of_different_relations_count_under_the_strictest():
+    mixed = [event(1, 5, 10), event(1, 5, 20, "replace_one")]
+    alone = gaussian_epsilon([event(1, 5, 20, "replace_one")], 1e-5)
+    doubled = gaussian_epsilon([event(1, 2.5, 10, "replace_one"), event(1, 5, 20, "replace_one")], 1e-5)
+    assert gaussian_epsilon(mixed, 1e-5) == pytest.approx(doubled) > alone
+    assert rdp_epsilon(mixed, 1e-5) > gaussian_epsilon(mixed, 1e-5) > epsilon_floor(mixed, 1e-5) * 0.99
+
+
+def test_rows_and_subjects_do_not_compose():
+    mixed = [event(1, 5, 10), dataclasses.replace(event(1, 5, 10), unit="subject")]
+    for account in (gaussian_epsilon, rdp_epsilon, epsilon_floor, recompute):
+        with pytest.raises(EpsilonError, match="unit"):
+            account(mixed, 1e-5)
