@@ -11,37 +11,29 @@ answer takes can depend on the number of rows.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
-from audit.decimals import decimal_text
 from audit.entries import (
     ZERO_DIGEST,
-    CharterSigned,
-    MechanismEvent,
-    RunAccepted,
     SiteRefused,
     SiteStatement,
     body_document,
-    decode_signature,
     event_hash,
-    signing_payload,
 )
-from audit.errors import AuditError, WitnessConflictError, WitnessError
-from audit.keys import VerifyKey, parse_public_key
+from audit.errors import WitnessConflictError, WitnessError
 from audit.witness import Witness
+from clients.admission import Admission
 from clients.code_digest import agent_code
-from clients.errors import DataFileError, LedgerBehindError, RefusedError
+from clients.errors import LedgerBehindError, RefusedError
 from clients.history import Clock, History
 from clients.home import SiteHome
-from clients.identity import signature_text
 from clients.ledger import Head, Release, Reservation, SiteLedger
 from clients.requests import (
     LoggedEntry,
@@ -54,10 +46,8 @@ from clients.requests import (
     parse_propose,
     parse_round,
 )
-from clients.terms import Terms, charter_digest, read_terms
+from clients.terms import Terms
 from clients.trainer import Trainer
-from federation.accounting import LifetimeFilter
-from federation.errors import AccountingError
 
 _logger = logging.getLogger(__name__)
 
@@ -77,18 +67,17 @@ class Agent:
         Raises:
             ClientsError: the home's policy or keys are missing.
         """
-        self.home = home
         self._ledger = ledger
         self._keys = home.keys()
-        self._policy = home.policy()
-        self._history = History(self._policy, self._keys.statement.verify_key, clock)
         self._clock = clock
         self._trainer = Trainer(home.config.data)
-        self._terms: dict[str, Terms] = {}
+        self.admission = Admission(home, self._keys, ledger, self._trainer)
+        policy = home.policy()
+        self._history = History(policy, self._keys.statement.verify_key, clock)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
         self._witness = Witness(
-            home.witness_path, self._keys.witness_signer(home.name), self._policy.logs[0].verifier
+            home.witness_path, self._keys.witness_signer(home.name), policy.logs[0].verifier
         )
 
     @classmethod
@@ -106,6 +95,10 @@ class Agent:
         except BaseException:
             ledger.close()
             raise
+
+    @property
+    def home(self) -> SiteHome:
+        return self.admission.home
 
     @property
     def name(self) -> str:
@@ -158,7 +151,8 @@ class Agent:
             enrolment = self._keys.enrolment(self.name, self.population)
             return {"enrolment": body_document(enrolment)}, {}
         if kind == "charter.sign":
-            return self._sign_charter(parse_charter_text(header))
+            signed = self.admission.sign_charter(parse_charter_text(header))
+            return {"signature": body_document(signed)}, {}
         if kind == "cosign":
             return self._cosign(header)
         if kind == "run.propose":
@@ -191,140 +185,18 @@ class Agent:
         body = SiteRefused(
             run=run, charter=charter, site=self.name, round=number, reason=error.refusal, signature=""
         )
-        return {"refusal": body_document(self._signed(body))}, {}
-
-    def _signed(self, body: Any) -> Any:
-        domain, payload = signing_payload(body)
-        return dataclasses.replace(body, signature=signature_text(self._keys.statement, domain, payload))
-
-    # charters
-
-    def _sign_charter(self, canonical: str) -> Answer:
-        terms = read_terms(canonical, site=self.name)
-        self._check_membership(terms)
-        if terms.digest not in self.home.config.rules.approved_charters:
-            if not self.home.config.rules.auto_approve:
-                raise RefusedError(
-                    "charter_not_approved",
-                    f"charter {terms.digest} waits for this site's people; see `affidavit charter sign`",
-                )
-            self.home = self.home.approve(terms.digest)
-        body = CharterSigned(digest=terms.digest, site=self.name, signature="")
-        domain, payload = signing_payload(body)
-        signed = dataclasses.replace(body, signature=signature_text(self._keys.identity, domain, payload))
-        return {"signature": body_document(signed)}, {}
-
-    def _approved_terms(self, canonical: str) -> Terms:
-        digest = charter_digest(canonical)
-        if digest not in self.home.config.rules.approved_charters:
-            raise RefusedError("charter_not_approved", f"this site has not signed charter {digest}")
-        if digest not in self._terms:
-            terms = read_terms(canonical, site=self.name)
-            self._check_membership(terms)
-            self._terms[digest] = terms
-        return self._terms[digest]
-
-    def _check_membership(self, terms: Terms) -> None:
-        if terms.identities[self.name] != self._keys.identity.text:
-            raise RefusedError("charter_not_approved", "the charter gives this site another identity key")
-        allowed = self.home.config.rules.purposes
-        foreign = sorted(set(terms.purposes) - set(allowed)) if allowed else []
-        if foreign:
-            raise RefusedError(
-                "purpose_not_allowed", f"the charter serves {foreign}, site.yaml allows {allowed}"
-            )
-
-    # runs
+        return {"refusal": body_document(self._keys.signed(body))}, {}
 
     def _accept(self, request: ProposeRequest) -> Answer:
-        run = request.run
-        if run.charter != charter_digest(request.charter):
-            raise RefusedError(
-                "charter_not_approved", "the run names another charter than the text it came with"
-            )
-        terms = self._approved_terms(request.charter)
         if request.own_statement is not None:
             self._note_own(request.own_statement)
-        self._check_run(run, terms)
-        reservation = self._ledger.reservation(run.run)
-        if reservation is None:
-            self._check_data(terms)
-            reservation = self._reserve(run.run, terms, request.charter)
-        elif charter_digest(reservation.charter) != terms.digest or reservation.closed:
-            raise RefusedError(
-                "run_not_accepted", f"run {run.run} was accepted under other terms, or is over"
-            )
+        reservation = self.admission.accept(request.run, request.charter)
         undelivered = [
             body_document(statement)
             for statement in self._ledger.undelivered(self.population)
-            if statement.run != run.run
+            if statement.run != request.run.run
         ]
-        acceptance = parse_canonical(reservation.acceptance)
-        return {"acceptance": acceptance, "undelivered": undelivered}, {}
-
-    def _check_run(self, run: Any, terms: Terms) -> None:
-        domain, payload = signing_payload(run)
-        try:
-            VerifyKey(parse_public_key(run.author)).verify(domain, payload, decode_signature(run.signature))
-        except AuditError as error:
-            raise RefusedError("bad_request", f"run_started is not signed by its author: {error}") from error
-        if run.rounds != terms.rounds:
-            raise RefusedError("bad_request", f"the run has {run.rounds} rounds, the charter {terms.rounds}")
-        self._check_participants(run.sites, terms)
-        if run.initial_model != hashlib.sha256(terms.initial_model()).hexdigest():
-            raise RefusedError("base_model_mismatch", "the run does not start from the charter's weights")
-
-    def _check_participants(self, names: tuple[str, ...], terms: Terms) -> None:
-        allowed = set(names) <= set(terms.sites) and list(names) == sorted(set(names))
-        if not allowed or self.name not in names or len(names) < terms.minimum_sites:
-            raise RefusedError(
-                "participants_not_allowed",
-                f"participants {list(names)[:20]} must be sorted, of the charter, include this site, "
-                f"and be at least {terms.minimum_sites}",
-            )
-
-    def _check_data(self, terms: Terms) -> None:
-        try:
-            self._trainer.check_file(terms)
-        except DataFileError as error:
-            raise RefusedError("contract_not_met", str(error)) from error
-
-    def _reserve(self, run: str, terms: Terms, canonical: str) -> Reservation:
-        planned = (terms.event,) * terms.rounds
-        lifetime = self.home.config.lifetime
-        committed = self._ledger.committed_events(self.population)
-        if not self._admits(committed, planned):
-            raise RefusedError(
-                "budget_exhausted",
-                f"{len(planned)} more releases after {len(committed)} would pass this site's lifetime cap "
-                f"of epsilon {lifetime.epsilon} at delta {lifetime.delta}",
-            )
-        head = self._ledger.head(self.population)
-        body = RunAccepted(
-            run=run,
-            charter=terms.digest,
-            site=self.name,
-            population=self.population,
-            next_sequence=head.sequence + 1,
-            previous_event=head.event_hash,
-            planned_events=len(planned),
-            lifetime_epsilon_cap=decimal_text(lifetime.epsilon),
-            signature="",
-        )
-        acceptance = canonical_bytes(body_document(self._signed(body)))
-        reservation = Reservation(run, self.population, canonical, planned, acceptance, False)
-        self._ledger.reserve(reservation)
-        return reservation
-
-    def _admits(self, committed: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
-        """Ask the hard stop: the site's own cap over the population's whole life."""
-        lifetime = self.home.config.lifetime
-        try:
-            return LifetimeFilter(epsilon=lifetime.epsilon, delta=lifetime.delta).admits(committed, planned)
-        except AccountingError as error:
-            raise RefusedError("budget_exhausted", str(error)) from error
-
-    # rounds
+        return {"acceptance": parse_canonical(reservation.acceptance), "undelivered": undelivered}, {}
 
     def _round(self, request: RoundRequest) -> Answer:
         digest = _request_digest(request)
@@ -341,10 +213,10 @@ class Agent:
             raise RefusedError(
                 "run_not_accepted", f"this site has not accepted run {request.run}, or it is over"
             )
-        terms = self._approved_terms(reservation.charter)
+        terms = self.admission.approved_terms(reservation.charter)
         if request.charter != terms.digest:
             raise RefusedError("charter_not_approved", "the round names another charter than its run")
-        self._check_participants(request.participants, terms)
+        self.admission.check_participants(request.participants, terms)
         if not 1 <= request.round <= terms.rounds:
             raise RefusedError("round_out_of_order", f"the charter has {terms.rounds} rounds")
         previous_round = self._check_past(request, terms)
@@ -395,7 +267,7 @@ class Agent:
         spent = [release.statement.event for release in releases]
         if used >= len(reservation.planned) or reservation.planned[used] != terms.event:
             raise RefusedError("budget_exhausted", f"run {reservation.run} has used its whole reservation")
-        if not self._admits(spent, (terms.event,)):
+        if not self.admission.admits(spent, (terms.event,)):
             raise RefusedError("budget_exhausted", "this site's lifetime cap is reached")
 
     def _release(self, request: RoundRequest, terms: Terms, previous_round: str, digest: str) -> Release:
@@ -417,9 +289,7 @@ class Agent:
             update=hashlib.sha256(update_file).hexdigest(),
             signature="",
         )
-        return self._ledger.commit_release(self._signed(unsigned), update_file, digest)
-
-    # witness
+        return self._ledger.commit_release(self._keys.signed(unsigned), update_file, digest)
 
     def _cosign(self, header: bytes) -> Answer:
         request = parse_cosign(header)

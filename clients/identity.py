@@ -12,16 +12,25 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from audit.entries import SiteEnrolled, signing_payload
+from audit.entries import (
+    CharterSigned,
+    RunAccepted,
+    SiteEnrolled,
+    SiteRefused,
+    SiteStatement,
+    signing_payload,
+)
 from audit.errors import AuditError
 from audit.keys import SigningKey
 from audit.notes import KeyType, NoteSigner
 from clients.errors import IdentityError
+
+T = TypeVar("T", CharterSigned, RunAccepted, SiteRefused, SiteStatement)
 
 IDENTITY_KEY: Final = "identity.pem"
 STATEMENT_KEY: Final = "statement.pem"
@@ -151,6 +160,12 @@ class SiteKeys:
             statement_proof=signature_text(self.statement, domain, payload),
             witness_proof=signature_text(self.witness, domain, payload),
         )
+
+    def signed(self, body: T) -> T:
+        """Return `body` with its signature: a charter by the identity key, all else by the statement key."""
+        domain, payload = signing_payload(body)
+        key = self.identity if domain == "charter" else self.statement
+        return dataclasses.replace(body, signature=signature_text(key, domain, payload))
 
 
 def signature_text(key: SigningKey, domain: str, payload: bytes) -> str:

@@ -20,48 +20,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
-from sqlalchemy import LargeBinary, MetaData, UniqueConstraint, event, text
+from sqlalchemy import event, text
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlmodel import Field, SQLModel, create_engine, insert, select, update
+from sqlmodel import create_engine, insert, select, update
 
 from audit._files import write_durably
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import ZERO_DIGEST, MechanismEvent, SiteStatement, body_document, event_hash, parse_body
 from clients.errors import HomeError, LedgerBehindError, OdometerError
+from clients.ledger_tables import ReleaseRow, ReservationRow, SiteTable
 
 SCHEMA_VERSION: Final = 1
-
-
-class _SiteTable(SQLModel):
-    metadata: ClassVar[MetaData] = MetaData()
-
-
-class ReleaseRow(_SiteTable, table=True):
-    __tablename__ = "release"
-    __table_args__ = (UniqueConstraint("population", "sequence"), UniqueConstraint("run", "round"))
-    id: int | None = Field(default=None, primary_key=True)
-    population: str
-    sequence: int
-    run: str
-    round: int
-    charter: str
-    request_digest: str
-    event_hash: str
-    statement: bytes = Field(sa_type=LargeBinary)  # canonical bytes of the signed body
-    update: bytes = Field(sa_type=LargeBinary)  # the update file as sent
-    delivered: int = 0
-
-
-class ReservationRow(_SiteTable, table=True):
-    __tablename__ = "reservation"
-    run: str = Field(primary_key=True)
-    population: str
-    charter: str
-    planned: bytes = Field(sa_type=LargeBinary)  # canonical bytes of the planned events
-    acceptance: bytes = Field(sa_type=LargeBinary)  # canonical bytes of the signed body
-    closed: int = 0
 
 
 _RELEASE: Final = ReleaseRow.__table__  # type: ignore[attr-defined]
@@ -253,7 +224,7 @@ class SiteLedger:
                         seen=max(head.sequence for head in self._high_water().values()),
                         witness=str(self._high_water_path),
                     )
-                _SiteTable.metadata.create_all(connection)
+                SiteTable.metadata.create_all(connection)
                 connection.execute(text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
             elif version != SCHEMA_VERSION:
                 raise HomeError(

@@ -93,7 +93,7 @@ def test_extra_rounds_beyond_the_charter_are_refused(network, code_of):
 def test_other_terms_than_the_signed_ones_are_refused(build_network, changes, code_of, request_of):
     network = build_network(auto_approve=False)
     for agent in network.agents.values():
-        agent.home = agent.home.approve(network.charter.digest)
+        agent.admission.home = agent.home.approve(network.charter.digest)
     network.start()
     other = network.variant(**changes)
     header = {"run_started": network.run_started(other, run="run-2"), "charter": network.text(other)}
@@ -318,7 +318,7 @@ def test_a_purpose_the_site_does_not_allow_is_refused(build_network, code_of, re
     agent = network.agents["alpha"]
     rules = agent.home.config.rules.model_copy(update={"purposes": ("billing",)})
     config = agent.home.config.model_copy(update={"rules": rules})
-    agent.home = dataclasses.replace(agent.home, config=config)
+    agent.admission.home = dataclasses.replace(agent.home, config=config)
     assert code_of(request_of(agent, "charter.sign", {"charter": network.text()})[0]) == "purpose_not_allowed"
 
 

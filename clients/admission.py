@@ -1,0 +1,148 @@
+"""What a site agrees to before any round: charters that its people approved, runs that its budget allows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from audit.canonical import canonical_bytes
+from audit.decimals import decimal_text
+from audit.entries import (
+    CharterSigned,
+    MechanismEvent,
+    RunAccepted,
+    RunStarted,
+    body_document,
+    decode_signature,
+    signing_payload,
+)
+from audit.errors import AuditError
+from audit.keys import VerifyKey, parse_public_key
+from clients.errors import DataFileError, RefusedError
+from clients.home import SiteHome
+from clients.identity import SiteKeys
+from clients.ledger import Reservation, SiteLedger
+from clients.terms import Terms, charter_digest, read_terms
+from clients.trainer import Trainer
+from federation.accounting import LifetimeFilter
+from federation.errors import AccountingError
+
+
+class Admission:
+    """One site's yes or no; every method raises `RefusedError` for a no."""
+
+    def __init__(self, home: SiteHome, keys: SiteKeys, ledger: SiteLedger, trainer: Trainer) -> None:
+        self.home = home
+        self._keys, self._ledger, self._trainer = keys, ledger, trainer
+        self._terms: dict[str, Terms] = {}
+
+    def sign_charter(self, canonical: str) -> CharterSigned:
+        """Return the identity key's signature of a charter that this site's people approved."""
+        terms = read_terms(canonical, site=self.home.name)
+        self._check_membership(terms)
+        if terms.digest not in self.home.config.rules.approved_charters:
+            if not self.home.config.rules.auto_approve:
+                raise RefusedError(
+                    "charter_not_approved",
+                    f"charter {terms.digest} waits for this site's people; see `affidavit charter sign`",
+                )
+            self.home = self.home.approve(terms.digest)
+        return self._keys.signed(CharterSigned(digest=terms.digest, site=self.home.name, signature=""))
+
+    def approved_terms(self, canonical: str) -> Terms:
+        """Return the terms of a charter that this site has approved."""
+        digest = charter_digest(canonical)
+        if digest not in self.home.config.rules.approved_charters:
+            raise RefusedError("charter_not_approved", f"this site has not signed charter {digest}")
+        if digest not in self._terms:
+            terms = read_terms(canonical, site=self.home.name)
+            self._check_membership(terms)
+            self._terms[digest] = terms
+        return self._terms[digest]
+
+    def accept(self, run: RunStarted, canonical: str) -> Reservation:
+        """Reserve the run's whole plan, or return the reservation it has already."""
+        if run.charter != charter_digest(canonical):
+            raise RefusedError(
+                "charter_not_approved", "the run names another charter than the text it came with"
+            )
+        terms = self.approved_terms(canonical)
+        self._check_run(run, terms)
+        reservation = self._ledger.reservation(run.run)
+        if reservation is None:
+            try:
+                self._trainer.check_file(terms)
+            except DataFileError as error:
+                raise RefusedError("contract_not_met", str(error)) from error
+            return self._reserve(run.run, terms, canonical)
+        if reservation.charter != canonical or reservation.closed:
+            raise RefusedError(
+                "run_not_accepted", f"run {run.run} was accepted under other terms, or is over"
+            )
+        return reservation
+
+    def check_participants(self, names: Sequence[str], terms: Terms) -> None:
+        allowed = set(names) <= set(terms.sites) and list(names) == sorted(set(names))
+        if not allowed or self.home.name not in names or len(names) < terms.minimum_sites:
+            raise RefusedError(
+                "participants_not_allowed",
+                f"participants {list(names)[:20]} must be sorted, of the charter, include this site, "
+                f"and be at least {terms.minimum_sites}",
+            )
+
+    def admits(self, committed: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
+        """Ask the hard stop: the site's own cap over the population's whole life."""
+        lifetime = self.home.config.lifetime
+        try:
+            return LifetimeFilter(epsilon=lifetime.epsilon, delta=lifetime.delta).admits(committed, planned)
+        except AccountingError as error:
+            raise RefusedError("budget_exhausted", str(error)) from error
+
+    def _check_membership(self, terms: Terms) -> None:
+        if terms.identities[self.home.name] != self._keys.identity.text:
+            raise RefusedError("charter_not_approved", "the charter gives this site another identity key")
+        allowed = self.home.config.rules.purposes
+        foreign = sorted(set(terms.purposes) - set(allowed)) if allowed else []
+        if foreign:
+            raise RefusedError(
+                "purpose_not_allowed", f"the charter serves {foreign}, site.yaml allows {allowed}"
+            )
+
+    def _check_run(self, run: RunStarted, terms: Terms) -> None:
+        domain, payload = signing_payload(run)
+        try:
+            VerifyKey(parse_public_key(run.author)).verify(domain, payload, decode_signature(run.signature))
+        except AuditError as error:
+            raise RefusedError("bad_request", f"run_started is not signed by its author: {error}") from error
+        if run.rounds != terms.rounds:
+            raise RefusedError("bad_request", f"the run has {run.rounds} rounds, the charter {terms.rounds}")
+        self.check_participants(run.sites, terms)
+        if run.initial_model != hashlib.sha256(terms.initial_model()).hexdigest():
+            raise RefusedError("base_model_mismatch", "the run does not start from the charter's weights")
+
+    def _reserve(self, run: str, terms: Terms, canonical: str) -> Reservation:
+        population, lifetime = self.home.config.population.pseudonym, self.home.config.lifetime
+        planned = (terms.event,) * terms.rounds
+        committed = self._ledger.committed_events(population)
+        if not self.admits(committed, planned):
+            raise RefusedError(
+                "budget_exhausted",
+                f"{len(planned)} more releases after {len(committed)} would pass this site's lifetime cap "
+                f"of epsilon {lifetime.epsilon} at delta {lifetime.delta}",
+            )
+        head = self._ledger.head(population)
+        body = RunAccepted(
+            run=run,
+            charter=terms.digest,
+            site=self.home.name,
+            population=population,
+            next_sequence=head.sequence + 1,
+            previous_event=head.event_hash,
+            planned_events=len(planned),
+            lifetime_epsilon_cap=decimal_text(lifetime.epsilon),
+            signature="",
+        )
+        acceptance = canonical_bytes(body_document(self._keys.signed(body)))
+        reservation = Reservation(run, population, canonical, planned, acceptance, False)
+        self._ledger.reserve(reservation)
+        return reservation
