@@ -30,7 +30,8 @@ from federation.encoding import encode_frame, encode_labels
 _logger = logging.getLogger(__name__)
 
 FEW_ROWS: Final = 2
-_DECIMAL: Final = re.compile(r"[+-]?[0-9]{1,300}(?:\.[0-9]{0,300})?")
+_SHOWN: Final = 40
+_DECIMAL: Final = re.compile(r"[+-]?[0-9]{1,190}(?:\.[0-9]{0,190})?")  # within what audit.decimals reads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,27 +131,33 @@ def inspect_file(path: Path, terms: Terms) -> tuple[DataProblem, ...]:
 
 
 def _read_csv(path: Path) -> Table:
+    """Read a CSV file line by line: a row is one line, so that no quote left open swallows other people's."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.reader(file)
-        try:
-            header = next(reader, [])
-            if not header:
-                raise _fatal(path, "is empty", "export it again, with a header that names the columns")
-            if len(set(header)) < len(header):
-                twice = sorted({name for name in header if header.count(name) > 1})
-                raise _fatal(path, f"names the columns {twice} twice", "name each column once")
-            rows: list[list[Any]] = []
-            ragged: dict[int, int] = {}
-            for cells in reader:
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    ragged[len(rows)] = len(cells)
-                    cells = (cells + [""] * len(header))[: len(header)]
-                rows.append(cells)
-        except csv.Error as error:
-            raise _fatal(path, f"line {reader.line_num}: {error}", "save it as plain CSV") from error
+        header = _cells(next(file, ""))
+        if not header:
+            raise _fatal(path, "is empty", "export it again, with a header that names the columns")
+        if len(set(header)) < len(header):
+            twice = sorted({name for name in header if header.count(name) > 1})
+            raise _fatal(path, f"names the columns {twice} twice", "name each column once")
+        rows: list[list[Any]] = []
+        ragged: dict[int, int] = {}
+        for line in file:
+            cells = _cells(line)
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                ragged[len(rows)] = len(cells)
+                cells = (cells + [""] * len(header))[: len(header)]
+            rows.append(cells)
     return Table(str(path), pd.DataFrame(rows, columns=header, dtype=object), ragged)
+
+
+def _cells(line: str) -> list[str]:
+    """Return a line's cells; one so long that the parser gives up counts as a single cell."""
+    try:
+        return next(csv.reader((line.rstrip("\r\n"),)), [])
+    except csv.Error:
+        return [line[:_SHOWN]]
 
 
 def _read_parquet(path: Path) -> Table:
@@ -164,8 +171,23 @@ def _read_parquet(path: Path) -> Table:
     names = list(table.column_names)
     if len(set(names)) < len(names):
         raise _fatal(path, "names a column twice", "name each column once")
-    frame = pd.DataFrame({name: pd.Series(table[name].to_pylist(), dtype=object) for name in names})
+    frame = pd.DataFrame({name: pd.Series(_values(table[name]), dtype=object) for name in names})
     return Table(str(path), frame, {})
+
+
+def _values(column: Any) -> list[Any]:
+    """Return a Parquet column as Python values; a cell that has none (bad UTF-8, year 5879610) is missing."""
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError):
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _require_columns(table: Table, terms: Terms) -> None:
