@@ -8,7 +8,6 @@ is read from data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +21,12 @@ from audit.layers import dimension
 from federation._charter_checks import check_charter
 from federation._charter_errors import problems_of
 from federation._charter_form import canonical_document, fields_of_canonical, yaml_text
+from federation._charter_open import NOISE, PLACEHOLDER, placeholder_problems, split_path, with_lines
 from federation._numbers import Count, Number
 from federation.errors import AccountingError, CharterError, CharterFileError, Problem
 from federation.families import Layer, cnn, logistic_regression, mlp, normalise_layers
 from federation.strict_yaml import parse_yaml
 
-PLACEHOLDER: Final = "TODO"
 NAME: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -189,19 +188,20 @@ class Charter(_Part):
         document = parse_yaml(text, source=source)
         if not isinstance(document.value, dict):
             raise CharterFileError("is not a mapping of keys to values", source=source, line=1)
-        left_open = placeholder_problems(document.value) or _noise_left_open(cls, document.value)
-        if {path for path, _ in left_open} == {_NOISE}:
-            left_open = _noise_left_open(cls, document.value) or left_open
+        left_open = placeholder_problems(document.value)
+        if not left_open or {path for path, _ in left_open} == {NOISE}:
+            needed = _noise_needed(cls, document.value)
+            left_open = [(NOISE, needed)] if needed else left_open
         if left_open:
-            raise _with_lines(left_open, document.line_of, source)
+            raise with_lines(left_open, document.line_of, source)
         try:
             return cls.model_validate(document.value)
         except CharterError as error:
-            raise _with_lines(
-                [(_split(p.path), p) for p in error.problems], document.line_of, source
+            raise with_lines(
+                [(split_path(p.path), p) for p in error.problems], document.line_of, source
             ) from None
         except ValidationError as error:
-            raise _with_lines(problems_of(error, cls), document.line_of, source) from None
+            raise with_lines(problems_of(error, cls), document.line_of, source) from None
 
     @classmethod
     def from_canonical(cls, text: str) -> Charter:
@@ -284,6 +284,22 @@ class Charter(_Part):
         return charter_html(self)
 
 
+def _noise_needed(kind: type[Charter], document: dict[str, Any]) -> Problem | None:
+    """Return what to write where nothing but the noise is open; None when it is set, or more is wrong."""
+    privacy = document.get("privacy")
+    if not isinstance(privacy, dict) or isinstance(privacy.get("noise_multiplier"), (int, Decimal)):
+        return None
+    from federation.accounting import noise_for
+
+    try:
+        charter = kind.model_validate({**document, "privacy": {**privacy, "noise_multiplier": 1}})
+        needed = noise_for(charter)
+    except (CharterError, ValidationError, AccountingError):
+        return None
+    message = f"is open; epsilon {charter.privacy.epsilon} needs at least {needed} for this plan"
+    return Problem(path="", message=message, fix=f"write noise_multiplier: {needed}")
+
+
 def _not_canonical(why: str) -> Problem:
     return Problem(
         path="", message=f"not the canonical form of a charter: {why}", fix="use the bytes in the log"
@@ -308,78 +324,6 @@ def resolve_layers(charter: Charter) -> list[Layer]:
     if model.family == "layers":
         return normalise_layers(model.layers or ())
     return logistic_regression(width, outputs, sites=sites)
-
-
-def placeholder_problems(
-    value: object, path: tuple[str | int, ...] = ()
-) -> list[tuple[tuple[str | int, ...], Problem]]:
-    """Return one problem for every value that still reads TODO."""
-    if isinstance(value, Mapping):
-        return [
-            found for key, item in value.items() for found in placeholder_problems(item, (*path, str(key)))
-        ]
-    if isinstance(value, list):
-        return [
-            found for index, item in enumerate(value) for found in placeholder_problems(item, (*path, index))
-        ]
-    if isinstance(value, str) and value.strip().upper().startswith(PLACEHOLDER):
-        fix = (
-            "write what the field means, never what is in anybody's data"
-            if _MEANINGS & set(path)
-            else "decide it"
-        )
-        return [(path, Problem(path="", message=f"still says {PLACEHOLDER}", fix=fix))]
-    return []
-
-
-_NOISE: Final = ("privacy", "noise_multiplier")
-_MEANINGS: Final = frozenset({"lower", "upper", "unit", "categories", "classes"})
-
-
-def _noise_left_open(
-    kind: type[Charter], document: dict[str, Any]
-) -> list[tuple[tuple[str | int, ...], Problem]]:
-    """Return the one problem of a charter that only lacks its noise, with the number that it needs."""
-    privacy = document.get("privacy")
-    if not isinstance(privacy, dict) or isinstance(privacy.get("noise_multiplier"), (int, Decimal)):
-        return []
-    from federation.accounting import noise_for
-
-    try:
-        charter = kind.model_validate({**document, "privacy": {**privacy, "noise_multiplier": 1}})
-        needed = noise_for(charter)
-    except (CharterError, ValidationError, AccountingError):
-        return []
-    message = f"is open; epsilon {charter.privacy.epsilon} needs at least {needed} for this plan"
-    return [(_NOISE, Problem(path="", message=message, fix=f"write noise_multiplier: {needed}"))]
-
-
-def _with_lines(
-    found: list[tuple[tuple[str | int, ...], Problem]], line_of: Any, source: str
-) -> CharterError:
-    problems = [
-        Problem(path=path_text(path) or p.path, message=p.message, fix=p.fix, line=line_of(path))
-        for path, p in found
-    ]
-    return CharterError(sorted(problems, key=lambda p: (p.line or 0, p.path)), source=source)
-
-
-def path_text(path: tuple[str | int, ...]) -> str:
-    """Return `features[3].upper` for ("features", 3, "upper")."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _split(path: str) -> tuple[str | int, ...]:
-    parts: list[str | int] = []
-    for piece in path.replace("[", ".[").split("."):
-        if piece.startswith("["):
-            parts.append(int(piece[1:-1]))
-        elif piece:
-            parts.append(piece)
-    return tuple(parts)
 
 
 __all__ = [

@@ -81,6 +81,18 @@ class AccountingError(FederationError):
     code = "federation.accounting"
 
 
+class PlanDoesNotFitError(AccountingError):
+    """The plan costs more than the charter's own epsilon: nothing it trains could ever be approved."""
+
+    code = "federation.plan_does_not_fit"
+
+    def __init__(self, *, planned: str, allowed: str, noise: str) -> None:
+        super().__init__(
+            f"the plan costs epsilon {planned}, the charter allows {allowed}; write noise_multiplier: {noise}"
+        )
+        self.planned, self.allowed, self.noise = planned, allowed, noise
+
+
 class PublicSetError(FederationError):
     """The declared public set is absent, altered or does not fit the data contract."""
 

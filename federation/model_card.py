@@ -124,6 +124,11 @@ def _privacy(version: Version, charter: Charter) -> Iterator[str]:
             for c in version.registered.epsilons
         ],
     )
+    yield ""
+    yield (
+        "The last figure composes every run as if all had been fixed ahead; each site's own hard stop is a "
+        "filter that needs no such assumption."
+    )
     over = [c.site for c in version.registered.epsilons if Decimal(c.run_epsilon) > privacy.epsilon]
     if over:
         yield ""

@@ -81,33 +81,36 @@ def signed_by(coordinator: Coordinator, digest: str) -> set[str]:
     return {body.site for _, body in coordinator.bodies(CharterSigned) if body.digest == digest}
 
 
-def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter) -> dict[str, SiteEnrolled]:
-    """Find every member, prove its enrolment and record it.
-
-    Raises:
-        ReplyError: a member is not connected.
-        StatementError: a member's enrolment is not the charter's.
-    """
+def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter) -> Prepared:
+    """Find the members, prove their enrolments and record them; who is not there has failed, and why."""
     answers = exchange.discover(charter.site_names)
+    prepared = Prepared(sites=(), enrolments={}, heads={}, failed={})
     for name in charter.site_names:
-        if name not in answers:
-            raise ReplyError(name, "is not connected; start its agent and relay, or check the site's name")
-    enrolments = {}
-    for name in charter.site_names:
-        body = verify_enrolment(name, charter.site(name).identity, answers[name].header.get("enrolment"))
+        try:
+            if name not in answers:
+                raise ReplyError(name, "is not connected; start its agent and relay, or check its name")
+            enrolment = answers[name].header.get("enrolment")
+            body = verify_enrolment(name, charter.site(name).identity, enrolment)
+        except FederationError as error:
+            prepared.failed[name] = error
+            continue
         record_enrolment(coordinator, body)
-        enrolments[name] = body
-    return enrolments
+        prepared.enrolments[name] = body
+    return prepared
 
 
-def gather_signatures(coordinator: Coordinator, exchange: Exchange, charter: Charter) -> None:
-    """Let every member that has not yet signed the charter sign it.
+def gather_signatures(
+    coordinator: Coordinator, exchange: Exchange, charter: Charter, prepared: Prepared
+) -> None:
+    """Let every member that has not yet signed the charter sign it; without all of them there is no charter.
 
     Raises:
-        SiteRefusedError: a member declined; every member must agree.
-        StatementError: a signature does not verify.
+        SiteRefusedError: a member declined.
+        ReplyError, StatementError: a member is not there, or its signature does not verify.
     """
     missing = set(charter.site_names) - signed_by(coordinator, charter.digest)
+    for name in sorted(missing & set(prepared.failed)):
+        raise prepared.failed[name]
     request = Request(kind="charter.sign", header={"charter": charter.canonical().decode()})
     answers = exchange.ask(dict.fromkeys(sorted(missing), request), timeout_s=PREPARE_TIMEOUT_S)
     for name in sorted(missing):
@@ -127,35 +130,35 @@ def propose_run(
     exchange: Exchange,
     charter: Charter,
     run_started: RunStarted,
-    enrolments: Mapping[str, SiteEnrolled],
+    prepared: Prepared,
     witnessing: Witnessing,
-) -> Prepared:
-    """Ask every member to reserve the run's whole plan; record acceptances, refusals and undelivered
-    releases.
+) -> None:
+    """Ask every connected member to reserve the run's whole plan.
+
+    Acceptances, refusals and undelivered releases become entries; `prepared.sites` are those that accepted.
     """
     coordinator.append(run_started, ACTOR, stable_event_id("run.started", run_started.run))
     history = SiteHistory.read(coordinator, before_run=run_started.run)
     requests = {}
-    for name in run_started.sites:
+    for name in sorted(prepared.enrolments):
         header: dict[str, Any] = {
             "run_started": body_document(run_started),
             "charter": charter.canonical().decode(),
         }
-        last = history.last_leaf.get((name, enrolments[name].population))
+        last = history.last_leaf.get((name, prepared.enrolments[name].population))
         if last is not None and witnessing.covers(last):
             header["own_statement"] = witnessing.logged(last)
         requests[name] = Request(kind="run.propose", header=header)
     answers = exchange.ask(requests, timeout_s=PREPARE_TIMEOUT_S)
-    prepared = Prepared(sites=(), enrolments=dict(enrolments), heads={}, failed={})
-    for name in run_started.sites:
+    for name in sorted(requests):
+        enrolment, answer = prepared.enrolments[name], answers[name][0]
         try:
-            head = _accept(coordinator, charter, run_started, enrolments[name], answers[name][0], history)
+            head = _accept(coordinator, charter, run_started, enrolment, answer, history)
         except FederationError as error:
             prepared.failed[name] = error
             continue
         prepared.heads[name] = head
         prepared.sites = (*prepared.sites, name)
-    return prepared
 
 
 def _accept(

@@ -118,15 +118,13 @@ class RoundLoop:
     def _prepare(self, author: str) -> Prepared:
         coordinator, charter = self._coordinator, self._charter
         try:
-            enrolments = connect_sites(coordinator, self._exchange, charter)
-            self._emit("enrolled", sites=charter.site_names)
+            prepared = connect_sites(coordinator, self._exchange, charter)
+            self._emit("enrolled", sites=tuple(sorted(prepared.enrolments)))
             record_charter(coordinator, charter, author)
-            gather_signatures(coordinator, self._exchange, charter)
+            gather_signatures(coordinator, self._exchange, charter, prepared)
             self._emit("charter_signed", sites=charter.site_names)
-            self._witnessing.cosign(charter.site_names)
-            prepared = propose_run(
-                coordinator, self._exchange, charter, self._run, enrolments, self._witnessing
-            )
+            self._witnessing.cosign(prepared.enrolments)
+            propose_run(coordinator, self._exchange, charter, self._run, prepared, self._witnessing)
         except FederationError as error:
             coordinator.append(self._run, ACTOR, stable_event_id("run.started", self._run.run))
             raise self._fail(0, "site_refused", str(error)) from error

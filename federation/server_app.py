@@ -1,11 +1,13 @@
 """The Flower ServerApp. It opens the coordinator's home, reads the prepared run, and carries it out.
 
 Run config: `home` (the coordinator's home), `run` (the id that `federation.service.start_run` gave), and
-optionally `signer-home` and `poll-s`. The same object runs under the in-process grid, Flower's simulation
-and its deployment.
+optionally `signer-home`, `poll-s` and `discovery-s` (how long to wait for sites to connect). The same
+object runs under the in-process grid, Flower's simulation and its deployment.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -17,6 +19,9 @@ from federation.errors import HomeError
 from federation.exchange import Exchange
 from federation.rounds import RoundLoop, RunOutcome
 
+DEFAULT_POLL_S: Final = 0.01
+DEFAULT_DISCOVERY_S: Final = 30.0
+
 app = ServerApp()
 
 
@@ -27,12 +32,19 @@ def main(grid: Grid, context: Context) -> None:
     home, run = config.get("home"), config.get("run")
     if not isinstance(home, str) or not isinstance(run, str) or not home or not run:
         raise HomeError("run config", "`home` and `run` must name a coordinator's home and a prepared run")
-    signer_home, poll_s = config.get("signer-home"), config.get("poll-s")
-    with Coordinator.open(
-        home, signer_home if isinstance(signer_home, str) and signer_home else None
-    ) as coordinator:
-        exchange = Exchange(grid, poll_s=float(poll_s) if isinstance(poll_s, (int, float)) else 0.01)
+    signer_home = config.get("signer-home")
+    exchange = Exchange(
+        grid,
+        poll_s=_seconds(config.get("poll-s"), DEFAULT_POLL_S),
+        discovery_s=_seconds(config.get("discovery-s"), DEFAULT_DISCOVERY_S),
+    )
+    chosen = signer_home if isinstance(signer_home, str) and signer_home else None
+    with Coordinator.open(home, chosen) as coordinator:
         carry_out(grid, coordinator, run, exchange=exchange)
+
+
+def _seconds(value: object, default: float) -> float:
+    return float(value) if isinstance(value, (int, float)) and value > 0 else default
 
 
 def carry_out(

@@ -25,10 +25,17 @@ from audit.keys import SigningKey
 from audit.models import initial_weights, model_file, weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
 from federation import registry
+from federation.accounting import plan_cost
 from federation.charter import Charter
 from federation.code_digest import aggregation_code
 from federation.coordinator import Coordinator, stable_event_id
-from federation.errors import GateNotPassedError, OfficerError, RunFailedError, TransitionError
+from federation.errors import (
+    GateNotPassedError,
+    OfficerError,
+    PlanDoesNotFitError,
+    RunFailedError,
+    TransitionError,
+)
 from federation.evaluation import PublicData
 from federation.gates import epsilons, failed_gates, judge
 from federation.progress import Listener, listening
@@ -91,9 +98,17 @@ def start_run(
 
     Raises:
         AccessDeniedError: the authoriser said no.
+        PlanDoesNotFitError: the plan costs more than the charter's epsilon; nothing was spent.
     """
     charter, model = request.charter, request.model or request.charter.name
     require(authorizer, principal, Question(action="runs.start", resource=model))
+    cost = plan_cost(charter)
+    if not cost.fits:
+        raise PlanDoesNotFitError(
+            planned=cost.sites[0].spent.pld_text,
+            allowed=str(charter.privacy.epsilon),
+            noise=str(cost.suggested_noise_multiplier),
+        )
     run = secrets.token_hex(16)
     weights = initial_weights(charter.layers, charter.digest)
     initial = coordinator.blobs.put(model_file(charter.layers, weights))
@@ -134,6 +149,7 @@ def train(
 
     Raises:
         AccessDeniedError: the authoriser said no.
+        PlanDoesNotFitError: the plan costs more than the charter's epsilon; nothing was spent.
         RunFailedError: the run stopped; the log says why.
     """
     run = start_run(coordinator, principal, authorizer, request, author)

@@ -266,7 +266,10 @@ class Federation:
         connected: tuple[str, ...] = ("north", "south", "west"),
     ) -> None:
         with InProcessGrid(self.client_app(), {name: {} for name in connected}, fault=fault) as grid:
-            server_app(grid=grid, context=Context(0, 0, {}, RecordDict(), {**config, "poll-s": 0.002}))
+            server_app(
+                grid=grid,
+                context=Context(0, 0, {}, RecordDict(), {**config, "poll-s": 0.002, "discovery-s": 0.5}),
+            )
 
     def resume(self, run: str) -> None:
         """Start the ServerApp of a prepared run once more."""

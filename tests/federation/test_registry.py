@@ -18,10 +18,12 @@ from federation.errors import (
     GateNotPassedError,
     NotFoundError,
     OfficerError,
+    PlanDoesNotFitError,
     PublicSetError,
     TransitionError,
 )
 from federation.evaluation import PublicData
+from federation.gates import failed_gates
 from federation.mechanism import planned_event
 from federation.model_card import model_card
 
@@ -150,11 +152,21 @@ def test_a_charter_without_gates_approves_nothing(federation, charter_text):
         approve(federation, version, federation.officer)
 
 
-def test_more_epsilon_than_the_charter_allows_is_a_gate_too(federation, charter_text):
-    federation.charter = Charter.parse(charter_text.replace("epsilon: 3", "epsilon: 0.5"))
+def test_more_epsilon_than_the_charter_allows_is_a_gate_too(federation):
     version = federation.registered()
-    with pytest.raises(GateNotPassedError, match=r"epsilon of site north .* allows 0\.5"):
-        approve(federation, version, federation.officer)
+    costly = [replace(cost, run_epsilon="3.0001") for cost in version.registered.epsilons]
+    failed = failed_gates(federation.charter, version.registered.gates, costly[:1])
+    assert failed == ["epsilon of site north is 3.0001, the charter allows 3"]
+
+
+def test_a_plan_that_could_never_be_approved_spends_nothing(federation, charter_text):
+    costly = Charter.parse(charter_text.replace("epsilon: 3", "epsilon: 0.5"))
+    with pytest.raises(PlanDoesNotFitError, match=r"allows 0\.5; write noise_multiplier:") as caught:
+        federation.train(charter=costly)
+    assert Charter.parse(
+        charter_text.replace("noise_multiplier: 3", f"noise_multiplier: {caught.value.noise}")
+    )
+    assert all(site.asked == [] for site in federation.sites.values())
 
 
 def test_a_version_moves_only_forward(federation):
@@ -322,11 +334,10 @@ def test_a_card_says_when_no_metric_is_shown(federation, charter_text):
     assert "NO EVIDENCE: the charter names no metric" in card
 
 
-def test_a_forged_registration_does_not_outweigh_its_own_epsilons(federation, charter_text):
-    """An operator who writes `passed` into the log still meets the epsilon gate at approval."""
-    federation.charter = Charter.parse(charter_text.replace("epsilon: 3", "epsilon: 0.5"))
+def test_a_registration_that_says_passed_still_meets_the_epsilon_gate(federation):
     version = federation.registered()
-    forged = replace(version.registered, version="ab" * 32)
+    costly = tuple(replace(cost, run_epsilon="7") for cost in version.registered.epsilons)
+    forged = replace(version.registered, version="ab" * 32, epsilons=costly)
     federation.coordinator.append(forged, "coordinator")
     with pytest.raises(GateNotPassedError):
         approve(

@@ -298,7 +298,7 @@ def test_an_enrolment_lacking_one_of_its_proofs_is_refused(federation, proof):
     federation.sites["north"].tamper = tamper
     with pytest.raises(RunFailedError, match=f"north: {proof}"):
         federation.train()
-    assert federation.bodies(SiteEnrolled) == []
+    assert {body.site for body in federation.bodies(SiteEnrolled)} == {"south", "west"}
 
 
 def test_an_impostor_with_keys_of_its_own_is_no_member(federation):
@@ -323,6 +323,19 @@ def test_a_cosignature_by_a_stranger_is_not_kept(federation):
     federation.train(on_event=events.append)
     assert [event.witnesses for event in events if event.kind == "round"] == [2, 2, 2]
     assert stranger.name == "north"
+
+
+def test_a_member_away_from_the_start_does_not_stop_those_who_signed_with_it(federation):
+    federation.train()
+    federation.train(connected=("north", "west"))
+    second = federation.bodies(RoundCompleted)[3:]
+    assert [len(completed.statements) for completed in second] == [2, 2, 2]
+    assert {s.participants for s in federation.bodies(SiteStatement)[9:]} == {("north", "west")}
+
+
+def test_a_member_that_never_signed_cannot_be_done_without(federation):
+    with pytest.raises(RunFailedError, match="south: is not connected"):
+        federation.train(connected=("north", "west"))
 
 
 def test_a_run_that_was_not_prepared_does_not_start(federation):
