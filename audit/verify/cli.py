@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Final
 from audit.errors import MalformedPolicyError
 from audit.evidence import MAX_BYTES
 from audit.verify import verify_evidence
-from audit.verify.report import USAGE_EXIT
+from audit.verify.report import USAGE_EXIT, Report
 
 _MAX_SIDE_BYTES: Final = 1 << 20
+_DATABASE: Final = b"SQLite format 3\x00"
 _EPILOG: Final = """\
 exit codes: 0 VALID, 1 INVALID, 2 wrong usage, 3 SELF-CONSISTENT ONLY (no policy), 4 INCOMPLETE, 5 STALE,
 6 UNWITNESSED.
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", help="the evidence file (.zip)")
+    parser.add_argument("file", metavar="FILE", help="the evidence file (.zip), or a whole log (log.db)")
     parser.add_argument("--policy", metavar="FILE", help="the policy: whose keys count, how many witnesses")
     parser.add_argument("--receipt", metavar="FILE", help="the receipt you were given with the answer (JSON)")
     parser.add_argument(
@@ -50,9 +52,16 @@ def main(argv: Sequence[str]) -> int:
         receipt = (
             _read(arguments.receipt, _MAX_SIDE_BYTES, "give the JSON receipt") if arguments.receipt else None
         )
-        report = verify_evidence(
-            data, policy_text=policy, receipt=receipt, replay=arguments.replay, max_age_s=arguments.max_age
-        )
+        if data.startswith(_DATABASE):
+            report = _whole_log(arguments.file, policy)
+        else:
+            report = verify_evidence(
+                data,
+                policy_text=policy,
+                receipt=receipt,
+                replay=arguments.replay,
+                max_age_s=arguments.max_age,
+            )
     except MalformedPolicyError as error:
         print(f"error {error.code}: {arguments.policy}: {error}", file=sys.stderr)
         return USAGE_EXIT
@@ -62,6 +71,16 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.stdout.write(report.json_text() if arguments.json else report.text())
     return report.exit_code
+
+
+def _whole_log(path: str, policy: str | None) -> Report:
+    """A log file instead of an evidence file: that needs the database library, found at run time."""
+    try:
+        whole_log = importlib.import_module("audit.whole_log")
+    except ImportError as error:
+        raise UsageError(f"{path}: is a log file; install affidavit[coordinator] to verify one") from error
+    report: Report = whole_log.verify_log(path, policy_text=policy)
+    return report
 
 
 def _read(path: str, limit: int, fix: str) -> bytes:

@@ -56,7 +56,10 @@ _MEANING: Final[Mapping[Verdict, str]] = {
     Verdict.UNWITNESSED: "too few of the policy's witnesses cosigned this history; its operator could still "
     "show others another one.",
 }
-_ENTRY_ALONE: Final = "this entry is in the witnessed log. Nothing is said of what it claims."
+_OF_SCOPE: Final[Mapping[str, str]] = {
+    "entry": "this entry is in the witnessed log. Nothing is said of what it claims.",
+    "log": "the file is whole and is the witnessed log. Nothing is said of what its entries claim.",
+}
 _WORDS: Final = (
     "PROVED: recomputed from the bytes in this file.  ATTESTED: a key signed it, and nobody can know more "
     "from "
@@ -169,8 +172,8 @@ class Report:
                 lines += _wrapped(line.text(), indent=4)
         lines += ["", *_wrapped(_WORDS, indent=0)]
         meaning = _MEANING[self.verdict]
-        if self.scope == "entry" and self.verdict is Verdict.VALID:
-            meaning = _ENTRY_ALONE
+        if self.verdict is Verdict.VALID:
+            meaning = _OF_SCOPE.get(self.scope, meaning)
         lines += ["", *_wrapped(f"{self.verdict.value}: {meaning}", indent=0)]
         return "\n".join(_printable(line) for line in lines) + "\n"
 
