@@ -25,7 +25,7 @@ RECIPES = {
         "binary",
         "{family: mlp, hidden: [6]}",
         ", local_steps: 3, local_learning_rate: 0.5",
-        ", sample_rate: 0.5, noise_multiplier: 2",
+        ", sample_rate: 0.5",
         "row",
         "add_remove",
     ),
@@ -68,7 +68,8 @@ label: {LABELS[task]}
 model: {model}
 plan: {{learning_rate: 0.5, rounds: 2{plan}}}
 privacy:
-  {{unit: {unit}, relation: {relation}, epsilon: 8, delta: 1e-5, max_grad_norm: 1, grid_bits: 26{privacy}}}
+  {{unit: {unit}, relation: {relation}, epsilon: 8, delta: 1e-5, max_grad_norm: 1, noise_multiplier: 2,
+   grid_bits: 26{privacy}}}
 gates: [{{metric: {METRICS[task]}, floor: {5 if task == "regression" else 0.01}}}]
 """
     sites = {f"site-{n}": rows(80 + 30 * n, n, task) for n in range(3)}

@@ -25,6 +25,9 @@ plan: {learning_rate: 4, rounds: 3}
 privacy: {unit: row, relation: add_remove, epsilon: 8, delta: 1e-5, max_grad_norm: 1, grid_bits: 24}
 gates: [{metric: auc, margin_over_baseline: 0.2}]
 """
+CALIBRATED = CHARTER.replace(
+    "grid_bits: 24", "grid_bits: 24, noise_multiplier: 1.5"
+)  # quicker: nothing to find
 
 
 def frame(rows, seed):
@@ -81,7 +84,7 @@ def test_a_run_shows_itself_and_predicts(run):
 
 
 def test_without_privacy_is_labelled_and_never_registered():
-    made = simulate(CHARTER, SITES, public=PUBLIC, privacy=None)
+    made = simulate(CALIBRATED, SITES, public=PUBLIC, privacy=None)
     assert "NOT PRIVATE" in made._repr_html_()
     assert made.history["auc"].iloc[-1] > 0.95
     with pytest.raises(SimulationError, match="cannot be registered"):
@@ -90,7 +93,7 @@ def test_without_privacy_is_labelled_and_never_registered():
 
 
 def test_a_second_run_continues_the_same_odometers(tmp_path):
-    made = simulate(CHARTER, SITES, public=PUBLIC, folder=tmp_path / "sim")
+    made = simulate(CALIBRATED, SITES, public=PUBLIC, folder=tmp_path / "sim")
     charter, homes = made.charter, made.federation.homes
     run_federation(charter, homes, made.federation.coordinator, made.federation.scientist.key)
     by_site = {}
@@ -104,7 +107,7 @@ def test_a_second_run_continues_the_same_odometers(tmp_path):
 
 def test_a_run_beyond_a_sites_cap_fails_before_any_release(tmp_path):
     with pytest.raises(RunFailedError, match="budget_exhausted"):
-        simulate(CHARTER, SITES, public=PUBLIC, folder=tmp_path / "sim", lifetime_epsilon="1")
+        simulate(CALIBRATED, SITES, public=PUBLIC, folder=tmp_path / "sim", lifetime_epsilon="1")
     from federation.coordinator import Coordinator
 
     with Coordinator.open(tmp_path / "sim" / "coordinator") as log:
@@ -119,13 +122,13 @@ def test_a_run_beyond_a_sites_cap_fails_before_any_release(tmp_path):
 @pytest.mark.parametrize(
     ("charter", "sites", "error", "message"),
     [
-        (CHARTER, {}, SimulationError, "no sites"),
-        (CHARTER, {"Ward 7": SITES["a"]}, SimulationError, "cannot name a site"),
-        (CHARTER, {"a": SITES["a"].head(0)}, SimulationError, "no rows"),
-        (CHARTER, {"a": "/nowhere/at-all.csv"}, SimulationError, "does not exist"),
-        (CHARTER.replace("epsilon: 8", "epsilon: -8"), SITES, CharterError, "epsilon"),
-        (CHARTER.replace("epsilon:", "epsillon:"), SITES, CharterError, "epsillon"),
-        (CHARTER.replace("logistic_regression", "perceptron"), SITES, CharterError, "family"),
+        (CALIBRATED, {}, SimulationError, "no sites"),
+        (CALIBRATED, {"Ward 7": SITES["a"]}, SimulationError, "cannot name a site"),
+        (CALIBRATED, {"a": SITES["a"].head(0)}, SimulationError, "no rows"),
+        (CALIBRATED, {"a": "/nowhere/at-all.csv"}, SimulationError, "does not exist"),
+        (CALIBRATED.replace("epsilon: 8", "epsilon: -8"), SITES, CharterError, "epsilon"),
+        (CALIBRATED.replace("epsilon:", "epsillon:"), SITES, CharterError, "epsillon"),
+        (CALIBRATED.replace("logistic_regression", "perceptron"), SITES, CharterError, "family"),
     ],
 )
 def test_a_bad_simulation_is_refused_by_name(charter, sites, error, message):
@@ -136,7 +139,7 @@ def test_a_bad_simulation_is_refused_by_name(charter, sites, error, message):
 def test_a_missing_column_stops_the_run_and_is_named_at_the_site_alone(caplog):
     bad = {**SITES, "b": SITES["b"].drop(columns="x")}
     with pytest.raises(RunFailedError, match="contract_not_met") as error:
-        simulate(CHARTER, bad, public=PUBLIC)
+        simulate(CALIBRATED, bad, public=PUBLIC)
     assert "'x'" not in str(error.value)
     assert "column 'x': the column is missing" in caplog.text
 
@@ -190,7 +193,7 @@ def test_the_same_objects_run_under_flowers_own_simulation(tmp_path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's and Flower's own deprecations
-        made = simulate(CHARTER.replace("rounds: 3", "rounds: 2"), SITES, public=PUBLIC, engine="ray")
+        made = simulate(CALIBRATED.replace("rounds: 3", "rounds: 2"), SITES, public=PUBLIC, engine="ray")
     assert made.history["sites"].tolist() == [3, 3]
     assert made.register().gates_passed
     made.close()
