@@ -37,6 +37,7 @@ _RUN: tuple[tuple[str, Check], ...] = (
     (training.NOISE, training.check_noise),
     (aggregation.REPLAY, aggregation.check_aggregation),
     (aggregation.WEIGHTS, aggregation.check_weights),
+    (approval.METRICS, approval.check_metrics),
     (budget.ODOMETERS, budget.check_odometers),
     (budget.EPSILON, budget.check_epsilon),
 )

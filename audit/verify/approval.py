@@ -1,4 +1,4 @@
-"""Steps on the decision to use a model: its gates, recomputed, and the officers' signatures."""
+"""Steps on the model's worth and the decision to use it: metrics and gates, recomputed; the officers."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import dataclasses
 from decimal import Decimal
 from typing import Final
 
-from audit.decimals import parse_decimal
+from audit.decimals import parse_decimal, rounded_text
 from audit.entries import ZERO_DIGEST, GateResult, VersionTransition
 from audit.errors import AuditError
 from audit.forward import forward
-from audit.metrics import gate_passes, gate_result
+from audit.metrics import evaluate, gate_passes, gate_result
 from audit.public_set import read_public_set
 from audit.verify.aggregation import WEIGHTS
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need, verify_body
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
 from audit.verify.report import Word
+from audit.verify.training import ROUNDS
 
-GATES, APPROVALS = "The gates", "The approvals"
+METRICS, GATES, APPROVALS = "The rounds' metrics", "The gates", "The approvals"
 LEGAL: Final = {
     "candidate": ("approved", "retired"),
     "approved": ("live", "retired"),
@@ -26,6 +27,7 @@ LEGAL: Final = {
     "retired": ("live",),  # a rollback, for a version that was live before
 }
 _TOLERANCE: Final = Decimal("0.000002")
+_CHEAP_WORK: Final = 5_000_000  # multiplications that take a moment in plain Python
 
 
 def check_gates(chain: Chain) -> Outcome:
@@ -67,6 +69,45 @@ def check_gates(chain: Chain) -> Outcome:
     return Outcome(
         word=Word.PROVED, detail=f"measured again on the public set of {len(rows)} rows: {shown}; all passed"
     )
+
+
+def check_metrics(chain: Chain) -> Outcome:
+    """Every metric that a round claims, measured again on the public set with that round's model."""
+    charter = need(chain.charter, CHARTER)
+    if not chain.rounds:
+        need(None, ROUNDS)
+    claims = [(found, metric) for found in chain.rounds for metric in found.leaf.body.metrics]
+    for found, metric in claims:
+        expect(
+            (metric.source, metric.dataset),
+            ("public_set", charter.public_set),
+            code="metric.source",
+            field=f"metrics.{metric.name}",
+            entry=found.leaf.index,
+        )
+    if not claims:
+        return Outcome(word=Word.PROVED, detail="no round claims any")
+    work = len(chain.rounds) * charter.public_rows * charter.dimension
+    data = chain.evidence.artefacts.get(charter.public_set)
+    if data is None or not chain.outputs or (work > _CHEAP_WORK and not chain.replay):
+        why = "the public set is not in the file" if data is None else "not measured again; see --replay"
+        return Outcome(word=Word.ATTESTED, code="metric.skipped", detail=f"by the log's operator: {why}")
+    try:
+        rows, labels = read_public_set(data, charter.features, charter.label)
+        for found, weights in zip(chain.rounds, chain.outputs, strict=True):
+            if not found.leaf.body.metrics:
+                continue
+            outputs = [forward(charter.layers, weights, row) for row in rows]
+            for metric in found.leaf.body.metrics:
+                value = rounded_text(evaluate(metric.name, charter.task, charter.label, labels, outputs))
+                name = f"metrics.{metric.name} of round {found.leaf.body.round}"
+                _compare_numbers(metric.value, value, name, "metric.value", found.leaf.index)
+    except FailError:
+        raise
+    except AuditError as error:
+        raise FailError("metric.value", str(error)) from error
+    measured = f"{len(claims)} values in {len(chain.rounds)} rounds"
+    return Outcome(word=Word.PROVED, detail=f"{measured}, each measured again on the public set")
 
 
 def check_approvals(chain: Chain) -> Outcome:
@@ -127,14 +168,16 @@ def _compare(claimed: GateResult, found: GateResult, entry: int) -> None:
                 getattr(claimed, field), getattr(found, field), code="gate.results", field=name, entry=entry
             )
             continue
-        try:
-            difference = abs(parse_decimal(getattr(claimed, field)) - parse_decimal(getattr(found, field)))
-        except AuditError as error:
-            raise FailError("gate.results", f"{name}: {error}", entry) from error
-        if difference > _TOLERANCE:
-            expect(
-                getattr(claimed, field), getattr(found, field), code="gate.results", field=name, entry=entry
-            )
+        _compare_numbers(getattr(claimed, field), getattr(found, field), name, "gate.results", entry)
+
+
+def _compare_numbers(claimed: str, measured: str, name: str, code: str, entry: int) -> None:
+    try:
+        difference = abs(parse_decimal(claimed) - parse_decimal(measured))
+    except AuditError as error:
+        raise FailError(code, f"{name}: {error}", entry) from error
+    if difference > _TOLERANCE:
+        expect(claimed, measured, code=code, field=name, entry=entry)
 
 
 def _check_no_fork(chain: Chain, transitions: list[Leaf[VersionTransition]]) -> None:

@@ -22,14 +22,14 @@ from audit.evidence import read_evidence, write_evidence
 from audit.keys import SigningKey
 from audit.models import model_file
 from audit.notes import parse_note
-from audit.verify import Verdict
+from audit.verify import Verdict, Word
 from audit.weights import encode_update
 
 CHECKPOINT, INCLUSION, LINKS = "The log's checkpoint", "Every entry is in the log", "The chain of references"
 CHARTER, SITES, RUN = "The charter", "The sites and their keys", "The training run"
 ROUNDS, REPLAY, WEIGHTS = "The rounds and their statements", "The aggregation", "The model's weights"
 ODOMETERS, EPSILON = "The odometers", "Epsilon"
-GATES, APPROVALS = "The gates", "The approvals"
+METRICS, GATES, APPROVALS = "The rounds' metrics", "The gates", "The approvals"
 DECISION, ANSWER, RECEIPT = "The decision to answer", "The answer", "The receipt"
 
 
@@ -393,12 +393,26 @@ def test_an_update_of_the_wrong_length_fails(make_world):
     assert_caught(make_world(before={"site.statement": shorten}).judge(), REPLAY, "replay.update")
 
 
-def test_a_round_s_metrics_are_no_claim_of_this_file(make_world):
-    """They are shown while training; no later step rests on them, so a lie there changes nothing."""
-    metric = Metric(name="auc", value="1", source="public_set", dataset="ab" * 32)
-    report = make_world(before={"round.completed": lambda w, body: replace(body, metrics=(metric,))}).judge()
-    assert report.verdict is Verdict.VALID
-    assert "metric" not in report.text()
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"value": "0.123456"}, "metric.value"),
+        ({"value": "high"}, "metric.value"),
+        ({"name": "r2"}, "metric.value"),
+        ({"dataset": "ab" * 32}, "metric.source"),
+        ({"source": "sites"}, "metric.source"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+def test_a_metric_that_a_round_did_not_reach_fails(make_world, change, code):
+    metric = Metric(name="auc", value="0.9", source="public_set", dataset="")
+
+    def claim(world, body):
+        honest = replace(metric, dataset=world.charter.public_set)
+        return replace(body, metrics=(replace(honest, **change),)) if body.round == 2 else body
+
+    step = assert_caught(make_world(before={"round.completed": claim}).judge(), METRICS, code)
+    assert step.word is Word.FAIL
 
 
 # the version

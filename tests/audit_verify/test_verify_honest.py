@@ -42,7 +42,7 @@ def test_the_json_report_says_the_same(honest):
 
 def test_a_version_and_a_run_verify_on_their_own(honest):
     world = honest.world
-    for kind, steps in (("version.registered", 13), ("version.transition", 15), ("run.completed", 13)):
+    for kind, steps in (("version.registered", 16), ("version.transition", 16), ("run.completed", 14)):
         report = world.report(world.evidence(world.find(kind)))
         if kind == "version.registered":
             assert report.verdict is Verdict.INCOMPLETE, "registered is not yet approved"

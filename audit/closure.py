@@ -1,0 +1,184 @@
+"""The closure of one entry: every entry and artefact that a verifier needs to walk from it to the charter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Protocol, TypeVar
+
+from audit.charter_view import read_charter
+from audit.entries import (
+    CharterPublished,
+    CharterSigned,
+    IndexColumns,
+    Prediction,
+    RoundCompleted,
+    RunAccepted,
+    RunCompleted,
+    RunStarted,
+    SiteEnrolled,
+    SiteStatement,
+    SiteUndelivered,
+    VersionRegistered,
+    VersionTransition,
+    decode_entry,
+)
+from audit.errors import AuditError
+from audit.evidence import scope_of
+from audit.merkle import hash_leaf
+
+B = TypeVar("B")
+BlobSource = Callable[[str], bytes | None]
+_PAGE: Final = 500
+
+
+class EvidenceGapError(AuditError):
+    """The log or its files lack something that the entry refers to."""
+
+    code = "evidence.gap"
+
+
+class StoredLeaf(Protocol):
+    """An entry as a ledger gives it."""
+
+    @property
+    def leaf_index(self) -> int: ...
+    @property
+    def leaf_hash(self) -> bytes: ...
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def columns(self) -> IndexColumns: ...
+
+
+class EvidenceLog(Protocol):
+    """What export and proof need of a ledger."""
+
+    @property
+    def tree_size(self) -> int: ...
+    def entry(self, leaf_index: int) -> bytes: ...
+    def inclusion_proof(self, leaf_index: int, tree_size: int) -> list[bytes]: ...
+    def checkpoints(self) -> list[bytes]: ...
+    def search(
+        self,
+        *,
+        type: str | Sequence[str] | None = None,
+        actor: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
+        run: str | None = None,
+        site: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        after: int | None = None,
+        limit: int = 100,
+    ) -> Sequence[StoredLeaf]: ...
+
+
+class Closure:
+    """Collects what one entry rests on."""
+
+    def __init__(self, ledger: EvidenceLog, blobs: BlobSource) -> None:
+        self._ledger, self._blobs = ledger, blobs
+        self.scope = "entry"
+        self.entries: dict[int, bytes] = {}
+        self.artefacts: dict[str, bytes] = {}
+
+    def collect(self, leaf_index: int, data: bytes) -> None:
+        self._take(leaf_index, data)
+        self._take(0, self._ledger.entry(0))
+        entry = decode_entry(data)
+        body, self.scope = entry.body, scope_of(entry.type)
+        if isinstance(body, Prediction):
+            transition = self._by_hash(body.transition, VersionTransition, type="version.transition")
+            self._version(transition, leaf_index)
+        elif isinstance(body, VersionTransition):
+            self._version(body, leaf_index)
+        elif isinstance(body, VersionRegistered):
+            self._run(body.run, leaf_index)
+            self._artefact(body.version)
+        elif isinstance(body, RunCompleted):
+            self._run(body.run, leaf_index)
+
+    def _version(self, transition: VersionTransition, until: int) -> None:
+        for index, data, _ in self._search(
+            VersionTransition, type="version.transition", model=transition.model
+        ):
+            if index < until:
+                self._take(index, data)
+        registered = self._by_hash(transition.gate_results, VersionRegistered, type="version.registered")
+        self._run(registered.run, self._index_of(transition.gate_results))
+        self._artefact(transition.version)
+
+    def _run(self, run: str, until: int) -> None:
+        """Take a run, and every release of its sites' populations before leaf `until`."""
+        populations: set[tuple[str, str]] = set()
+        charter = ""
+        for index, data, body in self._search(object, run=run):
+            if isinstance(
+                body, (RunStarted, RunAccepted, RunCompleted, RoundCompleted, SiteStatement, SiteUndelivered)
+            ):
+                self._take(index, data)
+            if isinstance(body, RunStarted):
+                charter = body.charter
+            if isinstance(body, RunAccepted):
+                populations.add((body.site, body.population))
+            if isinstance(body, SiteStatement):
+                self._artefact(body.update)
+            if isinstance(body, RunCompleted):
+                self._artefact(body.weights)
+        for site, population in sorted(populations):
+            for index, data, found in self._search(object, site=site):
+                statement = found.statement if isinstance(found, SiteUndelivered) else found
+                if (
+                    isinstance(statement, SiteStatement)
+                    and statement.population == population
+                    and index < until
+                ):
+                    self._take(index, data)
+                if isinstance(found, SiteEnrolled):
+                    self._take(index, data)
+        self._charter(charter)
+
+    def _charter(self, digest: str) -> None:
+        for index, data, body in self._search(CharterPublished, type="charter.published"):
+            if body.digest == digest:
+                self._take(index, data)
+                charter = read_charter(body.canonical.encode())
+                if charter.public_set:
+                    self._artefact(charter.public_set)
+                for site in charter.site_names:
+                    for place, enrolment, _ in self._search(SiteEnrolled, type="site.enrolled", site=site):
+                        self._take(place, enrolment)
+        for index, data, signed in self._search(CharterSigned, type="charter.signed"):
+            if signed.digest == digest:
+                self._take(index, data)
+
+    def _search(self, kind: type[B], **columns: Any) -> Iterator[tuple[int, bytes, B]]:
+        after: int | None = None
+        while True:
+            page = self._ledger.search(**columns, after=after, limit=_PAGE)
+            for stored in page:
+                body: Any = decode_entry(stored.body).body
+                if isinstance(body, kind):
+                    yield stored.leaf_index, stored.body, body
+            if len(page) < _PAGE:
+                return
+            after = page[-1].leaf_index
+
+    def _by_hash(self, leaf_hash: str, kind: type[B], **columns: Any) -> B:
+        for index, data, body in self._search(kind, **columns):
+            if hash_leaf(data).hex() == leaf_hash:
+                self._take(index, data)
+                return body
+        raise EvidenceGapError(f"the log has no {columns.get('type')} entry of leaf hash {leaf_hash[:16]}…")
+
+    def _index_of(self, leaf_hash: str) -> int:
+        return next(index for index, data in self.entries.items() if hash_leaf(data).hex() == leaf_hash)
+
+    def _take(self, index: int, data: bytes) -> None:
+        self.entries[index] = data
+
+    def _artefact(self, digest: str) -> None:
+        data = self._blobs(digest)
+        if data is not None:
+            self.artefacts[digest] = data
