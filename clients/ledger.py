@@ -82,6 +82,7 @@ class SiteLedger:
             self._engine = _engine(path)
             self._check_schema(new=not path.exists())
             self._check_high_water()
+            self._check_chains()
         except BaseException:
             os.close(self._lock)
             raise
@@ -97,6 +98,15 @@ class SiteLedger:
         """Return the last event of the population: sequence 0 and zeros before the first."""
         with self._read() as connection:
             return _head(connection, population)
+
+    def populations(self) -> frozenset[str]:
+        """Return every population that anything was released or reserved for."""
+        with self._read() as connection:
+            return frozenset(
+                name
+                for table in (_RELEASE, _RESERVATION)
+                for (name,) in connection.execute(select(table.c.population).distinct())
+            )
 
     def release_of(self, run: str, server_round: int) -> Release | None:
         with self._read() as connection:
@@ -236,6 +246,34 @@ class SiteLedger:
     def _check_high_water(self) -> None:
         for population, seen in self._high_water().items():
             self.check_not_behind(population, seen, witness=str(self._high_water_path))
+
+    def _check_chains(self) -> None:
+        """Count every population's releases from 1 and follow their hashes; what is counted is what is spent."""
+        with self._read() as connection:
+            rows = connection.execute(
+                select(_RELEASE).order_by(_RELEASE.c.population, _RELEASE.c.sequence)
+            ).all()
+        heads: dict[str, Head] = {}
+        for row in rows:
+            statement, last = _release(row).statement, heads.get(row.population, Head(0, ZERO_DIGEST))
+            told = (row.population, row.sequence, row.run, row.round, row.event_hash)
+            signed = (
+                statement.population,
+                last.sequence + 1,
+                statement.run,
+                statement.round,
+                event_hash(statement),
+            )
+            if told != signed or (statement.sequence, statement.previous_event) != (
+                last.sequence + 1,
+                last.event_hash,
+            ):
+                raise HomeError(
+                    self._path,
+                    f"release {last.sequence + 1} of population {row.population} is missing or was altered",
+                    "restore the file from the site's own backup",
+                )
+            heads[row.population] = Head(row.sequence, row.event_hash)
 
     def check_not_behind(self, population: str, seen: Head, *, witness: str) -> None:
         """Compare the ledger with an event that this population is known to have released.
