@@ -85,7 +85,7 @@ class Screen:
 
     def gates(self, registered: VersionRegistered) -> None:
         table = Table(box=None, pad_edge=False)
-        for column in ("  gate", "baseline", "floor", "value", "measured on", "passed"):
+        for column in ("  gate", "baseline", "needed", "value", "measured on", "passed"):
             table.add_column(column)
         for gate in registered.gates:
             passed = "yes" if gate.passed else "NO"
