@@ -191,6 +191,18 @@ class SiteHome:
             Witness.create(self.witness_path, self.keys().witness_signer(self.name), log)
         write_durably(self.path / "policy.txt", policy.format().encode())
 
+    def witness(self) -> Witness:
+        """Open this site's witness.
+
+        Raises:
+            HomeError: the site follows no log yet, or the witness's state is gone or damaged.
+        """
+        log = self.policy().logs[0].verifier
+        try:
+            return Witness(self.witness_path, self.keys().witness_signer(self.name), log)
+        except AuditError as error:
+            raise HomeError(self.witness_path, str(error), "restore it from the site's own backup") from error
+
     def _write(self) -> None:
         document = self.config.model_dump(mode="json")
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)

@@ -29,6 +29,7 @@ from sqlmodel import create_engine, insert, select, update
 from audit._files import write_durably
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import ZERO_DIGEST, MechanismEvent, SiteStatement, body_document, event_hash, parse_body
+from audit.errors import AuditError
 from clients.errors import HomeError, LedgerBehindError, OdometerError
 from clients.ledger_tables import ReleaseRow, ReservationRow, SiteTable
 
@@ -248,26 +249,15 @@ class SiteLedger:
             self.check_not_behind(population, seen, witness=str(self._high_water_path))
 
     def _check_chains(self) -> None:
-        """Count every population's releases from 1 and follow their hashes; what is counted is what is spent."""
+        """Count every population's releases from 1 and follow their hashes: what is counted is spent."""
         with self._read() as connection:
             rows = connection.execute(
                 select(_RELEASE).order_by(_RELEASE.c.population, _RELEASE.c.sequence)
             ).all()
         heads: dict[str, Head] = {}
         for row in rows:
-            statement, last = _release(row).statement, heads.get(row.population, Head(0, ZERO_DIGEST))
-            told = (row.population, row.sequence, row.run, row.round, row.event_hash)
-            signed = (
-                statement.population,
-                last.sequence + 1,
-                statement.run,
-                statement.round,
-                event_hash(statement),
-            )
-            if told != signed or (statement.sequence, statement.previous_event) != (
-                last.sequence + 1,
-                last.event_hash,
-            ):
+            last = heads.get(row.population, Head(0, ZERO_DIGEST))
+            if not _continues(row, last):
                 raise HomeError(
                     self._path,
                     f"release {last.sequence + 1} of population {row.population} is missing or was altered",
@@ -366,6 +356,25 @@ def _head(connection: Connection, population: str) -> Head:
         .limit(1)
     ).one_or_none()
     return Head(0, ZERO_DIGEST) if row is None else Head(row[0], row[1])
+
+
+def _continues(row: Any, last: Head) -> bool:
+    """Whether a row's columns say what its statement says, and the statement follows the last event."""
+    try:
+        statement = _release(row).statement
+    except (AuditError, AttributeError):  # SQLite gives text where text was written in place of bytes
+        return False
+    told = (row.population, row.sequence, row.run, row.round, row.event_hash)
+    return (statement.sequence, statement.previous_event) == (
+        last.sequence + 1,
+        last.event_hash,
+    ) and told == (
+        statement.population,
+        statement.sequence,
+        statement.run,
+        statement.round,
+        event_hash(statement),
+    )
 
 
 def _release(row: Any) -> Release:

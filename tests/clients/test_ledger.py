@@ -170,6 +170,32 @@ def test_a_release_altered_on_disk_no_longer_matches_the_high_water_mark(ledger,
         SiteLedger(*paths)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM release WHERE sequence = 1",
+        "DELETE FROM release WHERE sequence = 2",
+        "UPDATE release SET sequence = 9 WHERE sequence = 2",
+        "UPDATE release SET round = 7 WHERE sequence = 2",
+        "UPDATE release SET run = 'run-9' WHERE sequence = 1",
+        "UPDATE release SET population = 'q' WHERE sequence = 1",
+        "UPDATE release SET event_hash = '00' WHERE sequence = 2",
+        "UPDATE release SET statement = (SELECT statement FROM release WHERE sequence = 3)",
+        "UPDATE release SET statement = x'7b7d' WHERE sequence = 2",
+        "UPDATE release SET statement = replace(statement, '\"sigma_grid\":1000', '\"sigma_grid\":9000')",
+    ],
+)
+def test_a_ledger_edited_to_count_less_does_not_open(ledger, paths, change):
+    for number in (1, 2, 3):
+        release(ledger, number)
+    ledger.close()
+    with sqlite3.connect(paths[0]) as connection:
+        assert connection.execute(change).rowcount
+    connection.close()
+    with pytest.raises((HomeError, LedgerBehindError, OdometerError)):
+        SiteLedger(*paths)
+
+
 @pytest.mark.parametrize("mark", [b"", b"[]", b'{"p":1}', b"\xff"])
 def test_a_damaged_high_water_mark_is_not_ignored(ledger, paths, mark):
     release(ledger, 1)
