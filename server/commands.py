@@ -85,7 +85,7 @@ def serve(
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
     config = uvicorn.Config(
-        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False
+        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False, ws="none"
     )
     uvicorn.Server(config).run(sockets=[listener])
 
