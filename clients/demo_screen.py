@@ -112,8 +112,9 @@ class Screen:
         self.note(f"refused  by {', '.join(refusal['policies'])}; recorded as entry {entry}")
 
     def caught(self, report: str, code: int) -> None:
-        bad = [line for line in report.splitlines() if "FAIL" in line or "INVALID" in line]
-        self.text("\n".join(bad or report.splitlines()[-3:]))
+        lines = report.rstrip().splitlines()
+        first = next((number for number, line in enumerate(lines) if " FAIL " in line), len(lines) - 1)
+        self.text("\n".join([*lines[first : first + 2], lines[-1]]))
         self.note(f"exit code {code}: caught")
 
     def end(self, folder: Path, seconds: float) -> None:
@@ -128,7 +129,7 @@ class Screen:
             ("then open http://127.0.0.1:8000/docs", f"serve --home {home}"),
             ("begin with your own data", "charter new --from my.csv"),
         ):
-            self.note(f"affidavit {line[1]:<78}  # {line[0]}")
+            self.note(f"affidavit {line[1]}   # {line[0]}")
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
