@@ -29,6 +29,7 @@ from audit.tlog_policy import Policy
 from audit.witness import Witness
 from clients.errors import HomeError
 from clients.identity import SiteKeys
+from clients.ledger import SiteLedger
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _CONFIG: Final = "site.yaml"
@@ -107,6 +108,7 @@ class SiteHome:
         home = cls(path, _validated(path / _CONFIG, document))
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         SiteKeys.create(path / "keys")
+        SiteLedger.create(home.ledger_path, home.high_water_path).close()
         home._write()
         return home
 
