@@ -108,6 +108,8 @@ def evaluate(
     """
     if metric not in METRICS_OF_TASK.get(task, ()):
         raise MetricError(f"{metric} is not a metric of a {task} task; use {METRICS_OF_TASK.get(task, ())}")
+    if not all(math.isfinite(value) for output in outputs for value in output):
+        raise MetricError("an answer of the model is not finite")
     if task == "regression":
         values = [value_of(label, output) for output in outputs]
         return r2(labels, values) if metric == "r2" else mae(labels, values)
