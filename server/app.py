@@ -10,13 +10,16 @@ from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from federation.coordinator import Coordinator
+from federation.registry import LIVE
 from server import errors, routes_audit, routes_keys, routes_models
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
+from server.errors import ArtefactError
 from server.guard import Guard
 from server.journal import Clock, Journal, utc_now
 from server.keys import KeyStore
@@ -62,6 +65,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.state.context = context
         try:
             await record_policies(context)
+            await to_thread.run_sync(warm_up, context)
             context.publisher.start()
             yield
         finally:
@@ -133,6 +137,17 @@ async def record_policies(context: Context) -> None:
     body = decode_entry(last[0].body).body if last else None
     if not isinstance(body, PolicyApplied) or body != applied:
         await context.journal.append(applied)
+
+
+def warm_up(context: Context) -> None:
+    """Read the log and load what is live, so that the first caller waits for neither."""
+    for name in context.live.models():
+        served = context.live.answering(name)
+        if served.state == LIVE:
+            try:
+                context.predicting.warm.get(served)
+            except ArtefactError as error:
+                _logger.error("model %s cannot answer: %s", name, error)
 
 
 def _service_routes(app: FastAPI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from typing import Any
@@ -13,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import BodyTimeoutError, BodyTooLargeError, TooBusyError, render
 from server.monitoring import Monitoring
 from server.settings import Settings
+
+_logger = logging.getLogger(__name__)
 
 
 class Guard:
@@ -69,7 +72,9 @@ class Guard:
         except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text
             if isinstance(error, TimeoutError):
                 error = TooBusyError(f"no answer within {self._settings.request_timeout_s:g} s")
-            if not status[0]:
+            if status[0]:
+                _logger.error("the answer of request=%s broke off: %s", scope["affidavit.request_id"], error)
+            else:
                 await render(request, error)(scope, receive, send)
 
     async def _body(self, request: Request, receive: Receive) -> bytes:
