@@ -194,8 +194,9 @@ def _check_populations(chain: Chain) -> None:
 
 
 def _unanswered(chain: Chain) -> list[str]:
-    """Return where this run's rounds miss a site, and no release of that round is in the file."""
-    unknown = []
+    """Return where a site of this run may have answered, and no release of that round is in the file."""
+    asked = chain.rounds[0].statements[0].body.participants
+    unknown = [f"{site} in round 1" for site in sorted(set(chain.accepted) - set(asked))]
     for found in chain.rounds:
         body = found.leaf.body
         for site in body.missing:

@@ -151,6 +151,22 @@ def test_a_release_of_a_site_that_a_round_calls_missing_is_only_the_operator_s_w
     assert "round 4" in step.detail
 
 
+def test_a_site_that_accepted_and_is_not_even_called_missing_is_only_the_operator_s_word(make_world):
+    """West was asked for round 1 and answered; the others were told that west takes no part."""
+
+    class Alone(make_world):
+        def round(self, run, number, weights, base, previous, aggregator):
+            if number == 1:
+                west = self.hospitals.pop()
+                self.statement(west, run, number, base, previous, self._update(west, weights))
+                self.before["site.statement"] = lambda w, b: replace(b, participants=("east", "north"))
+            return super().round(run, number, weights, base, previous, aggregator)
+
+    report = Alone().judge()
+    assert "west" in says(report, ODOMETERS, Word.ATTESTED, "odometer.missing_site").detail
+    assert {line.site for line in report.epsilons} == {"east", "north"}
+
+
 def test_an_undelivered_release_before_the_run_may_not_be_left_out(make_world):
     world = make_world()
     world.lose_release(world.hospital("west"), "run-0", 1)
