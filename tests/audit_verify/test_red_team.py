@@ -159,10 +159,14 @@ def test_a_site_that_accepted_and_is_not_even_called_missing_is_only_the_operato
             if number == 1:
                 west = self.hospitals.pop()
                 self.statement(west, run, number, base, previous, self._update(west, weights))
-                self.before["site.statement"] = lambda w, b: replace(b, participants=("east", "north"))
+                self.west, self.before["site.statement"] = west, lambda w, b: replace(b, participants=others)
             return super().round(run, number, weights, base, previous, aggregator)
 
-    report = Alone().judge()
+    others = ("east", "north")
+    world = Alone()
+    index, opened = world.whole()
+    world.hospitals.append(world.west)  # still a member, a witness and in the policy
+    report = world.report(world.evidence(index, opened=opened))
     assert "west" in says(report, ODOMETERS, Word.ATTESTED, "odometer.missing_site").detail
     assert {line.site for line in report.epsilons} == {"east", "north"}
 
