@@ -94,7 +94,7 @@ def sigma_grid(*, noise_multiplier: float | Decimal | Fraction, sensitivity: int
     sigma = math.ceil(Fraction(noise_multiplier) * sensitivity)
     if sigma > MAX_SIGMA_GRID:
         raise TermsError(
-            "noise_multiplier", noise_multiplier, "with this grid_bits the noise passes 2**40; lower one"
+            "noise_multiplier", noise_multiplier, "with this grid_bits the noise passes 2**32; lower one"
         )
     return sigma
 

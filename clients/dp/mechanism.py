@@ -173,6 +173,8 @@ class Mechanism:
             ShapeError: shapes do not fit the model or each other.
             UnsupportedModelError: first call, see `bookkeeping`; data play no part.
         """
+        self._coins.refresh()
+        self._noise.refresh()
         terms = self.terms
         inputs = inputs.to(self._dtype) if inputs.is_floating_point() else inputs
         self._record("terms", terms)
