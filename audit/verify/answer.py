@@ -45,7 +45,7 @@ def check_decision(chain: Chain) -> Outcome:
     for later in chain.leaves(VersionTransition):
         if later.body.model == body.model and transition.index < later.index < leaf.index:
             _check_still_live(later, body.version, leaf.index)
-    allowed = f"allowed by {', '.join(body.policies)} to role {body.role} for {body.purpose}"
+    allowed = f"logged as allowed by {', '.join(body.policies)} to role {body.role} for {body.purpose}"
     registered = need(chain.registered, LINKS)
     since = range(registered.index + 1, leaf.index)  # an old signature may have been logged a second time
     if all(index in chain.located for index in since):
