@@ -157,7 +157,8 @@ def check_approvals(chain: Chain) -> Outcome:
     return Outcome(
         word=Word.PROVED,
         detail=f"candidate to {state} by the keys of {', '.join(officers)}, officers of the charter and "
-        f"none of the keys that the log names as authors of charter, run or version; {len(transitions)} transitions of the model, one after the other",
+        f"none of the keys that the log names as authors of charter, run or version; "
+        f"{len(transitions)} transitions of the model, one after the other",
     )
 
 
