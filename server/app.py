@@ -16,7 +16,7 @@ from fastapi.responses import Response
 
 from federation.coordinator import Coordinator
 from federation.registry import LIVE
-from server import errors, routes_audit, routes_keys, routes_models
+from server import errors, openapi, routes_audit, routes_keys, routes_models
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError
@@ -91,6 +91,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     for router in (routes_models.router, routes_audit.router, routes_keys.router):
         app.include_router(router)
     _service_routes(app)
+    openapi.install(app)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
     return app
 
@@ -156,7 +157,13 @@ def _service_routes(app: FastAPI) -> None:
         """200 while the log can be read; says nothing about any model."""
         return {"status": "ok", "tree_size": context_of(request).coordinator.ledger.tree_size}
 
-    @app.get("/metrics", tags=["service"], summary="Read Prometheus metrics", responses=problems(401, 403))
+    @app.get(
+        "/metrics",
+        tags=["service"],
+        summary="Read Prometheus metrics",
+        response_class=Response,
+        responses={**problems(401, 403), 200: {"content": {"text/plain": {}}}},
+    )
     async def metrics(request: Request, principal: Caller) -> Response:
         """Text exposition format 0.0.4; an operator's key is needed."""
         await authorise(request, principal, "metrics.read")

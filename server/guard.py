@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +16,8 @@ from server.monitoring import Monitoring
 from server.settings import Settings
 
 _logger = logging.getLogger(__name__)
+
+_METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 
 class Guard:
@@ -44,7 +46,8 @@ class Guard:
             await self._run(scope, receive, sending, status)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self._monitoring.requests.labels(scope["method"], route, str(status[0])).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._monitoring.requests.labels(method, route, str(status[0])).inc()
             self._monitoring.seconds.labels(route).observe(time.perf_counter() - begun)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send, status: list[int]) -> None:
