@@ -43,6 +43,7 @@ from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.evaluation import PublicData, metrics_of
 from federation.progress import Listener, RunEvent
+from federation.registry import statements
 from federation.service import Launch, RunConfig, TrainedRun, TrainRequest, train
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def run_federation(
 
     Raises:
         SimulationError: the sites are not the charter's, or the engine is not installed.
+        LedgerBehindError: the log shows a release that a site's ledger does not have: an old copy.
         RunFailedError: the run stopped; the log says why.
     """
     if sorted(homes) != list(charter.site_names):
@@ -93,6 +95,8 @@ def run_federation(
         for name, home in homes.items():
             agents[name] = Agent.open(home)
             stack.callback(agents[name].close)
+            for statement in statements(coordinator.ledger, site=name):
+                agents[name].observe(statement)
         launch = _launchers[engine](agents)
         principal = Principal(id=author.verify_key.fingerprint, role="scientist", key=author.text)
         request = TrainRequest(charter=charter, model=model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pandas as pd
 import pytest
 
@@ -10,7 +12,7 @@ from audit.keys import SigningKey
 from audit.principal import LocalOwner, Principal
 from clients.agent import Agent
 from clients.demo_data import HOSPITALS, PUBLIC_ROWS, deal, demo_charter, features, write_demo_files
-from clients.errors import SimulationError
+from clients.errors import LedgerBehindError, SimulationError
 from clients.home import SiteHome
 from clients.simulation import inprocess_launch, new_coordinator, run_federation, simulate
 from federation.charter import Charter
@@ -105,6 +107,32 @@ def test_a_second_run_continues_the_same_odometers(tmp_path):
         assert [body.sequence for body in statements] == [1, 2, 3, 4, 5, 6]
         assert [b.previous_event for b in statements[1:]] == [event_hash(b) for b in statements[:-1]]
     made.close()
+
+
+def test_a_site_whose_whole_home_is_an_old_copy_joins_no_further_run(tmp_path):
+    """Ledger, high-water mark and witness state all rewound together: only the log still knows."""
+    run = simulate(CALIBRATED.replace("rounds: 3", "rounds: 1"), SITES, public=PUBLIC, folder=tmp_path / "f")
+    federation = run.federation
+    home = federation.homes["a"]
+    shutil.copytree(home.path, tmp_path / "old")
+
+    def again():
+        return run_federation(
+            run.charter,
+            federation.homes,
+            federation.coordinator,
+            federation.scientist.key,
+            public_set=federation.public_file,
+        )
+
+    again()
+    shutil.rmtree(home.path)
+    shutil.copytree(tmp_path / "old", home.path)
+    before = federation.coordinator.ledger.tree_size
+    with pytest.raises(LedgerBehindError):
+        again()
+    assert federation.coordinator.ledger.tree_size == before
+    run.close()
 
 
 def train_over_a_bad_network(folder, fault, minimum_sites=3):
