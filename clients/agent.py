@@ -31,9 +31,10 @@ from audit.errors import WitnessConflictError, WitnessError
 from clients.admission import Admission
 from clients.code_digest import agent_code
 from clients.errors import HomeError, LedgerBehindError, RefusedError
+from clients.high_water import Head
 from clients.history import Clock, History
 from clients.home import SiteHome
-from clients.ledger import Head, Release, Reservation, SiteLedger
+from clients.ledger import Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from clients.requests import (
     LoggedEntry,
