@@ -62,6 +62,7 @@ def serve(
 
     import uvicorn
 
+    from federation.coordinator import Coordinator
     from server.app import create_app
     from server.settings import load_settings
 
@@ -76,6 +77,7 @@ def serve(
             f"{settings.coordinator_home}: no log here; make one with `affidavit init`, or give --home",
             code="audit.ledger_missing",
         )
+    Coordinator.open(settings.coordinator_home, settings.signer_home).close()
     app = create_app(settings)
     listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
