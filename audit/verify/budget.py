@@ -24,6 +24,7 @@ from audit.epsilon import (
     EpsilonError,
     epsilon_floor,
     epsilon_with_discretisation,
+    needs_rdp,
     rdp_epsilon,
     recompute,
 )
@@ -119,7 +120,11 @@ def check_epsilon(chain: Chain) -> Outcome:
         events = [statement.event for statement in history if statement.run == run]
         lifetime = [statement.event for statement in history]
         try:
-            spent, spent_ever = _spent(events, delta, charter), _spent(lifetime, delta, charter)
+            spent = _spent(events, delta, charter)
+            if needs_rdp(history):
+                spent_ever = Spent(rdp_epsilon(lifetime, delta), "RDP upper bound", True)
+            else:
+                spent_ever = _spent(lifetime, delta, charter)
             rdp = rdp_epsilon(events, delta)
         except EpsilonError as error:
             raise FailError("epsilon.event", f"site {site}: {error}", entry) from error
