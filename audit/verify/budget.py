@@ -119,6 +119,7 @@ def check_epsilon(chain: Chain) -> Outcome:
             continue
         events = [statement.event for statement in history if statement.run == run]
         lifetime = [statement.event for statement in history]
+        _check_cost(lifetime)
         try:
             spent = _spent(events, delta, charter)
             if needs_rdp(history):
@@ -240,7 +241,6 @@ def _check_start(history: Sequence[SiteStatement], first: int, previous: str, en
 
 
 def _spent(events: Sequence[MechanismEvent], delta: float, charter: CharterView) -> Spent:
-    _check_cost(events)
     bound = recompute(events, delta)
     if bound.exact:
         return Spent(bound.value, bound.method, True)
