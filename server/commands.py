@@ -15,6 +15,8 @@ import typer
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
 
 if TYPE_CHECKING:
+    import socket
+
     from server.journal import Journal
     from server.keys import KeyStore
 
@@ -58,7 +60,6 @@ def serve(
     Exit codes: 0 stopped, 1 it could not start, 2 wrong usage.
     """
     import logging
-    import socket
 
     import uvicorn
 
@@ -79,10 +80,7 @@ def serve(
         )
     Coordinator.open(settings.coordinator_home, settings.signer_home).close()
     app = create_app(settings)
-    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((settings.host, settings.port))
-    listener.listen(128)
+    listener = _listen(settings.host, settings.port)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
@@ -258,6 +256,20 @@ def restore(
         f"restored {report.tree_size} entries of {report.origin} to {report.path}; check: affidavit log fsck"
     )
     emit(asdict(report), shown, as_json=as_json)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    import socket
+
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise CommandError(f"{host} port {port}: {error.strerror}; choose another --port") from error
+    return listener
 
 
 @contextmanager
