@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import shutil
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -129,7 +131,7 @@ class Screen:
             ("then open http://127.0.0.1:8000/docs", f"serve --home {home}"),
             ("begin with your own data", "charter new --from my.csv"),
         ):
-            self.note(f"affidavit {line[1]}   # {line[0]}")
+            self.note(f"{_command()} {line[1]}   # {line[0]}")
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
@@ -139,6 +141,17 @@ class Screen:
         for cells in shown:
             table.add_row(*cells.values())
         return table
+
+
+def _command() -> str:
+    """How to call the command from here: by its name, or by the path it was installed at."""
+    if shutil.which("affidavit"):
+        return "affidavit"
+    installed = Path(sys.executable).with_name("affidavit")
+    try:
+        return str(installed.relative_to(Path.cwd()))
+    except ValueError:
+        return str(installed)
 
 
 def _cells(event: RunEvent) -> dict[str, str]:
