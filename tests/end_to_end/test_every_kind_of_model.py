@@ -15,6 +15,8 @@ import pytest
 from audit.verify import verify_evidence
 from clients.simulation import simulate
 
+pytestmark = pytest.mark.no_cover
+
 PIXELS = [f"p{i:02}" for i in range(16)]
 
 

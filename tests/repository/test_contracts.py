@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.no_cover
+
 MODULES = (
     "audit/verify/__init__.py",
     "audit/verify/steps.py",
