@@ -80,6 +80,12 @@ class KeyFileError(AuditError):
         self.path = path
 
 
+class KeyServiceError(AuditError):
+    """The external key service did not do what was asked."""
+
+    code = "audit.key_service"
+
+
 class BadSignatureError(AuditError):
     code = "audit.bad_signature"
 
@@ -129,6 +135,14 @@ class OriginMismatchError(AuditError):
 
 class MalformedProofError(AuditError):
     code = "audit.malformed_proof"
+
+
+class LogKeyError(AuditError):
+    """A key of the log does not count here; `code` says why, `leaf_index` names the entry."""
+
+    def __init__(self, code: str, detail: str, leaf_index: int) -> None:
+        super().__init__(detail)
+        self.code, self.leaf_index = code, leaf_index
 
 
 class MalformedPolicyError(AuditError):

@@ -50,17 +50,24 @@ def register(application: typer.Typer) -> None:
 @guarded
 def init(
     origin: Annotated[str, typer.Argument(help="The log's name for life, such as log.example.org/oncology.")],
+    database: Annotated[
+        str | None,
+        typer.Option(help="Where the log goes: a path, or postgresql://USER@HOST/DATABASE [log.db]."),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a coordinator's home with a new log, and a signer's home beside it.
+
+    A password never stands in --database: it comes from AFFIDAVIT_DATABASE_PASSWORD or from the file that
+    AFFIDAVIT_DATABASE_PASSWORD_FILE names. AFFIDAVIT_SIGNER_PASSPHRASE(_FILE) encrypts the signer's key.
 
     Exit codes: 0 done, 1 the homes exist or the name is no log's, 2 wrong usage.
     """
     from federation.coordinator import Coordinator
 
     base = base_home(home)
-    with Coordinator.create(base / "coordinator", base / "signer", origin) as coordinator:
+    with Coordinator.create(base / "coordinator", base / "signer", origin, database=database) as coordinator:
         document = {
             "origin": coordinator.origin,
             "log_key": coordinator.log_key,

@@ -1,7 +1,7 @@
 """Checkpoints on a timer, and the cosignatures that witnesses bring.
 
-A new checkpoint is signed when the log grew and the interval has passed, so that the witnesses of a round
-meet on one checkpoint instead of chasing the newest entry.
+A new checkpoint is signed within the interval after the log grew, and one of an idle log is announced again
+every ten minutes, by the one process of all that serve the log that holds its lease (`audit.publisher`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from anyio import to_thread
 
 from audit.checkpoints import add_signatures, parse_checkpoint_note
 from audit.entries import SiteEnrolled, decode_entry
-from audit.errors import AuditError, BadSignatureError
+from audit.errors import AuditError, BadSignatureError, LeaseLostError
 from audit.notes import NoteVerifier, SignatureLine, open_note, parse_note
 from federation.coordinator import Coordinator
 from server.journal import Clock
@@ -79,10 +79,20 @@ class Publisher:
     async def _run(self) -> None:
         while True:
             try:
-                await self.publish()
+                async with self._lock:
+                    await to_thread.run_sync(self._step)
+            except LeaseLostError as error:
+                _logger.warning("another process publishes now: %s", error)
             except (AuditError, OSError) as error:
                 _logger.error("no checkpoint: %s: %s", type(error).__name__, error)
             await asyncio.sleep(self._interval_s)
+
+    def _step(self) -> None:
+        self._coordinator.publisher.step()
+        note = self._coordinator.ledger.latest_checkpoint()
+        self._monitoring.tree_size.set(self._coordinator.ledger.tree_size)
+        if note is not None:
+            self._monitoring.checkpoint_size.set(parse_checkpoint_note(note).tree_size)
 
     def _publish(self) -> bytes:
         ledger = self._coordinator.ledger
