@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, CursorResult, inspect, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
@@ -40,7 +40,11 @@ def examining_server(location: Location) -> Iterator[ServerRows]:
     try:
         with _store.reading(engine) as connection:
             connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-            yield ServerRows(connection)
+            rows = ServerRows(connection)
+            try:
+                yield rows
+            finally:
+                rows.close()
     except AuditError as error:
         raise FoundError("unreadable", "", str(error)) from error
     finally:
@@ -52,6 +56,12 @@ class ServerRows:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._open: list[CursorResult[Any]] = []
+
+    def close(self) -> None:
+        """Close what was not read to its end."""
+        for result in self._open:
+            result.close()
 
     def check_schema(self) -> None:
         inspector = inspect(self._connection)
@@ -112,9 +122,10 @@ class ServerRows:
     def _rows(self, query: str) -> Iterator[tuple[Any, ...]]:
         """Yield rows in their table's order; sorted from the table itself, never through an index."""
         self._allow_only("seqscan")
-        for row in self._connection.execute(
-            text(query), execution_options={"stream_results": True, "max_row_buffer": _FETCH}
-        ):
+        options = {"stream_results": True, "max_row_buffer": _FETCH}
+        result = self._connection.execute(text(query), execution_options=options)
+        self._open.append(result)
+        for row in result:
             yield tuple(Text(value.encode()) if isinstance(value, str) else value for value in row)
 
     def _amcheck(self) -> bool:

@@ -1,9 +1,9 @@
 """How long each of a log's keys is valid: told by entries, counted in leaves.
 
 `log.created` names the first key. `key.rotated`, signed by both, lets a second key take over: the first
-one's signatures count on trees of at most `retire_at` entries. `log.compromise`, signed by the successor, ends
-a key's validity at `valid_size` entries, and what the key signed before counts only where witnesses cosigned
-it. All this only takes trust away: which keys are believed at all is the reader's policy.
+one's signatures count on trees of at most `retire_at` entries. `log.compromise`, signed by the successor,
+ends a key's validity at `valid_size` entries, and what the key signed before counts only where witnesses
+cosigned it. All this only takes trust away: which keys are believed at all is the reader's policy.
 """
 
 from __future__ import annotations

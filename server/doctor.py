@@ -17,8 +17,9 @@ from audit.errors import AuditError
 _EXTRAS: Final = {
     "agent": ("torch", "pandas", "pandera", "pyarrow", "sqlmodel"),
     "relay": ("flwr",),
-    "coordinator": ("flwr", "sqlmodel", "matplotlib"),
+    "coordinator": ("flwr", "sqlmodel", "alembic", "matplotlib"),
     "server": ("fastapi", "uvicorn", "cedarpy", "argon2", "prometheus_client"),
+    "postgresql": ("psycopg",),
     "accounting": ("dp_accounting",),
     "notebooks": ("nbclient", "sklearn"),
     "simulation": ("ray",),

@@ -108,5 +108,5 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
     """Where a new log may be made, on each database in turn."""
     if request.param == "sqlite":
         return tmp_path / "log.db"
-    url: str = request.getfixturevalue("postgresql_server").new_database()
+    url: str = request.getfixturevalue("postgresql_server").new_schema()
     return url
