@@ -106,6 +106,7 @@ __all__ = [
     "event_hash",
     "new_entry",
     "parse_body",
+    "run_digest",
     "signing_payload",
 ]
 
@@ -157,6 +158,7 @@ _DIGEST_FIELDS: Final = frozenset(
         "previous_round",
         "previous_transition",
         "schema_digest",
+        "start",
         "transition",
         "update",
         "version",
@@ -317,6 +319,12 @@ def event_hash(statement: SiteStatement) -> str:
         "event": _plain(statement.event),
     }
     return hashlib.sha256(b"affidavit/event/v1\x00" + canonical_bytes(document)).hexdigest()
+
+
+def run_digest(started: RunStarted) -> str:
+    """Return the hash by which an acceptance names the one start that it accepts, author included."""
+    _, payload = signing_payload(started)
+    return hashlib.sha256(b"affidavit/run-start/v1\x00" + payload).hexdigest()
 
 
 def columns_of(data: bytes) -> IndexColumns:

@@ -19,8 +19,7 @@ from audit.entries import SiteStatement, decode_entry
 from audit.epsilon import recompute
 from audit.errors import AuditError, WitnessError
 from audit.tlog_policy import Policy
-from audit.witness import Witness
-from clients.errors import DataProblem, HomeError, LinkError
+from clients.errors import DataProblem, LinkError
 from clients.home import SiteHome
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
     committed = ledger.committed_events(population.pseudonym)
     witnessed = None
     if home.witness_path.exists():
-        witnessed = _witness(home).tree_size
+        witnessed = home.witness().tree_size
     return SiteStatus(
         name=home.name,
         population=population.name,
@@ -216,7 +215,7 @@ def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
     from audit.checkpoints import parse_checkpoint_note
 
     note = client.get(f"{url}/v1/audit/checkpoint").raise_for_status().content
-    witness = _witness(home)
+    witness = home.witness()
     old_size = witness.tree_size
     try:
         size = parse_checkpoint_note(note).tree_size
@@ -247,7 +246,7 @@ def cosign_here(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> byte
     def collect(note: bytes) -> dict[str, list[bytes]]:
         size, lines = parse_checkpoint_note(note).tree_size, {}
         for name, home in homes.items():
-            witness = _witness(home)
+            witness = home.witness()
             old_size = witness.tree_size
             proof = coordinator.ledger.consistency_proof(old_size, size) if old_size else []
             lines[name] = [witness.cosign(note, old_size, proof, now=now)]
@@ -292,13 +291,6 @@ def check_against_log(
     finally:
         if own:
             client.close()
-
-
-def _witness(home: SiteHome) -> Witness:
-    logs = home.policy().logs
-    if not home.witness_path.exists():
-        raise HomeError(home.witness_path, "is missing", "restore it; a witness never starts over")
-    return Witness(home.witness_path, home.keys().witness_signer(home.name), logs[0].verifier)
 
 
 def _hashes(data: bytes) -> list[bytes]:

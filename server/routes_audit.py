@@ -21,7 +21,7 @@ from audit.merkle import hash_leaf
 from audit.service import SearchRequest
 from server.context import Caller, context_of, denials_recorded
 from server.errors import MalformedRequestError
-from server.schemas import DIGEST_PATTERN, CosignatureRequest, problems
+from server.schemas import DIGEST_PATTERN, CosignatureRequest, body_of, problems
 
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
@@ -42,7 +42,9 @@ async def search(
     site: Name = None,
     since: Annotated[str | None, Query(pattern=_TIME, description="RFC 3339, UTC, inclusive.")] = None,
     until: Annotated[str | None, Query(pattern=_TIME, description="RFC 3339, UTC, exclusive.")] = None,
-    after: Annotated[int | None, Query(ge=-1, description="Leaf index of the last entry you have.")] = None,
+    after: Annotated[
+        int | None, Query(ge=-1, le=2**53 - 1, description="Leaf index of the last entry you have.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 100,
 ) -> dict[str, Any]:
     """Entries in log order that match every filter. Page on with `after` = `next`, until `next` is null."""
@@ -81,7 +83,9 @@ async def read_entry(request: Request, principal: Caller, index: Index) -> dict[
 
 
 @router.get(
-    "/entries/{index}/proof", summary="Prove an entry (JSON or tlog-proof)", responses=problems(401, 403, 404)
+    "/entries/{index}/proof",
+    summary="Prove an entry (JSON or tlog-proof)",
+    responses={**problems(401, 403, 404), 200: {"content": {"text/plain": {}}}},
 )
 async def prove_entry(request: Request, principal: Caller, index: Index) -> Response:
     """An inclusion proof under the newest checkpoint. `Accept: text/plain` gives a C2SP tlog-proof file."""
@@ -130,7 +134,12 @@ async def prove_consistency(
     return {"old": old, "new": new, "proof": [base64.b64encode(node).decode() for node in proof]}
 
 
-@router.post("/cosignatures", summary="Add a witness's cosignature", responses=problems(403, 404, 422))
+@router.post(
+    "/cosignatures",
+    summary="Add a witness's cosignature",
+    responses=problems(403, 422),
+    openapi_extra=body_of(CosignatureRequest),
+)
 async def add_cosignature(request: Request) -> dict[str, Any]:
     """One signature line, made by an enrolled site's witness key over a recent checkpoint.
 
@@ -145,7 +154,12 @@ async def add_cosignature(request: Request) -> dict[str, Any]:
     return {"tree_size": size, "cosignatures": have}
 
 
-@router.get("/evidence/{index}", summary="Export an evidence file", responses=problems(401, 403, 404))
+@router.get(
+    "/evidence/{index}",
+    summary="Export an evidence file",
+    response_class=Response,
+    responses={**problems(401, 403, 404), 200: {"content": {"application/zip": {}}}},
+)
 async def export_evidence(request: Request, principal: Caller, index: Index) -> Response:
     """A zip that proves the entry offline: `affidavit verify FILE --policy POLICY`.
 

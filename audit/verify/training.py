@@ -12,10 +12,11 @@ from audit.entries import (
     RunAccepted,
     RunStarted,
     SiteStatement,
+    run_digest,
 )
 from audit.models import initial_weights, model_file
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, Round, expect, need, verify_body
-from audit.verify.history import LINKS
+from audit.verify.history import CHECKPOINT, LINKS
 from audit.verify.members import CHARTER, SITES
 from audit.verify.report import Word
 
@@ -111,11 +112,17 @@ def _check_acceptance(
     chain: Chain, charter: CharterView, started: Leaf[RunStarted], leaf: Leaf[RunAccepted]
 ) -> None:
     body = leaf.body
+    if leaf.index <= started.index:
+        raise FailError(
+            "verify.order", f"site {body.site} accepted the run before this start of it", leaf.index
+        )
     if body.site not in started.body.sites or body.site in chain.accepted:
         raise FailError("run.acceptance", f"site {body.site} was not asked, or accepted twice", leaf.index)
     enrolment = chain.enrolment_at(body.site, leaf.index).body
     wanted = {
         "charter": charter.digest,
+        "start": run_digest(started.body),
+        "origin": need(chain.checkpoint, CHECKPOINT).origin,
         "population": enrolment.population,
         "planned_events": charter.rounds,
     }

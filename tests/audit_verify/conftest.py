@@ -54,6 +54,7 @@ from audit.entries import (
     encode_entry,
     event_hash,
     new_entry,
+    run_digest,
     signing_payload,
 )
 from audit.epsilon import rdp_epsilon, recompute
@@ -302,6 +303,7 @@ class World:
         body = self.lie(
             SiteEnrolled(
                 site=hospital.name,
+                origin=ORIGIN,
                 population=hospital.population,
                 identity_key=hospital.identity.text,
                 statement_key=hospital.statement.text,
@@ -322,7 +324,11 @@ class World:
             CharterPublished(digest=digest, canonical=self.canonical.decode(), author=self.author.text)
         )
         for hospital in self.hospitals:
-            body = self.lie(CharterSigned(digest=digest, site=hospital.name, signature=""))
+            body = self.lie(
+                CharterSigned(
+                    digest=digest, author=self.author.text, site=hospital.name, signature=""
+                )
+            )  # fmt: skip
             if body is not None:
                 self.append(self.sign(body, hospital.identity))
 
@@ -367,11 +373,13 @@ class World:
                 code=hashlib.sha256(b"code").hexdigest(), signature="",
             )
         )  # fmt: skip
-        self.append(self.sign(started, self.author))
+        started = self.sign(started, self.author)
+        self.append(started)
         for hospital in self.hospitals:
             accepted = self.lie(
                 RunAccepted(
-                    run=run, charter=charter.digest, site=hospital.name, population=hospital.population,
+                    run=run, start=run_digest(started), origin=ORIGIN, charter=charter.digest,
+                    site=hospital.name, population=hospital.population,
                     next_sequence=hospital.sequence + 1, previous_event=hospital.head,
                     planned_events=charter.rounds, lifetime_epsilon_cap="30", signature="",
                 )

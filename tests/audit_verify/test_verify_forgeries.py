@@ -179,7 +179,7 @@ def test_a_charter_signature_by_another_key_fails(make_world):
 
 def test_a_charter_signature_for_another_charter_does_not_count(make_world):
     def other(world, body):
-        return CharterSigned(digest="cd" * 32, site=body.site, signature="")
+        return CharterSigned(digest="cd" * 32, author=body.author, site=body.site, signature="")
 
     report = make_world(before={"charter.signed": once(other_of(other), lambda b: b.site == "east")}).judge()
     assert_caught(report, CHARTER, "charter.signature_missing", Verdict.INCOMPLETE)
