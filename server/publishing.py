@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Final
 
 from anyio import to_thread
@@ -25,6 +26,7 @@ _logger = logging.getLogger(__name__)
 
 _RECENT: Final = 64
 _FUTURE_S: Final = 300
+_MEETING_S: Final = 5.0
 
 
 class Publisher:
@@ -37,6 +39,7 @@ class Publisher:
         self._interval_s = interval_s
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._meeting: tuple[float, bytes] | None = None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="publish checkpoints")
@@ -56,6 +59,13 @@ class Publisher:
         """Return the newest checkpoint; the first one is made on demand."""
         note = await to_thread.run_sync(self._coordinator.ledger.latest_checkpoint)
         return note if note is not None else await self.publish()
+
+    async def meeting(self) -> bytes:
+        """Return a checkpoint that stays the same for a while, so that witnesses sign one and not many."""
+        now = time.monotonic()
+        if self._meeting is None or now - self._meeting[0] >= _MEETING_S:
+            self._meeting = (now, await self.current())
+        return self._meeting[1]
 
     async def cover(self, leaf_index: int) -> None:
         """Sign a checkpoint now, unless one holds `leaf_index` already or the log lacks that entry."""
