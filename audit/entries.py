@@ -185,6 +185,14 @@ class Entry:
     def type(self) -> str:
         return TYPE_OF[type(self.body)]
 
+    def _repr_html_(self) -> str:
+        from html import escape  # the verifier does without
+
+        head = [("time", self.time), ("actor", self.actor)]
+        rows = head + [(name, _shown(value)) for name, value in _plain(self.body).items()]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        return f"<table><caption>Entry {escape(self.type)}</caption>{cells}</table>"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexColumns:
@@ -356,6 +364,11 @@ def _types(kind: type[Any]) -> dict[str, Any]:
     if hints is None:
         hints = _hints[kind] = get_type_hints(kind)
     return hints
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else canonical_bytes(value).decode()
+    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def _plain(value: Any) -> Any:

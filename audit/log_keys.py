@@ -36,13 +36,18 @@ class LogKeys:
     """Every key that a log's entries name, by vkey."""
 
     keys: dict[str, KeyValidity]
+    changed: bool  # whether any entry changes or ends a key
 
     def check(self, vkey: str, tree_size: int, *, witnessed: bool) -> None:
         """Return if a signature by this key counts on a tree of this size.
 
+        While no entry changes a key, every key that the caller believes counts.
+
         Raises:
             LogKeyError: it does not; `leaf_index` is the entry that ended the key.
         """
+        if not self.changed:
+            return
         key = self.keys.get(vkey)
         if key is None:
             raise LogKeyError("log.key_unknown", f"no entry of the log names key {vkey}", 0)
@@ -68,8 +73,9 @@ def read_log_keys(bodies: Iterable[tuple[int, Any]]) -> LogKeys:
         LogKeyError: one of them is not signed as it must be, or names a key that the log did not have.
     """
     keys: dict[str, KeyValidity] = {}
-    origin = ""
+    origin, changed = "", False
     for index, body in bodies:
+        changed = changed or isinstance(body, (KeyRotated, LogCompromised))
         if isinstance(body, LogCreated):
             if index != 0:
                 raise LogKeyError("log.key_entry", f"leaf {index} creates the log a second time", index)
@@ -93,7 +99,7 @@ def read_log_keys(bodies: Iterable[tuple[int, Any]]) -> LogKeys:
             lost.end(body.valid_size, index)
             lost.compromised_at = index
             keys.setdefault(body.successor, KeyValidity(new))
-    return LogKeys(keys)
+    return LogKeys(keys, changed)
 
 
 def _known(keys: dict[str, KeyValidity], vkey: str, index: int) -> KeyValidity:

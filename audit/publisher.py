@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from audit.checkpoints import parse_checkpoint_note
-from audit.errors import AuditError, SignerBusyError
+from audit.errors import AuditError, SignerBusyError, SignerError
 from audit.lease import Lease
 from audit.ledger import Ledger
 from audit.notes import open_note
@@ -83,7 +83,11 @@ class Publisher:
             self._keeps = True
             if not self._lead():
                 return None
-            return self._publish(idle_too=True)
+            try:
+                return self._publish(idle_too=True)
+            except SignerError:  # who may not sign keeps nobody from it who may
+                self.lease.release()
+                raise
 
     def publish(self, timeout_s: float = 10.0) -> bytes:
         """Return a checkpoint of at least the present tree: our own, or that of whoever holds the lease.

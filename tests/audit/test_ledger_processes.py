@@ -170,9 +170,9 @@ def append_while(
     acked: dict[str, int] = {}
     refused, done = 0, threading.Event()
 
-    def write(first: int) -> None:
+    def write(ledger: Ledger, first: int) -> None:
         nonlocal refused
-        with Ledger.open(url) as ledger:
+        with ledger:
             numbers = itertools.count(first, 2)
             while not done.is_set():
                 batch = [log_tools.make_entry(next(numbers)) for _ in range(3)]
@@ -187,7 +187,7 @@ def append_while(
                         except (LedgerUnreachableError, LedgerBusyError):
                             refused += 1
 
-    writers = [threading.Thread(target=write, args=(first,)) for first in (0, 1)]
+    writers = [threading.Thread(target=write, args=(Ledger.open(url), first)) for first in (0, 1)]
     for writer in writers:
         writer.start()
     try:
