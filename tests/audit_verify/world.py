@@ -45,7 +45,7 @@ from audit.epsilon import rdp_epsilon, recompute
 from audit.forward import forward
 from audit.keys import SigningKey
 from audit.metrics import gate_result
-from audit.models import answer_of, initial_weights, model_file, probabilities, weights_of_file
+from audit.models import answer_of, initial_weights, model_file, weights_of_file
 from audit.public_set import read_public_set
 from audit.replay import Aggregator, SiteUpdate, average
 from audit.verify import Report
@@ -184,10 +184,16 @@ class World(Office):
         )
 
     def _update(self, hospital: Hospital, weights: Sequence[float]) -> list[int]:
-        layers, position = self.charter.layers, self.charter.site_names.index(hospital.name)
+        position = self.charter.site_names.index(hospital.name)
+        slopes, level = (
+            weights[: len(FEATURES)],
+            weights[len(FEATURES)] + weights[len(FEATURES) + 1 + position],
+        )
         total = [0.0] * len(weights)
         for x, label in hospital.rows:
-            error = probabilities("binary", forward(layers, weights, x, position))[1] - label
+            # written out, because `forward` checks its layers for every row
+            score = level + sum(w * v for w, v in zip(slopes, x, strict=True))
+            error = 1 / (1 + math.exp(-score)) - label
             gradient = [error * v for v in x] + [error] + [error * (k == position) for k in range(3)]
             norm = math.sqrt(sum(v * v for v in gradient))
             total = [a + b * min(1.0, 1.0 / max(norm, 1e-12)) for a, b in zip(total, gradient, strict=True)]
