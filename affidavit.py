@@ -50,6 +50,9 @@ Compliance officer: believe nothing, check everything
   verify FILE             walk an evidence file offline; exit code 0 means VALID
   log list | show | proof search the log, read an entry, prove it is there
   log fsck                recompute the whole log from its bytes
+  log rotate-key | compromise
+                          give the log a new key; end a stolen one
+  db upgrade              bring an older log's database to this release
   evidence export         a zip that proves one entry to a stranger
   identity new            your own key, with which you approve
   models approve | rollback   sign a version into or out of use

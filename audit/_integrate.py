@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import time
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, insert, select, update
 
 from audit import _store
 from audit.entries import IndexColumns
-from audit.errors import AuditError, EventIdConflictError, LedgerCorruptError, TreeRangeError
+from audit.errors import (
+    AuditError,
+    EventIdConflictError,
+    LedgerCorruptError,
+    LedgerUnreachableError,
+    TreeRangeError,
+)
 from audit.merkle import HASH_SIZE, CompactRange
 from audit.tables import HEAD, LEAF, NODE, TILE_HEIGHT
+
+_RETRIES_S: Final = (0.05, 0.25, 1.0)
+_COLUMNS: Final = tuple(field.name for field in fields(IndexColumns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +45,25 @@ class AppendRequest:
 def commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced | AuditError]:
     """Insert the new entries of `batch`, integrate them and commit, in one durable transaction.
 
+    When the database server goes away in the middle, the batch is offered again: what a commit whose answer
+    was lost has written is found by its event ids, so nothing is doubled.
+
     Returns:
         For each request its place, or `EventIdConflictError`.
 
     Raises:
+        LedgerUnreachableError: the server stayed away; parts of the batch may be durable.
         AuditError: nothing of the batch was written.
     """
+    for pause_s in _RETRIES_S:
+        try:
+            return _commit_batch(engine, batch)
+        except LedgerUnreachableError:
+            time.sleep(pause_s)
+    return _commit_batch(engine, batch)
+
+
+def _commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced | AuditError]:
     with _store.writing(engine) as connection:
         edge = read_edge(connection)
         wanted = {request.event_id for request in batch}
@@ -89,7 +112,7 @@ def _leaf_row(index: int, request: AppendRequest) -> dict[str, Any]:
         "event_id": request.event_id,
         "leaf_hash": request.leaf_hash,
         "body": request.body,
-        **asdict(request.columns),
+        **{name: getattr(request.columns, name) for name in _COLUMNS},
     }
 
 

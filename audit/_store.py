@@ -1,4 +1,8 @@
-"""The ledger's SQLite file: how it is created, opened and locked, and how its errors are named."""
+"""The ledger's database: how it is created, opened and locked, and how its errors are named.
+
+SQLite and PostgreSQL behind three functions: `open_engine`, `reading` (one snapshot) and `writing` (one
+writer at a time, durable when the block ends). Everything above speaks SQLAlchemy Core.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,19 @@ import secrets
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, select
+from sqlalchemy.exc import DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
 from audit._files import sync_folder
+from audit._postgresql import name_fault, prepare
 from audit.errors import LedgerBusyError, LedgerCorruptError, LedgerExistsError, LedgerMissingError
-from audit.tables import APPLICATION_ID, HEAD, SCHEMA_VERSION, LedgerTable
+from audit.location import Location
+from audit.tables import APPLICATION_ID, HEAD, MIGRATION, REVISION, SCHEMA_VERSION, LedgerTable
 
 BUSY_TIMEOUT_S = 20.0
 
@@ -37,7 +45,12 @@ def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
     return connection
 
 
-def open_engine(path: Path) -> Engine:
+def open_engine(location: Location) -> Engine:
+    """Return the engine of a log's database; connects to nothing yet."""
+    if location.url is not None:
+        return _open_server(location.url)
+    path = location.path
+    assert path is not None  # noqa: S101 - the other half of Location
     engine = create_engine("sqlite://", creator=lambda: connect(path), poolclass=QueuePool)
 
     @event.listens_for(engine, "begin")
@@ -48,52 +61,54 @@ def open_engine(path: Path) -> Engine:
     return engine
 
 
-def create_file(path: Path, origin: str) -> None:
-    """Make an empty ledger under a temporary name and link it into place, whole or not at all.
+def create(location: Location, origin: str) -> None:
+    """Make an empty log, whole or not at all.
 
     Raises:
-        LedgerExistsError: `path` exists.
-        LedgerMissingError: its folder does not, or cannot be written.
+        LedgerExistsError: there is one already.
+        LedgerMissingError: its folder or its database does not exist, or cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    if location.path is not None:
+        _create_file(location.path, origin)
+        return
+    engine = open_engine(location)
     try:
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        engine = open_engine(temporary)
-        try:
-            with engine.connect() as connection:
-                raw = connection.connection.driver_connection
-                assert isinstance(raw, sqlite3.Connection)  # noqa: S101
-                raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
-                raw.execute("PRAGMA journal_mode=WAL")
-            with engine.begin() as connection:
-                LedgerTable.metadata.create_all(connection)
-                row = {"id": 1, "schema_version": SCHEMA_VERSION, "origin": origin, "size": 0, "edge": b""}
-                connection.execute(insert(HEAD), row)
-        finally:
-            engine.dispose()
-        os.link(temporary, path)
-        sync_folder(path.parent)
-    except FileExistsError as error:
-        raise LedgerExistsError(str(path)) from error
-    except OSError as error:
-        raise LedgerMissingError(str(path), f"cannot create it: {error.strerror}") from error
+        with translated(), engine.begin() as connection:
+            # two creators at once: the second waits here, then sees what the first made
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({APPLICATION_ID})")
+            if inspect(connection).has_table(HEAD.name):
+                raise LedgerExistsError(str(location))
+            create_tables(connection, origin)
     finally:
-        for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{temporary}{suffix}")
+        engine.dispose()
+
+
+def create_tables(connection: Connection, origin: str) -> None:
+    LedgerTable.metadata.create_all(connection, checkfirst=False)
+    row = {"id": 1, "schema_version": SCHEMA_VERSION, "origin": origin, "size": 0, "edge": b""}
+    connection.execute(insert(HEAD), row)
+    connection.execute(insert(MIGRATION), {"version_num": REVISION})
 
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A read transaction; database faults leave as `LedgerBusyError` or `LedgerCorruptError`."""
-    with translated(), engine.begin() as connection:
-        yield connection
+    """A read transaction on one snapshot; database faults leave as errors of the ledger."""
+    with translated():
+        if engine.dialect.name == "sqlite":
+            with engine.begin() as connection:
+                yield connection
+            return
+        options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        with engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
 
 
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the write lock from its first moment, durable when the block ends."""
     with translated(), engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
+        if engine.dialect.name != "sqlite":
+            connection.execute(select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update())
         yield connection
 
 
@@ -110,11 +125,72 @@ def translated() -> Iterator[None]:
         yield
     except DBAPIError as error:
         _raise_named(error.orig if isinstance(error.orig, Exception) else error)
+    except PoolTimeoutError as error:
+        raise LedgerBusyError(retry_after_s=1.0, pending=0) from error
     except (sqlite3.Error, UnicodeDecodeError) as error:  # sqlite3 cannot even read some of its own messages
         _raise_named(error)
 
 
+def _open_server(url: URL) -> Engine:
+    try:
+        patience = _patience(url)
+        engine = create_engine(url, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_S, connect_args=patience)
+    except (NoSuchModuleError, ModuleNotFoundError) as error:
+        raise LedgerMissingError(
+            str(Location(url=url)), "psycopg is not installed; install affidavit[postgresql]"
+        ) from error
+
+    @event.listens_for(engine, "connect")
+    def _connected(raw: Any, _: object) -> None:
+        prepare(raw)
+
+    return engine
+
+
+def _patience(url: URL) -> dict[str, Any]:
+    """How long a server may keep silent; what the URL says itself goes first."""
+    wanted = {
+        "connect_timeout": 5,
+        "tcp_user_timeout": 15_000,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "application_name": "affidavit",
+    }
+    return {name: value for name, value in wanted.items() if name not in url.query}
+
+
+def _create_file(path: Path, origin: str) -> None:
+    """Make the file under a temporary name and link it into place."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        engine = open_engine(Location(path=temporary))
+        try:
+            with engine.connect() as connection:
+                raw = connection.connection.driver_connection
+                assert isinstance(raw, sqlite3.Connection)  # noqa: S101
+                raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                raw.execute("PRAGMA journal_mode=WAL")
+            with engine.begin() as connection:
+                create_tables(connection, origin)
+        finally:
+            engine.dispose()
+        os.link(temporary, path)
+        sync_folder(path.parent)
+    except FileExistsError as error:
+        raise LedgerExistsError(str(path)) from error
+    except OSError as error:
+        raise LedgerMissingError(str(path), f"cannot create it: {error.strerror}") from error
+    finally:
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{temporary}{suffix}")
+
+
 def _raise_named(cause: Exception) -> None:
+    if not isinstance(cause, (sqlite3.Error, UnicodeDecodeError)):
+        raise name_fault(cause) from cause
     name = getattr(cause, "sqlite_errorname", "") or ""
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         raise LedgerBusyError(retry_after_s=1.0, pending=0) from cause

@@ -37,6 +37,28 @@ class LogCreated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRotated:
+    """A second key takes over; both sign this body, and every checkpoint until the first one retires."""
+
+    log_key: str  # vkey that retires
+    new_key: str  # vkey of the same name
+    retire_at: int  # tree size; on larger trees the first key's signature counts for nothing
+    signature: str  # by the key that retires
+    successor_proof: str  # by the new key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogCompromised:
+    """Somebody else may have the key: what it signed on larger trees than `valid_size` never counted."""
+
+    log_key: str  # vkey
+    valid_size: int
+    successor: str  # vkey that signs from now on
+    reason: str
+    signature: str  # by the successor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteEnrolled:
     """A site's identity key delegates three keys; each that signs proves itself over the same payload."""
 
@@ -326,6 +348,8 @@ class EvidenceExported:
 
 Body = (
     LogCreated
+    | KeyRotated
+    | LogCompromised
     | SiteEnrolled
     | CharterPublished
     | CharterSigned
@@ -351,6 +375,8 @@ Body = (
 
 TYPES: Final[dict[str, type[Any]]] = {
     "log.created": LogCreated,
+    "key.rotated": KeyRotated,
+    "log.compromise": LogCompromised,
     "site.enrolled": SiteEnrolled,
     "site.refused": SiteRefused,
     "site.statement": SiteStatement,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from audit.errors import KeyFormatError, MalformedCheckpointError, MalformedNoteError, OriginMismatchError
@@ -102,6 +102,7 @@ class OpenedCheckpoint:
     cosignatures: tuple[Cosignature, ...]
     from_the_future: tuple[Cosignature, ...]  # valid, but dated beyond the reader's clock: never counted
     note: bytes
+    log_keys: tuple[NoteVerifier, ...] = ()  # those of the log's keys that signed
 
 
 def sign_checkpoint(checkpoint: Checkpoint, signer: NoteSigner) -> bytes:
@@ -157,13 +158,14 @@ def parse_checkpoint_note(note: bytes) -> Checkpoint:
 def open_checkpoint(
     note: bytes,
     *,
-    log: NoteVerifier,
+    log: NoteVerifier | Sequence[NoteVerifier],
     witnesses: Iterable[NoteVerifier] = (),
     now: int,
     max_future_s: int = MAX_FUTURE_S,
 ) -> OpenedCheckpoint:
     """Prove that the log signed a checkpoint and find which witnesses cosigned it.
 
+    `log` is the log's key, or its keys while one takes over from another: one signature suffices.
     `now` is the reader's clock, POSIX seconds: a cosignature more than `max_future_s` ahead is not counted.
 
     Raises:
@@ -173,11 +175,13 @@ def open_checkpoint(
         BadSignatureError: a line by the log or by a known witness does not verify.
     """
     witness_keys = tuple(witnesses)
+    log_keys = (log,) if isinstance(log, NoteVerifier) else tuple(log)
     checkpoint = parse_checkpoint_note(note)
-    if checkpoint.origin != log.name:
-        raise OriginMismatchError(expected=log.name, found=checkpoint.origin)
-    open_note(note, [log])
-    signatures = open_note(note, [log, *witness_keys]).signatures if witness_keys else ()
+    for key in log_keys:
+        if checkpoint.origin != key.name:
+            raise OriginMismatchError(expected=key.name, found=checkpoint.origin)
+    signed = tuple(signature.verifier for signature in open_note(note, log_keys).signatures)
+    signatures = open_note(note, [*log_keys, *witness_keys]).signatures if witness_keys else ()
     latest: dict[NoteVerifier, Cosignature] = {}
     future: list[Cosignature] = []
     for cosignature in _cosignatures(signatures):
@@ -185,7 +189,7 @@ def open_checkpoint(
             future.append(cosignature)
         elif cosignature.timestamp >= latest.get(cosignature.verifier, cosignature).timestamp:
             latest[cosignature.verifier] = cosignature
-    return OpenedCheckpoint(checkpoint, tuple(latest.values()), tuple(future), note)
+    return OpenedCheckpoint(checkpoint, tuple(latest.values()), tuple(future), note, signed)
 
 
 def _cosignatures(signatures: Iterable[VerifiedSignature]) -> list[Cosignature]:

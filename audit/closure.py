@@ -77,8 +77,10 @@ class EvidenceLog(Protocol):
 class Closure:
     """Collects what one entry rests on."""
 
-    def __init__(self, ledger: EvidenceLog, blobs: BlobSource) -> None:
+    def __init__(self, ledger: EvidenceLog, blobs: BlobSource, tree_size: int | None = None) -> None:
+        """Collect from the first `tree_size` entries, which a checkpoint covers; from all when None."""
         self._ledger, self._blobs = ledger, blobs
+        self._size = ledger.tree_size if tree_size is None else tree_size
         self.scope = "entry"
         self.entries: dict[int, bytes] = {}
         self.artefacts: dict[str, bytes] = {}
@@ -86,6 +88,9 @@ class Closure:
     def collect(self, leaf_index: int, data: bytes) -> None:
         self._take(leaf_index, data)
         self._take(0, self._ledger.entry(0))
+        for index, event, _ in self._search(object, type=("key.rotated", "log.compromise")):
+            if index < self._size:
+                self._take(index, event)
         entry = decode_entry(data)
         body, self.scope = entry.body, scope_of(entry.type)
         if isinstance(body, Prediction):

@@ -1,4 +1,4 @@
-"""Commands about the log: `log list | show | proof | fsck` and `evidence export`.
+"""Commands about the log: `log list | show | proof | fsck`, `db upgrade` and `evidence export`.
 
 With --url they ask a running server; without, they read the coordinator's home on this machine.
 """
@@ -18,8 +18,10 @@ from audit.principal import LocalOwner, Principal
 
 if TYPE_CHECKING:
     from audit.ledger import Ledger
+    from audit.location import Location
 
 log = typer.Typer(name="log", help="Search the log, read an entry, prove it is there.", no_args_is_help=True)
+db = typer.Typer(name="db", help="The log's database.", no_args_is_help=True)
 evidence = typer.Typer(name="evidence", help="Files that prove an entry to a stranger.", no_args_is_help=True)
 
 Home = Annotated[
@@ -36,6 +38,7 @@ Index = Annotated[int, typer.Argument(help="The entry's place in the log, from 0
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
     application.add_typer(log)
+    application.add_typer(db)
     application.add_typer(evidence)
 
 
@@ -160,10 +163,10 @@ def check_log(home: Home = None, as_json: AsJson = False) -> None:
     from audit.entries import columns_of
     from audit.fsck import fsck
 
-    path = base_home(home) / "coordinator" / "log.db"
-    if not path.is_file():
-        raise CommandError(f"{path}: no log here; give --home", code="audit.ledger_missing")
-    report = fsck(path, columns_of=columns_of)
+    place = _place(home)
+    if place.path is not None and not place.path.is_file():
+        raise CommandError(f"{place}: no log here; give --home", code="audit.ledger_missing")
+    report = fsck(place, columns_of=columns_of)
     if not report.ok:
         raise CommandError(
             f"{report.where}: {report.detail} ({report.entries} entries before it are good)",
@@ -174,6 +177,25 @@ def check_log(home: Home = None, as_json: AsJson = False) -> None:
         f"the log is whole: {report.entries} entries",
         as_json=as_json,
     )
+
+
+@db.command("upgrade")
+@guarded
+def upgrade_database(home: Home = None, as_json: AsJson = False) -> None:
+    """Bring the log's database to this release's schema; entries, proofs and checkpoints stay as they are.
+
+    Exit codes: 0 done (also when there was nothing to do), 1 refused or failed, 2 wrong usage.
+    """
+    from dataclasses import asdict
+
+    from audit.upgrade import upgrade
+
+    report = upgrade(_place(home))
+    same = report.before == report.after
+    shown = f"{report.location}: schema {report.after}" + (
+        ", nothing to do" if same else f", was {report.before}"
+    )
+    emit(asdict(report), shown, as_json=as_json)
 
 
 @evidence.command("export")
@@ -213,7 +235,13 @@ def export(
 def _ledger(home: Path | None) -> Ledger:
     from audit.ledger import Ledger
 
-    return Ledger.open(base_home(home) / "coordinator" / "log.db")
+    return Ledger.open(_place(home))
+
+
+def _place(home: Path | None) -> Location:
+    from audit.location import log_location
+
+    return log_location(base_home(home) / "coordinator")
 
 
 def _owner() -> Principal:

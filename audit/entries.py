@@ -32,6 +32,8 @@ from audit.bodies import (
     GateResult,
     KeyCreated,
     KeyRevoked,
+    KeyRotated,
+    LogCompromised,
     LogCreated,
     MechanismEvent,
     Metric,
@@ -74,6 +76,8 @@ __all__ = [
     "IndexColumns",
     "KeyCreated",
     "KeyRevoked",
+    "KeyRotated",
+    "LogCompromised",
     "LogCreated",
     "MechanismEvent",
     "Metric",
@@ -121,7 +125,7 @@ class EntryError(AuditError):
         self.field, self.problem = field, problem
 
 
-_SIGNATURE_FIELDS: Final = ("signature", "statement_proof", "witness_proof")
+_SIGNATURE_FIELDS: Final = ("signature", "statement_proof", "successor_proof", "witness_proof")
 _DOMAINS: Final[dict[type[Any], str]] = {
     SiteEnrolled: "enrolment",
     CharterSigned: "charter",
@@ -130,6 +134,8 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     SiteRefused: "refusal",
     SiteStatement: "statement",
     VersionTransition: "transition",
+    KeyRotated: "rotation",
+    LogCompromised: "compromise",
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}

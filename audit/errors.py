@@ -80,6 +80,12 @@ class KeyFileError(AuditError):
         self.path = path
 
 
+class KeyServiceError(AuditError):
+    """The external key service did not do what was asked."""
+
+    code = "audit.key_service"
+
+
 class BadSignatureError(AuditError):
     code = "audit.bad_signature"
 
@@ -131,6 +137,14 @@ class MalformedProofError(AuditError):
     code = "audit.malformed_proof"
 
 
+class LogKeyError(AuditError):
+    """A key of the log does not count here; `code` says why, `leaf_index` names the entry."""
+
+    def __init__(self, code: str, detail: str, leaf_index: int) -> None:
+        super().__init__(detail)
+        self.code, self.leaf_index = code, leaf_index
+
+
 class MalformedPolicyError(AuditError):
     code = "audit.malformed_policy"
 
@@ -179,6 +193,52 @@ class LedgerClosedError(AuditError):
     code = "audit.ledger_closed"
 
 
+class LedgerUnreachableError(AuditError):
+    """The database server is gone: what was on its way may or may not be durable; retry with the same id."""
+
+    code = "audit.ledger_unreachable"
+
+    def __init__(self, reason: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(
+            f"the log's database cannot be reached: {reason}; an entry on its way may or may not be durable, "
+            f"so retry with the same event id in {retry_after_s} s"
+        )
+        self.reason, self.retry_after_s = reason, retry_after_s
+
+
+class LedgerUnsafeError(AuditError):
+    """The database server is set up so that an acknowledged entry could be lost."""
+
+    code = "audit.ledger_unsafe"
+
+
+class LedgerSchemaError(LedgerMissingError):
+    """There is a log, of another release."""
+
+    code = "audit.ledger_schema"
+
+    def __init__(self, location: str, *, found: int, expected: int) -> None:
+        fix = "run `affidavit db upgrade`" if found < expected else "use the newer release"
+        super().__init__(location, f"schema {found} is not this release's {expected}, {fix}")
+        self.found, self.expected = found, expected
+
+
+class LeaseLostError(AuditError):
+    """Another process holds the lease now; what this one was about to do is its task no longer."""
+
+    code = "audit.lease_lost"
+
+    def __init__(self, *, name: str, owner: str, token: int) -> None:
+        super().__init__(f"lease {name!r} is held by {owner or 'nobody'!r} with token {token}")
+        self.name, self.owner, self.token = name, owner, token
+
+
+class LocationError(AuditError):
+    """The place of a log is neither a path nor a URL of a database that is supported."""
+
+    code = "audit.location"
+
+
 class LedgerWriteError(AuditError):
     """The database refused the batch; none of it was acknowledged."""
 
@@ -195,6 +255,16 @@ class EntrySizeError(AuditError):
 
 class EventIdError(AuditError):
     code = "audit.event_id"
+
+
+class EntryColumnsError(AuditError):
+    """A search column holds what no database could store or index."""
+
+    code = "audit.entry_columns"
+
+    def __init__(self, column: str, problem: str) -> None:
+        super().__init__(f"column {column}: {problem}")
+        self.column, self.problem = column, problem
 
 
 class EventIdConflictError(AuditError):

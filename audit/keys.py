@@ -23,7 +23,18 @@ from audit.errors import BadSignatureError, KeyFileError, KeyFormatError, Unknow
 PUBLIC_KEY_SIZE = 32
 SIGNATURE_SIZE = 64
 DOMAINS = frozenset(
-    {"enrolment", "charter", "run", "acceptance", "refusal", "statement", "transition", "receipt"}
+    {
+        "enrolment",
+        "charter",
+        "run",
+        "acceptance",
+        "refusal",
+        "statement",
+        "transition",
+        "receipt",
+        "rotation",
+        "compromise",
+    }
 )
 
 _PREFIX = "ed25519:"

@@ -1,13 +1,14 @@
 """The log on disk: entries get consecutive indices, and an acknowledged entry is durable.
 
 `append` queues an entry and returns a future; the sequencer inserts a batch, integrates it into the tree and
-commits, all in one fully durable transaction, before any future completes. The database orders processes, so
-several may append to one file. Reads come from SQL rows; full tiles are immutable and cached.
+commits, all in one fully durable transaction, before any future completes. The database (a SQLite file, or
+PostgreSQL) orders processes, so several may append to one log. Reads come from SQL rows; full tiles are
+immutable and cached. An entry is *sequenced* when its future completes, *checkpointed* once the log signed a
+tree with it (`wait_checkpointed`), *witnessed* once others signed that too (`wait_witnessed`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import weakref
@@ -17,36 +18,38 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, Row, Select, func, select
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy import Connection, Engine, Row, Select, func, inspect, select
 
 from audit import _store, merkle
+from audit._checkpoint_store import CheckpointStore
 from audit._integrate import AppendRequest, Sequenced, commit_batch, read_edge
 from audit._sequencer import Sequencer
 from audit._store import blob
 from audit._tiles import TileReader
-from audit.checkpoints import Checkpoint, add_signatures, parse_checkpoint_note
+from audit.checkpoints import Checkpoint
 from audit.entries import MAX_ENTRY_BYTES, IndexColumns
 from audit.errors import (
     AuditError,
+    EntryColumnsError,
     EntryNotFoundError,
     EntrySizeError,
     EventIdError,
     LedgerCorruptError,
     LedgerMissingError,
-    OriginMismatchError,
-    RootMismatchError,
+    LedgerSchemaError,
     TreeRangeError,
 )
+from audit.lease import Lease
+from audit.location import Location
 from audit.merkle import CompactRange, hash_leaf
-from audit.notes import parse_note
-from audit.tables import APPLICATION_ID, CHECKPOINT, HEAD, LEAF, SCHEMA_VERSION
+from audit.tables import APPLICATION_ID, HEAD, LEAF, SCHEMA_VERSION
 
 __all__ = ["MAX_BATCH", "MAX_PENDING", "MAX_SEARCH", "Ledger", "Sequenced", "StoredEntry"]
 
 MAX_BATCH = 256
 MAX_PENDING = 4096
 MAX_SEARCH = 1000
+MAX_COLUMN_BYTES = 1024
 
 _EVENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _COLUMNS = tuple(field.name for field in fields(IndexColumns))
@@ -64,50 +67,52 @@ class StoredEntry:
 
 
 class Ledger:
-    """One append-only log in one SQLite file. Make it with `create` or `open`, end it with `close`."""
+    """One append-only log in one database. Make it with `create` or `open`, end it with `close`."""
 
-    def __init__(self, path: Path, engine: Engine, origin: str) -> None:
-        self.path, self.origin = path, origin
+    def __init__(self, location: Location, engine: Engine, origin: str) -> None:
+        self.location, self.origin = location, origin
         self._engine = engine
         self._start()
         _open_ledgers.add(self)
 
     @classmethod
-    def create(cls, path: Path | str, origin: str) -> Ledger:
-        """Create an empty log named `origin` and open it.
+    def create(cls, place: Location | Path | str, origin: str) -> Ledger:
+        """Create an empty log named `origin` and open it; `place` is a path (SQLite) or a database URL.
 
         Raises:
-            LedgerExistsError: `path` exists.
-            LedgerMissingError: its folder does not.
+            LedgerExistsError: there is a log already.
+            LedgerMissingError: its folder or database does not exist.
+            LocationError: the URL is of no supported database.
             MalformedCheckpointError: `origin` cannot name a log.
         """
         Checkpoint(origin, 0, merkle.EMPTY_ROOT)
-        _store.create_file(Path(path), origin)
-        return cls.open(path)
+        location = Location.parse(place)
+        _store.create(location, origin)
+        return cls.open(location)
 
     @classmethod
-    def open(cls, path: Path | str) -> Ledger:
+    def open(cls, place: Location | Path | str) -> Ledger:
         """Open an existing log; never creates one.
 
         Raises:
-            LedgerMissingError: there is no log of this release at `path`.
+            LedgerMissingError: there is no log at `place`.
+            LedgerSchemaError: it is of another release; `affidavit db upgrade` brings an older one here.
             LedgerCorruptError: the database contradicts itself.
+            LedgerUnreachableError, LedgerUnsafeError: the server is gone, or keeps nothing safe.
+            LocationError: the URL is of no supported database.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise LedgerMissingError(str(path), "no such file")
-        engine = _store.open_engine(path)
+        location = Location.parse(place)
+        if location.path is not None and not location.path.is_file():
+            raise LedgerMissingError(str(location), "no such file")
+        engine = _store.open_engine(location)
         try:
             with _store.reading(engine) as connection:
-                if connection.exec_driver_sql("PRAGMA application_id").scalar() != APPLICATION_ID:
-                    raise LedgerMissingError(str(path), "the file is not an Affidavit log")
+                _check_kind(connection, location)
                 rows = connection.execute(select(HEAD.c.schema_version, HEAD.c.origin)).all()
                 if len(rows) != 1 or not isinstance(rows[0][1], str):
                     raise LedgerCorruptError("the log has no head; run fsck")
                 if rows[0][0] != SCHEMA_VERSION:
-                    raise LedgerMissingError(
-                        str(path), f"schema {rows[0][0]} is not this release's {SCHEMA_VERSION}"
-                    )
+                    raise LedgerSchemaError(str(location), found=rows[0][0], expected=SCHEMA_VERSION)
                 edge = read_edge(connection)
                 last = connection.execute(select(func.max(LEAF.c.idx))).scalar()
                 if edge.size != (0 if last is None else last + 1):
@@ -115,7 +120,7 @@ class Ledger:
         except AuditError:
             engine.dispose()
             raise
-        return cls(path, engine, rows[0][1])
+        return cls(location, engine, rows[0][1])
 
     def close(self) -> None:
         """Finish what was queued, then let go of the file. Safe to call twice."""
@@ -137,7 +142,7 @@ class Ledger:
         with `EventIdConflictError`.
 
         Raises:
-            EntrySizeError, EventIdError: refused before it was queued.
+            EntrySizeError, EventIdError, EntryColumnsError: refused before it was queued.
             LedgerBusyError: the queue is full.
             LedgerClosedError: after `close`.
         """
@@ -145,6 +150,7 @@ class Ledger:
             raise EntrySizeError(size_bytes=len(entry_bytes), limit_bytes=MAX_ENTRY_BYTES)
         if not _EVENT_ID.fullmatch(event_id):
             raise EventIdError(f"event_id {event_id[:130]!r} is not 1 to 128 printable ASCII characters")
+        _check_columns(index_columns)
         body = bytes(entry_bytes)
         return self._sequencer.submit(AppendRequest(body, hash_leaf(body), event_id, index_columns))
 
@@ -284,61 +290,61 @@ class Ledger:
 
     # checkpoints
 
-    def store_checkpoint(self, note: bytes) -> bytes:
+    def store_checkpoint(self, note: bytes, *, lease: Lease | None = None) -> bytes:
         """Keep a signed checkpoint of this log, merged with the signatures already held for its size.
 
-        Signatures are not verified here. Returns the merged note.
+        Signatures are not verified here. With `lease` nothing is written unless it is still held. Returns the
+        merged note.
 
         Raises:
             OriginMismatchError, RootMismatchError, TreeRangeError: it is not of this tree.
             MalformedNoteError, MalformedCheckpointError: it is no checkpoint.
+            LeaseLostError: another process publishes now.
         """
-        checkpoint = parse_checkpoint_note(note)
-        if checkpoint.origin != self.origin:
-            raise OriginMismatchError(expected=self.origin, found=checkpoint.origin)
-        computed = self.root_at(checkpoint.tree_size)
-        if computed != checkpoint.root_hash:
-            raise RootMismatchError(expected=checkpoint.root_hash, computed=computed)
-        same_size = CHECKPOINT.c.tree_size == checkpoint.tree_size
-        with _store.writing(self._engine) as connection:
-            held = connection.execute(select(CHECKPOINT.c.note).where(same_size)).scalar()
-            if held is not None:
-                note = add_signatures(
-                    blob(held, "checkpoint"), [line.format() for line in parse_note(note).signatures]
-                )
-            values = {"note": note, "note_hash": hashlib.sha256(note).digest()}
-            statement = sqlite_insert(CHECKPOINT).values(tree_size=checkpoint.tree_size, **values)
-            connection.execute(statement.on_conflict_do_update(index_elements=["tree_size"], set_=values))
-        return note
+        return self._checkpoints.store(note, lease)
 
     def latest_checkpoint(self, accept: Callable[[bytes], bool] | None = None) -> bytes | None:
         """Return the note of the largest stored tree, or of the largest one that `accept`s its note."""
-        query = select(CHECKPOINT.c.note).order_by(CHECKPOINT.c.tree_size.desc())
-        with _store.reading(self._engine) as connection:
-            for stored in connection.execute(query).scalars():
-                note = blob(stored, "checkpoint")
-                if accept is None or accept(note):
-                    return note
-        return None
+        return self._checkpoints.latest(accept)
 
     def checkpoint_at(self, tree_size: int) -> bytes | None:
         """Return the stored note for exactly this size."""
-        query = select(CHECKPOINT.c.note).where(CHECKPOINT.c.tree_size == tree_size)
-        with _store.reading(self._engine) as connection:
-            note = connection.execute(query).scalar()
-        return None if note is None else blob(note, "checkpoint")
+        return self._checkpoints.at(tree_size)
 
     def checkpoints(self) -> list[bytes]:
         """Return every stored note, smallest tree first."""
-        query = select(CHECKPOINT.c.note).order_by(CHECKPOINT.c.tree_size)
-        with _store.reading(self._engine) as connection:
-            return [blob(note, "checkpoint") for note in connection.execute(query).scalars()]
+        return self._checkpoints.all()
+
+    def wait_checkpointed(self, leaf_index: int, timeout_s: float = 10.0) -> bytes:
+        """Return the note of a tree that holds this leaf, as soon as the log has signed one.
+
+        Raises:
+            TimeoutError: none was signed in time; is a publisher running?
+        """
+        return self._checkpoints.wait(leaf_index, timeout_s, None)
+
+    def wait_witnessed(
+        self, leaf_index: int, accept: Callable[[bytes], bool], timeout_s: float = 60.0
+    ) -> bytes:
+        """Return a note of a tree that holds this leaf and that `accept`s, which is where a policy decides.
+
+        `accept` is usually `lambda note: policy.open(note, now=now).quorum.satisfied`.
+
+        Raises:
+            TimeoutError: no such note came in time.
+        """
+        return self._checkpoints.wait(leaf_index, timeout_s, accept)
+
+    def lease(self, name: str, owner: str, *, ttl_s: float) -> Lease:
+        """Return a lease that one owner at a time can hold in this log's database."""
+        return Lease(self._engine, name, owner, ttl_s=ttl_s)
 
     # inside
 
     def _start(self) -> None:
         engine = self._engine
         self._tiles = TileReader(engine)
+        self._checkpoints = CheckpointStore(engine, self.origin, self.root_at)
         self._sequencer: Sequencer[AppendRequest, Sequenced] = Sequencer(
             lambda batch: commit_batch(engine, batch), max_batch=MAX_BATCH, max_pending=MAX_PENDING
         )
@@ -346,7 +352,7 @@ class Ledger:
     def _restart_in_child(self) -> None:
         """After fork: the parent's thread and connections are not ours, not even to close."""
         _left_to_parent.append(self._engine)
-        self._engine = _store.open_engine(self.path)
+        self._engine = _store.open_engine(self.location)
         self._start()
 
     def _reach(self, size: int) -> None:
@@ -373,6 +379,30 @@ class Ledger:
             )
             for row in rows
         ]
+
+
+def _check_kind(connection: Connection, location: Location) -> None:
+    if location.path is None:
+        found = inspect(connection).has_table(HEAD.name)
+    else:
+        found = connection.exec_driver_sql("PRAGMA application_id").scalar() == APPLICATION_ID
+    if not found:
+        what = "the file" if location.path is not None else "what the database holds"
+        raise LedgerMissingError(str(location), f"{what} is not an Affidavit log")
+
+
+def _check_columns(columns: IndexColumns) -> None:
+    for name in _COLUMNS:
+        value = getattr(columns, name)
+        if isinstance(value, str):
+            try:
+                size = len(value.encode())
+            except UnicodeEncodeError as error:
+                raise EntryColumnsError(name, "is not Unicode text") from error
+            if size > MAX_COLUMN_BYTES or "\0" in value:
+                raise EntryColumnsError(name, f"is over {MAX_COLUMN_BYTES} bytes or holds U+0000")
+        elif value is not None and not -(2**63) <= value < 2**63:
+            raise EntryColumnsError(name, f"{value} does not fit in 64 bits")
 
 
 def _after_fork_in_child() -> None:

@@ -149,10 +149,10 @@ def export_evidence(
         EvidenceTooLargeError: over the caps of a file.
     """
     subject = ledger.entry(leaf_index)
-    closure = Closure(ledger, blobs)
-    closure.collect(leaf_index, subject)
     note = best_checkpoint(ledger, leaf_index, checkpoint)
     size = parse_checkpoint_note(note).tree_size
+    closure = Closure(ledger, blobs, size)
+    closure.collect(leaf_index, subject)
     evidence = Evidence(
         scope=closure.scope,
         leaf_index=leaf_index,
@@ -180,15 +180,21 @@ def add_answer(
     return write_evidence(_with_answer(read_evidence(data), receipt, opened))
 
 
+def _witnesses(note: bytes) -> int:
+    """Return how many others than the log signed; a log that changes its key signs twice."""
+    origin = parse_checkpoint_note(note).origin
+    return sum(line.name != origin for line in parse_note(note).signatures)
+
+
 def best_checkpoint(ledger: EvidenceLog, leaf_index: int, further: bytes | None = None) -> bytes:
-    """Return the checkpoint that covers a leaf with most signatures; among equals the newest.
+    """Return the checkpoint that covers a leaf with most cosignatures; among equals the newest.
 
     Raises:
         NoCheckpointError: none covers it.
     """
     notes = [*ledger.checkpoints(), *([further] if further is not None else [])]
     covering = [
-        (len(parse_note(note).signatures), parse_checkpoint_note(note).tree_size, note)
+        (_witnesses(note), parse_checkpoint_note(note).tree_size, note)
         for note in notes
         if leaf_index < parse_checkpoint_note(note).tree_size <= ledger.tree_size
     ]

@@ -2,8 +2,9 @@
 
 The key and the last signed tree live in a home of their own, outside the database, so that an old backup,
 a bug or a database administrator cannot make the log sign two histories. The home is locked during one
-signature and its state read inside the lock, so several processes may sign through one home. The operator,
-who holds the home too, is answered by witnesses only.
+signature and its state read inside the lock, so several processes may sign through one home. A home that
+takes over from another machine's first `adopt`s what the log has published. The operator, who holds the home
+too, is answered by witnesses only.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from audit._files import locked, write_durably
+from audit._key_ring import KEY_FILE, KeyRing, Ring
 from audit.canonical import canonical_bytes, parse_canonical
-from audit.checkpoints import Checkpoint, parse_checkpoint_note, sign_checkpoint
+from audit.checkpoints import Checkpoint, add_signatures, parse_checkpoint_note, sign_checkpoint
 from audit.errors import (
     AuditError,
     ProofError,
@@ -28,11 +30,14 @@ from audit.errors import (
     SignerSplitError,
     SignerStateError,
 )
+from audit.key_service import KeyService
 from audit.keys import SigningKey
 from audit.merkle import EMPTY_ROOT, CompactRange, verify_consistency
-from audit.notes import NoteSigner, NoteVerifier, open_note
+from audit.notes import NoteSigner, NoteVerifier, open_note, parse_note
 
-KEY_FILE = "key.pem"
+if TYPE_CHECKING:
+    from audit.lease import Lease
+
 STATE_FILE = "state.json"
 LOCK_TIMEOUT_S = 10.0
 
@@ -46,7 +51,7 @@ class SignableLog(Protocol):
     def origin(self) -> str: ...
     def edge(self) -> CompactRange: ...
     def consistency_proof(self, size1: int, size2: int) -> list[bytes]: ...
-    def store_checkpoint(self, note: bytes) -> bytes: ...
+    def store_checkpoint(self, note: bytes, *, lease: Lease | None = None) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +75,20 @@ class SignerState:
 class Signer:
     """Made by `create` once for a log's life; `open`ed by every process that publishes."""
 
-    def __init__(self, home: Path, key: SigningKey, origin: str) -> None:
-        self.home, self.key, self.origin = home, key, origin
-        self.note_signer = NoteSigner(origin, key)
+    def __init__(self, home: Path, ring: KeyRing, origin: str) -> None:
+        self.home, self.origin = home, origin
+        self._ring = ring
 
     @classmethod
-    def create(cls, home: Path | str, origin: str, passphrase: bytes | None = None) -> Signer:
-        """Make a key and an empty state for a new log.
+    def create(
+        cls,
+        home: Path | str,
+        origin: str,
+        passphrase: bytes | None = None,
+        *,
+        service: KeyService | None = None,
+    ) -> Signer:
+        """Make a key and an empty state for a new log; with `service` the key is the service's.
 
         Raises:
             SignerExistsError: the home holds a key or state already.
@@ -95,28 +107,59 @@ class Signer:
             ) from error
         except OSError as error:
             raise SignerMissingError(f"cannot make a signer in {home}: {error.strerror}") from error
-        SigningKey.generate().save(home / KEY_FILE, passphrase)
-        return cls.open(home, passphrase)
+        if service is None:
+            SigningKey.generate().save(home / KEY_FILE, passphrase)
+        return cls.open(home, passphrase, services=[] if service is None else [service])
 
     @classmethod
-    def open(cls, home: Path | str, passphrase: bytes | None = None) -> Signer:
-        """Open a signer's home.
+    def open(
+        cls, home: Path | str, passphrase: bytes | None = None, *, services: Sequence[KeyService] = ()
+    ) -> Signer:
+        """Open a signer's home. `services` hold the keys that no file has, the log's first key first.
 
         Raises:
             SignerMissingError: there is none.
             SignerStateError: the state is missing or damaged; it is never replaced by an empty one.
-            KeyFileError: the key cannot be read.
+            KeyFileError: a key cannot be read.
+            KeyServiceError: a service does not answer.
         """
         home = Path(home)
-        if not (home / KEY_FILE).is_file():
+        if not services and not (home / KEY_FILE).is_file():
             raise SignerMissingError(f"no signer in {home}: {KEY_FILE} is missing")
-        signer = cls(home, SigningKey.load(home / KEY_FILE, passphrase), _read_origin(home))
+        origin = _read_origin(home)
+        signer = cls(home, KeyRing(home, origin, passphrase, services), origin)
         signer.state()
         return signer
 
     @property
+    def note_signer(self) -> NoteSigner:
+        """The current key under the log's name."""
+        return self._ring.current
+
+    @property
+    def key(self) -> SigningKey:
+        """The current key."""
+        return self._ring.current.key
+
+    @property
     def verifier(self) -> NoteVerifier:
         return self.note_signer.verifier
+
+    @property
+    def verifiers(self) -> tuple[NoteVerifier, ...]:
+        """Every key that the log has had, the current one last."""
+        return self._ring.verifiers()
+
+    @property
+    def ring(self) -> Ring:
+        """The names of the keys, as of the last signature."""
+        return self._ring.ring
+
+    @property
+    def note_signers(self) -> tuple[NoteSigner, ...]:
+        """Who signs now, the current key last."""
+        retiring = self._ring.retiring
+        return (self._ring.current,) if retiring is None else (retiring, self._ring.current)
 
     @property
     def vkey(self) -> str:
@@ -130,7 +173,7 @@ class Signer:
             raise SignerStateError(f"{self.home} changed its log from {self.origin!r}")
         if state.note is not None:
             try:
-                open_note(state.note, [self.verifier])
+                open_note(state.note, self.verifiers)
                 matches = parse_checkpoint_note(state.note) == state.checkpoint
             except AuditError as error:
                 raise SignerStateError(
@@ -165,64 +208,135 @@ class Signer:
             checkpoint = Checkpoint(self.origin, edge.size, edge.root())
             return self._sign(checkpoint, lambda size: log.consistency_proof(size, edge.size))
 
+    def adopt(self, note: bytes, log: SignableLog) -> None:
+        """Take over what the log has published: afterwards nothing is signed that does not extend it.
+
+        `log` proves how the note's tree and the one signed last belong together; whichever is larger stays.
+
+        Raises:
+            NoKnownSignatureError, BadSignatureError: no key of this log signed the note.
+            SignerRollbackError, SignerSplitError, SignerRewriteError: the two do not belong to one history,
+            or the log cannot prove that they do.
+        """
+        with self._locked():
+            open_note(note, self.verifiers)
+            found, last = parse_checkpoint_note(note), self.state().checkpoint
+            if found.origin != self.origin:
+                raise SignerStateError(f"this signer signs for {self.origin!r}, not {found.origin!r}")
+            size = log.edge().size
+            if size < max(found.tree_size, last.tree_size):
+                larger = found if found.tree_size > last.tree_size else last
+                raise SignerRollbackError(
+                    signed_size=larger.tree_size, signed_root=larger.root_hash, offered_size=size
+                )
+            prove = log.consistency_proof
+            if found.tree_size > last.tree_size:
+                _check_extends(last, found, lambda start: prove(start, found.tree_size))
+                self._write(SignerState(found, note))
+            else:
+                _check_extends(found, last, lambda start: prove(start, last.tree_size))
+
+    def rotate(self, retire_at: int, *, service: KeyService | None = None) -> tuple[NoteSigner, NoteSigner]:
+        """Let a new key sign beside the present one, alone on trees of more than `retire_at` entries.
+
+        Returns:
+            The key that retires and the one that takes over, for the entry that says so.
+
+        Raises:
+            SignerStateError: another rotation is not over, or the tree signed last is larger than that.
+        """
+        with self._locked():
+            size = self.state().checkpoint.tree_size
+            ring = self._ring.ring
+            if ring.retiring and size <= ring.retire_at:
+                raise SignerStateError(f"a rotation is under way until size {ring.retire_at}; wait for it")
+            if retire_at < size:
+                raise SignerStateError(f"retire_at is {retire_at}, but {size} entries are signed already")
+            old = self._ring.current
+            new = self._ring.new_key(service)
+            self._ring.write(ring.rotated(new.vkey, retire_at))
+            return old, new
+
+    def replace_compromised(self, *, service: KeyService | None = None) -> tuple[NoteSigner, NoteSigner]:
+        """Let a new key sign alone from now on; return the one it replaces, and the new one."""
+        with self._locked():
+            old = self._ring.current
+            new = self._ring.new_key(service)
+            self._ring.write(self._ring.ring.rotated(new.vkey, 0).without_retiring())
+            return old, new
+
     def _sign(self, checkpoint: Checkpoint, prove: Prover) -> bytes:
         state = self.state()
         last = state.checkpoint
-        if checkpoint.tree_size < last.tree_size:
-            raise SignerRollbackError(
-                signed_size=last.tree_size, signed_root=last.root_hash, offered_size=checkpoint.tree_size
-            )
-        if checkpoint.tree_size == last.tree_size:
-            if checkpoint.root_hash != last.root_hash:
-                raise SignerSplitError(
-                    tree_size=last.tree_size, signed_root=last.root_hash, offered_root=checkpoint.root_hash
-                )
-            if state.note is not None:
+        signers = self._ring.signers(checkpoint.tree_size)
+        _check_extends(last, checkpoint, prove)
+        if checkpoint.tree_size == last.tree_size and state.note is not None:
+            keys = {line.key_id for line in parse_note(state.note).signatures}
+            if keys >= {signer.verifier.key_id for signer in signers}:
                 return state.note
-        elif last.tree_size:
-            try:
-                verify_consistency(
-                    size1=last.tree_size,
-                    size2=checkpoint.tree_size,
-                    root1=last.root_hash,
-                    root2=checkpoint.root_hash,
-                    proof=prove(last.tree_size),
-                )
-            except ProofError as error:
-                raise SignerRewriteError(
-                    signed_size=last.tree_size,
-                    signed_root=last.root_hash,
-                    offered_size=checkpoint.tree_size,
-                    offered_root=checkpoint.root_hash,
-                    reason=str(error),
-                ) from error
-        note = sign_checkpoint(checkpoint, self.note_signer)
+        note = sign_checkpoint(checkpoint, signers[0])
+        note = add_signatures(note, [signer.line(checkpoint.body()) for signer in signers[1:]])
+        self._write(SignerState(checkpoint, note))
+        return note
+
+    def _write(self, state: SignerState) -> None:
         try:
-            write_durably(self.home / STATE_FILE, SignerState(checkpoint, note).encode())
+            write_durably(self.home / STATE_FILE, state.encode())
         except OSError as error:
             raise SignerStateError(f"cannot write {self.home / STATE_FILE}: {error.strerror}") from error
-        return note
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         try:
             with locked(self.home / "lock", LOCK_TIMEOUT_S):
+                self._ring.refresh()
                 yield
         except TimeoutError as error:
             raise SignerBusyError(f"another process is signing in {self.home}; try again") from error
 
 
-def publish(log: SignableLog, signer: Signer) -> bytes:
+def publish(log: SignableLog, signer: Signer, lease: Lease | None = None) -> bytes:
     """Sign the log's current tree, store the checkpoint in the log and return its note.
 
-    The note bears earlier cosignatures too when this tree was published before.
+    The note bears earlier cosignatures too when this tree was published before. `audit.publisher` calls this
+    as the one holder of the log's lease.
 
     Raises:
         SignerError: the log does not extend what was signed, or is another log.
     """
     if log.origin != signer.origin:
         raise SignerStateError(f"this signer signs for {signer.origin!r}, not {log.origin!r}")
-    return log.store_checkpoint(signer.sign_edge(log))
+    return log.store_checkpoint(signer.sign_edge(log), lease=lease)
+
+
+def _check_extends(last: Checkpoint, offered: Checkpoint, prove: Prover) -> None:
+    """Prove that the `offered` tree extends the `last` one, or is it."""
+    if offered.tree_size < last.tree_size:
+        raise SignerRollbackError(
+            signed_size=last.tree_size, signed_root=last.root_hash, offered_size=offered.tree_size
+        )
+    if offered.tree_size == last.tree_size:
+        if offered.root_hash != last.root_hash:
+            raise SignerSplitError(
+                tree_size=last.tree_size, signed_root=last.root_hash, offered_root=offered.root_hash
+            )
+    elif last.tree_size:
+        try:
+            verify_consistency(
+                size1=last.tree_size,
+                size2=offered.tree_size,
+                root1=last.root_hash,
+                root2=offered.root_hash,
+                proof=prove(last.tree_size),
+            )
+        except ProofError as error:
+            raise SignerRewriteError(
+                signed_size=last.tree_size,
+                signed_root=last.root_hash,
+                offered_size=offered.tree_size,
+                offered_root=offered.root_hash,
+                reason=str(error),
+            ) from error
 
 
 def _read_origin(home: Path) -> str:

@@ -2,20 +2,28 @@
 
 `leaf` is level 0 of the tree; `node` holds one row per 256 leaves, at levels 8, 16 and so on; `head` is the
 right edge. Every column but `leaf.body` and the notes is derived, and `audit.fsck` derives all of them again.
+`lease` says which process publishes; it is no part of what the log says. A change here needs a migration in
+`audit/migrations` that leads to the same schema, character for character in SQLite's own record of it.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, Final, cast
 
-from sqlalchemy import LargeBinary, Table
+from sqlalchemy import BigInteger, Column, Integer, LargeBinary, PrimaryKeyConstraint, String, Table
 from sqlalchemy.orm import registry
-from sqlmodel import Field, SQLModel
+from sqlmodel import AutoString, Field, SQLModel
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x41464649  # "AFFI" in SQLite's file header
-TILE_HEIGHT = 8
-TILE_WIDTH = 1 << TILE_HEIGHT
+SCHEMA_VERSION: Final = 2
+REVISION: Final = "0002"  # the migration that leads to this schema
+APPLICATION_ID: Final = 0x41464649  # "AFFI" in SQLite's file header
+TILE_HEIGHT: Final = 8
+TILE_WIDTH: Final = 1 << TILE_HEIGHT
+
+# 64 bits on both databases; text compares byte by byte on both.
+WHOLE: Final[Any] = BigInteger().with_variant(Integer(), "sqlite")
+TEXT: Final[Any] = AutoString().with_variant(String(collation="C"), "postgresql")
+_NUMBERED: Final = {"autoincrement": False}
 
 
 class LedgerTable(SQLModel, registry=registry()):
@@ -25,48 +33,65 @@ class LedgerTable(SQLModel, registry=registry()):
 class Leaf(LedgerTable, table=True):
     __tablename__ = "leaf"
 
-    idx: int = Field(primary_key=True)
-    event_id: str = Field(unique=True)
+    idx: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)
+    event_id: str = Field(unique=True, sa_type=TEXT)
     leaf_hash: bytes = Field(sa_type=LargeBinary)
     body: bytes = Field(sa_type=LargeBinary)
-    type: str = Field(index=True)
-    actor: str = Field(index=True)
-    time: str = Field(index=True)
-    model: str | None = Field(default=None, index=True)
-    version: str | None = Field(default=None, index=True)
-    run: str | None = Field(default=None, index=True)
-    site: str | None = Field(default=None, index=True)
-    round: int | None = None
-    principal: str | None = Field(default=None, index=True)
+    type: str = Field(index=True, sa_type=TEXT)
+    actor: str = Field(index=True, sa_type=TEXT)
+    time: str = Field(index=True, sa_type=TEXT)
+    model: str | None = Field(default=None, index=True, sa_type=TEXT)
+    version: str | None = Field(default=None, index=True, sa_type=TEXT)
+    run: str | None = Field(default=None, index=True, sa_type=TEXT)
+    site: str | None = Field(default=None, index=True, sa_type=TEXT)
+    round: int | None = Field(default=None, sa_type=WHOLE)
+    principal: str | None = Field(default=None, index=True, sa_type=TEXT)
 
 
 class Node(LedgerTable, table=True):
     __tablename__ = "node"
 
-    level: int = Field(primary_key=True)
-    idx: int = Field(primary_key=True)
+    level: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)
+    idx: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)
     hash: bytes = Field(sa_type=LargeBinary)
 
 
 class Head(LedgerTable, table=True):
     __tablename__ = "head"
 
-    id: int = Field(primary_key=True)  # always 1
-    schema_version: int
-    origin: str
-    size: int
+    id: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)  # always 1
+    schema_version: int = Field(sa_type=WHOLE)
+    origin: str = Field(sa_type=TEXT)
+    size: int = Field(sa_type=WHOLE)
     edge: bytes = Field(sa_type=LargeBinary)  # the hashes of `CompactRange`, 32 bytes each
 
 
 class StoredCheckpoint(LedgerTable, table=True):
     __tablename__ = "checkpoint"
 
-    tree_size: int = Field(primary_key=True)
+    tree_size: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)
     note: bytes = Field(sa_type=LargeBinary)
     note_hash: bytes = Field(sa_type=LargeBinary)  # SHA-256 of the note, for fsck
+
+
+class StoredLease(LedgerTable, table=True):
+    __tablename__ = "lease"
+
+    name: str = Field(primary_key=True, sa_type=TEXT)
+    owner: str = Field(sa_type=TEXT)  # empty: nobody's
+    token: int = Field(sa_type=WHOLE)  # grows with every change of owner, and refuses what an old owner does
+    expires_ms: int = Field(sa_type=WHOLE)  # POSIX milliseconds, by the clock that the lease was taken with
+    published_ms: int = Field(sa_type=WHOLE)  # when a checkpoint was last announced; 0: never
 
 
 LEAF = cast(Table, Leaf.__table__)  # type: ignore[attr-defined]
 NODE = cast(Table, Node.__table__)  # type: ignore[attr-defined]
 HEAD = cast(Table, Head.__table__)  # type: ignore[attr-defined]
 CHECKPOINT = cast(Table, StoredCheckpoint.__table__)  # type: ignore[attr-defined]
+LEASE = cast(Table, StoredLease.__table__)  # type: ignore[attr-defined]
+MIGRATION = Table(  # where Alembic keeps the revision; exactly as Alembic itself makes it
+    "ledger_migration",
+    LedgerTable.metadata,
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="ledger_migration_pkc"),
+)

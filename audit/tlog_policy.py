@@ -6,6 +6,7 @@
     quorum <name|none>
 
 Several witnesses under one operator go into a `group <operator> any ...`, which counts once in the quorum.
+Two `log` lines of one name are the two keys of a log that changes from one to the other.
 Stricter than C2SP where leniency could lend one key two voices: no key occurs in two lines.
 """
 
@@ -110,6 +111,15 @@ class Policy:
         known = [log.origin for log in self.logs]
         raise NoKnownSignatureError(f"the policy believes logs {known}, not {origin!r}", signers=(origin,))
 
+    def keys_of(self, origin: str) -> tuple[NoteVerifier, ...]:
+        """Return every key that the policy believes of that log: two while one takes over from the other.
+
+        Raises:
+            NoKnownSignatureError: the policy believes no such log.
+        """
+        self.log_for(origin)
+        return tuple(log.verifier for log in self.logs if log.origin == origin)
+
     def evaluate(self, verified: Iterable[str]) -> QuorumResult:
         """Say whether the witnesses of these policy names make the quorum; unknown names do not count."""
         satisfied = set(verified) & {witness.name for witness in self.witnesses}
@@ -133,10 +143,8 @@ class Policy:
             NoKnownSignatureError: no log of this policy has signed it.
             AuditError: as `audit.checkpoints.open_checkpoint`.
         """
-        log = self.log_for(parse_checkpoint_note(note).origin)
-        opened = open_checkpoint(
-            note, log=log.verifier, witnesses=(w.verifier for w in self.witnesses), now=now
-        )
+        keys = self.keys_of(parse_checkpoint_note(note).origin)
+        opened = open_checkpoint(note, log=keys, witnesses=(w.verifier for w in self.witnesses), now=now)
         cosigners = {cosignature.verifier for cosignature in opened.cosignatures}
         names = tuple(w.name for w in self.witnesses if w.verifier in cosigners)
         return AcceptedCheckpoint(opened, names, self.evaluate(names))
@@ -172,8 +180,6 @@ class _Parser:
     def line(self, keyword: str, words: list[str]) -> None:
         if keyword == "log" and len(words) in (1, 2):
             verifier = self.vkey(words[0], KeyType.ED25519)
-            if any(log.origin == verifier.name for log in self.logs):
-                raise self.error(f"log {verifier.name!r} is defined twice")
             self.logs.append(PolicyLog(verifier, *words[1:]))
         elif keyword == "witness" and len(words) in (2, 3):
             self.new_name(words[0])

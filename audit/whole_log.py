@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Final
 
 from audit.entries import Body, columns_of, decode_entry
-from audit.errors import AuditError
+from audit.errors import AuditError, LogKeyError
 from audit.fsck import fsck
+from audit.log_keys import LogKeys, read_log_keys
 from audit.log_odometers import WALKED, check_log_odometers
 from audit.tlog_policy import NO_QUORUM, AcceptedCheckpoint, Policy
 from audit.verify.chain import FailError
@@ -69,9 +70,14 @@ def _checkpoint(path: Path | str, policy: Policy | None, entries: int, now_s: in
         return step(Word.NO_EVIDENCE, "no policy says whose log this is and who watches it", NO_POLICY)
     best: AcceptedCheckpoint | None = None
     refused = "the file holds no checkpoint"
+    try:
+        keys = _log_keys(path)
+    except LogKeyError as error:
+        return step(Word.FAIL, f"the entries about the log's keys: {error}", error.code)
     for note in _notes(path):
         try:
             accepted = policy.open(note, now=now_s)
+            _check_keys(keys, accepted, witnessed=accepted.quorum.satisfied and policy.quorum != NO_QUORUM)
         except AuditError as error:
             return step(Word.FAIL, f"the policy does not accept a checkpoint: {error}", error.code)
         if accepted.quorum.satisfied:
@@ -87,6 +93,31 @@ def _checkpoint(path: Path | str, policy: Policy | None, entries: int, now_s: in
         by = ", ".join(best.witnesses)
     word = Word.ATTESTED if policy.quorum == NO_QUORUM else Word.PROVED
     return step(word, f"{size} entries, cosigned by {by}" + (beyond if entries > size else ""))
+
+
+def _check_keys(keys: LogKeys, accepted: AcceptedCheckpoint, *, witnessed: bool) -> None:
+    """At least one of the log's keys that signed was valid for a tree of this size; else `LogKeyError`."""
+    size = accepted.opened.checkpoint.tree_size
+    refused: LogKeyError | None = None
+    for verifier in accepted.opened.log_keys:
+        try:
+            keys.check(verifier.vkey, size, witnessed=witnessed)
+        except LogKeyError as error:
+            refused = refused or error
+        else:
+            return
+    if refused is not None:
+        raise refused
+
+
+def _log_keys(path: Path | str) -> LogKeys:
+    """What the entries say about the log's keys; the columns were derived from the bytes before this."""
+    query = (
+        "SELECT idx, body FROM leaf"
+        " WHERE type IN ('log.created', 'key.rotated', 'log.compromise') ORDER BY idx"
+    )
+    with closing(_read_only(path)) as connection:
+        return read_log_keys((index, decode_entry(body).body) for index, body in connection.execute(query))
 
 
 def _odometers(path: Path | str) -> Step:

@@ -214,11 +214,15 @@ def witness_once(home: SiteHome, url: str, *, client: httpx.Client | None = None
 def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
     from audit.checkpoints import parse_checkpoint_note
 
-    note = client.get(f"{url}/v1/audit/checkpoint").raise_for_status().content
+    asked = f"{url}/v1/audit/checkpoint"
+    note = client.get(asked, params={"meeting": "true"}).raise_for_status().content
     witness = home.witness()
     old_size = witness.tree_size
     try:
         size = parse_checkpoint_note(note).tree_size
+        if size < old_size:  # another server's meeting is behind ours: only the newest can show a truncation
+            note = client.get(asked).raise_for_status().content
+            size = parse_checkpoint_note(note).tree_size
         proof: list[bytes] = []
         if 0 < old_size < size:
             reply = client.get(f"{url}/v1/audit/consistency", params={"old": old_size, "new": size})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from audit.commands import log
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
 
 if TYPE_CHECKING:
@@ -45,22 +46,31 @@ def register(application: typer.Typer) -> None:
     application.command("init")(init)
     application.add_typer(charter)
     application.add_typer(models)
+    log.command("rotate-key")(rotate_key)
+    log.command("compromise")(declare_compromised)
 
 
 @guarded
 def init(
     origin: Annotated[str, typer.Argument(help="The log's name for life, such as log.example.org/oncology.")],
+    database: Annotated[
+        str | None,
+        typer.Option(help="Where the log goes: a path, or postgresql://USER@HOST/DATABASE [log.db]."),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a coordinator's home with a new log, and a signer's home beside it.
+
+    A password never stands in --database: it comes from AFFIDAVIT_DATABASE_PASSWORD or from the file that
+    AFFIDAVIT_DATABASE_PASSWORD_FILE names. AFFIDAVIT_SIGNER_PASSPHRASE(_FILE) encrypts the signer's key.
 
     Exit codes: 0 done, 1 the homes exist or the name is no log's, 2 wrong usage.
     """
     from federation.coordinator import Coordinator
 
     base = base_home(home)
-    with Coordinator.create(base / "coordinator", base / "signer", origin) as coordinator:
+    with Coordinator.create(base / "coordinator", base / "signer", origin, database=database) as coordinator:
         document = {
             "origin": coordinator.origin,
             "log_key": coordinator.log_key,
@@ -72,6 +82,59 @@ def init(
         f"log key  {document['log_key']}   (give it to the sites; it goes into every policy)",
         f"homes    {document['coordinator']}, {document['signer']}",
         "keep the signer's home out of every backup of the log",
+    ]
+    emit(document, lines, as_json=as_json)
+
+
+@guarded
+def rotate_key(
+    overlap: Annotated[
+        int, typer.Option(min=0, help="For so many more entries both keys sign; then the new one alone.")
+    ] = 10_000,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give the log a new key. Readers add its line to their policy before the old key retires.
+
+    Exit codes: 0 done, 1 refused (the last change is not over) or failed, 2 wrong usage.
+    """
+    with _coordinator(home) as coordinator:
+        placed = coordinator.rotate_log_key(overlap)
+        coordinator.publish()
+        document = {
+            "log_key": coordinator.log_key,
+            "retire_at": coordinator.signer.ring.retire_at,
+            "leaf_index": placed.leaf_index,
+        }
+    lines = [
+        f"new log key  {document['log_key']}",
+        f"entry {document['leaf_index']} says so; the old key retires at size {document['retire_at']}",
+        f"every policy needs a second line: log {document['log_key']}",
+    ]
+    emit(document, lines, as_json=as_json)
+
+
+@guarded
+def declare_compromised(
+    reason: Reason,
+    valid_size: Annotated[
+        int | None,
+        typer.Option(min=0, help="The last size whose checkpoint was ours; default: the one signed last."),
+    ] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say in the log that somebody else may have its key, and sign with a new one from now on.
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+    """
+    with _coordinator(home) as coordinator:
+        placed = coordinator.declare_compromised(reason, valid_size=valid_size)
+        coordinator.publish()
+        document = {"log_key": coordinator.log_key, "leaf_index": placed.leaf_index}
+    lines = [
+        f"new log key  {document['log_key']}",
+        f"entry {document['leaf_index']} ends the old one; every policy needs the new line at once",
     ]
     emit(document, lines, as_json=as_json)
 

@@ -1,15 +1,18 @@
 """A coordinator's home: the log, its signer and the files by digest, opened together.
 
-home/config.yaml, home/log.db, home/blobs/, home/runs/; the signer's home is a directory of its own. Several
-processes may open one home: the database orders their entries, and the signer's lock is held for one
-signature at a time.
+home/config.yaml, home/log.db (or a PostgreSQL database that config.yaml names), home/blobs/, home/runs/; the
+signer's home is a directory of its own. Several processes may open one home: the database orders their
+entries, and one of them at a time holds the lease to publish.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +23,8 @@ from audit.checkpoints import add_signatures, open_checkpoint, parse_checkpoint_
 from audit.entries import (
     Body,
     Entry,
+    KeyRotated,
+    LogCompromised,
     LogCreated,
     SiteEnrolled,
     body_document,
@@ -27,18 +32,22 @@ from audit.entries import (
     decode_entry,
     encode_entry,
     new_entry,
+    signing_payload,
 )
 from audit.errors import AuditError
 from audit.ledger import Ledger, Sequenced, StoredEntry
-from audit.notes import NoteVerifier
-from audit.signer import Signer, publish
+from audit.location import LOG_FILE, Location, log_location, read_secret
+from audit.notes import NoteSigner, NoteVerifier
+from audit.publisher import Publisher
+from audit.signer import Signer
 from federation.blobs import BlobStore
 from federation.errors import HomeError
 
 B = TypeVar("B")
 
 CONFIG = "config.yaml"
-LOG = "log.db"
+LOG = LOG_FILE
+PASSPHRASE = "AFFIDAVIT_SIGNER_PASSPHRASE"  # noqa: S105 - the name of a variable
 
 
 class Clock(Protocol):
@@ -64,28 +73,53 @@ class Coordinator:
     ) -> None:
         self.home, self.signer_home = home, signer_home
         self.ledger, self.signer = ledger, signer
+        self.publisher = Publisher(ledger, signer)
         self.clock: Clock = clock or SystemClock()
         self.blobs = BlobStore(home / "blobs")
 
     @classmethod
     def create(
-        cls, home: Path | str, signer_home: Path | str, origin: str, *, clock: Clock | None = None
+        cls,
+        home: Path | str,
+        signer_home: Path | str,
+        origin: str,
+        *,
+        clock: Clock | None = None,
+        database: str | None = None,
     ) -> Coordinator:
         """Make a new log named `origin` with a signer of its own, and write its first entry.
+
+        `database` is a path or URL without a password; by default the log is a SQLite file in the home. The
+        signer's key is encrypted when AFFIDAVIT_SIGNER_PASSPHRASE, or the file that
+        AFFIDAVIT_SIGNER_PASSPHRASE_FILE names, gives a passphrase.
 
         Raises:
             HomeError: the home holds a log already.
             AuditError: the origin or a folder cannot be used.
         """
         home, signer_home = Path(home), Path(signer_home)
-        if (home / LOG).exists():
+        if (home / LOG).exists() or (home / CONFIG).exists():
             raise HomeError(str(home), "holds a log already; open it, or choose another --home")
         home.mkdir(parents=True, exist_ok=True)
         (home / "runs").mkdir(exist_ok=True)
         signer_home.parent.mkdir(parents=True, exist_ok=True)
-        signer = Signer.create(signer_home, origin)
-        ledger = Ledger.create(home / LOG, origin)
         config = {"origin": origin, "signer_home": str(signer_home.absolute())}
+        if database is not None:
+            url = Location.parse(database).url
+            if url is not None and url.password:
+                raise HomeError(str(home), "would keep a password; give it by AFFIDAVIT_DATABASE_PASSWORD")
+            config["database"] = database
+        location = log_location(home, {**os.environ, "AFFIDAVIT_DATABASE": database or ""})
+        if database is None:
+            location = log_location(home)
+        ledger = Ledger.create(location, origin)
+        try:
+            signer = Signer.create(signer_home, origin, signer_passphrase())
+        except AuditError:
+            ledger.close()
+            if location.path is not None:
+                location.path.unlink()
+            raise
         (home / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         coordinator = cls(home, signer_home, ledger, signer, clock)
         coordinator.append(LogCreated(origin=origin, log_key=signer.vkey), "coordinator")
@@ -110,17 +144,20 @@ class Coordinator:
                 str(home), "is not a coordinator's home; make one with `affidavit init`"
             ) from error
         chosen = Path(signer_home) if signer_home is not None else configured
-        ledger = Ledger.open(home / LOG)
+        ledger = Ledger.open(log_location(home))
         try:
-            signer = Signer.open(chosen)
+            signer = Signer.open(chosen, signer_passphrase())
         except AuditError:
             ledger.close()
             raise
         return cls(home, chosen, ledger, signer, clock)
 
     def close(self) -> None:
-        """Finish what was queued and let go of the files."""
-        self.ledger.close()
+        """Finish what was queued, give the lease back and let go of the files."""
+        try:
+            self.publisher.close()
+        finally:
+            self.ledger.close()
 
     def __enter__(self) -> Coordinator:
         return self
@@ -153,8 +190,55 @@ class Coordinator:
         return self.ledger.append_wait(data, event_id=entry.event_id, index_columns=columns_of(data))
 
     def publish(self) -> bytes:
-        """Sign the log as it is now and keep the checkpoint; return the note."""
-        return publish(self.ledger, self.signer)
+        """Return a checkpoint of the log as it is now, signed here or by the process that holds the lease."""
+        return self.publisher.publish()
+
+    def rotate_log_key(self, overlap: int, actor: str = "coordinator") -> Sequenced:
+        """Make a new key that signs beside the present one for `overlap` more entries, then alone.
+
+        After a crash in the middle, the next call only writes the missing entry.
+
+        Raises:
+            SignerStateError: the last rotation's overlap is not over.
+        """
+        ring = self.signer.ring
+        if ring.retiring and not self._is_in_log(ring.current):
+            old, new = self.signer.note_signers
+        else:
+            old, new = self.signer.rotate(self.ledger.tree_size + overlap)
+        body = KeyRotated(
+            log_key=old.vkey,
+            new_key=new.vkey,
+            retire_at=self.signer.ring.retire_at,
+            signature="",
+            successor_proof="",
+        )
+        body = replace(body, signature=_signed(body, old), successor_proof=_signed(body, new))
+        return self.append(body, actor, stable_event_id("key.rotated", new.vkey))
+
+    def declare_compromised(
+        self, reason: str, *, valid_size: int | None = None, actor: str = "coordinator"
+    ) -> Sequenced:
+        """Replace the present key at once and say that its signatures count up to `valid_size` entries only.
+
+        By default that is the size signed last.
+        """
+        size = self.signer.state().checkpoint.tree_size if valid_size is None else valid_size
+        ring = self.signer.ring
+        if ring.past and not ring.retiring and not self._is_in_log(ring.current):
+            lost, (new,) = ring.past[-1], self.signer.note_signers
+        else:
+            old, new = self.signer.replace_compromised()
+            lost = old.vkey
+        body = LogCompromised(log_key=lost, valid_size=size, successor=new.vkey, reason=reason, signature="")
+        body = replace(body, signature=_signed(body, new))
+        return self.append(body, actor, stable_event_id("log.compromise", lost))
+
+    def _is_in_log(self, vkey: str) -> bool:
+        keys = [body.new_key for _, body in self.bodies(KeyRotated)]
+        keys += [body.successor for _, body in self.bodies(LogCompromised)]
+        keys += [body.log_key for _, body in self.bodies(LogCreated)]
+        return vkey in keys
 
     def cosign_round(self, collect: Callable[[bytes], Mapping[str, Sequence[bytes]]]) -> bytes:
         """Publish, let `collect` ask the sites, keep every valid cosignature; return the cosigned note.
@@ -228,6 +312,16 @@ class Coordinator:
                 str(path), "no such run was prepared here; start it with `affidavit train`"
             ) from error
         return document
+
+
+def signer_passphrase() -> bytes | None:
+    """Return what encrypts the signer's keys at rest, from the environment or the file that it names."""
+    text = read_secret(PASSPHRASE)
+    return None if text is None else text.encode()
+
+
+def _signed(body: KeyRotated | LogCompromised, signer: NoteSigner) -> str:
+    return base64.b64encode(signer.key.sign(*signing_payload(body))).decode()
 
 
 def stable_event_id(*parts: str) -> str:

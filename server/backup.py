@@ -22,7 +22,9 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from audit.ledger import Ledger
+from audit.location import log_location
 from audit.signer import Signer
+from federation.coordinator import signer_passphrase
 from server.errors import ServerError
 
 FORMAT: Final = "affidavit-backup/1"
@@ -72,8 +74,14 @@ def backup(home: Path, target: Path) -> BackupReport:
     Raises:
         BackupError: there is no coordinator's home, or the target exists.
     """
-    if not (home / "log.db").is_file():
-        raise BackupError(f"{home}: is no coordinator's home; give --home")
+    place = log_location(home)
+    if place.path is None:
+        raise BackupError(
+            f"{home}: its log is in {place}; back that up with PostgreSQL's own tools (pg_basebackup and its "
+            "write-ahead log), and these files by any means"
+        )
+    if place.path != home / "log.db" or not place.path.is_file():
+        raise BackupError(f"{home}: is no coordinator's home with its log in it; give --home")
     if target.exists():
         raise BackupError(f"{target}: exists; a backup never overwrites, choose another name")
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,7 +137,7 @@ def restore(source: Path, home: Path, signer_home: Path) -> BackupReport:
 
 
 def _check_against_signer(ledger: Ledger, signer_home: Path) -> None:
-    signer = Signer.open(signer_home)
+    signer = Signer.open(signer_home, signer_passphrase())
     if signer.origin != ledger.origin:
         raise RestoreForkError(f"the backup is of {ledger.origin}, the signer's log is {signer.origin}")
     signed = signer.state().checkpoint

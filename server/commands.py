@@ -73,7 +73,10 @@ def serve(
     if level not in logging.getLevelNamesMapping():
         raise CommandError(f"log_level {settings.log_level!r} is unknown; use info", code="server.settings")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if not (settings.coordinator_home / "log.db").is_file():
+    from audit.location import log_location
+
+    place = log_location(settings.coordinator_home)
+    if place.path is not None and not place.path.is_file():
         raise CommandError(
             f"{settings.coordinator_home}: no log here; make one with `affidavit init`, or give --home",
             code="audit.ledger_missing",
@@ -276,12 +279,13 @@ def _listen(host: str, port: int) -> socket.socket:
 def _parts(home: Path | None) -> Iterator[tuple[KeyStore, Journal]]:
     """Yield the key store and a journal of the home on this machine."""
     from audit.ledger import Ledger
+    from audit.location import log_location
     from server.journal import Journal, utc_now
     from server.keys import KeyStore
     from server.monitoring import Monitoring
 
     folder = base_home(home) / "coordinator"
-    with Ledger.open(folder / "log.db") as ledger, closing(KeyStore(folder, utc_now)) as store:
+    with Ledger.open(log_location(folder)) as ledger, closing(KeyStore(folder, utc_now)) as store:
         yield store, Journal(ledger, utc_now, Monitoring(), timeout_s=30)
 
 
@@ -297,10 +301,11 @@ def _write_secret(path: Path, text: str) -> None:
 def _home_state(base: Path, coordinator: Path) -> dict[str, str]:
     from audit.errors import AuditError
     from audit.ledger import Ledger
+    from audit.location import log_location
 
     state = {"homes": str(base)}
     try:
-        with Ledger.open(coordinator / "log.db") as ledger:
+        with Ledger.open(log_location(coordinator)) as ledger:
             state["log"] = f"{ledger.origin}, {ledger.tree_size} entries"
     except AuditError as error:
         state["log"] = f"none ({error})"

@@ -17,8 +17,9 @@ from audit.errors import AuditError
 _EXTRAS: Final = {
     "agent": ("torch", "pandas", "pandera", "pyarrow", "sqlmodel"),
     "relay": ("flwr",),
-    "coordinator": ("flwr", "sqlmodel", "matplotlib"),
+    "coordinator": ("flwr", "sqlmodel", "alembic", "matplotlib"),
     "server": ("fastapi", "uvicorn", "cedarpy", "argon2", "prometheus_client"),
+    "postgresql": ("psycopg",),
     "accounting": ("dp_accounting",),
     "notebooks": ("nbclient", "sklearn"),
     "simulation": ("ray",),
@@ -38,7 +39,7 @@ def examine(base: Path) -> tuple[Check, ...]:
     """Look at everything; nothing is changed."""
     checks = [_python(), _sqlite(), _cryptography(), *_extras(), _disk(base)]
     coordinator = base / "coordinator"
-    if (coordinator / "log.db").is_file():
+    if any((coordinator / name).is_file() for name in ("log.db", "config.yaml")):
         checks += [_log(coordinator), _signer(base), _private(base)]
     else:
         detail = f"no coordinator's home in {base}; `affidavit init` makes one, or give --home"
@@ -82,9 +83,10 @@ def _disk(base: Path) -> Check:
 
 def _log(coordinator: Path) -> Check:
     from audit.ledger import Ledger
+    from audit.location import log_location
 
     try:
-        with Ledger.open(coordinator / "log.db") as ledger:
+        with Ledger.open(log_location(coordinator)) as ledger:
             return Check(name="log", ok=True, detail=f"{ledger.origin}, {ledger.tree_size} entries")
     except AuditError as error:
         return Check(name="log", ok=False, detail=f"{error}; run `affidavit log fsck`")
@@ -92,11 +94,13 @@ def _log(coordinator: Path) -> Check:
 
 def _signer(base: Path) -> Check:
     from audit.ledger import Ledger
+    from audit.location import log_location
     from audit.signer import Signer
+    from federation.coordinator import signer_passphrase
 
     try:
-        signed = Signer.open(base / "signer").state().checkpoint
-        with Ledger.open(base / "coordinator" / "log.db") as ledger:
+        signed = Signer.open(base / "signer", signer_passphrase()).state().checkpoint
+        with Ledger.open(log_location(base / "coordinator")) as ledger:
             size = ledger.tree_size
             ok = signed.tree_size <= size and (
                 signed.tree_size == 0 or ledger.root_at(signed.tree_size) == signed.root_hash

@@ -118,6 +118,7 @@ STATUS: Final[dict[str, int]] = {
     "audit.ledger_closed": 503,
     "audit.ledger_write": 503,
     "audit.ledger_corrupt": 503,
+    "audit.ledger_unreachable": 503,
     "audit.signer_busy": 503,
     "audit.entry_not_found": 404,
     "audit.tree_range": 404,

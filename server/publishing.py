@@ -1,7 +1,7 @@
 """Checkpoints on a timer, and the cosignatures that witnesses bring.
 
-A new checkpoint is signed when the log grew and the interval has passed, so that the witnesses of a round
-meet on one checkpoint instead of chasing the newest entry.
+A new checkpoint is signed within the interval after the log grew, and one of an idle log is announced again
+every ten minutes, by the one process of all that serve the log that holds its lease (`audit.publisher`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Final
 
 from anyio import to_thread
 
 from audit.checkpoints import add_signatures, parse_checkpoint_note
 from audit.entries import SiteEnrolled, decode_entry
-from audit.errors import AuditError, BadSignatureError
+from audit.errors import AuditError, BadSignatureError, LeaseLostError
 from audit.notes import NoteVerifier, SignatureLine, open_note, parse_note
 from federation.coordinator import Coordinator
 from server.journal import Clock
@@ -25,6 +26,7 @@ _logger = logging.getLogger(__name__)
 
 _RECENT: Final = 64
 _FUTURE_S: Final = 300
+_MEETING_S: Final = 5.0
 
 
 class Publisher:
@@ -37,6 +39,7 @@ class Publisher:
         self._interval_s = interval_s
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self._meeting: tuple[float, bytes] | None = None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="publish checkpoints")
@@ -56,6 +59,13 @@ class Publisher:
         """Return the newest checkpoint; the first one is made on demand."""
         note = await to_thread.run_sync(self._coordinator.ledger.latest_checkpoint)
         return note if note is not None else await self.publish()
+
+    async def meeting(self) -> bytes:
+        """Return a checkpoint that stays the same for a while, so that witnesses sign one and not many."""
+        now = time.monotonic()
+        if self._meeting is None or now - self._meeting[0] >= _MEETING_S:
+            self._meeting = (now, await self.current())
+        return self._meeting[1]
 
     async def cover(self, leaf_index: int) -> None:
         """Sign a checkpoint now, unless one holds `leaf_index` already or the log lacks that entry."""
@@ -79,10 +89,20 @@ class Publisher:
     async def _run(self) -> None:
         while True:
             try:
-                await self.publish()
+                async with self._lock:
+                    await to_thread.run_sync(self._step)
+            except LeaseLostError as error:
+                _logger.warning("another process publishes now: %s", error)
             except (AuditError, OSError) as error:
                 _logger.error("no checkpoint: %s: %s", type(error).__name__, error)
             await asyncio.sleep(self._interval_s)
+
+    def _step(self) -> None:
+        self._coordinator.publisher.step()
+        note = self._coordinator.ledger.latest_checkpoint()
+        self._monitoring.tree_size.set(self._coordinator.ledger.tree_size)
+        if note is not None:
+            self._monitoring.checkpoint_size.set(parse_checkpoint_note(note).tree_size)
 
     def _publish(self) -> bytes:
         ledger = self._coordinator.ledger

@@ -110,11 +110,17 @@ async def prove_entry_file(request: Request, principal: Caller, index: Index) ->
     response_class=PlainTextResponse,
     responses=problems(404),
 )
-async def read_checkpoint(request: Request) -> PlainTextResponse:
+async def read_checkpoint(
+    request: Request,
+    meeting: Annotated[
+        bool, Query(description="The one on which witnesses meet: it stays for five seconds.")
+    ] = False,
+) -> PlainTextResponse:
     """The newest signed checkpoint with the cosignatures that have come in (C2SP signed note). No key
     needed.
     """
-    note = await context_of(request).publisher.current()
+    publisher = context_of(request).publisher
+    note = await (publisher.meeting() if meeting else publisher.current())
     return PlainTextResponse(note.decode(), media_type="text/plain; charset=utf-8")
 
 

@@ -11,9 +11,10 @@ from audit.commitments import verify_opening
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import RowCommitment, VersionTransition
-from audit.errors import AuditError
+from audit.errors import AuditError, BadSignatureError, LogKeyError
 from audit.forward import forward
 from audit.models import answer_of
+from audit.notes import NoteVerifier
 from audit.receipts import Receipt, verify_kept, verify_receipt
 from audit.verify.aggregation import CHEAP_WORK, WEIGHTS
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
@@ -100,12 +101,18 @@ def check_answer(chain: Chain) -> Outcome:
 def check_receipt(chain: Chain) -> Outcome:
     """The receipt is the log's, for this entry, and was kept."""
     subject = need(chain.located.get(chain.evidence.leaf_index), INCLUSION)
-    checkpoint, log = need(chain.checkpoint, CHECKPOINT), need(chain.log, CHECKPOINT)
+    checkpoint = need(chain.checkpoint, CHECKPOINT)
+    need(chain.log, CHECKPOINT)
     try:
         receipt = Receipt.parse(chain.receipt or b"")
-        verify_receipt(receipt, log)
+        signer = _receipt_signer(chain, receipt)
     except AuditError as error:
         raise FailError("receipt.invalid", str(error)) from error
+    if chain.keys is not None:
+        try:  # a tree with this entry has at least leaf_index + 1 entries
+            chain.keys.check(signer.vkey, receipt.leaf_index + 1, witnessed=chain.is_witnessed)
+        except LogKeyError as error:
+            raise FailError(error.code, f"the receipt: {error}", error.leaf_index) from error
     expect(
         receipt.leaf_index, subject.index, code="receipt.other_entry", field="leaf_index", entry=subject.index
     )
@@ -123,6 +130,18 @@ def check_receipt(chain: Chain) -> Outcome:
     return Outcome(
         word=Word.PROVED, detail=f"promised by the log at {receipt.time}, and kept: leaf {subject.index}"
     )
+
+
+def _receipt_signer(chain: Chain, receipt: Receipt) -> NoteVerifier:
+    """Return which of the log's keys made the promise."""
+    for verifier in chain.believed_keys[:-1]:
+        try:
+            verify_receipt(receipt, verifier)
+        except BadSignatureError:
+            continue
+        return verifier
+    verify_receipt(receipt, chain.believed_keys[-1])
+    return chain.believed_keys[-1]
 
 
 def _check_still_live(later: Leaf[VersionTransition], version: str, entry: int) -> None:

@@ -26,6 +26,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import Evidence
 from audit.keys import VerifyKey, parse_public_key
+from audit.log_keys import LogKeys
 from audit.notes import NoteVerifier
 from audit.tlog_policy import Policy
 from audit.verify.report import EpsilonLine, Word
@@ -103,6 +104,10 @@ class Chain:
     checkpoint: Checkpoint | None = None
     checkpoint_facts: dict[str, Any] = field(default_factory=dict)
     log: NoteVerifier | None = None
+    log_keys: tuple[NoteVerifier, ...] = ()  # those that the policy believes and that signed the checkpoint
+    believed_keys: tuple[NoteVerifier, ...] = ()  # all that the policy believes of this log
+    is_witnessed: bool = False  # the checkpoint's quorum is satisfied by witnesses
+    keys: LogKeys | None = None
     located: dict[int, Located] = field(default_factory=dict)
     by_hash: dict[str, Located] = field(default_factory=dict)
 

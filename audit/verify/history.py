@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 
 from audit.checkpoints import Checkpoint, open_checkpoint
 from audit.entries import (
+    KeyRotated,
+    LogCompromised,
     LogCreated,
     Prediction,
     RunCompleted,
@@ -14,8 +16,9 @@ from audit.entries import (
     VersionTransition,
     decode_entry,
 )
-from audit.errors import AuditError
+from audit.errors import AuditError, LogKeyError
 from audit.evidence import scope_of
+from audit.log_keys import read_log_keys
 from audit.merkle import hash_leaf, verify_inclusion
 from audit.notes import NoteVerifier
 from audit.tlog_policy import NO_QUORUM
@@ -43,7 +46,9 @@ def check_checkpoint(chain: Chain) -> Outcome:
     except AuditError as error:
         raise FailError(error.code, f"the policy does not accept the checkpoint: {error}") from error
     opened, quorum = accepted.opened, accepted.quorum
-    chain.log = chain.policy.log_for(opened.checkpoint.origin).verifier
+    chain.log, chain.log_keys = opened.log_keys[0], opened.log_keys
+    chain.believed_keys = chain.policy.keys_of(opened.checkpoint.origin)
+    chain.is_witnessed = quorum.satisfied and chain.policy.quorum != NO_QUORUM
     _take(chain, opened.checkpoint)
     times = sorted(cosignature.timestamp for cosignature in opened.cosignatures)
     chain.checkpoint_facts["witnesses"] = list(accepted.witnesses)
@@ -115,6 +120,7 @@ def check_inclusion(chain: Chain) -> Outcome:
         located = Located(index, leaf_hash.hex(), entry)
         chain.located[index] = chain.by_hash[located.leaf_hash] = located
     _check_log_created(chain, checkpoint)
+    _check_keys(chain, checkpoint)
     return Outcome(
         word=Word.PROVED,
         detail=f"{len(chain.located)} entries decoded strictly and proved to be leaves of the "
@@ -161,13 +167,13 @@ def _without_policy(chain: Chain, note: bytes) -> Outcome:
         created = decode_entry(first).body
         if not isinstance(created, LogCreated):
             raise FailError("verify.log_created", "leaf 0 does not create the log", 0)
-        log = NoteVerifier.parse(created.log_key)
-        opened = open_checkpoint(note, log=log, now=chain.now_s)
+        keys = _keys_in_file(chain, created)
+        opened = open_checkpoint(note, log=keys, now=chain.now_s)
     except FailError:
         raise
     except AuditError as error:
         raise FailError(error.code, f"the checkpoint is not signed by the log's own key: {error}") from error
-    chain.log = log
+    chain.log, chain.log_keys, chain.believed_keys = opened.log_keys[0], opened.log_keys, keys
     _take(chain, opened.checkpoint)
     return Outcome(
         word=Word.NO_EVIDENCE,
@@ -197,7 +203,41 @@ def _check_log_created(chain: Chain, checkpoint: Checkpoint) -> None:
         raise FailError("verify.log_created", "leaf 0 does not create the log", 0)
     log = need(chain.log, CHECKPOINT)
     expect(first.body.origin, checkpoint.origin, code="verify.log_created", field="origin", entry=0)
-    expect(first.body.log_key, log.vkey, code="verify.log_created", field="log_key", entry=0)
+    if not any(isinstance(found.body, (KeyRotated, LogCompromised)) for found in chain.located.values()):
+        expect(first.body.log_key, log.vkey, code="verify.log_created", field="log_key", entry=0)
+
+
+def _check_keys(chain: Chain, checkpoint: Checkpoint) -> None:
+    """At least one key of the policy that signed the checkpoint was valid for a tree of its size."""
+    try:
+        chain.keys = read_log_keys((index, chain.located[index].body) for index in sorted(chain.located))
+    except LogKeyError as error:
+        raise FailError(error.code, str(error), error.leaf_index) from error
+    refused: LogKeyError | None = None
+    for verifier in chain.log_keys:
+        try:
+            chain.keys.check(verifier.vkey, checkpoint.tree_size, witnessed=chain.is_witnessed)
+        except LogKeyError as error:
+            refused = refused or error
+        else:
+            return
+    if refused is not None:
+        raise FailError(refused.code, f"{CHECKPOINT}: {refused}", refused.leaf_index) from refused
+
+
+def _keys_in_file(chain: Chain, created: LogCreated) -> tuple[NoteVerifier, ...]:
+    """Return every key of the log that the file itself names."""
+    named = [created.log_key]
+    for data in chain.evidence.entries.values():
+        try:
+            body = decode_entry(data).body
+        except AuditError:
+            continue  # the next step says so
+        if isinstance(body, KeyRotated):
+            named.append(body.new_key)
+        elif isinstance(body, LogCompromised):
+            named.append(body.successor)
+    return tuple(dict.fromkeys(NoteVerifier.parse(vkey) for vkey in named))
 
 
 def _take_prediction(chain: Chain, leaf: Leaf[Prediction]) -> None:

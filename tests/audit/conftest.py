@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -83,3 +85,28 @@ def log_signer() -> NoteSigner:
 @pytest.fixture(scope="session")
 def new_witness_key() -> Callable[[str], NoteSigner]:
     return lambda name: NoteSigner(name, SigningKey.generate(), KeyType.COSIGNATURE)
+
+
+def _postgresql() -> ModuleType:
+    path = Path(__file__).parents[1] / "postgresql.py"
+    spec = importlib.util.spec_from_file_location("tests_postgresql", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Any]:
+    with _postgresql().running_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """Where a new log may be made, on each database in turn."""
+    if request.param == "sqlite":
+        return tmp_path / "log.db"
+    url: str = request.getfixturevalue("postgresql_server").new_schema()
+    return url

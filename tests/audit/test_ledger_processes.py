@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from audit import merkle
+from audit import _store, merkle
+from audit.errors import LedgerBusyError, LedgerUnreachableError
 from audit.fsck import fsck
-from audit.ledger import Ledger
+from audit.ledger import MAX_BATCH, MAX_PENDING, Ledger
 
 WRITER = """
 import sys, json, time
@@ -61,8 +70,8 @@ for attempt in range(count):
 """
 
 
-def start_writer(path: Path, who: str, count: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WRITER, str(path), who, str(count)]
+def start_writer(place: Path | str, who: str, count: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, str(place), who, str(count)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -90,47 +99,225 @@ ledger.close()
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "log.db"), "x", "0"], check=True, timeout=60)
 
 
-def test_two_processes_share_one_log_without_a_gap(tmp_path: Path, log_tools: SimpleNamespace) -> None:
-    path = tmp_path / "log.db"
-    Ledger.create(path, log_tools.ORIGIN).close()
-    writers = [start_writer(path, who, 200) for who in ("a", "b")]
+def test_two_processes_share_one_log_without_a_gap(place: Path | str, log_tools: SimpleNamespace) -> None:
+    share_one_log(place, log_tools, count=500)
+
+
+@pytest.mark.soak
+def test_two_processes_append_ten_thousand_entries_each(
+    place: Path | str, log_tools: SimpleNamespace
+) -> None:
+    share_one_log(place, log_tools, count=10_000)
+
+
+def share_one_log(place: Path | str, log_tools: SimpleNamespace, count: int) -> None:
+    Ledger.create(place, log_tools.ORIGIN).close()
+    writers = [start_writer(place, who, count) for who in ("a", "b")]
     acked = [
-        line.split() for writer in writers for line in writer.communicate(timeout=60)[0].splitlines()[1:]
+        line.split()
+        for writer in writers
+        for line in writer.communicate(timeout=60 + count // 20)[0].splitlines()[1:]
     ]
     assert [writer.returncode for writer in writers] == [0, 0]
     indices = sorted(int(index) for _, index in acked)
     assert indices == list(range(len(indices)))
-    assert len(indices) >= 400
-    report = fsck(path, columns_of=log_tools.columns_of)
+    assert len(indices) >= 2 * count
+    report = fsck(place, columns_of=log_tools.columns_of)
     assert report.ok, report
     assert report.entries == len(indices)
 
 
 def test_killed_writer_loses_nothing_that_was_acknowledged(
-    tmp_path: Path, log_tools: SimpleNamespace
+    place: Path | str, log_tools: SimpleNamespace
 ) -> None:
-    kill_writers(tmp_path / "log.db", log_tools, times=20)
+    kill_writers(place, log_tools, times=20)
 
 
 @pytest.mark.soak
-def test_five_hundred_killed_writers_lose_nothing(tmp_path: Path, log_tools: SimpleNamespace) -> None:
-    kill_writers(tmp_path / "log.db", log_tools, times=500)
+def test_five_hundred_killed_writers_lose_nothing(place: Path | str, log_tools: SimpleNamespace) -> None:
+    kill_writers(place, log_tools, times=500)
 
 
-def kill_writers(path: Path, log_tools: SimpleNamespace, times: int) -> None:
+def kill_writers(place: Path | str, log_tools: SimpleNamespace, times: int) -> None:
     """Fork writers from one process, to save its imports, and kill each while it appends."""
-    Ledger.create(path, log_tools.ORIGIN).close()
+    Ledger.create(place, log_tools.ORIGIN).close()
     script = WRITER.split("with Ledger.open")[0] + KILLER
-    command = [sys.executable, "-c", script, str(path), "x", str(times)]
-    done = subprocess.run(command, check=True, timeout=30 + times, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", script, str(place), "x", str(times)]
+    done = subprocess.run(command, check=True, timeout=60 + 2 * times, stdout=subprocess.PIPE, text=True)
     acked = {name: int(index) for name, index in (line.split() for line in done.stdout.splitlines())}
-    report = fsck(path, columns_of=log_tools.columns_of)
+    assert len(acked) >= times
+    nothing_is_lost(place, log_tools, acked)
+
+
+def nothing_is_lost(place: Path | str, log_tools: SimpleNamespace, acked: dict[str, int]) -> None:
+    report = fsck(place, columns_of=log_tools.columns_of)
     assert report.ok, report
-    with Ledger.open(path) as ledger:
+    with Ledger.open(place) as ledger:
         stored = {s.event_id: s.leaf_index for n in range(0, ledger.tree_size, 900) for s in page(ledger, n)}
         assert len(stored) == ledger.tree_size
         assert {name: stored.get(name) for name in acked} == acked
-    assert len(acked) >= times
+
+
+def append_while(
+    server: Any, log_tools: SimpleNamespace, disturb: Callable[[], None], *, times: int, pause_s: float
+) -> int:
+    """Append without rest while `disturb` happens some times; return how many appends were refused.
+
+    Whoever is refused asks again with the same event id, as callers must.
+    """
+    url = server.new_database()
+    Ledger.create(url, log_tools.ORIGIN).close()
+    acked: dict[str, int] = {}
+    refused, done = 0, threading.Event()
+
+    def write(ledger: Ledger, first: int) -> None:
+        nonlocal refused
+        with ledger:
+            numbers = itertools.count(first, 2)
+            while not done.is_set():
+                batch = [log_tools.make_entry(next(numbers)) for _ in range(3)]
+                while batch:
+                    futures = [
+                        ledger.append(m.body, event_id=m.event_id, index_columns=m.columns) for m in batch
+                    ]
+                    for made, future in zip(list(batch), futures, strict=True):
+                        try:
+                            acked[made.event_id] = future.result(60).leaf_index
+                            batch.remove(made)
+                        except (LedgerUnreachableError, LedgerBusyError):
+                            refused += 1
+
+    writers = [threading.Thread(target=write, args=(Ledger.open(url), first)) for first in (0, 1)]
+    for writer in writers:
+        writer.start()
+    try:
+        for number in range(times):
+            time.sleep(pause_s * (1 + number % 3))
+            disturb()
+    finally:
+        done.set()
+        for writer in writers:
+            writer.join()
+    assert len(set(acked.values())) == len(acked) > times
+    nothing_is_lost(url, log_tools, acked)
+    return refused
+
+
+KILL_BACKENDS = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE application_name = 'affidavit' AND pid <> pg_backend_pid()"
+)
+
+
+def test_ended_server_sessions_lose_nothing(postgresql_server: Any, log_tools: SimpleNamespace) -> None:
+    append_while(
+        postgresql_server,
+        log_tools,
+        lambda: postgresql_server.execute(KILL_BACKENDS),
+        times=20,
+        pause_s=0.02,
+    )
+
+
+def crash(server: Any) -> None:
+    """Kill one session's process the hard way: the server ends every other and recovers."""
+    psycopg = pytest.importorskip("psycopg")
+    asked = "SELECT pid FROM pg_stat_activity WHERE application_name = 'affidavit' LIMIT 1"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:  # the server may still recover from the last time
+        try:
+            found = server.execute(asked)
+        except psycopg.OperationalError:
+            time.sleep(0.02)
+            continue
+        for (pid,) in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+    raise TimeoutError("the server does not come back")
+
+
+def restart(server: Any) -> None:
+    server.stop("immediate")
+    server.start()
+
+
+@pytest.mark.parametrize("disturb", [crash, restart])
+def test_crashed_server_loses_nothing(
+    postgresql_server: Any, log_tools: SimpleNamespace, disturb: Callable[[Any], None]
+) -> None:
+    append_while(postgresql_server, log_tools, lambda: disturb(postgresql_server), times=3, pause_s=0.1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("disturb", [crash, restart])
+def test_server_crashed_a_hundred_times_loses_nothing(
+    postgresql_server: Any, log_tools: SimpleNamespace, disturb: Callable[[Any], None]
+) -> None:
+    append_while(postgresql_server, log_tools, lambda: disturb(postgresql_server), times=100, pause_s=0.1)
+
+
+def test_server_that_stays_away_is_reported_and_the_retry_succeeds(
+    postgresql_server: Any, log_tools: SimpleNamespace
+) -> None:
+    url = postgresql_server.new_schema()
+    made = log_tools.make_entry(1)
+    with Ledger.create(url, log_tools.ORIGIN) as ledger:
+        postgresql_server.stop("immediate")
+        try:
+            future = ledger.append(made.body, event_id=made.event_id, index_columns=made.columns)
+            with pytest.raises(LedgerUnreachableError, match="same event id"):
+                future.result(30)
+            with pytest.raises(LedgerUnreachableError):
+                ledger.edge()
+        finally:
+            postgresql_server.start()
+        assert (
+            ledger.append_wait(made.body, event_id=made.event_id, index_columns=made.columns).leaf_index == 0
+        )
+        assert ledger.tree_size == 1
+
+
+def test_writer_that_is_frozen_with_the_lock_is_told_and_others_go_on(
+    postgresql_server: Any, log_tools: SimpleNamespace
+) -> None:
+    """A session that keeps the lock makes others wait, and then busy; nothing of theirs is half written."""
+    url = postgresql_server.new_schema()
+    with Ledger.create(url, log_tools.ORIGIN) as ledger, Ledger.open(url) as other:
+        with _store.writing(ledger._engine), _store.reading(other._engine) as connection:
+            assert connection.exec_driver_sql("SELECT size FROM head").scalar() == 0, "readers never wait"
+        with _store.writing(ledger._engine), pytest.raises(LedgerBusyError) as caught:
+            take_lock_impatiently(other)
+        assert caught.value.retry_after_s > 0
+        assert log_tools.fill(other, range(1))[0].leaf_index == 0
+
+
+def take_lock_impatiently(ledger: Ledger) -> None:
+    with _store.translated(), ledger._engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL lock_timeout = 50")
+        connection.exec_driver_sql("SELECT id FROM head FOR UPDATE")
+
+
+def test_full_queue_is_told_and_nothing_of_it_is_lost_or_doubled(
+    place: Path | str, log_tools: SimpleNamespace
+) -> None:
+    with Ledger.create(place, log_tools.ORIGIN) as ledger:
+        made = [log_tools.make_entry(n) for n in range(MAX_PENDING + 2 * MAX_BATCH)]
+        futures = []
+
+        def submit_all() -> None:
+            for m in made:
+                futures.append(ledger.append(m.body, event_id=m.event_id, index_columns=m.columns))
+
+        with Ledger.open(place) as other, _store.writing(other._engine):  # the sequencer cannot go on
+            with pytest.raises(LedgerBusyError) as caught:
+                submit_all()
+            assert MAX_PENDING <= len(futures) <= MAX_PENDING + MAX_BATCH
+            assert (caught.value.pending, caught.value.retry_after_s > 0) == (MAX_PENDING, True)
+        assert [future.result(60).leaf_index for future in futures] == list(range(len(futures)))
+        again = [ledger.append(m.body, event_id=m.event_id, index_columns=m.columns) for m in made[:20]]
+        assert [future.result(60).leaf_index for future in again] == list(range(20))
 
 
 def page(ledger: Ledger, start: int) -> list[SimpleNamespace]:

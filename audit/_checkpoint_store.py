@@ -1,0 +1,90 @@
+"""The signed notes that a log's database keeps, one for each tree size that was published."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Final
+
+from sqlalchemy import Engine, insert, select, update
+
+from audit import _store
+from audit._store import blob
+from audit.checkpoints import add_signatures, parse_checkpoint_note
+from audit.errors import OriginMismatchError, RootMismatchError
+from audit.lease import Lease
+from audit.notes import parse_note
+from audit.tables import CHECKPOINT
+
+_POLL_S: Final = 0.05
+
+
+class CheckpointStore:
+    """The notes of one log; `root_at` gives the root that a note must name."""
+
+    def __init__(self, engine: Engine, origin: str, root_at: Callable[[int], bytes]) -> None:
+        self._engine, self._origin, self._root_at = engine, origin, root_at
+
+    def store(self, note: bytes, lease: Lease | None) -> bytes:
+        checkpoint = parse_checkpoint_note(note)
+        if checkpoint.origin != self._origin:
+            raise OriginMismatchError(expected=self._origin, found=checkpoint.origin)
+        computed = self._root_at(checkpoint.tree_size)
+        if computed != checkpoint.root_hash:
+            raise RootMismatchError(expected=checkpoint.root_hash, computed=computed)
+        same_size = CHECKPOINT.c.tree_size == checkpoint.tree_size
+        with _store.writing(self._engine) as connection:
+            if lease is not None:
+                lease.check(connection)
+                lease.note_published(connection)
+            held = connection.execute(select(CHECKPOINT.c.note).where(same_size)).scalar()
+            if held is not None:
+                held = blob(held, "checkpoint")
+                merged = add_signatures(held, [line.format() for line in parse_note(note).signatures])
+                if merged == held:
+                    return held
+                note = merged
+            values = {"note": note, "note_hash": hashlib.sha256(note).digest()}
+            if held is None:
+                connection.execute(insert(CHECKPOINT).values(tree_size=checkpoint.tree_size, **values))
+            else:
+                connection.execute(update(CHECKPOINT).where(same_size).values(**values))
+        return note
+
+    def latest(self, accept: Callable[[bytes], bool] | None = None, *, above: int = -1) -> bytes | None:
+        query = (
+            select(CHECKPOINT.c.note)
+            .where(CHECKPOINT.c.tree_size > above)
+            .order_by(CHECKPOINT.c.tree_size.desc())
+        )
+        if accept is None:
+            query = query.limit(1)
+        with _store.reading(self._engine) as connection:
+            for stored in connection.execute(query).scalars():
+                note = blob(stored, "checkpoint")
+                if accept is None or accept(note):
+                    return note
+        return None
+
+    def at(self, tree_size: int) -> bytes | None:
+        query = select(CHECKPOINT.c.note).where(CHECKPOINT.c.tree_size == tree_size)
+        with _store.reading(self._engine) as connection:
+            note = connection.execute(query).scalar()
+        return None if note is None else blob(note, "checkpoint")
+
+    def all(self) -> list[bytes]:
+        query = select(CHECKPOINT.c.note).order_by(CHECKPOINT.c.tree_size)
+        with _store.reading(self._engine) as connection:
+            return [blob(note, "checkpoint") for note in connection.execute(query).scalars()]
+
+    def wait(self, leaf_index: int, timeout_s: float, accept: Callable[[bytes], bool] | None) -> bytes:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            note = self.latest(accept, above=leaf_index)
+            if note is not None:
+                return note
+            if time.monotonic() >= deadline:
+                level = "checkpointed" if accept is None else "witnessed"
+                raise TimeoutError(f"leaf {leaf_index} was not {level} within {timeout_s} s")
+            time.sleep(_POLL_S)

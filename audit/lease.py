@@ -1,0 +1,110 @@
+"""A lease in the log's database: one owner at a time, for a limited time, told apart by a growing token.
+
+The token is the fence: an owner that slept through its expiry is refused by the number, not by its clock.
+Time is PostgreSQL's own, or the machine's for SQLite, whose users share one machine. A lease decides who
+publishes; that nobody signs two histories is the signer's state and the witnesses' doing, and needs no clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Engine, insert, select, text, update
+
+from audit import _store
+from audit.errors import LeaseLostError
+from audit.tables import LEASE
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseState:
+    """Who holds a lease, as the database says."""
+
+    owner: str  # empty: nobody
+    token: int
+    expires_ms: int
+    published_ms: int
+    now_ms: int
+
+    @property
+    def is_free(self) -> bool:
+        return not self.owner or self.expires_ms <= self.now_ms
+
+
+class Lease:
+    """One owner's view of a named lease. `owner` is unique to a process's life, such as a random text."""
+
+    def __init__(
+        self, engine: Engine, name: str, owner: str, *, ttl_s: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.name, self.owner, self.ttl_s = name, owner, ttl_s
+        self.token = 0  # 0: never held
+        self._engine, self._clock = engine, clock
+        self._row = LEASE.c.name == name
+
+    def acquire(self) -> bool:
+        """Take the lease if it is free or ours, and prolong it; say whether it is ours now.
+
+        `token` is a new one each time that the lease changes hands.
+        """
+        with _store.writing(self._engine) as connection:
+            state = self._read(connection)
+            now_ms = self._now_ms(connection)
+            expires_ms = now_ms + int(self.ttl_s * 1000)
+            if state is None:
+                self.token = 1
+                row = {"name": self.name, "owner": self.owner, "token": 1, "expires_ms": expires_ms}
+                connection.execute(insert(LEASE).values(**row, published_ms=0))
+                return True
+            ours = state.owner == self.owner and state.token == self.token
+            if not ours and not state.is_free:
+                return False
+            token = state.token if ours else state.token + 1
+            values = {"owner": self.owner, "token": token, "expires_ms": expires_ms}
+            connection.execute(update(LEASE).where(self._row).values(**values))
+        self.token = token
+        return True
+
+    def release(self) -> None:
+        """Give the lease back, if it is ours still."""
+        with _store.writing(self._engine) as connection:
+            mine = (LEASE.c.owner == self.owner) & (LEASE.c.token == self.token)
+            connection.execute(update(LEASE).where(self._row, mine).values(owner="", expires_ms=0))
+
+    def state(self) -> LeaseState | None:
+        """Return who holds it now; None when nobody ever did."""
+        with _store.reading(self._engine) as connection:
+            return self._read(connection)
+
+    def check(self, connection: Connection) -> None:
+        """Inside a write transaction: refuse unless the lease is ours.
+
+        An expired lease that nobody else took is ours still: the token says so.
+
+        Raises:
+            LeaseLostError: it is another's.
+        """
+        state = self._read(connection)
+        if state is None or state.owner != self.owner or state.token != self.token:
+            raise LeaseLostError(
+                name=self.name, owner=state.owner if state else "", token=state.token if state else 0
+            )
+
+    def note_published(self, connection: Connection) -> None:
+        """Inside a write transaction: keep when the holder last announced a checkpoint."""
+        now_ms = self._now_ms(connection)
+        connection.execute(update(LEASE).where(self._row).values(published_ms=now_ms))
+
+    def _read(self, connection: Connection) -> LeaseState | None:
+        row = connection.execute(select(LEASE).where(self._row)).first()
+        if row is None:
+            return None
+        return LeaseState(row.owner, row.token, row.expires_ms, row.published_ms, self._now_ms(connection))
+
+    def _now_ms(self, connection: Connection) -> int:
+        if connection.dialect.name == "sqlite":
+            return int(self._clock() * 1000)
+        asked = text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)")
+        return int(connection.execute(asked).scalar_one())

@@ -1,0 +1,234 @@
+"""One process at a time publishes; who takes over adopts what was published, so no stale signer forks."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from audit.checkpoints import Checkpoint, add_signatures, cosign, parse_checkpoint_note, sign_checkpoint
+from audit.errors import LeaseLostError, SignerBusyError, SignerError, SignerRewriteError, SignerRollbackError
+from audit.ledger import Ledger
+from audit.notes import NoteSigner, open_note
+from audit.publisher import Publisher
+from audit.signer import Signer, publish
+from audit.tlog_policy import Policy
+
+Place = Path | str
+
+
+@pytest.fixture
+def log(place: Place, log_tools: SimpleNamespace) -> Iterator[Ledger]:
+    with Ledger.create(place, log_tools.ORIGIN) as ledger:
+        log_tools.fill(ledger, range(5))
+        yield ledger
+
+
+@pytest.fixture
+def signer(tmp_path: Path, log_tools: SimpleNamespace) -> Signer:
+    return Signer.create(tmp_path / "signer", log_tools.ORIGIN)
+
+
+def copied(signer: Signer, target: Path) -> Signer:
+    """A signer on another machine: the same key, and the state as it was when it was copied."""
+    shutil.copytree(signer.home, target)
+    return Signer.open(target)
+
+
+def size_of(note: bytes | None) -> int:
+    assert note is not None
+    return parse_checkpoint_note(note).tree_size
+
+
+def test_lease_has_one_owner_until_it_ends(log: Ledger) -> None:
+    first, second = (log.lease("x", owner, ttl_s=0.4) for owner in ("a", "b"))
+    assert (first.acquire(), second.acquire(), first.acquire()) == (True, False, True)
+    assert (first.token, second.token) == (1, 0)
+    time.sleep(0.5)
+    assert (second.acquire(), first.acquire()) == (True, False)
+    assert second.token == 2
+    first.release()  # it is not his to give back
+    assert not first.acquire()
+    second.release()
+    assert first.acquire()
+    assert first.token == 3
+
+
+def test_eight_threads_ask_for_a_lease_and_one_gets_it(log: Ledger) -> None:
+    got: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def ask(owner: str) -> None:
+        lease = log.lease("x", owner, ttl_s=30)
+        barrier.wait()
+        if lease.acquire():
+            got.append(owner)
+
+    threads = [threading.Thread(target=ask, args=(f"t{n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
+
+
+def test_checkpoint_is_published_when_the_log_grows_and_again_when_it_idles(
+    log: Ledger, signer: Signer, log_tools: SimpleNamespace
+) -> None:
+    said: list[int] = []
+    publisher = Publisher(log, signer, republish_s=0.3, announce=lambda note: said.append(size_of(note)))
+    assert size_of(publisher.step()) == 5
+    assert publisher.step() is None
+    time.sleep(0.35)
+    assert size_of(publisher.step()) == 5
+    log_tools.fill(log, range(5, 8))
+    assert size_of(publisher.step()) == 8
+    assert said == [5, 5, 8]
+
+
+def test_waiting_callers_hear_within_a_second_that_their_entry_is_checkpointed(
+    log: Ledger, signer: Signer, log_tools: SimpleNamespace
+) -> None:
+    publisher, stop = Publisher(log, signer), threading.Event()
+
+    def run() -> None:
+        while not stop.wait(0.2):
+            publisher.step()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        for number in range(5, 8):
+            placed = log_tools.fill(log, range(number, number + 1))[0]
+            begun = time.monotonic()
+            assert size_of(log.wait_checkpointed(placed.leaf_index, 5)) > placed.leaf_index
+            assert time.monotonic() - begun < 1
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_waiting_for_witnesses_needs_the_policy_quorum(
+    log: Ledger, signer: Signer, new_witness_key: Callable[[str], NoteSigner]
+) -> None:
+    witness = new_witness_key("site-a")
+    policy = Policy.parse(f"log {signer.vkey}\nwitness a {witness.vkey}\nquorum a\n")
+    note = Publisher(log, signer).step()
+    assert note is not None
+
+    def accept(found: bytes) -> bool:
+        return policy.open(found, now=1_000).quorum.satisfied
+
+    with pytest.raises(TimeoutError, match="witnessed"):
+        log.wait_witnessed(4, accept, timeout_s=0.2)
+    log.store_checkpoint(add_signatures(note, [cosign(note, witness, 1_000)]))
+    assert accept(log.wait_witnessed(4, accept, timeout_s=1))
+    with pytest.raises(TimeoutError, match="checkpointed"):
+        log.wait_checkpointed(5, timeout_s=0.1)
+
+
+def test_second_publisher_waits_for_the_first_and_takes_over_after_its_end(
+    log: Ledger, signer: Signer, log_tools: SimpleNamespace, tmp_path: Path
+) -> None:
+    other = copied(signer, tmp_path / "other")
+    first, second = Publisher(log, signer, ttl_s=0.5), Publisher(log, other, ttl_s=0.5)
+    assert size_of(first.step()) == 5
+    assert second.step() is None
+    log_tools.fill(log, range(5, 9))
+    with pytest.raises(SignerBusyError):
+        second.publish(timeout_s=0.1)
+    time.sleep(0.6)  # the first one is dead
+    assert size_of(second.step()) == 9
+    assert other.state().checkpoint.tree_size == 9
+    assert first.step() is None
+    second.close()
+    assert first.step() is None  # nothing new to publish, but the lease is his again
+    assert first.lease.token == 3
+    assert signer.state().checkpoint.tree_size == 9, "it adopted what the other one signed"
+
+
+def test_old_holder_that_wakes_up_stores_nothing(
+    log: Ledger, signer: Signer, log_tools: SimpleNamespace, tmp_path: Path
+) -> None:
+    first = Publisher(log, signer, ttl_s=0.1)
+    first.step()
+    time.sleep(0.2)
+    second = Publisher(log, copied(signer, tmp_path / "other"), ttl_s=30)
+    second.step()
+    log_tools.fill(log, range(5, 7))
+    with pytest.raises(LeaseLostError):
+        publish(log, signer, first.lease)
+    assert size_of(log.latest_checkpoint()) == 5
+
+
+def test_stale_signer_with_a_restored_database_refuses_to_fork(
+    tmp_path: Path, log_tools: SimpleNamespace, signer: Signer
+) -> None:
+    """The signer of the last minutes is gone, the database is an old backup, a witness saw more."""
+    stale = copied(signer, tmp_path / "stale")
+    with Ledger.create(tmp_path / "log.db", log_tools.ORIGIN) as ledger:
+        log_tools.fill(ledger, range(5))
+        seen = Publisher(ledger, signer).publish()
+        log_tools.fill(ledger, range(5, 9))
+        seen = Publisher(ledger, signer).publish()
+    with Ledger.create(tmp_path / "restored.db", log_tools.ORIGIN) as restored:
+        log_tools.fill(restored, range(6))
+        log_tools.fill(restored, range(50, 60))  # other entries than those that were witnessed
+        publisher = Publisher(restored, stale, views=[lambda: [seen]])
+        with pytest.raises(SignerRewriteError):
+            publisher.step()
+        assert restored.latest_checkpoint() is None
+        assert stale.state().note == seen, "it knows now what was signed, and signs nothing else"
+        state = restored.lease("signer", "look", ttl_s=1).state()
+        assert state is not None
+        assert state.is_free, "a signer that may not sign holds no lease"
+    with Ledger.create(tmp_path / "short.db", log_tools.ORIGIN) as short:
+        log_tools.fill(short, range(6))
+        with pytest.raises(SignerRollbackError):
+            Publisher(short, stale, views=[lambda: [seen]]).step()
+
+
+def test_fail_over_adopts_the_largest_witnessed_tree_and_ignores_strangers(
+    log: Ledger,
+    signer: Signer,
+    log_tools: SimpleNamespace,
+    log_signer: NoteSigner,
+    tmp_path: Path,
+    new_witness_key: Callable[[str], NoteSigner],
+) -> None:
+    fresh = copied(signer, tmp_path / "fresh")
+    witness = new_witness_key("site-a")
+    policy = Policy.parse(f"log {signer.vkey}\nwitness a {witness.vkey}\nquorum a\n")
+    first = Publisher(log, signer)
+    note = first.publish()
+    log.store_checkpoint(add_signatures(note, [cosign(note, witness, 1_000)]))
+    log_tools.fill(log, range(5, 8))
+    stranger = sign_checkpoint(Checkpoint(log.origin, 8, log.root_hash), log_signer)
+    log.store_checkpoint(stranger)
+    taken = Publisher(log, fresh, policy=policy, clock=lambda: 1_000.0)
+    assert taken._largest() == [log.checkpoint_at(5), log.checkpoint_at(5)]
+    log_tools.fill(log, range(8, 9))
+    assert size_of(taken.step()) == 9
+    open_note(log.latest_checkpoint() or b"", [signer.verifier])
+
+
+def test_adopting_refuses_notes_of_others_and_other_histories(
+    log: Ledger, signer: Signer, log_signer: NoteSigner, log_tools: SimpleNamespace, tmp_path: Path
+) -> None:
+    publish(log, signer)
+    with pytest.raises(Exception, match="no known key"):
+        signer.adopt(sign_checkpoint(Checkpoint(log.origin, 5, log.root_hash), log_signer), log)
+    twin = copied(signer, tmp_path / "twin")
+    with Ledger.create(tmp_path / "twin.db", log_tools.ORIGIN) as other:
+        log_tools.fill(other, range(100, 109))
+        forged = sign_checkpoint(Checkpoint(other.origin, 9, other.root_hash), twin.note_signer)
+        log_tools.fill(log, range(5, 9))
+        for ledger in (log, other):
+            with pytest.raises(SignerError):
+                signer.adopt(forged, ledger)
+    assert signer.state().checkpoint.tree_size == 5
