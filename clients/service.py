@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 from audit.canonical import canonical_bytes, parse_strict
 from audit.entries import SiteStatement, decode_entry
 from audit.epsilon import recompute
-from audit.errors import AuditError, WitnessError
+from audit.errors import AuditError, WitnessError, WitnessProofError
+from audit.merkle import NodeSource
 from audit.tlog_policy import Policy
 from audit.witness import Witness
+from clients.accusations import keep_accusation
 from clients.errors import DataProblem, HomeError, LinkError
 from clients.home import SiteHome
 
@@ -99,12 +101,27 @@ def add_site(request: AddSiteRequest) -> SiteHome:
     )
 
 
-def federation_policy(log_key: str, witnesses: Mapping[str, str]) -> Policy:
-    """Return the policy of a log whose n sites are its witnesses: w of n, 2w > n + f, f = (n - 1) / 3."""
-    count = len(witnesses)
+def federation_policy(
+    log_key: str, witnesses: Mapping[str, str], *, operators: Mapping[str, str] | None = None
+) -> Policy:
+    """Return the policy of a log whose n sites are its witnesses: w of n, 2w > n + f, f = (n - 1) / 3.
+
+    Args:
+        log_key: the log's vkey. witnesses: each site's witness vkey.
+        operators: who runs a site's machines, where several sites share an operator. Sites under one
+            operator count once, as `group <operator> any`, because whoever runs both can make both sign.
+    """
+    shared: dict[str, list[str]] = {}
+    for name in sorted(witnesses):
+        shared.setdefault((operators or {}).get(name, name), []).append(name)
+    voices = {operator if len(sites) > 1 else sites[0]: sites for operator, sites in shared.items()}
+    count = len(voices)
     need = (count + (count - 1) // 3) // 2 + 1
     lines = [f"log {log_key}", *(f"witness {site} {key}" for site, key in sorted(witnesses.items()))]
-    lines += [f"group members {need} {' '.join(sorted(witnesses))}", "quorum members"]
+    lines += [
+        f"group {name} any {' '.join(sites)}" for name, sites in sorted(voices.items()) if len(sites) > 1
+    ]
+    lines += [f"group members {need} {' '.join(sorted(voices))}", "quorum members"]
     return Policy.parse("\n".join(lines) + "\n")
 
 
@@ -171,7 +188,7 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
     committed = ledger.committed_events(population.pseudonym)
     witnessed = None
     if home.witness_path.exists():
-        witnessed = _witness(home).tree_size
+        witnessed = open_witness(home).tree_size
     return SiteStatus(
         name=home.name,
         population=population.name,
@@ -191,6 +208,9 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
 
 def witness_once(home: SiteHome, url: str, *, client: httpx.Client | None = None) -> int:
     """Pull the log's checkpoint, prove that it extends the last one this site saw, post the cosignature.
+
+    Two contradicting checkpoints are kept in the home's folder `misbehaviour`, as a file that convicts the
+    log before anyone.
 
     Returns:
         The tree size now cosigned.
@@ -216,15 +236,22 @@ def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
     from audit.checkpoints import parse_checkpoint_note
 
     note = client.get(f"{url}/v1/audit/checkpoint").raise_for_status().content
-    witness = _witness(home)
+    witness = open_witness(home)
     old_size = witness.tree_size
+    proof: list[bytes] = []
     try:
         size = parse_checkpoint_note(note).tree_size
-        proof: list[bytes] = []
         if 0 < old_size < size:
             reply = client.get(f"{url}/v1/audit/consistency", params={"old": old_size, "new": size})
             proof = _hashes(reply.raise_for_status().content)
         line = witness.cosign(note, old_size, proof, now=int(datetime.now(UTC).timestamp()))
+    except WitnessProofError as error:
+        kept = keep_accusation(
+            home.path, error.seen_note, error.offered_note, proof, _tiles_of(url, client, size)
+        )
+        if kept is not None:
+            error.add_note(f"kept as {kept}; show it to the other members")
+        raise
     except WitnessError:
         raise
     except AuditError as error:
@@ -232,6 +259,24 @@ def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
     body = {"note_signature": line.decode(), "site": home.name}
     client.post(f"{url}/v1/audit/cosignatures", json=body).raise_for_status()
     return size
+
+
+def _tiles_of(url: str, client: httpx.Client, tree_size: int) -> NodeSource:
+    """Nodes of the log's tree as it serves them to witnesses; read only when a proof of them is wanted."""
+    import httpx
+
+    from audit.tiles import MAX_TILE_BYTES, TileTree
+
+    def fetch(path: str) -> bytes:
+        try:
+            data = client.get(f"{url}/{path}").raise_for_status().content
+        except httpx.HTTPError as error:
+            raise LinkError(f"{url}/{path}: {error}") from error
+        if len(data) > MAX_TILE_BYTES:
+            raise LinkError(f"{url}/{path}: is no tile")
+        return data
+
+    return TileTree(fetch, tree_size).node
 
 
 def cosign_here(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> bytes:
@@ -247,7 +292,7 @@ def cosign_here(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> byte
     def collect(note: bytes) -> dict[str, list[bytes]]:
         size, lines = parse_checkpoint_note(note).tree_size, {}
         for name, home in homes.items():
-            witness = _witness(home)
+            witness = open_witness(home)
             old_size = witness.tree_size
             proof = coordinator.ledger.consistency_proof(old_size, size) if old_size else []
             lines[name] = [witness.cosign(note, old_size, proof, now=now)]
@@ -294,7 +339,13 @@ def check_against_log(
             client.close()
 
 
-def _witness(home: SiteHome) -> Witness:
+def open_witness(home: SiteHome) -> Witness:
+    """Return the site's witness of the log that its policy names.
+
+    Raises:
+        HomeError: the site follows no log yet, or its state is missing.
+        WitnessStateError: the state is damaged.
+    """
     logs = home.policy().logs
     if not home.witness_path.exists():
         raise HomeError(home.witness_path, "is missing", "restore it; a witness never starts over")
