@@ -208,6 +208,17 @@ class Ledger:
         self._reach(size2)
         return merkle.consistency_proof(self._tiles.node, size1, size2)
 
+    def node(self, level: int, index: int) -> bytes:
+        """Return the hash of the perfect subtree of 2**level leaves that begins at leaf index * 2**level.
+
+        Raises:
+            TreeRangeError: the log does not hold all of them.
+        """
+        if level < 0 or index < 0:
+            raise TreeRangeError(f"no node {index} of level {level}")
+        self._reach((index + 1) << level)
+        return self._tiles.node(level, index)
+
     # reading entries
 
     def entry(self, leaf_index: int) -> bytes:
@@ -267,20 +278,24 @@ class Ledger:
         """
         if not 1 <= limit <= MAX_SEARCH:
             raise TreeRangeError(f"limit is {limit}; give 1 to {MAX_SEARCH}")
-        query = select(LEAF)
-        if type is not None:
-            query = query.where(LEAF.c.type.in_([type] if isinstance(type, str) else list(type)))
-        exact = {"actor": actor, "model": model, "version": version, "run": run, "site": site}
-        for name, value in {**exact, "round": round, "principal": principal}.items():
-            if value is not None:
-                query = query.where(LEAF.c[name] == value)
-        if since is not None:
-            query = query.where(LEAF.c.time >= since)
-        if until is not None:
-            query = query.where(LEAF.c.time < until)
+        query = _matching(
+            select(LEAF),
+            type=type, actor=actor, model=model, version=version, run=run, site=site,
+            round=round, principal=principal, since=since, until=until,
+        )  # fmt: skip
         if after is not None:
             query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)
         return self._select(query.order_by(LEAF.c.idx.desc() if newest_first else LEAF.c.idx).limit(limit))
+
+    def count(self, *, before: int | None = None, after: int | None = None, **columns: Any) -> int:
+        """Return how many entries `search` would find by these columns, after < leaf index < before."""
+        query = _matching(select(func.count()).select_from(LEAF), **columns)
+        if after is not None:
+            query = query.where(LEAF.c.idx > after)
+        if before is not None:
+            query = query.where(LEAF.c.idx < before)
+        with _store.reading(self._engine) as connection:
+            return int(connection.execute(query).scalar_one())
 
     # checkpoints
 
@@ -373,6 +388,26 @@ class Ledger:
             )
             for row in rows
         ]
+
+
+def _matching(
+    query: Select[Any],
+    *,
+    type: str | Sequence[str] | None = None,
+    since: str | None = None,
+    until: str | None = None,
+    **exact: str | int | None,
+) -> Select[Any]:
+    if type is not None:
+        query = query.where(LEAF.c.type.in_([type] if isinstance(type, str) else list(type)))
+    for name, value in exact.items():
+        if value is not None:
+            query = query.where(LEAF.c[name] == value)
+    if since is not None:
+        query = query.where(LEAF.c.time >= since)
+    if until is not None:
+        query = query.where(LEAF.c.time < until)
+    return query
 
 
 def _after_fork_in_child() -> None:

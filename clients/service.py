@@ -269,11 +269,11 @@ def _tiles_of(url: str, client: httpx.Client, tree_size: int) -> NodeSource:
 
     def fetch(path: str) -> bytes:
         try:
-            data = client.get(f"{url}/{path}").raise_for_status().content
+            data = client.get(f"{url}/v1/audit/{path}").raise_for_status().content
         except httpx.HTTPError as error:
-            raise LinkError(f"{url}/{path}: {error}") from error
+            raise LinkError(f"{url}/v1/audit/{path}: {error}") from error
         if len(data) > MAX_TILE_BYTES:
-            raise LinkError(f"{url}/{path}: is no tile")
+            raise LinkError(f"{url}/v1/audit/{path}: is no tile")
         return data
 
     return TileTree(fetch, tree_size).node
