@@ -13,10 +13,12 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    import click
     import typer
 
 __all__ = ["Charter", "__version__", "describe", "main", "simulate", "verify"]  # noqa: F822 - by __getattr__
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return verify_main(given[1:])
     try:
-        application = build_application()
+        application = _command()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in _PACKAGES:
             raise
@@ -101,12 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(application, given)
 
 
-def _run(application: typer.Typer, given: list[str]) -> int:
+def _run(application: click.Command, given: list[str]) -> int:
     import click
     import typer
 
     try:
-        outcome = application(given, prog_name="affidavit", standalone_mode=False)
+        outcome = application.main(given, prog_name="affidavit", standalone_mode=False)
     except click.exceptions.Abort:
         print("error command.aborted: nothing was done", file=sys.stderr)
         return 1
@@ -124,6 +126,14 @@ def _run(application: typer.Typer, given: list[str]) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
+@cache
+def _command() -> click.Command:
+    import typer
+
+    return typer.main.get_command(build_application())
+
+
+@cache
 def build_application() -> typer.Typer:
     """Compose the command from the four packages."""
     import typer

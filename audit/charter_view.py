@@ -7,6 +7,7 @@ everything that followed from it. Whatever is malformed is one typed error that 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from audit.entries import MechanismEvent
 from audit.epsilon import RELATIONS
 from audit.errors import AuditError
 from audit.keys import parse_public_key
-from audit.layers import check_layers, dimension, output_shape
+from audit.layers import check_layers, dimension, output_shape, work
 from audit.metrics import METRICS_OF_TASK
 from audit.models import outputs_of
 from audit.replay import STRATEGIES, AggregationPlan
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+GRID_SLACK: Final = {"float64": Fraction(1, 10**6), "float32": Fraction(1, 2**8)}
+"""Relative excess of a float sum's sensitivity over the clipping norm; derived in `clients.dp.grid`."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -59,6 +62,7 @@ class CharterPrivacy:
     noise_multiplier: Decimal
     accountant: str
     grid_bits: int
+    precision: str
     subject_id: str
 
 
@@ -73,6 +77,7 @@ class CharterView:
     label: Mapping[str, Any]
     layers: tuple[Mapping[str, Any], ...]
     dimension: int
+    work: int  # multiplications for one example
     rounds: int
     local_steps: int
     minimum_sites: int
@@ -96,7 +101,8 @@ class CharterView:
         """Return what is wrong with a release's event under this charter, or None.
 
         The noise must be at least the charter's multiple of a sensitivity that is at least one clipped
-        gradient (two, under replace-one) on the charter's grid; everything else must be as agreed.
+        gradient (two, under replace-one) on the charter's grid with what floats and rounding add to it;
+        everything else must be as agreed.
         """
         privacy = self.privacy
         agreed: dict[str, str | int] = {
@@ -112,7 +118,9 @@ class CharterView:
         for name, value in agreed.items():
             if getattr(event, name) != value:
                 return f"event.{name} is {getattr(event, name)!r}, the charter says {value!r}"
-        least = (2 if privacy.relation == "replace_one" else 1) << privacy.grid_bits
+        clipped = math.ceil((1 << privacy.grid_bits) * (1 + GRID_SLACK[privacy.precision]))
+        rounding = math.isqrt(self.dimension - 1) + 1  # each coordinate moves by at most one unit more
+        least = (2 if privacy.relation == "replace_one" else 1) * (clipped + rounding)
         if event.sensitivity_grid < least:
             return f"event.sensitivity_grid is {event.sensitivity_grid}, the charter's least is {least}"
         if event.sigma_grid < Fraction(privacy.noise_multiplier) * event.sensitivity_grid:
@@ -143,6 +151,8 @@ def read_charter(canonical: bytes) -> CharterView:
     names = [site.name for site in sites]
     if not names or names != sorted(set(names)):
         raise CharterFormError("sites", "are not one or more, each once, in the order of their names")
+    if len({site.identity for site in sites}) != len(sites):
+        raise CharterFormError("sites", "two have one identity key")
     features = tuple(_feature(value, f"features[{i}]") for i, value in enumerate(top.items("features")))
     if not features or len({feature["name"] for feature in features}) != len(features):
         raise CharterFormError("features", "are not one or more, each named once")
@@ -157,7 +167,7 @@ def read_charter(canonical: bytes) -> CharterView:
     if plan.count("grid_bits", least=1, source=privacy) > 62:
         raise CharterFormError("privacy.grid_bits", "is more than an integer update can hold")
     _check_numbers(plan, privacy)
-    layers = _layers(top, features, label, task)
+    layers, cost = _layers(top, features, label, task)
     view = CharterView(
         digest=hashlib.sha256(canonical).hexdigest(),
         name=top.text("name"),
@@ -166,6 +176,7 @@ def read_charter(canonical: bytes) -> CharterView:
         label=label,
         layers=layers,
         dimension=dimension(layers),
+        work=cost,
         rounds=rounds,
         local_steps=plan.count("local_steps", least=1),
         minimum_sites=minimum_sites,
@@ -180,6 +191,7 @@ def read_charter(canonical: bytes) -> CharterView:
             noise_multiplier=privacy.decimal("noise_multiplier"),
             accountant=privacy.text("accountant"),
             grid_bits=privacy.count("grid_bits", least=1),
+            precision=privacy.choice("precision", tuple(GRID_SLACK)),
             subject_id=privacy.text("subject_id"),
         ),
         sites=sites,
@@ -281,7 +293,6 @@ def _check_numbers(plan: _Part, privacy: _Part) -> None:
         raise privacy.fail("delta", "is not below 1")
     if privacy.decimal("sample_rate", above=zero) > one:
         raise privacy.fail("sample_rate", "is above 1")
-    privacy.choice("precision", ("float64", "float32"))
     several = privacy.count("max_rows_per_subject", least=1) > 1
     if several and privacy.decimal("sample_rate", above=zero) < one:
         raise privacy.fail("sample_rate", "is below 1, while a subject may have several rows")
@@ -341,13 +352,14 @@ def _label(value: Any, task: str) -> Mapping[str, Any]:
 
 def _layers(
     top: _Part, features: tuple[Mapping[str, Any], ...], label: Mapping[str, Any], task: str
-) -> tuple[Mapping[str, Any], ...]:
+) -> tuple[tuple[Mapping[str, Any], ...], int]:
     model = _Part(top.value["model"], "model", fields=("family", "site_intercept", "layers"))
     model.text("family"), model.count("site_intercept")
     layers = model.items("layers")
     try:
         check_layers(layers)
         shape = output_shape(layers, (RowEncoder(features).size,))
+        cost = work(layers, (RowEncoder(features).size,))
     except AuditError as error:
         raise CharterFormError("model.layers", str(error)) from error
     if shape != (outputs_of(task, label),):
@@ -355,7 +367,7 @@ def _layers(
     for index, layer in enumerate(layers):
         if layer["layer"] == "site_intercept" and layer["sites"] != len(top.items("sites")):
             raise CharterFormError(f"model.layers[{index}].sites", "is not the number of sites")
-    return tuple(layers)
+    return tuple(layers), cost
 
 
 def _public_set(value: Any) -> tuple[str, int]:

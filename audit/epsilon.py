@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Final
 
 from audit.decimals import DecimalError, parse_decimal
-from audit.entries import MechanismEvent
+from audit.entries import MechanismEvent, SiteStatement
 from audit.errors import AuditError
 
 MIN_SIGMA_GRID: Final = 8
@@ -193,6 +193,17 @@ def recompute(events: Sequence[MechanismEvent], delta: float) -> EpsilonBound:
     value, exact = _full_batch(events, delta)
     method = "exact Gaussian composition" if exact else "zCDP upper bound"
     return EpsilonBound(value=value, method=method, exact=exact)
+
+
+def needs_rdp(statements: Sequence[SiteStatement]) -> bool:
+    """Whether a population's lifetime may only be counted by RDP: sampled releases over several runs.
+
+    Whoever plans a run has seen the results of those before. Rényi divergences add up for plans that follow
+    results, as does the Gaussian composition of full batches; a privacy loss distribution of all runs
+    together would take the plan as fixed beforehand.
+    """
+    several = len({statement.run for statement in statements}) > 1
+    return several and any(statement.event.sample_rate != "1" for statement in statements)
 
 
 def epsilon_floor(events: Sequence[MechanismEvent], delta: float) -> float:

@@ -17,6 +17,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 NORM_EPS: Final = 1e-5
 MAX_PARAMETERS: Final = 8_000_000  # an update of as many whole numbers still fits into an evidence file
+MAX_WORK: Final = 200_000_000  # multiplications for one example, some ten seconds in plain Python
 _MAX_SIZE: Final = 1 << 24
 
 _FIELDS: Final[dict[str, tuple[str, ...]]] = {
@@ -129,6 +130,28 @@ def output_shape(layers: Sequence[Layer], input_shape: Shape) -> Shape:
         except ModelError as error:
             raise ModelError(f"layers[{index}]: {error}") from None
     return shape
+
+
+def work(layers: Sequence[Layer], input_shape: Shape) -> int:
+    """Return how many multiplications (or moves of a number) one example costs.
+
+    Raises:
+        ModelError: the layers do not fit, or one example would cost more than `MAX_WORK`.
+    """
+    check_layers(layers)
+    shape, total = input_shape, 0
+    for index, layer in enumerate(layers):
+        after = next_shape(layer, shape)
+        each = 1
+        if layer["layer"] == "linear":
+            each = layer["in"]
+        elif layer["layer"] == "conv2d":
+            each = layer["in"] * layer["kernel"] ** 2
+        total += max(math.prod(shape), math.prod(after) * each)
+        if total > MAX_WORK:
+            raise ModelError(f"layers[{index}]: one example would cost more than {MAX_WORK} multiplications")
+        shape = after
+    return total
 
 
 def next_shape(layer: Layer, shape: Shape) -> Shape:

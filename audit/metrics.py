@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any, Final
 
-from audit.decimals import parse_decimal, rounded_text
+from audit.decimals import decimal_text, parse_decimal, rounded_text
 from audit.entries import GateResult
 from audit.errors import AuditError
 from audit.models import probabilities, value_of
@@ -109,6 +108,8 @@ def evaluate(
     """
     if metric not in METRICS_OF_TASK.get(task, ()):
         raise MetricError(f"{metric} is not a metric of a {task} task; use {METRICS_OF_TASK.get(task, ())}")
+    if not all(math.isfinite(value) for output in outputs for value in output):
+        raise MetricError("an answer of the model is not finite")
     if task == "regression":
         values = [value_of(label, output) for output in outputs]
         return r2(labels, values) if metric == "r2" else mae(labels, values)
@@ -137,23 +138,36 @@ def gate_result(
         metric=metric,
         source=gate["source"],
         dataset=dataset,
-        floor=gate.get("floor", ""),
+        floor=gate_needs(gate, trivial=trivial),
         baseline=trivial,
         value=value,
         passed=int(gate_passes(gate, value=value, trivial=trivial)),
     )
 
 
+def gate_needs(gate: Mapping[str, Any], *, trivial: str) -> str:
+    """Return what a value must reach: the floor, or the baseline with its margin, whichever asks for more.
+
+    For mae lower is better, so it is the most that the value may be. Empty when the gate asks for nothing.
+    """
+    lower = gate["metric"] in LOWER_IS_BETTER
+    asked = [parse_decimal(gate["floor"])] if "floor" in gate else []
+    if "margin_over_baseline" in gate:
+        margin = parse_decimal(gate["margin_over_baseline"])
+        asked.append(parse_decimal(trivial) + (-margin if lower else margin))
+    if not asked:
+        return ""
+    return decimal_text(min(asked) if lower else max(asked))
+
+
 def gate_passes(gate: Mapping[str, Any], *, value: str, trivial: str) -> bool:
     """Whether a value meets the gate's floor and its margin over the baseline (mae: below, by the margin)."""
-    sign = Decimal(-1 if gate["metric"] in LOWER_IS_BETTER else 1)
-    score = sign * parse_decimal(value)
-    if "floor" in gate and score < sign * parse_decimal(gate["floor"]):
-        return False
-    margin = parse_decimal(gate.get("margin_over_baseline", "0"))
-    if "margin_over_baseline" in gate:
-        return score >= sign * parse_decimal(trivial) + margin
-    return True
+    needed = gate_needs(gate, trivial=trivial)
+    if not needed:
+        return True
+    if gate["metric"] in LOWER_IS_BETTER:
+        return parse_decimal(value) <= parse_decimal(needed)
+    return parse_decimal(value) >= parse_decimal(needed)
 
 
 def _median(values: Sequence[float]) -> float:

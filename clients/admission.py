@@ -16,6 +16,7 @@ from audit.entries import (
     decode_signature,
     signing_payload,
 )
+from audit.epsilon import epsilon_floor, recompute
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
 from clients.errors import DataFileError, RefusedError
@@ -24,7 +25,7 @@ from clients.identity import SiteKeys
 from clients.ledger import Reservation, SiteLedger
 from clients.terms import Terms, charter_digest, read_terms
 from clients.trainer import Trainer
-from federation.accounting import LifetimeFilter
+from federation.accounting import LifetimeFilter, pld_epsilon
 from federation.errors import AccountingError
 
 
@@ -40,6 +41,7 @@ class Admission:
         """Return the identity key's signature of a charter that this site's people approved."""
         terms = read_terms(canonical, site=self.home.name)
         self._check_membership(terms)
+        check_promise(terms)
         if terms.digest not in self.home.config.rules.approved_charters:
             if not self.home.config.rules.auto_approve:
                 raise RefusedError(
@@ -57,6 +59,7 @@ class Admission:
         if digest not in self._terms:
             terms = read_terms(canonical, site=self.home.name)
             self._check_membership(terms)
+            check_promise(terms)
             self._terms[digest] = terms
         return self._terms[digest]
 
@@ -146,3 +149,25 @@ class Admission:
         reservation = Reservation(run, population, canonical, planned, acceptance, False)
         self._ledger.reserve(reservation)
         return reservation
+
+
+def check_promise(terms: Terms) -> None:
+    """Hold a charter to its own epsilon: people who read it agreed to that number.
+
+    Raises:
+        RefusedError: the plan with this noise costs more.
+    """
+    planned, delta = (terms.event,) * terms.rounds, float(terms.delta)
+    bound = recompute(planned, delta)
+    cost = bound.value
+    if cost > terms.epsilon and not bound.exact:
+        try:
+            cost = min(cost, pld_epsilon(planned, delta))
+        except AccountingError:
+            cost = epsilon_floor(planned, delta)
+    if cost > float(terms.epsilon) * (1 + 1e-9):
+        raise RefusedError(
+            "charter_not_approved",
+            f"the charter promises epsilon {terms.epsilon} at delta {terms.delta}, its plan costs "
+            f"{cost:.4f}; `affidavit charter check` names the noise it needs",
+        )

@@ -28,13 +28,14 @@ from audit.entries import (
     event_hash,
 )
 from audit.errors import WitnessConflictError, WitnessError
-from audit.witness import Witness
 from clients.admission import Admission
 from clients.code_digest import agent_code
-from clients.errors import LedgerBehindError, RefusedError
+from clients.errors import HomeError, LedgerBehindError, RefusedError
+from clients.high_water import Head
 from clients.history import Clock, History
 from clients.home import SiteHome
-from clients.ledger import Head, Release, Reservation, SiteLedger
+from clients.ledger import Release, Reservation, SiteLedger
+from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from clients.requests import (
     LoggedEntry,
     ProposeRequest,
@@ -65,8 +66,9 @@ class Agent:
         """Take the home and its open ledger.
 
         Raises:
-            ClientsError: the home's policy or keys are missing.
+            ClientsError: the home's policy or keys are missing, or its population is not the ledger's.
         """
+        _check_population(home, ledger)
         self._ledger = ledger
         self._keys = home.keys()
         self._clock = clock
@@ -76,9 +78,7 @@ class Agent:
         self._history = History(policy, self._keys.statement.verify_key, clock)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
-        self._witness = Witness(
-            home.witness_path, self._keys.witness_signer(home.name), policy.logs[0].verifier
-        )
+        self._witness = home.witness()
 
     @classmethod
     def open(cls, home: Path | SiteHome, *, clock: Clock = _utc_now) -> Agent:
@@ -146,6 +146,8 @@ class Agent:
             raise
 
     def _dispatch(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> Answer:
+        if len(header) > MAX_HEADER_BYTES or any(len(blob) > MAX_BLOB_BYTES for blob in blobs.values()):
+            raise RefusedError("bad_request", "the request is larger than any this agent answers")
         if kind == "hello":
             parse_header(header, frozenset())
             enrolment = self._keys.enrolment(self.name, self.population)
@@ -303,6 +305,17 @@ class Agent:
             _logger.log(level, "site %s does not cosign: %s", self.name, error)
             return _witness_error(error), {}
         return {"cosignature": line.decode()}, {}
+
+
+def _check_population(home: SiteHome, ledger: SiteLedger) -> None:
+    """A new pseudonym would set the odometer back to 1, and nothing signed says that nobody is in both."""
+    others = sorted(ledger.populations() - {home.config.population.pseudonym})
+    if others:
+        raise HomeError(
+            home.path / "site.yaml",
+            f"names another population than the ledger, which counts for {', '.join(others)}",
+            "put that pseudonym back; other people need a site of their own",
+        )
 
 
 def _witness_error(error: WitnessError) -> dict[str, Any]:

@@ -219,7 +219,10 @@ def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
 
     found = status(_open_site(base_home(home), name))
     document = dataclasses.asdict(found)
-    rows = [[field, value] for field, value in document.items()]
+    rows = [
+        [field.replace("_", " "), ", ".join(value) if isinstance(value, tuple) else value]
+        for field, value in document.items()
+    ]
     emit(document, table("", ("", ""), rows), as_json=as_json)
 
 
@@ -233,8 +236,8 @@ def witness(
 ) -> None:
     """Check that the log only grew since this site last looked, and cosign it.
 
-    Exit codes: 0 cosigned, 1 the log was rewritten or does not answer: keep everything and tell the members,
-    2 wrong usage.
+    Exit codes: 0 cosigned, 1 the log was rewritten or does not answer: keep everything and tell the
+    members, 2 wrong usage.
     """
     from clients.service import witness_once
 
@@ -258,13 +261,12 @@ def serve_witness(
 
     Exit codes: 0 stopped, 1 no such site, or it follows no log yet, 2 wrong usage.
     """
-    from clients.service import open_witness
     from clients.witness_server import WitnessServer, serve
 
     place = _open_site(base_home(home), name)
     if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
         raise CommandError(f"--prefix {prefix!r}: begin with / and end without", code="command.usage")
-    witness = open_witness(place)
+    witness = place.witness()
     typer.echo(f"witness {name} of {witness.log.name}: http://{host}:{port}{prefix}/add-checkpoint", err=True)
     serve(WitnessServer(witness, place.path, prefix=prefix), host=host, port=port)
 

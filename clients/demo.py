@@ -22,6 +22,7 @@ from typing import IO, Any, Final
 
 from audit.console import CommandError, ask_api, call_api
 from audit.principal import LocalOwner, Principal
+from audit.verify.report import Verdict
 from clients.demo_data import LABEL, demo_charter, write_demo_files
 from clients.demo_screen import Screen
 from clients.home import SiteHome
@@ -183,7 +184,7 @@ def _serve_and_verify(
     report = _verify(folder / "evidence.zip", folder / "policy.txt")
     (folder / "report.txt").write_text(report.stdout, encoding="utf-8")
     screen.text(report.stdout)
-    outcome.verdict = _verdict(folder / "evidence.zip", folder / "policy.txt")
+    outcome.verdict = _verdict(report.stdout)
     if report.returncode != 0:
         raise CommandError(f"the honest file is {outcome.verdict}: {report.stderr}", code="demo.failed")
 
@@ -194,7 +195,7 @@ def _serve_and_verify(
     caught = _verify(folder / "evidence-altered.zip", folder / "policy.txt")
     if caught.returncode == 0:
         raise CommandError("the altered file was not caught", code="demo.failed")
-    outcome.verdict_altered = _verdict(folder / "evidence-altered.zip", folder / "policy.txt")
+    outcome.verdict_altered = _verdict(caught.stdout)
     screen.caught(caught.stdout or caught.stderr, caught.returncode)
 
 
@@ -300,10 +301,10 @@ def _await_checkpoint(url: str, leaf_index: int) -> None:
         time.sleep(0.1)
 
 
-def _verify(evidence: Path, policy: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def _verify(evidence: Path, policy: Path) -> subprocess.CompletedProcess[str]:
     """Run the verifier isolated: no environment, no user site, nothing but the file and the policy."""
     return subprocess.run(
-        [sys.executable, "-I", "-m", "audit.verify", str(evidence), "--policy", str(policy), *options],
+        [sys.executable, "-I", "-m", "audit.verify", str(evidence), "--policy", str(policy)],
         env={},
         capture_output=True,
         text=True,
@@ -312,9 +313,7 @@ def _verify(evidence: Path, policy: Path, *options: str) -> subprocess.Completed
     )
 
 
-def _verdict(evidence: Path, policy: Path) -> str:
-    done = _verify(evidence, policy, "--json")
-    try:
-        return str(json.loads(done.stdout)["verdict"])
-    except (ValueError, KeyError):
-        return f"exit {done.returncode}"
+def _verdict(report: str) -> str:
+    """Return the word that the verifier's report closes with."""
+    closing = [line for line in report.splitlines() if line.partition(":")[0] in set(Verdict)]
+    return closing[-1].partition(":")[0] if closing else "none"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import shutil
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,7 +87,7 @@ class Screen:
 
     def gates(self, registered: VersionRegistered) -> None:
         table = Table(box=None, pad_edge=False)
-        for column in ("  gate", "baseline", "floor", "value", "measured on", "passed"):
+        for column in ("  gate", "baseline", "needed", "value", "measured on", "passed"):
             table.add_column(column)
         for gate in registered.gates:
             passed = "yes" if gate.passed else "NO"
@@ -112,8 +114,9 @@ class Screen:
         self.note(f"refused  by {', '.join(refusal['policies'])}; recorded as entry {entry}")
 
     def caught(self, report: str, code: int) -> None:
-        bad = [line for line in report.splitlines() if "FAIL" in line or "INVALID" in line]
-        self.text("\n".join(bad or report.splitlines()[-3:]))
+        lines = report.rstrip().splitlines()
+        first = next((number for number, line in enumerate(lines) if " FAIL " in line), len(lines) - 1)
+        self.text("\n".join([*lines[first : first + 2], lines[-1]]))
         self.note(f"exit code {code}: caught")
 
     def end(self, folder: Path, seconds: float) -> None:
@@ -128,7 +131,7 @@ class Screen:
             ("then open http://127.0.0.1:8000/docs", f"serve --home {home}"),
             ("begin with your own data", "charter new --from my.csv"),
         ):
-            self.note(f"affidavit {line[1]:<78}  # {line[0]}")
+            self.note(f"{_command()} {line[1]}   # {line[0]}")
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
@@ -138,6 +141,17 @@ class Screen:
         for cells in shown:
             table.add_row(*cells.values())
         return table
+
+
+def _command() -> str:
+    """How to call the command from here: by its name, or by the path it was installed at."""
+    if shutil.which("affidavit"):
+        return "affidavit"
+    installed = Path(sys.executable).with_name("affidavit")
+    try:
+        return str(installed.relative_to(Path.cwd()))
+    except ValueError:
+        return str(installed)
 
 
 def _cells(event: RunEvent) -> dict[str, str]:

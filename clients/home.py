@@ -29,6 +29,7 @@ from audit.tlog_policy import Policy
 from audit.witness import Witness
 from clients.errors import HomeError
 from clients.identity import SiteKeys
+from clients.ledger import SiteLedger
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _CONFIG: Final = "site.yaml"
@@ -107,6 +108,7 @@ class SiteHome:
         home = cls(path, _validated(path / _CONFIG, document))
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         SiteKeys.create(path / "keys")
+        SiteLedger.create(home.ledger_path, home.high_water_path).close()
         home._write()
         return home
 
@@ -190,6 +192,18 @@ class SiteHome:
         else:
             Witness.create(self.witness_path, self.keys().witness_signer(self.name), log)
         write_durably(self.path / "policy.txt", policy.format().encode())
+
+    def witness(self) -> Witness:
+        """Open this site's witness.
+
+        Raises:
+            HomeError: the site follows no log yet, or the witness's state is gone or damaged.
+        """
+        log = self.policy().logs[0].verifier
+        try:
+            return Witness(self.witness_path, self.keys().witness_signer(self.name), log)
+        except AuditError as error:
+            raise HomeError(self.witness_path, str(error), "restore it from the site's own backup") from error
 
     def _write(self) -> None:
         document = self.config.model_dump(mode="json")

@@ -13,7 +13,6 @@ marks.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -26,10 +25,11 @@ from sqlalchemy import event, text
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlmodel import create_engine, insert, select, update
 
-from audit._files import write_durably
-from audit.canonical import JsonValue, canonical_bytes, parse_canonical
+from audit.canonical import canonical_bytes, parse_canonical
 from audit.entries import ZERO_DIGEST, MechanismEvent, SiteStatement, body_document, event_hash, parse_body
+from audit.errors import AuditError
 from clients.errors import HomeError, LedgerBehindError, OdometerError
+from clients.high_water import Head, HighWaterMarks
 from clients.ledger_tables import ReleaseRow, ReservationRow, SiteTable
 
 SCHEMA_VERSION: Final = 1
@@ -37,14 +37,6 @@ SCHEMA_VERSION: Final = 1
 
 _RELEASE: Final = ReleaseRow.__table__  # type: ignore[attr-defined]
 _RESERVATION: Final = ReservationRow.__table__  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Where a population's odometer stands."""
-
-    sequence: int
-    event_hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +61,40 @@ class SiteLedger:
     """One site's ledger; exactly one process holds it at a time."""
 
     def __init__(self, path: Path, high_water_path: Path) -> None:
-        """Open the ledger, making it when neither file exists yet.
+        """Open the ledger that `create` made; a lost one is never taken for a new start.
 
         Raises:
             LedgerBehindError: the ledger ends below its high-water mark.
-            HomeError: another process holds it, or it is of another release.
+            HomeError: it is missing or edited, of another release, or another process holds it.
         """
-        self._path, self._high_water_path = path, high_water_path
+        self._path, self._marks = path, HighWaterMarks(high_water_path)
         self._mutex = threading.RLock()
         self._lock = _exclusive_lock(path.with_suffix(".lock"))
+        self._engine = _engine(path)
         try:
-            self._engine = _engine(path)
-            self._check_schema(new=not path.exists())
-            self._check_high_water()
+            self._check_schema()
+            for population, seen in self._marks.read().items():
+                self.check_not_behind(population, seen, witness=str(high_water_path))
+            self._check_chains()
         except BaseException:
-            os.close(self._lock)
+            self.close()
             raise
+
+    @classmethod
+    def create(cls, path: Path, high_water_path: Path) -> SiteLedger:
+        """Make the empty ledger of a new site, once.
+
+        Raises:
+            HomeError: the site has one, or had one.
+        """
+        if path.exists() or high_water_path.exists():
+            raise HomeError(path, "is there already, or was", "restore it; a ledger never starts over")
+        engine = _engine(path)
+        with engine.begin() as connection:
+            SiteTable.metadata.create_all(connection)
+            connection.execute(text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
+        engine.dispose()
+        return cls(path, high_water_path)
 
     def close(self) -> None:
         with self._mutex:
@@ -97,6 +107,15 @@ class SiteLedger:
         """Return the last event of the population: sequence 0 and zeros before the first."""
         with self._read() as connection:
             return _head(connection, population)
+
+    def populations(self) -> frozenset[str]:
+        """Return every population that anything was released or reserved for."""
+        with self._read() as connection:
+            return frozenset(
+                name
+                for table in (_RELEASE, _RESERVATION)
+                for (name,) in connection.execute(select(table.c.population).distinct())
+            )
 
     def release_of(self, run: str, server_round: int) -> Release | None:
         with self._read() as connection:
@@ -148,7 +167,7 @@ class SiteLedger:
                     delivered=0,
                 )
             )
-        self._raise_high_water(statement.population, Head(statement.sequence, event_hash(statement)))
+        self._marks.raise_to(statement.population, Head(statement.sequence, event_hash(statement)))
         return Release(statement, update_file, request_digest, False)
 
     def mark_delivered(self, run: str, server_round: int) -> None:
@@ -213,29 +232,36 @@ class SiteLedger:
         with self._write() as connection:
             connection.execute(update(_RESERVATION).where(_RESERVATION.c.run == run).values(closed=1))
 
-    def _check_schema(self, *, new: bool) -> None:
-        with self._engine.begin() as connection:
+    def _check_schema(self) -> None:
+        if not self._path.exists():
+            raise HomeError(
+                self._path, "is missing", "restore it from the site's own backup; it never starts over"
+            )
+        with self._read() as connection:
             version = connection.execute(text("PRAGMA user_version")).scalar_one()
-            if new or (version == 0 and not _has_tables(connection)):
-                if self._high_water():
-                    raise LedgerBehindError(
-                        population=next(iter(self._high_water())),
-                        ledger=0,
-                        seen=max(head.sequence for head in self._high_water().values()),
-                        witness=str(self._high_water_path),
-                    )
-                SiteTable.metadata.create_all(connection)
-                connection.execute(text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
-            elif version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION:
+            raise HomeError(
+                self._path,
+                f"has schema {version}",
+                f"use a release that reads it; this one reads {SCHEMA_VERSION}",
+            )
+
+    def _check_chains(self) -> None:
+        """Count every population's releases from 1 and follow their hashes: what is counted is spent."""
+        with self._read() as connection:
+            rows = connection.execute(
+                select(_RELEASE).order_by(_RELEASE.c.population, _RELEASE.c.sequence)
+            ).all()
+        heads: dict[str, Head] = {}
+        for row in rows:
+            last = heads.get(row.population, Head(0, ZERO_DIGEST))
+            if not _continues(row, last):
                 raise HomeError(
                     self._path,
-                    f"has schema {version}",
-                    f"use a release that reads it; this one reads {SCHEMA_VERSION}",
+                    f"release {last.sequence + 1} of population {row.population} is missing or was altered",
+                    "restore the file from the site's own backup",
                 )
-
-    def _check_high_water(self) -> None:
-        for population, seen in self._high_water().items():
-            self.check_not_behind(population, seen, witness=str(self._high_water_path))
+            heads[row.population] = Head(row.sequence, row.event_hash)
 
     def check_not_behind(self, population: str, seen: Head, *, witness: str) -> None:
         """Compare the ledger with an event that this population is known to have released.
@@ -254,28 +280,6 @@ class SiteLedger:
             raise LedgerBehindError(
                 population=population, ledger=head.sequence, seen=seen.sequence, witness=witness
             )
-
-    def _high_water(self) -> dict[str, Head]:
-        try:
-            data = self._high_water_path.read_bytes()
-        except FileNotFoundError:
-            return {}
-        try:
-            document = json.loads(data)
-            return {
-                name: Head(int(item["sequence"]), str(item["event_hash"])) for name, item in document.items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise HomeError(
-                self._high_water_path, "cannot be read", "restore it from the site's backup"
-            ) from error
-
-    def _raise_high_water(self, population: str, head: Head) -> None:
-        marks = self._high_water() | {population: head}
-        document: dict[str, JsonValue] = {
-            name: {"sequence": mark.sequence, "event_hash": mark.event_hash} for name, mark in marks.items()
-        }
-        write_durably(self._high_water_path, canonical_bytes(document))
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
@@ -316,10 +320,6 @@ def _exclusive_lock(path: Path) -> int:
     return descriptor
 
 
-def _has_tables(connection: Connection) -> bool:
-    return bool(connection.execute(text("SELECT count(*) FROM sqlite_master")).scalar_one())
-
-
 def _head(connection: Connection, population: str) -> Head:
     row = connection.execute(
         select(_RELEASE.c.sequence, _RELEASE.c.event_hash)
@@ -328,6 +328,25 @@ def _head(connection: Connection, population: str) -> Head:
         .limit(1)
     ).one_or_none()
     return Head(0, ZERO_DIGEST) if row is None else Head(row[0], row[1])
+
+
+def _continues(row: Any, last: Head) -> bool:
+    """Whether a row's columns say what its statement says, and the statement follows the last event."""
+    try:
+        statement = _release(row).statement
+    except (AuditError, AttributeError):  # SQLite gives text where text was written in place of bytes
+        return False
+    told = (row.population, row.sequence, row.run, row.round, row.event_hash)
+    return (statement.sequence, statement.previous_event) == (
+        last.sequence + 1,
+        last.event_hash,
+    ) and told == (
+        statement.population,
+        statement.sequence,
+        statement.run,
+        statement.round,
+        event_hash(statement),
+    )
 
 
 def _release(row: Any) -> Release:

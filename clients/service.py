@@ -20,9 +20,8 @@ from audit.epsilon import recompute
 from audit.errors import AuditError, WitnessError, WitnessProofError
 from audit.merkle import NodeSource
 from audit.tlog_policy import Policy
-from audit.witness import Witness
 from clients.accusations import keep_accusation
-from clients.errors import DataProblem, HomeError, LinkError
+from clients.errors import DataProblem, LinkError
 from clients.home import SiteHome
 
 if TYPE_CHECKING:
@@ -188,7 +187,7 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
     committed = ledger.committed_events(population.pseudonym)
     witnessed = None
     if home.witness_path.exists():
-        witnessed = open_witness(home).tree_size
+        witnessed = home.witness().tree_size
     return SiteStatus(
         name=home.name,
         population=population.name,
@@ -236,7 +235,7 @@ def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
     from audit.checkpoints import parse_checkpoint_note
 
     note = client.get(f"{url}/v1/audit/checkpoint").raise_for_status().content
-    witness = open_witness(home)
+    witness = home.witness()
     old_size = witness.tree_size
     proof: list[bytes] = []
     try:
@@ -292,7 +291,7 @@ def cosign_here(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> byte
     def collect(note: bytes) -> dict[str, list[bytes]]:
         size, lines = parse_checkpoint_note(note).tree_size, {}
         for name, home in homes.items():
-            witness = open_witness(home)
+            witness = home.witness()
             old_size = witness.tree_size
             proof = coordinator.ledger.consistency_proof(old_size, size) if old_size else []
             lines[name] = [witness.cosign(note, old_size, proof, now=now)]
@@ -337,19 +336,6 @@ def check_against_log(
     finally:
         if own:
             client.close()
-
-
-def open_witness(home: SiteHome) -> Witness:
-    """Return the site's witness of the log that its policy names.
-
-    Raises:
-        HomeError: the site follows no log yet, or its state is missing.
-        WitnessStateError: the state is damaged.
-    """
-    logs = home.policy().logs
-    if not home.witness_path.exists():
-        raise HomeError(home.witness_path, "is missing", "restore it; a witness never starts over")
-    return Witness(home.witness_path, home.keys().witness_signer(home.name), logs[0].verifier)
 
 
 def _hashes(data: bytes) -> list[bytes]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from audit.decimals import decimal_text
 from audit.keys import SigningKey
@@ -43,7 +43,11 @@ from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.evaluation import PublicData, metrics_of
 from federation.progress import Listener, RunEvent
+from federation.registry import statements
 from federation.service import Launch, RunConfig, TrainedRun, TrainRequest, train
+
+if TYPE_CHECKING:
+    from federation.grid import Fault
 
 Engine = Literal["inprocess", "ray"]
 
@@ -78,6 +82,7 @@ def run_federation(
 
     Raises:
         SimulationError: the sites are not the charter's, or the engine is not installed.
+        LedgerBehindError: the log shows a release that a site's ledger does not have: an old copy.
         RunFailedError: the run stopped; the log says why.
     """
     if sorted(homes) != list(charter.site_names):
@@ -90,6 +95,8 @@ def run_federation(
         for name, home in homes.items():
             agents[name] = Agent.open(home)
             stack.callback(agents[name].close)
+            for statement in statements(coordinator.ledger, site=name):
+                agents[name].observe(statement)
         launch = _launchers[engine](agents)
         principal = Principal(id=author.verify_key.fingerprint, role="scientist", key=author.text)
         request = TrainRequest(charter=charter, model=model)
@@ -105,8 +112,8 @@ def join_all(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> None:
             home.join(policy)
 
 
-def inprocess_launch(agents: Mapping[str, Agent]) -> Launch:
-    """Run the ServerApp here, with one thread a site for the ClientApp."""
+def inprocess_launch(agents: Mapping[str, Agent], *, fault: Fault | None = None) -> Launch:
+    """Run the ServerApp here, with one thread a site for the ClientApp; `fault` plays the bad network."""
 
     def launch(config: RunConfig) -> None:
         from flwr.app import Context, RecordDict
@@ -117,7 +124,7 @@ def inprocess_launch(agents: Mapping[str, Agent]) -> Launch:
 
         with (
             live_agents(agents),
-            InProcessGrid(client_app, {name: {} for name in agents}, run_config=config) as grid,
+            InProcessGrid(client_app, {name: {} for name in agents}, run_config=config, fault=fault) as grid,
         ):
             context = Context(
                 run_id=grid.run.run_id,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any, Final, cast
 
 from audit.canonical import parse_canonical
+from audit.charter_view import read_charter
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import MechanismEvent
@@ -16,7 +18,7 @@ from audit.epsilon import check_event
 from audit.errors import AuditError
 from audit.models import dimension, initial_weights, model_file
 from clients.dp.errors import DPError
-from clients.dp.grid import Precision, Relation, sensitivity_grid, sigma_grid, sum_limit
+from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.dp.losses import Loss
 from clients.errors import RefusedError
 
@@ -40,6 +42,8 @@ class Terms:
     local_steps: int
     local_learning_rate: float
     minimum_sites: int
+    epsilon: Decimal  # what a run may cost at `delta`, as the charter promises
+    delta: Decimal
     max_grad_norm: float
     noise_multiplier: Fraction
     sample_rate: Fraction
@@ -79,10 +83,15 @@ def read_terms(canonical: str, *, site: str) -> Terms:
         RefusedError: it is not a charter, does not name the site, or asks for what this agent cannot give.
     """
     try:
+        view = read_charter(canonical.encode())
         document = parse_canonical(canonical.encode())
-        return _terms(cast("dict[str, Any]", document), charter_digest(canonical), site)
+        terms = _terms(cast("dict[str, Any]", document), charter_digest(canonical), site)
+        problem = view.event_problem(terms.event)
     except (AuditError, DPError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError("bad_request", f"the charter cannot be read: {error!r}") from error
+    if problem is not None:  # what this agent would release is not what a verifier reads in the charter
+        raise RefusedError("bad_request", f"the charter's terms and this agent's event differ: {problem}")
+    return terms
 
 
 def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
@@ -106,6 +115,8 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
             "charter_not_approved",
             "rows are sampled one by one, which gains nothing for a subject with several; set sample_rate: 1",
         )
+    clip = parse_decimal(privacy["max_grad_norm"])
+    check_clip(clip, rows_per_unit=rows, precision=privacy["precision"])
     return Terms(
         digest=digest,
         task=document["task"],
@@ -116,7 +127,9 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         local_steps=int(plan["local_steps"]),
         local_learning_rate=float(parse_decimal(plan["local_learning_rate"])),
         minimum_sites=int(plan["minimum_sites"]),
-        max_grad_norm=float(parse_decimal(privacy["max_grad_norm"])),
+        epsilon=parse_decimal(privacy["epsilon"]),
+        delta=parse_decimal(privacy["delta"]),
+        max_grad_norm=float(clip),
         noise_multiplier=Fraction(parse_decimal(privacy["noise_multiplier"])),
         sample_rate=rate,
         relation=privacy["relation"],

@@ -210,6 +210,14 @@ def _privacy(charter: Charter) -> Iterator[Problem]:
             message=f"{privacy.grid_bits} bits overflow 64-bit integers at {largest} rows and this noise",
             fix="write a smaller grid_bits; 20 is plenty",
         )
+    # above 2**32 grid units the sampler's 53-bit arithmetic would show; the sites refuse it (clients.dp)
+    largest_noise = 2.0**32 / (2 if privacy.relation == "replace_one" else 1)
+    if units * 1.01 * float(privacy.noise_multiplier) > largest_noise:
+        yield Problem(
+            path="privacy.grid_bits",
+            message=f"{privacy.grid_bits} bits with this noise pass what sites can draw (2**32 grid units)",
+            fix="write a smaller grid_bits; 20 is plenty",
+        )
 
 
 def _members(charter: Charter) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from audit.entries import GateResult, SiteEpsilon, SiteStatement
+from audit.epsilon import needs_rdp
 from audit.metrics import gate_result
 from federation.accounting import spent
 from federation.charter import Charter
@@ -36,6 +37,8 @@ def judge(charter: Charter, data: PublicData | None, weights: Sequence[float]) -
 def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) -> tuple[SiteEpsilon, ...]:
     """Return what the run, and each population's whole life in this log, cost: PLD, with RDP beside it.
 
+    Where later runs could follow earlier results and rows were sampled, the lifetime is RDP's alone.
+
     `statements` are all statements of the log, delivered or not.
     """
     delta = charter.privacy.delta
@@ -52,7 +55,7 @@ def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) ->
                 events=sum(s.run == run for s in lifetime),
                 run_epsilon=in_run.pld_text,
                 run_epsilon_rdp=in_run.rdp_text,
-                lifetime_epsilon=in_all.pld_text,
+                lifetime_epsilon=in_all.rdp_text if needs_rdp(lifetime) else in_all.pld_text,
                 delta=charter.document["privacy"]["delta"],
                 accountant=charter.privacy.accountant,
                 relation=in_run.relation,

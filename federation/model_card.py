@@ -145,7 +145,7 @@ def _metrics(version: Version, charter: Charter) -> Iterator[str]:
     yield f"On the charter's public set of {rows} rows, which a verifier recomputes."
     yield ""
     yield from _table(
-        ("metric", "value", "trivial baseline", "floor", "source", "gate"),
+        ("metric", "value", "trivial baseline", "needed", "source", "gate"),
         [
             (g.metric, g.value, g.baseline, g.floor or "-", g.source, "passed" if g.passed == 1 else "FAILED")
             for g in version.registered.gates

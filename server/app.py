@@ -10,13 +10,16 @@ from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from federation.coordinator import Coordinator
-from server import errors, routes_audit, routes_keys, routes_models, routes_officer, routes_tiles
+from federation.registry import LIVE
+from server import errors, openapi, routes_audit, routes_keys, routes_models, routes_officer, routes_tiles
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
+from server.errors import ArtefactError
 from server.guard import Guard
 from server.journal import Clock, Journal, utc_now
 from server.keys import KeyStore
@@ -63,6 +66,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.state.context = context
         try:
             await record_policies(context)
+            await to_thread.run_sync(warm_up, context)
             context.publisher.start()
             yield
         finally:
@@ -89,6 +93,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
         app.include_router(router)
     _service_routes(app)
+    openapi.install(app)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
     return app
 
@@ -138,13 +143,30 @@ async def record_policies(context: Context) -> None:
         await context.journal.append(applied)
 
 
+def warm_up(context: Context) -> None:
+    """Read the log and load what is live, so that the first caller waits for neither."""
+    for name in context.live.models():
+        served = context.live.answering(name)
+        if served.state == LIVE:
+            try:
+                context.predicting.warm.get(served)
+            except ArtefactError as error:
+                _logger.error("model %s cannot answer: %s", name, error)
+
+
 def _service_routes(app: FastAPI) -> None:
     @app.get("/healthz", tags=["service"], summary="Is the service able to record and answer?")
     async def healthz(request: Request) -> dict[str, Any]:
         """200 while the log can be read; says nothing about any model."""
         return {"status": "ok", "tree_size": context_of(request).coordinator.ledger.tree_size}
 
-    @app.get("/metrics", tags=["service"], summary="Read Prometheus metrics", responses=problems(401, 403))
+    @app.get(
+        "/metrics",
+        tags=["service"],
+        summary="Read Prometheus metrics",
+        response_class=Response,
+        responses={**problems(401, 403), 200: {"content": {"text/plain": {}}}},
+    )
     async def metrics(request: Request, principal: Caller) -> Response:
         """Text exposition format 0.0.4; an operator's key is needed."""
         await authorise(request, principal, "metrics.read")

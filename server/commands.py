@@ -15,6 +15,8 @@ import typer
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
 
 if TYPE_CHECKING:
+    import socket
+
     from server.journal import Journal
     from server.keys import KeyStore
 
@@ -58,10 +60,10 @@ def serve(
     Exit codes: 0 stopped, 1 it could not start, 2 wrong usage.
     """
     import logging
-    import socket
 
     import uvicorn
 
+    from federation.coordinator import Coordinator
     from server.app import create_app
     from server.settings import load_settings
 
@@ -76,16 +78,14 @@ def serve(
             f"{settings.coordinator_home}: no log here; make one with `affidavit init`, or give --home",
             code="audit.ledger_missing",
         )
+    Coordinator.open(settings.coordinator_home, settings.signer_home).close()
     app = create_app(settings)
-    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((settings.host, settings.port))
-    listener.listen(128)
+    listener = _listen(settings.host, settings.port)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
     config = uvicorn.Config(
-        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False
+        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False, ws="none"
     )
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -257,6 +257,20 @@ def restore(
         f"restored {report.tree_size} entries of {report.origin} to {report.path}; check: affidavit log fsck"
     )
     emit(asdict(report), shown, as_json=as_json)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    import socket
+
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise CommandError(f"{host} port {port}: {error.strerror}; choose another --port") from error
+    return listener
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import BodyTimeoutError, BodyTooLargeError, TooBusyError, render
 from server.monitoring import Monitoring
 from server.settings import Settings
+
+_logger = logging.getLogger(__name__)
+
+_METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 
 
 class Guard:
@@ -41,7 +46,8 @@ class Guard:
             await self._run(scope, receive, sending, status)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self._monitoring.requests.labels(scope["method"], route, str(status[0])).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._monitoring.requests.labels(method, route, str(status[0])).inc()
             self._monitoring.seconds.labels(route).observe(time.perf_counter() - begun)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send, status: list[int]) -> None:
@@ -69,7 +75,9 @@ class Guard:
         except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text
             if isinstance(error, TimeoutError):
                 error = TooBusyError(f"no answer within {self._settings.request_timeout_s:g} s")
-            if not status[0]:
+            if status[0]:
+                _logger.error("the answer of request=%s broke off: %s", scope["affidavit.request_id"], error)
+            else:
                 await render(request, error)(scope, receive, send)
 
     async def _body(self, request: Request, receive: Receive) -> bytes:

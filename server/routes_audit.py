@@ -25,7 +25,7 @@ from audit.reading import search_page, with_limit
 from server.context import Caller, context_of, denials_recorded
 from server.errors import MalformedRequestError
 from server.routes_officer import Terms
-from server.schemas import CosignatureRequest, problems
+from server.schemas import CosignatureRequest, body_of, problems
 
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
@@ -78,7 +78,9 @@ async def read_entry(request: Request, principal: Caller, index: Index) -> dict[
 
 
 @router.get(
-    "/entries/{index}/proof", summary="Prove an entry (JSON or tlog-proof)", responses=problems(401, 403, 404)
+    "/entries/{index}/proof",
+    summary="Prove an entry (JSON or tlog-proof)",
+    responses={**problems(401, 403, 404), 200: {"content": {"text/plain": {}}}},
 )
 async def prove_entry(request: Request, principal: Caller, index: Index) -> Response:
     """An inclusion proof under the newest checkpoint. `Accept: text/plain` gives a C2SP tlog-proof file."""
@@ -158,7 +160,12 @@ async def prove_consistency(
     return {"old": old, "new": new, "proof": [base64.b64encode(node).decode() for node in proof]}
 
 
-@router.post("/cosignatures", summary="Add a witness's cosignature", responses=problems(403, 404, 422))
+@router.post(
+    "/cosignatures",
+    summary="Add a witness's cosignature",
+    responses=problems(403, 422),
+    openapi_extra=body_of(CosignatureRequest),
+)
 async def add_cosignature(request: Request) -> dict[str, Any]:
     """One signature line, made by an enrolled site's witness key over a recent checkpoint.
 
@@ -173,7 +180,12 @@ async def add_cosignature(request: Request) -> dict[str, Any]:
     return {"tree_size": size, "cosignatures": have}
 
 
-@router.get("/evidence/{index}", summary="Export an evidence file", responses=problems(401, 403, 404))
+@router.get(
+    "/evidence/{index}",
+    summary="Export an evidence file",
+    response_class=Response,
+    responses={**problems(401, 403, 404), 200: {"content": {"application/zip": {}}}},
+)
 async def export_evidence(request: Request, principal: Caller, index: Index) -> Response:
     """A zip that proves the entry offline: `affidavit verify FILE --policy POLICY`.
 

@@ -14,7 +14,7 @@ from audit.errors import AuditError
 from server.context import Caller, authorise, context_of
 from server.errors import MalformedRequestError
 from server.key_service import create_key, revoke_key
-from server.schemas import KeyRequest, problems
+from server.schemas import KeyRequest, body_of, problems
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
@@ -29,7 +29,13 @@ async def list_keys(request: Request, principal: Caller) -> dict[str, Any]:
     return {"keys": [asdict(key) for key in keys]}
 
 
-@router.post("", summary="Make a key", status_code=201, responses=problems(401, 403, 422))
+@router.post(
+    "",
+    summary="Make a key",
+    status_code=201,
+    responses=problems(401, 403, 422),
+    openapi_extra=body_of(KeyRequest),
+)
 async def new_key(request: Request, principal: Caller) -> dict[str, Any]:
     """Make a key for a role. Its making is an entry; its text is only in this answer."""
     await authorise(request, principal, "keys.create")

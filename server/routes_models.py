@@ -16,7 +16,7 @@ from audit.errors import AuditError
 from server.context import Caller, authorise, context_of
 from server.errors import MalformedRequestError, request_id_of
 from server.live import ServedVersion
-from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, problems
+from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
 from server.service import Answered, Asked
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -24,20 +24,13 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 ModelName = Annotated[str, Path(pattern=NAME_PATTERN, description="The charter's name.")]
 Digest = Annotated[str, Path(pattern=DIGEST_PATTERN, description="SHA-256 of the version's weights file.")]
 
-_PREDICT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": PredictRequest.model_json_schema()}},
-    }
-}
-
 
 @router.post(
     "/{name}/predict",
     summary="Answer rows with the live version",
     response_model=PredictResponse,
     responses=problems(401, 403, 404, 422, 503),
-    openapi_extra=_PREDICT_BODY,
+    openapi_extra=body_of(PredictRequest),
 )
 async def predict(request: Request, principal: Caller, name: ModelName) -> PredictResponse:
     """Send named features, get answers, the policies that allowed them, and a signed receipt.

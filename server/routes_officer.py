@@ -45,7 +45,9 @@ def asked(
     ] = None,
     since: Annotated[str | None, Query(pattern=_TIME, description="RFC 3339, UTC, inclusive.")] = None,
     until: Annotated[str | None, Query(pattern=_TIME, description="RFC 3339, UTC, exclusive.")] = None,
-    after: Annotated[int | None, Query(ge=-1, description="Leaf index of the last entry you have.")] = None,
+    after: Annotated[
+        int | None, Query(ge=-1, le=2**53 - 1, description="Leaf index of the last entry you have.")
+    ] = None,
 ) -> SearchRequest:
     """The search terms that every route shares."""
     if type is not None and type not in TYPES:

@@ -152,6 +152,12 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI text of a body that the route parses itself, strictly."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI `responses` for these statuses."""
     return {status: PROBLEMS[status] for status in statuses}

@@ -17,6 +17,7 @@ from audit.weights import decode_update
 
 REPLAY, WEIGHTS = "The aggregation", "The model's weights"
 CHEAP_ADDITIONS: Final = 20_000_000
+CHEAP_WORK: Final = 500_000_000  # multiplications that take about half a minute in plain Python
 
 
 def check_aggregation(chain: Chain) -> Outcome:

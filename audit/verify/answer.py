@@ -15,8 +15,8 @@ from audit.errors import AuditError
 from audit.forward import forward
 from audit.models import answer_of
 from audit.receipts import Receipt, verify_kept, verify_receipt
-from audit.verify.aggregation import WEIGHTS
-from audit.verify.chain import Chain, FailError, Leaf, Outcome, expect, need
+from audit.verify.aggregation import CHEAP_WORK, WEIGHTS
+from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
 from audit.verify.history import CHECKPOINT, INCLUSION, LINKS
 from audit.verify.members import CHARTER
 from audit.verify.report import Word
@@ -45,14 +45,15 @@ def check_decision(chain: Chain) -> Outcome:
     for later in chain.leaves(VersionTransition):
         if later.body.model == body.model and transition.index < later.index < leaf.index:
             _check_still_live(later, body.version, leaf.index)
-    allowed = f"allowed by {', '.join(body.policies)} to role {body.role} for {body.purpose}"
-    between = range(transition.index + 1, leaf.index)
-    if all(index in chain.located for index in between):
+    allowed = f"logged as allowed by {', '.join(body.policies)} to role {body.role} for {body.purpose}"
+    registered = need(chain.registered, LINKS)
+    since = range(registered.index + 1, leaf.index)  # an old signature may have been logged a second time
+    if all(index in chain.located for index in since):
         return Outcome(word=Word.PROVED, detail=f"{allowed}; the version was live when it answered")
     return Outcome(
         word=Word.ATTESTED,
-        detail=f"by the log's operator: {allowed}, and that no entry between leaves {transition.index} and "
-        f"{leaf.index} retired the version",
+        detail=f"by the log's operator: {allowed}, and that no entry between leaves {registered.index} and "
+        f"{leaf.index} that this file lacks retired the version",
     )
 
 
@@ -70,6 +71,12 @@ def check_answer(chain: Chain) -> Outcome:
     expect(
         len(opened), len(leaf.body.rows), code="answer.rows", field="number of opened rows", entry=leaf.index
     )
+    if not opened:
+        raise FailError("answer.rows", "the entry answers no row", leaf.index)
+    if len(opened) * charter.work > CHEAP_WORK and not chain.replay:
+        raise GapError(
+            "answer.too_costly", "running the model takes long; run again with --replay", leaf.index
+        )
     encoder = RowEncoder(charter.features)
     names = charter.site_names
     site = names.index(leaf.body.site) if leaf.body.site else None
@@ -80,7 +87,7 @@ def check_answer(chain: Chain) -> Outcome:
             computed = answer_of(charter.task, charter.label, outputs)
         except AuditError as error:
             raise FailError("answer.not_recomputable", f"row {number}: {error}", leaf.index) from error
-        problem = _difference(answered, computed)
+        problem = _difference(answered, computed, charter.label)
         if problem:
             raise FailError("answer.other_model", f"row {number}: {problem}", leaf.index)
     count = len(opened)
@@ -92,10 +99,8 @@ def check_answer(chain: Chain) -> Outcome:
 
 def check_receipt(chain: Chain) -> Outcome:
     """The receipt is the log's, for this entry, and was kept."""
-    if not chain.located:
-        need(None, INCLUSION)
+    subject = need(chain.located.get(chain.evidence.leaf_index), INCLUSION)
     checkpoint, log = need(chain.checkpoint, CHECKPOINT), need(chain.log, CHECKPOINT)
-    subject = chain.located[chain.evidence.leaf_index]
     try:
         receipt = Receipt.parse(chain.receipt or b"")
         verify_receipt(receipt, log)
@@ -146,22 +151,27 @@ def _open(
     return opened[0], opened[1]
 
 
-def _difference(answered: Mapping[str, Any], computed: Mapping[str, Any]) -> str:
+def _difference(answered: Mapping[str, Any], computed: Mapping[str, Any], label: Mapping[str, Any]) -> str:
     """Return how the answer differs from the recomputed one by more than rounding, or ""."""
     if set(answered) != set(computed):
         return f"the answer has {sorted(answered)}, the model gives {sorted(computed)}"
-    near_tie = False
+    labels = [computed["label"]]
     for field in ("probability", "value", "probabilities"):
         if field not in computed:
             continue
         theirs, ours = _numbers(answered[field]), _numbers(computed[field])
-        if len(theirs) != len(ours) or any(
-            abs(a - b) > _TOLERANCE for a, b in zip(theirs, ours, strict=False)
+        same_shape = isinstance(answered[field], list) == isinstance(computed[field], list)
+        if (
+            not same_shape
+            or len(theirs) != len(ours)
+            or any(abs(a - b) > _TOLERANCE for a, b in zip(theirs, ours, strict=True))
         ):
             return f"{field} is {answered[field]!s:.60}, the model gives {computed[field]!s:.60}"
-        top = sorted([*ours, Decimal(1) - ours[0]] if field == "probability" else ours)[-2:]
-        near_tie = len(top) == 2 and top[1] - top[0] <= 2 * _TOLERANCE
-    if answered["label"] != computed["label"] and not near_tie:
+        if field != "value":  # rounding may decide between classes as likely as each other
+            chances = [Decimal(1) - ours[0], *ours] if field == "probability" else ours
+            near = max(chances) - 2 * _TOLERANCE
+            labels += [name for name, chance in zip(label["classes"], chances, strict=True) if chance >= near]
+    if answered["label"] not in labels:
         return f"label is {answered['label']!s:.40}, the model gives {computed['label']!s:.40}"
     return ""
 

@@ -14,6 +14,7 @@ from audit.decimals import decimal_text, parse_decimal
 from audit.entries import (
     ZERO_DIGEST,
     MechanismEvent,
+    RunAccepted,
     SiteEpsilon,
     SiteStatement,
     SiteUndelivered,
@@ -23,6 +24,7 @@ from audit.epsilon import (
     EpsilonError,
     epsilon_floor,
     epsilon_with_discretisation,
+    needs_rdp,
     rdp_epsilon,
     recompute,
 )
@@ -35,6 +37,9 @@ from audit.verify.training import ROUNDS
 
 ODOMETERS, EPSILON = "The odometers", "Epsilon"
 _PLD_TOLERANCE: Final = 1e-3  # two releases of the accountant may differ by as much
+_MOST_BY_PLD: Final = 100.0  # loss distributions of a larger epsilon no longer fit into memory
+_MOST_KINDS: Final = 64
+_MOST_ROOT_STEPS: Final = 2_000  # sum over kinds of the root of their steps, which is what it costs
 
 
 def check_odometers(chain: Chain) -> Outcome:
@@ -43,6 +48,7 @@ def check_odometers(chain: Chain) -> Outcome:
         need(None, ROUNDS)
     completed = need(chain.completed, LINKS)
     until = chain.registered.index if chain.registered else completed.index
+    _check_populations(chain)
     for site, accepted in sorted(chain.accepted.items()):
         population = accepted.body.population
         events = _events(chain, site, population, until)
@@ -79,9 +85,16 @@ def check_odometers(chain: Chain) -> Outcome:
         _check_start(history, accepted.body.next_sequence, accepted.body.previous_event, accepted.index)
         chain.histories[site] = tuple(history)
     shown = ", ".join(f"{site} 1 to {len(history)}" for site, history in sorted(chain.histories.items()))
-    return Outcome(
-        word=Word.PROVED, detail=f"every release counted once and chained by hash up to leaf {until}: {shown}"
-    )
+    detail = f"releases counted once each and chained by hash, from each population's first: {shown}"
+    unknown = _unanswered(chain)
+    if unknown:
+        return Outcome(
+            word=Word.ATTESTED,
+            code="odometer.missing_site",
+            detail=f"{detail}. By the log's operator: that no release was made and dropped where a site is "
+            f"missing ({', '.join(unknown)})",
+        )
+    return Outcome(word=Word.PROVED, detail=detail)
 
 
 def check_epsilon(chain: Chain) -> Outcome:
@@ -106,8 +119,13 @@ def check_epsilon(chain: Chain) -> Outcome:
             continue
         events = [statement.event for statement in history if statement.run == run]
         lifetime = [statement.event for statement in history]
+        _check_cost(lifetime)
         try:
-            spent, spent_ever = _spent(events, delta, charter), _spent(lifetime, delta, charter)
+            spent = _spent(events, delta, charter)
+            if needs_rdp(history):
+                spent_ever = Spent(rdp_epsilon(lifetime, delta), "RDP upper bound", True)
+            else:
+                spent_ever = _spent(lifetime, delta, charter)
             rdp = rdp_epsilon(events, delta)
         except EpsilonError as error:
             raise FailError("epsilon.event", f"site {site}: {error}", entry) from error
@@ -163,6 +181,37 @@ class Spent:
         self.tolerance, self.floor = tolerance, floor
 
 
+def _check_populations(chain: Chain) -> None:
+    """No two sites may count one population apart: its people would be told half of what was spent."""
+    holders = {leaf.body.population: site for site, leaf in chain.accepted.items()}
+    found: list[tuple[int, RunAccepted | SiteStatement]] = [
+        (leaf.index, leaf.body) for leaf in chain.leaves(RunAccepted)
+    ]
+    found += [(leaf.index, leaf.body.statement) for leaf in chain.leaves(SiteUndelivered)]
+    found += [(leaf.index, leaf.body) for leaf in chain.leaves(SiteStatement)]
+    for index, body in found:
+        holder = holders.get(body.population, body.site)
+        if holder != body.site:
+            raise FailError(
+                "odometer.population_shared",
+                f"sites {body.site} and {holder} each count releases of one population as their own",
+                index,
+            )
+
+
+def _unanswered(chain: Chain) -> list[str]:
+    """Return where a site of this run may have answered, and no release of that round is in the file."""
+    asked = chain.rounds[0].statements[0].body.participants
+    unknown = [f"{site} in round 1" for site in sorted(set(chain.accepted) - set(asked))]
+    for found in chain.rounds:
+        body = found.leaf.body
+        for site in body.missing:
+            history = chain.histories.get(site, ())
+            if not any((event.run, event.round) == (body.run, body.round) for event in history):
+                unknown.append(f"{site} in round {body.round}")
+    return unknown
+
+
 def _events(chain: Chain, site: str, population: str, until: int) -> list[Leaf[SiteStatement]]:
     found = [leaf for leaf in chain.leaves(SiteStatement) if leaf.index < until]
     found += [
@@ -195,10 +244,26 @@ def _spent(events: Sequence[MechanismEvent], delta: float, charter: CharterView)
     bound = recompute(events, delta)
     if bound.exact:
         return Spent(bound.value, bound.method, True)
-    value = _pld_epsilon(tuple(events), delta, charter.privacy.relation)
+    value = math.inf
+    if bound.value <= _MOST_BY_PLD:
+        value = _pld_epsilon(tuple(events), delta, charter.privacy.relation)
     if not value < bound.value:
         return Spent(bound.value, bound.method, False, floor=epsilon_floor(events, delta))
     return Spent(value, "PLD, grid 0.0001", True, tolerance=_PLD_TOLERANCE)
+
+
+def _check_cost(events: Sequence[MechanismEvent]) -> None:
+    """Refuse sampled events so many and so different that one site could keep every reader waiting."""
+    steps: dict[tuple[str, int, int], int] = {}
+    for event in events:
+        if event.sample_rate != "1":
+            kind = (event.sample_rate, event.sigma_grid, event.sensitivity_grid)
+            steps[kind] = steps.get(kind, 0) + max(event.steps, 0)
+    if len(steps) > _MOST_KINDS or sum(map(math.isqrt, steps.values())) > _MOST_ROOT_STEPS:
+        raise GapError(
+            "epsilon.too_costly",
+            f"{len(steps)} kinds of sampled releases, {sum(steps.values())} steps: more than is recomputed",
+        )
 
 
 @lru_cache(maxsize=64)

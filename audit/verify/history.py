@@ -124,9 +124,7 @@ def check_inclusion(chain: Chain) -> Outcome:
 
 def check_links(chain: Chain) -> Outcome:
     """From the subject by hashes to its transition, version, run and charter."""
-    if not chain.located:
-        need(None, INCLUSION)
-    subject = chain.located[chain.evidence.leaf_index]
+    subject = need(chain.located.get(chain.evidence.leaf_index), INCLUSION)
     body, scope = subject.body, scope_of(subject.entry.type)
     expect(chain.evidence.scope, scope, code="verify.scope", field="scope of the file", entry=subject.index)
     if isinstance(body, Prediction):

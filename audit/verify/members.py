@@ -83,6 +83,8 @@ def check_sites(chain: Chain) -> Outcome:
     missing = [name for name in charter.site_names if name not in found]
     if missing:
         raise GapError("site.not_enrolled", f"no enrolment of {', '.join(missing)} under the charter's keys")
+    for name, leaves in found.items():
+        _check_population(chain, name, leaves)
     chain.enrolments = {name: tuple(leaves) for name, leaves in found.items()}
     if chain.policy is None:
         return Outcome(
@@ -94,6 +96,19 @@ def check_sites(chain: Chain) -> Outcome:
         word=Word.PROVED,
         detail=f"{len(found)} sites, each anchored: a witness key of the policy signed its enrolment",
     )
+
+
+def _check_population(chain: Chain, site: str, leaves: list[Leaf[SiteEnrolled]]) -> None:
+    """A new population starts an odometer at 1; unless nobody is in both, that understates epsilon."""
+    end = chain.registered or need(chain.completed, LINKS)
+    for leaf in leaves:
+        if leaf.index < end.index and leaf.body.population != leaves[0].body.population:
+            raise GapError(
+                "site.population_changed",
+                f"site {site} enrolled anew for another population, whose odometer starts over; nothing "
+                "signed says that nobody is in both",
+                leaf.index,
+            )
 
 
 def _check_enrolment(leaf: Leaf[SiteEnrolled]) -> NoteVerifier:

@@ -109,7 +109,7 @@ class EpsilonLine:
         claim = f", claimed {self.claimed}" if self.claimed else ""
         return (
             f"{self.site}: epsilon {self.run_epsilon} for the run{claim}; {self.lifetime_epsilon} over "
-            f"{self.events} releases of its population in this log "
+            f"the first {self.events} releases of its population in this log "
             f"(one {self.unit}, {self.relation.replace('_', '/')}, delta {self.delta}, {self.method})"
         )
 

@@ -111,6 +111,10 @@ def _check_acceptance(
     chain: Chain, charter: CharterView, started: Leaf[RunStarted], leaf: Leaf[RunAccepted]
 ) -> None:
     body = leaf.body
+    if leaf.index <= started.index:
+        raise FailError(
+            "verify.order", f"site {body.site} accepted the run before this start of it", leaf.index
+        )
     if body.site not in started.body.sites or body.site in chain.accepted:
         raise FailError("run.acceptance", f"site {body.site} was not asked, or accepted twice", leaf.index)
     enrolment = chain.enrolment_at(body.site, leaf.index).body

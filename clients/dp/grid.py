@@ -36,6 +36,10 @@ float32, u = 6.0e-8: 2 (k + q) u B < 2**-8 only while (k + q) B < 3e4. Beyond it
 that do not all point the same way, so float32 is a declared choice and float64 the default.
 """
 
+LEAST_CLIP: dict[Precision, float] = {"float64": 1e-6, "float32": 1e-3}
+MOST_CLIP = 1e6
+"""A row's clipping norm: below it a square can underflow to zero while the gradient itself is longer."""
+
 MAX_ROWS = 1 << 24
 """Rows for which the sum is sure to fit; a coordinate past that is held at the limit."""
 
@@ -43,6 +47,19 @@ MAX_ROWS = 1 << 24
 def ceil_sqrt(value: int) -> int:
     """Return the smallest integer whose square is at least `value` >= 0."""
     return math.isqrt(value - 1) + 1 if value > 0 else 0
+
+
+def check_clip(max_grad_norm: float | Decimal, *, rows_per_unit: int, precision: Precision) -> None:
+    """Refuse a clipping norm at which floating point itself would break the bound.
+
+    Raises:
+        TermsError: C, or a row's share of it, is outside the range.
+    """
+    least = LEAST_CLIP[precision]
+    if not (max_grad_norm <= MOST_CLIP and max_grad_norm >= least * rows_per_unit):
+        raise TermsError(
+            "max_grad_norm", max_grad_norm, f"give {least:g} for each row of a person to {MOST_CLIP:g}"
+        )
 
 
 def sensitivity_grid(*, grid_bits: int, dimension: int, relation: Relation, precision: Precision) -> int:
@@ -77,7 +94,7 @@ def sigma_grid(*, noise_multiplier: float | Decimal | Fraction, sensitivity: int
     sigma = math.ceil(Fraction(noise_multiplier) * sensitivity)
     if sigma > MAX_SIGMA_GRID:
         raise TermsError(
-            "noise_multiplier", noise_multiplier, "with this grid_bits the noise passes 2**40; lower one"
+            "noise_multiplier", noise_multiplier, "with this grid_bits the noise passes 2**32; lower one"
         )
     return sigma
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clients.dp.bookkeeping import ClippedGradient
 from clients.dp.errors import ShapeError, TermsError
-from clients.dp.grid import Precision, Relation, sensitivity_grid, sigma_grid, sum_limit
+from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.dp.losses import Loss
 from clients.dp.randomness import SecureRandom
 from clients.dp.sampling import Sampling, sample_rows, sampling_of
@@ -60,6 +60,7 @@ class MechanismTerms:
                 self.rows_per_unit,
                 "give 1, or any count with sample_rate 1: coins are a row's own",
             )
+        check_clip(self.max_grad_norm, rows_per_unit=self.rows_per_unit, precision=self.precision)
         if not 1 <= self.local_steps <= 100_000:
             raise TermsError("local_steps", self.local_steps, "give a whole number from 1 to 100000")
         if self.local_steps > 1:
@@ -172,6 +173,8 @@ class Mechanism:
             ShapeError: shapes do not fit the model or each other.
             UnsupportedModelError: first call, see `bookkeeping`; data play no part.
         """
+        self._coins.refresh()
+        self._noise.refresh()
         terms = self.terms
         inputs = inputs.to(self._dtype) if inputs.is_floating_point() else inputs
         self._record("terms", terms)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from clients.dp.errors import TermsError
 
-MAX_SIGMA_GRID = 1 << 40
+MAX_SIGMA_GRID = 1 << 32
 
 _BLOCK_BYTES = 1 << 20
 _ZEROS = bytes(_BLOCK_BYTES)
@@ -56,6 +56,11 @@ class SecureRandom:
     def child(self, label: str) -> SecureRandom:
         """Return an independent stream; `label` only matters to the seeded subclass."""
         return SecureRandom()
+
+    def refresh(self) -> None:
+        """Go on under a new key of the operating system: a copy of this process draws something else."""
+        with self._lock:
+            self._rekey(os.urandom(32))
 
     def uniform_bytes(self, size: int) -> bytes:
         """Return `size` uniform bytes of the stream."""
@@ -97,7 +102,8 @@ class SecureRandom:
         43 t, far past the tail.
 
         Args:
-            sigma: in grid units, > 0 and at most 2**40; the standard deviation, from about 1 on.
+            sigma: in grid units, > 0 and at most 2**32 (above it the 53 bits of a double would show); the
+                standard deviation, from about 1 on.
             size: number of draws.
 
         Raises:
@@ -106,7 +112,7 @@ class SecureRandom:
         Source: Canonne, Kamath, Steinke 2020, "The Discrete Gaussian for Differential Privacy", Algorithm 3.
         """
         if not 0 < sigma <= MAX_SIGMA_GRID:
-            raise TermsError("sigma", sigma, f"give grid units in (0, 2**40], not more than {MAX_SIGMA_GRID}")
+            raise TermsError("sigma", sigma, f"give grid units in (0, 2**32], not more than {MAX_SIGMA_GRID}")
         sampler = _GaussianSampler(float(sigma), min(_proposals_for(size), _MAX_PROPOSALS))
         result = np.empty(size, dtype=np.int64)
         filled = 0
@@ -182,6 +188,9 @@ class UnsafeSeededRandom(SecureRandom):
         super().__init__()
         self._key = key
         self._rekey(key)
+
+    def refresh(self) -> None:
+        """Stay on the seeded stream."""
 
     def child(self, label: str) -> Self:
         return type(self)(hashlib.sha256(self._key + label.encode()).digest())

@@ -78,7 +78,7 @@ def test_gate_results_say_what_was_measured():
     label = {"name": "y", "classes": ["no", "yes"]}
     gate = {"metric": "accuracy", "source": "public_set", "margin_over_baseline": "0.1"}
     result = gate_result(gate, "ab" * 32, "binary", label, [0, 1, 1, 0], [[-1.0], [2.0], [3.0], [1.0]])
-    assert (result.value, result.baseline, result.floor, result.passed) == ("0.75", "0.5", "", 1)
+    assert (result.value, result.baseline, result.floor, result.passed) == ("0.75", "0.5", "0.6", 1)
     regression = {"name": "y", "lower": "0", "upper": "10"}
     gate = {"metric": "r2", "source": "public_set", "floor": "0.9"}
     result = gate_result(gate, "ab" * 32, "regression", regression, [0.0, 10.0], [[-1.0], [1.0]])

@@ -416,3 +416,21 @@ def test_a_completed_round_is_what_it_says(network):
     body = decode_entry(network.coordinator.ledger.entry(network.previous[0])).body
     assert isinstance(body, RoundCompleted)
     assert canonical_bytes(body_document(body))
+
+
+def test_a_request_larger_than_any_is_refused_unread(signed):
+    import json
+
+    answer, _ = signed.agents["alpha"].handle("hello", b" " * (5 << 20), {})
+    assert json.loads(answer) == {"error": "bad_request"}
+
+
+def test_an_agent_whose_witness_state_is_gone_does_not_start(network):
+    from clients.agent import Agent
+    from clients.errors import HomeError
+
+    agent = network.agents["alpha"]
+    agent.close()
+    agent.home.witness_path.unlink()
+    with pytest.raises(HomeError, match="restore it"):
+        Agent.open(agent.home)

@@ -63,7 +63,7 @@ def paths(tmp_path):
 
 @pytest.fixture
 def ledger(paths):
-    opened = SiteLedger(*paths)
+    opened = SiteLedger.create(*paths)
     yield opened
     opened.close()
 
@@ -156,7 +156,12 @@ def test_a_deleted_ledger_is_not_a_new_beginning(ledger, paths):
     ledger.close()
     for path in paths[0].parent.glob("ledger.db*"):
         path.unlink()
-    with pytest.raises(LedgerBehindError):
+    with pytest.raises(HomeError, match="never starts over"):
+        SiteLedger(*paths)
+    with pytest.raises(HomeError, match="never starts over"):
+        SiteLedger.create(*paths)
+    paths[1].unlink()
+    with pytest.raises(HomeError, match="never starts over"):
         SiteLedger(*paths)
 
 
@@ -167,6 +172,32 @@ def test_a_release_altered_on_disk_no_longer_matches_the_high_water_mark(ledger,
         connection.execute("UPDATE release SET event_hash = ?", ("0" * 64,))
     connection.close()
     with pytest.raises(LedgerBehindError):
+        SiteLedger(*paths)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM release WHERE sequence = 1",
+        "DELETE FROM release WHERE sequence = 2",
+        "UPDATE release SET sequence = 9 WHERE sequence = 2",
+        "UPDATE release SET round = 7 WHERE sequence = 2",
+        "UPDATE release SET run = 'run-9' WHERE sequence = 1",
+        "UPDATE release SET population = 'q' WHERE sequence = 1",
+        "UPDATE release SET event_hash = '00' WHERE sequence = 2",
+        "UPDATE release SET statement = (SELECT statement FROM release WHERE sequence = 3)",
+        "UPDATE release SET statement = x'7b7d' WHERE sequence = 2",
+        "UPDATE release SET statement = replace(statement, '\"sigma_grid\":1000', '\"sigma_grid\":9000')",
+    ],
+)
+def test_a_ledger_edited_to_count_less_does_not_open(ledger, paths, change):
+    for number in (1, 2, 3):
+        release(ledger, number)
+    ledger.close()
+    with sqlite3.connect(paths[0]) as connection:
+        assert connection.execute(change).rowcount
+    connection.close()
+    with pytest.raises((HomeError, LedgerBehindError, OdometerError)):
         SiteLedger(*paths)
 
 
@@ -201,18 +232,20 @@ from audit.canonical import parse_canonical
 from audit.entries import SiteStatement, parse_body
 from clients.ledger import SiteLedger
 
-class Dying(SiteLedger):
-    def _raise_high_water(self, *arguments):
+class Dying:
+    def raise_to(self, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 folder = Path(sys.argv[1])
-ledger = Dying(folder / "ledger.db", folder / "odometer.json")
+ledger = SiteLedger(folder / "ledger.db", folder / "odometer.json")
+ledger._marks = Dying()
 body = parse_body(SiteStatement, parse_canonical(Path(sys.argv[2]).read_bytes()))
 ledger.commit_release(body, b"the update", "the request")
 """
 
 
-def test_a_kill_right_after_the_commit_keeps_the_debit(paths, tmp_path, repository):
+def test_a_kill_right_after_the_commit_keeps_the_debit(ledger, paths, tmp_path, repository):
+    ledger.close()
     body = charter_safe(statement())
     (tmp_path / "body").write_bytes(canonical_bytes(body_document(body)))
     command = [sys.executable, "-c", KILLED_AFTER_COMMIT, str(tmp_path), str(tmp_path / "body")]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pandas as pd
 import pytest
 
 from audit.entries import RoundCompleted, RunAccepted, SiteStatement, event_hash
 from audit.keys import SigningKey
+from audit.principal import LocalOwner, Principal
 from clients.agent import Agent
 from clients.demo_data import HOSPITALS, PUBLIC_ROWS, deal, demo_charter, features, write_demo_files
-from clients.errors import SimulationError
+from clients.errors import LedgerBehindError, SimulationError
 from clients.home import SiteHome
-from clients.simulation import new_coordinator, run_federation, simulate
+from clients.simulation import inprocess_launch, new_coordinator, run_federation, simulate
 from federation.charter import Charter
 from federation.errors import CharterError, RunFailedError
+from federation.service import TrainRequest, train
 
 CHARTER = """
 name: toy
@@ -103,6 +107,88 @@ def test_a_second_run_continues_the_same_odometers(tmp_path):
         assert [body.sequence for body in statements] == [1, 2, 3, 4, 5, 6]
         assert [b.previous_event for b in statements[1:]] == [event_hash(b) for b in statements[:-1]]
     made.close()
+
+
+def test_a_site_whose_whole_home_is_an_old_copy_joins_no_further_run(tmp_path):
+    """Ledger, high-water mark and witness state all rewound together: only the log still knows."""
+    run = simulate(CALIBRATED.replace("rounds: 3", "rounds: 1"), SITES, public=PUBLIC, folder=tmp_path / "f")
+    federation = run.federation
+    home = federation.homes["a"]
+    shutil.copytree(home.path, tmp_path / "old")
+
+    def again():
+        return run_federation(
+            run.charter,
+            federation.homes,
+            federation.coordinator,
+            federation.scientist.key,
+            public_set=federation.public_file,
+        )
+
+    again()
+    shutil.rmtree(home.path)
+    shutil.copytree(tmp_path / "old", home.path)
+    before = federation.coordinator.ledger.tree_size
+    with pytest.raises(LedgerBehindError):
+        again()
+    assert federation.coordinator.ledger.tree_size == before
+    run.close()
+
+
+def train_over_a_bad_network(folder, fault, minimum_sites=3):
+    """Set up a federation, then carry a run of it out with messages lost as `fault` says."""
+    patient = CALIBRATED.replace(
+        "rounds: 3", f"rounds: 3, round_timeout_s: 2, minimum_sites: {minimum_sites}"
+    )
+    made = simulate(patient, SITES, public=PUBLIC, folder=folder)
+    agents = {name: Agent.open(home) for name, home in made.federation.homes.items()}
+    author = made.federation.scientist.key
+    try:
+        run = train(
+            made.federation.coordinator,
+            Principal(id="curie", role="scientist", key=author.text),
+            LocalOwner(),
+            TrainRequest(charter=made.charter),
+            author,
+            inprocess_launch(agents, fault=fault),
+        )
+        spent = {name: agent.ledger.head(agent.population).sequence for name, agent in agents.items()}
+        undelivered = {
+            name: len(agent.ledger.undelivered(agent.population)) for name, agent in agents.items()
+        }
+    finally:
+        for agent in agents.values():
+            agent.close()
+    statements = [b for _, b in made.federation.coordinator.bodies(SiteStatement) if b.run == run.run]
+    made.close()
+    return statements, spent, undelivered
+
+
+def test_a_lost_reply_costs_a_repetition_and_no_second_debit(tmp_path):
+    lost = []
+
+    def lose_first_reply(site, message):
+        if site == "b" and message.metadata.reply_to_message_id and message.metadata.message_type == "train":
+            lost.append(site)
+            return None if len(lost) == 1 else 0.0
+        return 0.0
+
+    statements, spent, undelivered = train_over_a_bad_network(tmp_path / "sim", lose_first_reply)
+    assert len(lost) > 1
+    assert len(statements) == 9
+    assert spent == {"a": 6, "b": 6, "c": 6}
+    assert undelivered == {"a": 0, "b": 0, "c": 0}
+
+
+def test_a_site_whose_replies_are_lost_stays_debited_and_the_others_go_on(tmp_path):
+    def lose_replies(site, message):
+        is_reply = bool(message.metadata.reply_to_message_id)
+        return None if site == "b" and is_reply and message.metadata.message_type == "train" else 0.0
+
+    statements, spent, undelivered = train_over_a_bad_network(tmp_path / "sim", lose_replies, minimum_sites=2)
+    assert {b.site for b in statements} == {"a", "c"}
+    assert spent == {"a": 6, "b": 4, "c": 6}  # round 1 was debited at b, answered, and never arrived
+    assert undelivered == {"a": 0, "b": 1, "c": 0}
 
 
 def test_a_run_beyond_a_sites_cap_fails_before_any_release(tmp_path):

@@ -149,7 +149,16 @@ def trained_own(build_once):
 
 @pytest.fixture
 def own(trained_own, tmp_path):
-    folder = tmp_path / "own"
+    return copy_of(trained_own, tmp_path / "own")
+
+
+@pytest.fixture(scope="module")
+def shared_own(trained_own, tmp_path_factory):
+    """A copy that the tests of one file share; they only ever add to it."""
+    return copy_of(trained_own, tmp_path_factory.mktemp("shared") / "own")
+
+
+def copy_of(trained_own: Path, folder: Path) -> Own:
     shutil.copytree(trained_own, folder)
     config = folder / "homes" / "coordinator" / "config.yaml"
     config.write_text(f"origin: tests.example/own\nsigner_home: {folder}/homes/signer\n")

@@ -348,3 +348,27 @@ def test_internal_error_is_one_line_and_the_traceback_is_for_who_asks(monkeypatc
     assert result.code == 1
     assert result.err.startswith("error ")
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"), [("signer", "audit.signer_missing"), ("policies", "access.policy_invalid")]
+)
+def test_server_that_cannot_answer_does_not_start(own, tmp_path, damage, code):
+    policies = tmp_path / "own.cedar"
+    policies.write_text('@id("typo") permit (principal, action, resource) when { resource.stat == 1 };')
+    options = ["--policies", policies] if damage == "policies" else []
+    if damage == "signer":
+        (own.homes / "signer").rename(own.homes / "elsewhere")
+    result = own.run("serve", "--port", "0", *options, "--json")
+    assert (result.code, result.json["error"]["code"]) == (1, code)
+
+
+def test_port_in_use_is_named(own):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = own.run("serve", "--port", str(taken.getsockname()[1]))
+    assert result.code == 1
+    assert "in use" in result.err

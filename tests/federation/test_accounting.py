@@ -155,7 +155,7 @@ def test_calibrated_noise_meets_epsilon_and_a_little_less_does_not(terms):
             relation=terms.get("relation", "add_remove"),
             bits=20,
         )
-        return pld_epsilon([one] * terms["rounds"], 1e-5)
+        return pld_epsilon([one] * terms["rounds"], 1e-5, grid=1e-3)
 
     assert cost(noise) <= epsilon < cost(noise * Decimal("0.995"))
 

@@ -83,6 +83,7 @@ def test_internal_error_tells_a_stranger_nothing(client, lab, as_role, row):
         "limit=501",
         "limit=ten",
         "after=-2",
+        "after=99999999999999999999",
         "type=nothing",
         "version=abc",
         "since=yesterday",

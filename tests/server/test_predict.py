@@ -320,7 +320,7 @@ def test_denial_that_cannot_be_logged_is_still_no_answer(client, as_role, row):
 
 
 @pytest.mark.parametrize("damage", ["gone", "altered", "other"])
-def test_swapped_model_file_stops_the_answers(client, lab, as_role, row, damage):
+def test_swapped_model_file_stops_the_answers(lab, as_role, row, damage):
     blobs = lab.coordinator.blobs
     path = blobs.folder / lab.version[:2] / lab.version
     if damage == "gone":
@@ -331,9 +331,16 @@ def test_swapped_model_file_stops_the_answers(client, lab, as_role, row, damage)
         path.write_bytes(bytes(data))
     else:
         path.write_bytes(b"another model")
-    reply = ask(client, as_role("consumer"), row)
+    with TestClient(create_app(lab.settings(), clock=lab.clock), raise_server_exceptions=False) as client:
+        reply = ask(client, as_role("consumer"), row)
     assert (reply.status_code, reply.json()["code"]) == (503, "models.artefact_unusable")
     assert lab.entries("prediction") == []
+
+
+def test_file_swapped_under_a_running_server_changes_no_answer(client, lab, as_role, row):
+    before = ask(client, as_role("consumer"), row).json()["answers"]
+    (lab.coordinator.blobs.folder / lab.version[:2] / lab.version).write_bytes(b"another model")
+    assert ask(client, as_role("consumer"), row).json()["answers"] == before
 
 
 def test_receipts_asked_for_together_share_one_signature(lab):

@@ -343,6 +343,8 @@ def test_terms_out_of_range_are_refused_by_name(change, field):
 
 def test_a_grid_that_could_overflow_is_refused_before_any_row():
     with pytest.raises(GridOverflowError):
+        Mechanism(small_model(), terms(grid_bits=38, noise_multiplier=0.01), "cross_entropy")
+    with pytest.raises(TermsError, match="2\\*\\*32"):
         Mechanism(small_model(), terms(grid_bits=38, noise_multiplier=1.0), "cross_entropy")
 
 

@@ -1,0 +1,269 @@
+"""Each use case over HTTP, by command (here and with --url) and in Python: one result, code and entry."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+
+from audit.console import call_api
+from audit.errors import AuditError
+from audit.principal import Principal
+from audit.service import SearchRequest, prove_entry, read_entry, search_entries
+from federation.errors import FederationError
+from server.access import CedarAuthorizer, shipped_policies
+from server.app import create_app
+from server.errors import ServerError
+from server.journal import Journal, utc_now
+from server.key_service import create_key, revoke_key
+from server.keys import KeyStore
+from server.monitoring import Monitoring
+from server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server and the same homes, from every side."""
+
+    own: Any
+    url: str
+    keys: dict[str, str]
+    key_files: dict[str, Any]
+    context: Any
+
+    def http(self, role: str, method: str, path: str, body: Any = None) -> tuple[str, Any]:
+        status, data, _ = call_api(self.url, path, key=self.keys[role], method=method, body=body)
+        document = json.loads(data)
+        return ("ok", document) if status < 400 else (document["code"], document)
+
+    def command(self, *arguments: object) -> tuple[str, Any]:
+        result = self.own.run(*arguments, "--json")
+        return self._outcome(result)
+
+    def remote(self, role: str, *arguments: object) -> tuple[str, Any]:
+        result = self.own.run(*arguments, "--url", self.url, "--key-file", self.key_files[role], "--json")
+        return self._outcome(result)
+
+    def python(self, call: Callable[[], Any]) -> tuple[str, Any]:
+        try:
+            return "ok", call()
+        except (AuditError, FederationError, ServerError) as error:
+            return error.code, error
+
+    @staticmethod
+    def _outcome(result: Any) -> tuple[str, Any]:
+        document = result.json
+        return (document["error"]["code"], document) if result.code else ("ok", document)
+
+
+@pytest.fixture(scope="module")
+def served(shared_own):
+    own = shared_own
+    own.approve()
+    keys, files = {}, {}
+    for role in ("officer", "operator", "consumer", "node"):
+        files[role] = own.folder / f"{role}.key"
+        assert own.run("keys", "create", "--role", role, "--out", files[role]).code == 0
+        keys[role] = files[role].read_text().strip()
+    settings = Settings(
+        coordinator_home=own.homes / "coordinator", signer_home=own.homes / "signer", publish_interval_s=3_600
+    )
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 30
+        while not server.started and time.monotonic() < until:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Served(own, f"http://127.0.0.1:{port}", keys, files, app.state.context)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+
+
+def principal_of(served: Served, role: str) -> Principal:
+    return served.context.keys.authenticate(served.keys[role])
+
+
+@contextlib.contextmanager
+def key_parts(served: Served):
+    store = KeyStore(served.own.homes / "coordinator", utc_now)
+    try:
+        yield store, Journal(served.context.coordinator.ledger, utc_now, Monitoring(), timeout_s=10)
+    finally:
+        store.close()
+
+
+def test_search_is_the_same_from_every_side(served):
+    ledger, authorizer = served.context.coordinator.ledger, served.context.authorizer
+    asked = SearchRequest(type="version.transition", limit=10)
+    outcomes = {
+        "http": served.http("officer", "GET", "/v1/audit/entries?type=version.transition&limit=10"),
+        "command": served.command("log", "list", "--type", "version.transition", "--limit", "10"),
+        "remote": served.remote("officer", "log", "list", "--type", "version.transition", "--limit", "10"),
+        "python": served.python(
+            lambda: search_entries(ledger, principal_of(served, "officer"), authorizer, asked)
+        ),
+    }
+    found = {
+        side: [row.leaf_index for row in result]
+        if side == "python"
+        else [item["leaf_index"] for item in result["entries"]]
+        for side, (_, result) in outcomes.items()
+    }
+    assert {code for code, _ in outcomes.values()} == {"ok"}
+    assert len(found["http"]) == 2
+    assert len({str(indices) for indices in found.values()}) == 1
+
+
+@pytest.mark.parametrize(("index", "code"), [(0, "ok"), (3, "ok"), (99_999, "audit.entry_not_found")])
+def test_reading_and_proving_an_entry_is_the_same_from_every_side(served, index, code):
+    ledger, authorizer = served.context.coordinator.ledger, served.context.authorizer
+    officer = principal_of(served, "officer")
+    served.http("officer", "GET", "/v1/audit/entries/0/proof")
+    reads = [
+        served.http("officer", "GET", f"/v1/audit/entries/{index}"),
+        served.command("log", "show", index),
+        served.remote("officer", "log", "show", index),
+    ]
+    proofs = [
+        served.http("officer", "GET", f"/v1/audit/entries/{index}/proof"),
+        served.command("log", "proof", index),
+        served.remote("officer", "log", "proof", index),
+    ]
+    direct = served.python(lambda: read_entry(ledger, officer, authorizer, index))
+    proved = served.python(lambda: prove_entry(ledger, officer, authorizer, index))
+    assert {outcome[0] for outcome in [*reads, *proofs, direct, proved]} == {code}
+    if code == "ok":
+        assert len({document["bytes"] for _, document in reads}) == 1
+        assert len({json.dumps(document, sort_keys=True) for _, document in proofs}) == 1
+        assert [node.hex() for node in proved[1].hashes]
+
+
+@pytest.mark.parametrize(
+    ("model", "code"), [("own", "ok"), ("other", "models.not_found")], ids=["known", "unknown"]
+)
+def test_showing_a_model_is_the_same_from_every_side(served, model, code):
+    live = served.context.live
+    outcomes = [
+        served.http("officer", "GET", f"/v1/models/{model}"),
+        served.command("models", "show", model),
+        served.remote("officer", "models", "show", model),
+    ]
+    direct = served.python(lambda: live.versions(model))
+    assert {outcome[0] for outcome in [*outcomes, direct]} == {code}
+    if code == "ok":
+        shown = {
+            json.dumps(
+                [(v["version"], v["state"], v["epsilon"], v["gates_passed"]) for v in document["versions"]]
+            )
+            for _, document in outcomes
+        }
+        assert len(shown) == 1
+        assert direct[1][0].version == served.own.version
+
+
+def test_listing_models_is_the_same_from_every_side(served):
+    outcomes = [
+        served.http("officer", "GET", "/v1/models"),
+        served.command("models", "list"),
+        served.remote("officer", "models", "list"),
+    ]
+    assert [code for code, _ in outcomes] == ["ok"] * 3
+    assert len({json.dumps(document, sort_keys=True) for _, document in outcomes}) == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "expires", "code"),
+    [
+        ("consumer", None, "ok"),
+        ("emperor", None, "keys.bad_request"),
+        ("consumer", "2001-01-01T00:00:00Z", "keys.bad_request"),
+    ],
+)
+def test_making_a_key_is_the_same_from_every_side(served, role, expires, code):
+    body = {"role": role, **({"expires": expires} if expires else {})}
+    options = ["--role", role, *(["--expires", expires] if expires else [])]
+    ledger = served.context.coordinator.ledger
+    before = len(ledger.search(type="key.created", limit=1000))
+    outcomes = [
+        served.http("operator", "POST", "/v1/keys", body),
+        served.command("keys", "create", *options),
+        served.remote("operator", "keys", "create", *options),
+    ]
+    with key_parts(served) as (store, journal):
+        direct = served.python(lambda: create_key(store, journal, role=role, expires=expires))
+    assert {outcome[0] for outcome in [*outcomes, direct]} == {code}
+    entries = ledger.search(type="key.created", limit=1000)[before:]
+    if code != "ok":
+        assert entries == []
+        return
+    made = [document["principal"] for _, document in outcomes] + [direct[1].view.principal]
+    assert [json.loads(entry.body)["body"]["principal"] for entry in entries] == made
+
+
+def test_revoking_a_key_is_the_same_from_every_side(served):
+    with key_parts(served) as (store, journal):
+        before = len(served.context.coordinator.ledger.search(type="key.revoked", limit=1000))
+        made = [create_key(store, journal, role="node").view.key_id for _ in range(4)]
+        outcomes = [
+            served.http("operator", "DELETE", f"/v1/keys/{made[0]}"),
+            served.command("keys", "revoke", made[1]),
+            served.remote("operator", "keys", "revoke", made[2]),
+            served.python(lambda: revoke_key(store, journal, made[3])),
+        ]
+        assert [code for code, _ in outcomes] == ["ok"] * 4
+        assert all(store.get(key_id).revoked for key_id in made)
+        unknown = "aaaaaaaaaaaaaaaa"
+        refused = [
+            served.http("operator", "DELETE", f"/v1/keys/{unknown}"),
+            served.command("keys", "revoke", unknown),
+            served.remote("operator", "keys", "revoke", unknown),
+            served.python(lambda: revoke_key(store, journal, unknown)),
+        ]
+    assert {code for code, _ in refused} == {"keys.not_found"}
+    entries = served.context.coordinator.ledger.search(type="key.revoked", limit=1000)[before:]
+    assert [json.loads(entry.body)["body"]["key_id"] for entry in entries] == made
+
+
+@pytest.mark.parametrize(
+    ("role", "method", "path", "arguments"),
+    [
+        ("consumer", "GET", "/v1/audit/entries", ("log", "list")),
+        ("consumer", "GET", "/v1/audit/entries/0", ("log", "show", 0)),
+        ("consumer", "GET", "/v1/audit/evidence/0", ("evidence", "export", 0)),
+        ("node", "GET", "/v1/keys", ("keys", "list")),
+        ("officer", "DELETE", "/v1/keys/aaaaaaaaaaaaaaaa", ("keys", "revoke", "a" * 16)),
+    ],
+    ids=lambda value: None if not isinstance(value, tuple) else " ".join(map(str, value)),
+)
+def test_refusal_is_the_same_with_and_without_the_command_and_is_logged_each_time(
+    served, role, method, path, arguments
+):
+    before = len(served.context.coordinator.ledger.search(type="access.denied", limit=1000))
+    outcomes = [served.http(role, method, path), served.remote(role, *arguments)]
+    assert [code for code, _ in outcomes] == ["access.denied"] * 2
+    entries = served.context.coordinator.ledger.search(type="access.denied", limit=1000)[before:]
+    assert [json.loads(entry.body)["body"]["role"] for entry in entries] == [role, role]
+    assert outcomes[0][1]["entry"]["leaf_index"] == entries[0].leaf_index
+
+
+def test_python_asks_the_same_policies(served):
+    authorizer = CedarAuthorizer(shipped_policies())
+    consumer = principal_of(served, "consumer")
+    code, error = served.python(
+        lambda: search_entries(
+            served.context.coordinator.ledger, consumer, authorizer, SearchRequest(limit=1)
+        )
+    )
+    assert code == "access.denied"
+    assert error.decision.policies == ("default-deny",)

@@ -1,0 +1,58 @@
+"""The OpenAPI document tells the truth: about errors in every run, about everything under `make soak`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from server.app import create_app
+
+
+def test_every_error_is_described_as_a_problem_document(client):
+    document = client.get("/openapi.json").json()
+    assert "HTTPValidationError" not in str(document)
+    for item in document["paths"].values():
+        for operation in item.values():
+            for status, response in operation["responses"].items():
+                if int(status) >= 400:
+                    assert list(response["content"]) == ["application/problem+json"]
+                    assert response["description"]
+
+
+def test_unknown_methods_make_no_label_of_their_own(client, as_role):
+    client.request("BREW", "/v1/models")
+    text = client.get("/metrics", headers=as_role("operator")).text
+    assert "BREW" not in text
+    assert 'method="other"' in text
+
+
+@pytest.mark.soak  # half a minute of generated requests, hundreds for each role
+@pytest.mark.parametrize("role", ["consumer", "officer", "operator"])
+def test_generated_requests_find_no_answer_that_is_not_described(lab, role):
+    server = uvicorn.Server(uvicorn.Config(create_app(lab.settings()), port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.05)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        done = subprocess.run(
+            [
+                str(Path(sys.executable).with_name("schemathesis")), "run",
+                f"http://127.0.0.1:{port}/openapi.json",
+                "-H", f"Authorization: Bearer {lab.tokens[role]}",
+                "--checks", "not_a_server_error,content_type_conformance,status_code_conformance",
+                "--phases", "examples,coverage,fuzzing", "--max-examples", "30",
+            ],
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+    assert done.returncode == 0, done.stdout[-4000:]
