@@ -41,6 +41,7 @@ class SiteEnrolled:
     """A site's identity key delegates three keys; each that signs proves itself over the same payload."""
 
     site: str
+    origin: str  # the one log that the site follows, from its own policy
     population: str  # random pseudonym of the people behind the data
     identity_key: str
     statement_key: str
@@ -61,6 +62,7 @@ class CharterPublished:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CharterSigned:
     digest: str
+    author: str  # public key of whoever is said to have drawn it up
     site: str
     signature: str
 
@@ -81,6 +83,8 @@ class RunStarted:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunAccepted:
     run: str
+    start: str  # run_digest of the run.started that is accepted, and of no other
+    origin: str  # the log that the run is for, from the site's own policy
     charter: str
     site: str
     population: str

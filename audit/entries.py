@@ -106,6 +106,7 @@ __all__ = [
     "event_hash",
     "new_entry",
     "parse_body",
+    "run_digest",
     "signing_payload",
 ]
 
@@ -155,6 +156,7 @@ _DIGEST_FIELDS: Final = frozenset(
         "previous_round",
         "previous_transition",
         "schema_digest",
+        "start",
         "transition",
         "update",
         "version",
@@ -180,6 +182,14 @@ class Entry:
     @property
     def type(self) -> str:
         return TYPE_OF[type(self.body)]
+
+    def _repr_html_(self) -> str:
+        from html import escape  # the verifier does without
+
+        head = [("time", self.time), ("actor", self.actor)]
+        rows = head + [(name, _shown(value)) for name, value in _plain(self.body).items()]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        return f"<table><caption>Entry {escape(self.type)}</caption>{cells}</table>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,6 +327,12 @@ def event_hash(statement: SiteStatement) -> str:
     return hashlib.sha256(b"affidavit/event/v1\x00" + canonical_bytes(document)).hexdigest()
 
 
+def run_digest(started: RunStarted) -> str:
+    """Return the hash by which an acceptance names the one start that it accepts, author included."""
+    _, payload = signing_payload(started)
+    return hashlib.sha256(b"affidavit/run-start/v1\x00" + payload).hexdigest()
+
+
 def columns_of(data: bytes) -> IndexColumns:
     """Derive the ledger's search columns from a leaf's bytes; the only way they are ever made."""
     entry = decode_entry(data)
@@ -346,6 +362,11 @@ def _types(kind: type[Any]) -> dict[str, Any]:
     if hints is None:
         hints = _hints[kind] = get_type_hints(kind)
     return hints
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else canonical_bytes(value).decode()
+    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from audit import _store, merkle
 from audit._integrate import AppendRequest, Sequenced, commit_batch, read_edge
+from audit._search import matching
 from audit._sequencer import Sequencer
 from audit._store import blob
 from audit._tiles import TileReader
@@ -278,7 +279,7 @@ class Ledger:
         """
         if not 1 <= limit <= MAX_SEARCH:
             raise TreeRangeError(f"limit is {limit}; give 1 to {MAX_SEARCH}")
-        query = _matching(
+        query = matching(
             select(LEAF),
             type=type, actor=actor, model=model, version=version, run=run, site=site,
             round=round, principal=principal, since=since, until=until,
@@ -289,7 +290,7 @@ class Ledger:
 
     def count(self, *, before: int | None = None, after: int | None = None, **columns: Any) -> int:
         """Return how many entries `search` would find by these columns, after < leaf index < before."""
-        query = _matching(select(func.count()).select_from(LEAF), **columns)
+        query = matching(select(func.count()).select_from(LEAF), **columns)
         if after is not None:
             query = query.where(LEAF.c.idx > after)
         if before is not None:
@@ -388,26 +389,6 @@ class Ledger:
             )
             for row in rows
         ]
-
-
-def _matching(
-    query: Select[Any],
-    *,
-    type: str | Sequence[str] | None = None,
-    since: str | None = None,
-    until: str | None = None,
-    **exact: str | int | None,
-) -> Select[Any]:
-    if type is not None:
-        query = query.where(LEAF.c.type.in_([type] if isinstance(type, str) else list(type)))
-    for name, value in exact.items():
-        if value is not None:
-            query = query.where(LEAF.c[name] == value)
-    if since is not None:
-        query = query.where(LEAF.c.time >= since)
-    if until is not None:
-        query = query.where(LEAF.c.time < until)
-    return query
 
 
 def _after_fork_in_child() -> None:

@@ -2,7 +2,8 @@
 
 The file is examined from its bytes (`audit.fsck`), then its newest checkpoint that the policy's log signed
 and a quorum of its witnesses cosigned is looked for. What lies beyond that checkpoint is named: only the
-operator stands behind it. Needs SQLModel, unlike the verification of evidence files.
+operator stands behind it. Last, every population's odometer is walked over all its releases in the log.
+Needs SQLModel, unlike the verification of evidence files.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from audit.entries import columns_of
+from audit.entries import Body, columns_of, decode_entry
 from audit.errors import AuditError
 from audit.fsck import fsck
+from audit.log_odometers import WALKED, check_log_odometers
 from audit.tlog_policy import NO_QUORUM, AcceptedCheckpoint, Policy
+from audit.verify.chain import FailError
 from audit.verify.report import NO_POLICY, Report, Step, Word
 
 FILE: Final = "The log file"
 CHECKPOINT: Final = "The log's checkpoint"
+ODOMETERS: Final = "The odometers"
 _LEAF: Final = re.compile(r"leaf ([0-9]{1,18})")
 
 
@@ -53,7 +57,7 @@ def verify_log(path: Path | str, *, policy_text: str | None, now: datetime | Non
         detail=f"{found.entries} entries; every column, index, node, root and checkpoint derived again",
         code="ok",
     )
-    steps = (whole, _checkpoint(path, policy, found.entries, now_s))
+    steps = (whole, _checkpoint(path, policy, found.entries, now_s), _odometers(path))
     return Report(steps=steps, scope="log", subject=f"log file {Path(path).name}")
 
 
@@ -85,8 +89,40 @@ def _checkpoint(path: Path | str, policy: Policy | None, entries: int, now_s: in
     return step(word, f"{size} entries, cosigned by {by}" + (beyond if entries > size else ""))
 
 
+def _odometers(path: Path | str) -> Step:
+    try:
+        outcome = check_log_odometers(_entries(path), _origin(path))
+    except FailError as error:
+        return Step(
+            number=3,
+            title=ODOMETERS,
+            word=Word.FAIL,
+            detail=error.detail,
+            code=error.code,
+            entry=error.entry,
+        )
+    return Step(number=3, title=ODOMETERS, word=outcome.word, detail=outcome.detail, code=outcome.code)
+
+
+def _entries(path: Path | str) -> Iterator[tuple[int, str, Body]]:
+    marks = ", ".join("?" for _ in WALKED)
+    query = f"SELECT idx, leaf_hash, body FROM leaf WHERE type IN ({marks}) ORDER BY idx"  # noqa: S608
+    with closing(_read_only(path)) as connection:
+        for index, leaf_hash, body in connection.execute(query, WALKED):
+            yield index, leaf_hash.hex(), decode_entry(body).body
+
+
+def _origin(path: Path | str) -> str:
+    with closing(_read_only(path)) as connection:
+        return str(connection.execute("SELECT origin FROM head").fetchone()[0])
+
+
+def _read_only(path: Path | str) -> sqlite3.Connection:
+    return sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)
+
+
 def _notes(path: Path | str) -> Iterator[bytes]:
     """The stored notes, newest first."""
-    with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    with closing(_read_only(path)) as connection:
         for (note,) in connection.execute("SELECT note FROM checkpoint ORDER BY tree_size DESC"):
             yield bytes(note)

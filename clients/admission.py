@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from audit.canonical import canonical_bytes
+from audit.canonical import canonical_bytes, parse_canonical
 from audit.decimals import decimal_text
 from audit.entries import (
     CharterSigned,
@@ -14,6 +14,8 @@ from audit.entries import (
     RunStarted,
     body_document,
     decode_signature,
+    parse_body,
+    run_digest,
     signing_payload,
 )
 from audit.epsilon import epsilon_floor, recompute
@@ -32,13 +34,18 @@ from federation.errors import AccountingError
 class Admission:
     """One site's yes or no; every method raises `RefusedError` for a no."""
 
-    def __init__(self, home: SiteHome, keys: SiteKeys, ledger: SiteLedger, trainer: Trainer) -> None:
-        self.home = home
+    def __init__(
+        self, home: SiteHome, keys: SiteKeys, ledger: SiteLedger, trainer: Trainer, *, origin: str
+    ) -> None:
+        self.home, self._origin = home, origin
         self._keys, self._ledger, self._trainer = keys, ledger, trainer
         self._terms: dict[str, Terms] = {}
 
-    def sign_charter(self, canonical: str) -> CharterSigned:
-        """Return the identity key's signature of a charter that this site's people approved."""
+    def sign_charter(self, canonical: str, author: str) -> CharterSigned:
+        """Return the identity key's signature of a charter that this site's people approved.
+
+        `author` is who is said to have drawn it up; the signature binds it, so that all are told the same.
+        """
         terms = read_terms(canonical, site=self.home.name)
         self._check_membership(terms)
         check_promise(terms)
@@ -49,7 +56,9 @@ class Admission:
                     f"charter {terms.digest} waits for this site's people; see `affidavit charter sign`",
                 )
             self.home = self.home.approve(terms.digest)
-        return self._keys.signed(CharterSigned(digest=terms.digest, site=self.home.name, signature=""))
+        return self._keys.signed(
+            CharterSigned(digest=terms.digest, author=author, site=self.home.name, signature="")
+        )
 
     def approved_terms(self, canonical: str) -> Terms:
         """Return the terms of a charter that this site has approved."""
@@ -77,10 +86,11 @@ class Admission:
                 self._trainer.check_file(terms)
             except DataFileError as error:
                 raise RefusedError("contract_not_met", str(error)) from error
-            return self._reserve(run.run, terms, canonical)
-        if reservation.charter != canonical or reservation.closed:
+            return self._reserve(run, terms, canonical)
+        accepted = parse_body(RunAccepted, parse_canonical(reservation.acceptance))
+        if reservation.charter != canonical or reservation.closed or accepted.start != run_digest(run):
             raise RefusedError(
-                "run_not_accepted", f"run {run.run} was accepted under other terms, or is over"
+                "run_not_accepted", f"run {run.run} was accepted with another start or charter, or is over"
             )
         return reservation
 
@@ -123,7 +133,7 @@ class Admission:
         if run.initial_model != hashlib.sha256(terms.initial_model()).hexdigest():
             raise RefusedError("base_model_mismatch", "the run does not start from the charter's weights")
 
-    def _reserve(self, run: str, terms: Terms, canonical: str) -> Reservation:
+    def _reserve(self, run: RunStarted, terms: Terms, canonical: str) -> Reservation:
         population, lifetime = self.home.config.population.pseudonym, self.home.config.lifetime
         planned = (terms.event,) * terms.rounds
         committed = self._ledger.committed_events(population)
@@ -135,7 +145,9 @@ class Admission:
             )
         head = self._ledger.head(population)
         body = RunAccepted(
-            run=run,
+            run=run.run,
+            start=run_digest(run),
+            origin=self._origin,
             charter=terms.digest,
             site=self.home.name,
             population=population,
@@ -146,7 +158,7 @@ class Admission:
             signature="",
         )
         acceptance = canonical_bytes(body_document(self._keys.signed(body)))
-        reservation = Reservation(run, population, canonical, planned, acceptance, False)
+        reservation = Reservation(run.run, population, canonical, planned, acceptance, False)
         self._ledger.reserve(reservation)
         return reservation
 

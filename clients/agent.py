@@ -40,7 +40,7 @@ from clients.requests import (
     LoggedEntry,
     ProposeRequest,
     RoundRequest,
-    parse_charter_text,
+    parse_charter_request,
     parse_cosign,
     parse_finished,
     parse_header,
@@ -73,8 +73,9 @@ class Agent:
         self._keys = home.keys()
         self._clock = clock
         self._trainer = Trainer(home.config.data)
-        self.admission = Admission(home, self._keys, ledger, self._trainer)
         policy = home.policy()
+        self._origin = policy.logs[0].origin
+        self.admission = Admission(home, self._keys, ledger, self._trainer, origin=self._origin)
         self._history = History(policy, self._keys.statement.verify_key, clock)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
@@ -150,10 +151,11 @@ class Agent:
             raise RefusedError("bad_request", "the request is larger than any this agent answers")
         if kind == "hello":
             parse_header(header, frozenset())
-            enrolment = self._keys.enrolment(self.name, self.population)
+            enrolment = self._keys.enrolment(self.name, self.population, self._origin)
             return {"enrolment": body_document(enrolment)}, {}
         if kind == "charter.sign":
-            signed = self.admission.sign_charter(parse_charter_text(header))
+            asked = parse_charter_request(header)
+            signed = self.admission.sign_charter(asked.charter, asked.author)
             return {"signature": body_document(signed)}, {}
         if kind == "cosign":
             return self._cosign(header)

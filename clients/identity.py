@@ -137,13 +137,14 @@ class SiteKeys:
         """The cosigner that bears the site's name."""
         return NoteSigner(site, self.witness, KeyType.COSIGNATURE)
 
-    def enrolment(self, site: str, population: str) -> SiteEnrolled:
-        """Return the site's enrolment, signed by the identity and by both delegated signing keys."""
+    def enrolment(self, site: str, population: str, origin: str) -> SiteEnrolled:
+        """Return the enrolment in log `origin`, signed by the identity and by both delegated signing keys."""
         agreement = self.agreement.public_key().public_bytes(
             serialization.Encoding.Raw, serialization.PublicFormat.Raw
         )
         unsigned = SiteEnrolled(
             site=site,
+            origin=origin,
             population=population,
             identity_key=self.identity.text,
             statement_key=self.statement.text,

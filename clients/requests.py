@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 from audit.canonical import JsonValue, parse_canonical
 from audit.entries import RunStarted, parse_body
 from audit.errors import AuditError
+from audit.keys import parse_public_key
 from audit.tlog_proof import TlogProof
 from clients.errors import RefusedError
 
@@ -31,6 +32,12 @@ class LoggedEntry:
 
     leaf: bytes
     proof: TlogProof
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CharterRequest:
+    charter: str
+    author: str  # a public key, as text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +88,14 @@ def parse_header(
     return document
 
 
-def parse_charter_text(header: bytes) -> str:
-    return _text(parse_header(header, frozenset({"charter"})), "charter")
+def parse_charter_request(header: bytes) -> CharterRequest:
+    document = parse_header(header, frozenset({"charter", "author"}))
+    author = _text(document, "author")
+    try:
+        parse_public_key(author)
+    except AuditError as error:
+        raise _bad(f"author: {error}") from error
+    return CharterRequest(charter=_text(document, "charter"), author=author)
 
 
 def parse_propose(header: bytes) -> ProposeRequest:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from audit.entries import Entry
 from audit.models import answer_of
 from audit.principal import LocalOwner, Principal
 from clients.errors import DataFileError, SimulationError
@@ -104,6 +105,11 @@ class SimulatedRun:
                 for item in self.version.registered.epsilons
             ]
         )
+
+    def entries(self, type: str | None = None) -> list[Entry]:
+        """Return this run's entries in the log, in order; of one type, such as "site.statement", if given."""
+        found = self.federation.coordinator.entries(run=self.id, **({} if type is None else {"type": type}))
+        return [entry for _, entry in found]
 
     def register(self) -> Version:
         """Judge the weights by the charter's gates and enter them in the registry as a candidate.

@@ -62,12 +62,14 @@ def latest_enrolments(coordinator: Coordinator) -> dict[str, SiteEnrolled]:
     return {body.site: body for _, body in coordinator.bodies(SiteEnrolled)}
 
 
-def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> None:
-    """Publish the charter's canonical bytes, once."""
-    if any(body.digest == charter.digest for _, body in coordinator.bodies(CharterPublished)):
-        return
+def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> str:
+    """Publish the charter's canonical bytes, once; return the author that it is published with."""
+    for _, published in coordinator.bodies(CharterPublished):
+        if published.digest == charter.digest:
+            return published.author
     body = CharterPublished(digest=charter.digest, canonical=charter.canonical().decode(), author=author)
     coordinator.append(body, ACTOR, stable_event_id("charter.published", charter.digest))
+    return author
 
 
 def record_charter_signature(coordinator: Coordinator, body: CharterSigned) -> None:
@@ -90,7 +92,7 @@ def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter
             if name not in answers:
                 raise ReplyError(name, "is not connected; start its agent and relay, or check its name")
             enrolment = answers[name].header.get("enrolment")
-            body = verify_enrolment(name, charter.site(name).identity, enrolment)
+            body = verify_enrolment(name, charter.site(name).identity, coordinator.origin, enrolment)
         except FederationError as error:
             prepared.failed[name] = error
             continue
@@ -100,9 +102,11 @@ def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter
 
 
 def gather_signatures(
-    coordinator: Coordinator, exchange: Exchange, charter: Charter, prepared: Prepared
+    coordinator: Coordinator, exchange: Exchange, charter: Charter, author: str, prepared: Prepared
 ) -> None:
-    """Let every member that has not yet signed the charter sign it; without all of them there is no charter.
+    """Let every member that has not yet signed the charter sign it, and that `author` drew it up.
+
+    Without all of them there is no charter.
 
     Raises:
         SiteRefusedError: a member declined.
@@ -111,7 +115,8 @@ def gather_signatures(
     missing = set(charter.site_names) - signed_by(coordinator, charter.digest)
     for name in sorted(missing & set(prepared.failed)):
         raise prepared.failed[name]
-    request = Request(kind="charter.sign", header={"charter": charter.canonical().decode()})
+    header = {"charter": charter.canonical().decode(), "author": author}
+    request = Request(kind="charter.sign", header=header)
     answers = exchange.ask(dict.fromkeys(sorted(missing), request), timeout_s=PREPARE_TIMEOUT_S)
     for name in sorted(missing):
         answer = answers[name][0]
@@ -120,7 +125,7 @@ def gather_signatures(
         record_charter_signature(
             coordinator,
             verify_charter_signature(
-                name, charter.site(name).identity, charter.digest, answer.header["signature"]
+                name, charter.site(name).identity, charter.digest, author, answer.header["signature"]
             ),
         )
 
@@ -153,7 +158,7 @@ def propose_run(
     for name in sorted(requests):
         enrolment, answer = prepared.enrolments[name], answers[name][0]
         try:
-            head = _accept(coordinator, charter, run_started, enrolment, answer, history)
+            head = _accept(coordinator, run_started, enrolment, answer, history)
         except FederationError as error:
             prepared.failed[name] = error
             continue
@@ -163,7 +168,6 @@ def propose_run(
 
 def _accept(
     coordinator: Coordinator,
-    charter: Charter,
     run_started: RunStarted,
     enrolment: SiteEnrolled,
     answer: Answer,
@@ -176,9 +180,7 @@ def _accept(
         raise SiteRefusedError(site, refusal.reason)
     if answer.failure or "acceptance" not in answer.header:
         raise ReplyError(site, answer.failure or "sent no acceptance")
-    acceptance = verify_acceptance(
-        site, enrolment, run, charter.digest, charter.plan.rounds, answer.header["acceptance"]
-    )
+    acceptance = verify_acceptance(site, enrolment, run_started, answer.header["acceptance"])
     key = (site, enrolment.population)
     undelivered = answer.header.get("undelivered", [])
     if not isinstance(undelivered, list):

@@ -120,8 +120,8 @@ class RoundLoop:
         try:
             prepared = connect_sites(coordinator, self._exchange, charter)
             self._emit("enrolled", sites=tuple(sorted(prepared.enrolments)))
-            record_charter(coordinator, charter, author)
-            gather_signatures(coordinator, self._exchange, charter, prepared)
+            published_by = record_charter(coordinator, charter, author)
+            gather_signatures(coordinator, self._exchange, charter, published_by, prepared)
             self._emit("charter_signed", sites=charter.site_names)
             self._witnessing.cosign(prepared.enrolments)
             propose_run(coordinator, self._exchange, charter, self._run, prepared, self._witnessing)

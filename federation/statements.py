@@ -12,12 +12,14 @@ from audit.entries import (
     CharterSigned,
     MechanismEvent,
     RunAccepted,
+    RunStarted,
     SiteEnrolled,
     SiteRefused,
     SiteStatement,
     decode_signature,
     event_hash,
     parse_body,
+    run_digest,
     signing_payload,
 )
 from audit.errors import AuditError
@@ -103,8 +105,8 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
     return AcceptedUpdate(statement=statement, update=update, values=values)
 
 
-def verify_enrolment(site: str, identity: str, document: object) -> SiteEnrolled:
-    """Prove an enrolment: all three keys signed it, and the identity is the one the charter names.
+def verify_enrolment(site: str, identity: str, origin: str, document: object) -> SiteEnrolled:
+    """Prove an enrolment: all three keys signed it for log `origin`, the identity is the charter's.
 
     Raises:
         StatementError: naming the field.
@@ -116,6 +118,8 @@ def verify_enrolment(site: str, identity: str, document: object) -> SiteEnrolled
         raise StatementError(site, "enrolment", str(error)) from error
     if body.site != site or body.identity_key != identity:
         raise StatementError(site, "identity_key", "is not the one in the charter")
+    if body.origin != origin:
+        raise StatementError(site, "origin", f"is {_short(body.origin)}, must be {_short(origin)}")
     if witness.name != site:
         raise StatementError(site, "witness_key", f"bears the name {witness.name!r}")
     domain, payload = signing_payload(body)
@@ -131,26 +135,32 @@ def verify_enrolment(site: str, identity: str, document: object) -> SiteEnrolled
     return body
 
 
-def verify_charter_signature(site: str, identity: str, digest: str, document: object) -> CharterSigned:
-    """Prove that the site's identity key signed the charter."""
+def verify_charter_signature(
+    site: str, identity: str, digest: str, author: str, document: object
+) -> CharterSigned:
+    """Prove that the site's identity key signed the charter, as drawn up by `author`."""
     body = _parse(CharterSigned, site, document)
     if (body.digest, body.site) != (digest, site):
         raise StatementError(site, "digest", "signs another charter, or for another site")
+    if body.author != author:
+        raise StatementError(site, "author", f"is {_short(body.author)}, must be {_short(author)}")
     verify_signature(site, body, identity)
     return body
 
 
 def verify_acceptance(
-    site: str, enrolment: SiteEnrolled, run: str, charter: str, planned_events: int, document: object
+    site: str, enrolment: SiteEnrolled, started: RunStarted, document: object
 ) -> RunAccepted:
-    """Prove that the site reserved this run's whole plan."""
+    """Prove that the site reserved the whole plan of this start of a run, in this log."""
     body = _parse(RunAccepted, site, document)
     wanted = {
-        "run": run,
-        "charter": charter,
+        "run": started.run,
+        "start": run_digest(started),
+        "origin": enrolment.origin,
+        "charter": started.charter,
         "site": site,
         "population": enrolment.population,
-        "planned_events": planned_events,
+        "planned_events": started.rounds,
     }
     for name, value in wanted.items():
         if getattr(body, name) != value:

@@ -27,12 +27,9 @@ def check_aggregation(chain: Chain) -> Outcome:
         need(None, ROUNDS)
     additions = sum(len(found.statements) for found in chain.rounds) * charter.dimension
     if chain.replay is False or (chain.replay is None and additions > CHEAP_ADDITIONS):
-        why = "as you asked" if chain.replay is False else f"{additions:,} additions; run again with --replay"
-        return Outcome(
-            word=Word.ATTESTED,
-            code="replay.skipped",
-            detail=f"by the log's operator: the rounds were not replayed ({why})",
-        )
+        why = "as you asked" if chain.replay is False else f"{additions:,} additions"
+        why += "; run again with --replay"
+        raise GapError("aggregation.not_replayed", f"the rounds were not replayed ({why})")
     aggregator = Aggregator(charter.aggregation)
     weights = initial_weights(charter.layers, charter.digest)
     outputs: list[list[float]] = []
@@ -95,10 +92,10 @@ def check_weights(chain: Chain) -> Outcome:
         chain.weights = weights_of_file(charter.layers, data)
     except AuditError as error:
         raise FailError("version.weights", str(error), completed.index) from error
-    return Outcome(
-        word=Word.ATTESTED,
-        code="replay.skipped",
-        detail=f"by the log's operator: that {digest[:16]}… is the average of the last {last} rounds",
+    raise GapError(
+        "aggregation.not_replayed",
+        f"that {digest[:16]}… is the average of the last {last} rounds is shown by replaying them alone",
+        completed.index,
     )
 
 

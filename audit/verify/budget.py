@@ -29,9 +29,10 @@ from audit.epsilon import (
     recompute,
 )
 from audit.errors import AuditError
-from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need, verify_body
+from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
+from audit.verify.odometer import walk
 from audit.verify.report import EpsilonLine, Word
 from audit.verify.training import ROUNDS
 
@@ -51,39 +52,14 @@ def check_odometers(chain: Chain) -> Outcome:
     _check_populations(chain)
     for site, accepted in sorted(chain.accepted.items()):
         population = accepted.body.population
-        events = _events(chain, site, population, until)
-        history: list[SiteStatement] = []
-        previous, rounds = ZERO_DIGEST, set[tuple[str, int]]()
-        for leaf in events:
-            body = leaf.body
-            if history and body.sequence == history[-1].sequence and body == history[-1]:
-                continue  # reported as undelivered, and delivered after all
-            if body.sequence > len(history) + 1:
-                raise _gap(chain, site, len(history) + 1, body.sequence, leaf)
-            place = (body.run, body.round)
-            expect(
-                body.sequence,
-                len(history) + 1,
-                code="odometer.sequence",
-                field="event.sequence",
-                entry=leaf.index,
-            )
-            expect(
-                body.previous_event, previous, code="odometer.chain", field="previous_event", entry=leaf.index
-            )
-            if place in rounds:
-                raise FailError(
-                    "odometer.round_twice",
-                    f"site {site} released run {body.run} round {body.round} twice",
-                    leaf.index,
-                )
-            key = chain.enrolment_at(site, leaf.index).body.statement_key
-            verify_body(body, key, code="statement.signature", who=f"site {site}", entry=leaf.index)
-            rounds.add(place)
-            history.append(body)
-            previous = event_hash(body)
+        history = walk(
+            site,
+            _events(chain, site, population, until),
+            key_of=lambda leaf: chain.enrolment_at(leaf.body.site, leaf.index).body.statement_key,
+            gap=lambda wanted, leaf: _gap(chain, wanted, leaf),
+        )
         _check_start(history, accepted.body.next_sequence, accepted.body.previous_event, accepted.index)
-        chain.histories[site] = tuple(history)
+        chain.histories[site] = history
     shown = ", ".join(f"{site} 1 to {len(history)}" for site, history in sorted(chain.histories.items()))
     detail = f"releases counted once each and chained by hash, from each population's first: {shown}"
     unknown = _unanswered(chain)
@@ -219,13 +195,13 @@ def _events(chain: Chain, site: str, population: str, until: int) -> list[Leaf[S
         for leaf in chain.leaves(SiteUndelivered)
         if leaf.index < until
     ]
-    own = [leaf for leaf in found if (leaf.body.site, leaf.body.population) == (site, population)]
-    return sorted(own, key=lambda leaf: (leaf.body.sequence, leaf.index))
+    return [leaf for leaf in found if (leaf.body.site, leaf.body.population) == (site, population)]
 
 
-def _gap(chain: Chain, site: str, wanted: int, found: int, leaf: Leaf[SiteStatement]) -> AuditError:
+def _gap(chain: Chain, wanted: int, leaf: Leaf[SiteStatement]) -> AuditError:
     """A missing event fails when it is this run's, whose statements are all known; else the file lacks it."""
-    missing = f"site {site}: event {wanted} is missing, the next is {found}"
+    site = leaf.body.site
+    missing = f"site {site}: event {wanted} is missing, the next is {leaf.body.sequence}"
     accepted = chain.accepted[site].body
     if wanted >= accepted.next_sequence and leaf.body.run == accepted.run:
         return FailError("odometer.gap", missing, leaf.index)

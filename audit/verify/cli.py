@@ -46,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--policy", metavar="FILE", help="the policy: whose keys count, how many witnesses")
     parser.add_argument("--receipt", metavar="FILE", help="the receipt you were given with the answer (JSON)")
     parser.add_argument(
-        "--replay", action=argparse.BooleanOptionalAction, help="replay every round (default: when cheap)"
+        "--replay",
+        action=argparse.BooleanOptionalAction,
+        help="replay every round (default: when cheap; else INCOMPLETE)",
     )
     parser.add_argument("--max-age", metavar="SECONDS", type=_seconds, help="how old the checkpoint may be")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

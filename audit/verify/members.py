@@ -10,7 +10,7 @@ from audit.errors import AuditError
 from audit.keys import format_public_key
 from audit.notes import KeyType, NoteVerifier
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need, only, verify_body
-from audit.verify.history import INCLUSION, LINKS
+from audit.verify.history import CHECKPOINT, INCLUSION, LINKS
 from audit.verify.report import NO_POLICY, Word
 
 CHARTER, SITES = "The charter", "The sites and their keys"
@@ -40,15 +40,22 @@ def check_charter(chain: Chain) -> Outcome:
         signed = [
             leaf
             for leaf in chain.leaves(CharterSigned)
-            if (leaf.body.digest, leaf.body.site) == (digest, site.name) and leaf.index < started.index
+            if (leaf.body.digest, leaf.body.site) == (digest, site.name)
         ]
-        if not signed:
+        if not any(leaf.index < started.index for leaf in signed):
             raise GapError(
                 "charter.signature_missing", f"site {site.name} has not signed the charter before the run"
             )
         for leaf in signed:
             verify_body(
                 leaf.body, site.identity, code="charter.signature", who=f"site {site.name}", entry=leaf.index
+            )
+            expect(
+                leaf.body.author,
+                published.body.author,
+                code="charter.author",
+                field="author",
+                entry=leaf.index,
             )
     chain.charter, chain.published = charter, published
     privacy = charter.privacy
@@ -64,10 +71,10 @@ def check_charter(chain: Chain) -> Outcome:
 
 def check_sites(chain: Chain) -> Outcome:
     """Each member's enrolment is signed by its three keys, and its witness key is in the policy."""
-    charter = need(chain.charter, CHARTER)
+    charter, origin = need(chain.charter, CHARTER), need(chain.checkpoint, CHECKPOINT).origin
     found: dict[str, list[Leaf[SiteEnrolled]]] = {}
     for leaf in chain.leaves(SiteEnrolled):
-        witness = _check_enrolment(leaf)
+        witness = check_enrolment(leaf, origin)
         site = charter.site(leaf.body.site)
         if site is None:
             continue
@@ -111,8 +118,14 @@ def _check_population(chain: Chain, site: str, leaves: list[Leaf[SiteEnrolled]])
             )
 
 
-def _check_enrolment(leaf: Leaf[SiteEnrolled]) -> NoteVerifier:
+def check_enrolment(leaf: Leaf[SiteEnrolled], origin: str) -> NoteVerifier:
+    """Return the witness key of an enrolment in log `origin` that all three of its keys signed.
+
+    Raises:
+        FailError: they did not, or they signed it for another log.
+    """
     body = leaf.body
+    expect(body.origin, origin, code="site.other_log", field="origin", entry=leaf.index)
     try:
         witness = NoteVerifier.parse(body.witness_key)
     except AuditError as error:

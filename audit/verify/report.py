@@ -51,7 +51,8 @@ _MEANING: Final[Mapping[Verdict, str]] = {
     Verdict.SELF_CONSISTENT_ONLY: "the file agrees with itself, but no policy was given, so nothing says "
     "whose "
     "keys these are. Anybody can make such a file. Give --policy with a policy obtained elsewhere.",
-    Verdict.INCOMPLETE: "nothing is contradicted, but a step that is needed has no evidence in this file.",
+    Verdict.INCOMPLETE: "nothing is contradicted, but a step that is needed has no evidence in this file, or "
+    "was not carried out.",
     Verdict.STALE: "everything is in order, but the checkpoint is older than you allow.",
     Verdict.UNWITNESSED: "too few of the policy's witnesses cosigned this history; its operator could still "
     "show others another one.",
@@ -60,7 +61,8 @@ _OF_SCOPE: Final[Mapping[str, str]] = {
     "entry": "this entry is in the witnessed log. Nothing is said of what it claims.",
     "misbehaviour": "the accusation holds: this log's key signed both sides of a contradiction. Believe "
     "nothing of it that your own witnesses did not see before.",
-    "log": "the file is whole and is the witnessed log. Nothing is said of what its entries claim.",
+    "log": "the file is whole, is the witnessed log, and counts every release once. Nothing more is said of "
+    "what its entries claim.",
 }
 _WORDS: Final = (
     "PROVED: recomputed from the bytes in this file.  ATTESTED: a key signed it, and nobody can know more "

@@ -12,10 +12,11 @@ from audit.entries import (
     RunAccepted,
     RunStarted,
     SiteStatement,
+    run_digest,
 )
 from audit.models import initial_weights, model_file
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, Round, expect, need, verify_body
-from audit.verify.history import LINKS
+from audit.verify.history import CHECKPOINT, LINKS
 from audit.verify.members import CHARTER, SITES
 from audit.verify.report import Word
 
@@ -120,6 +121,8 @@ def _check_acceptance(
     enrolment = chain.enrolment_at(body.site, leaf.index).body
     wanted = {
         "charter": charter.digest,
+        "start": run_digest(started.body),
+        "origin": need(chain.checkpoint, CHECKPOINT).origin,
         "population": enrolment.population,
         "planned_events": charter.rounds,
     }

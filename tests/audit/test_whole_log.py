@@ -80,7 +80,7 @@ def edit(path: Path, *statements: str) -> None:
 def test_the_witnessed_log_is_valid(honest: Path) -> None:
     report = verify_log(honest, policy_text=policy_of())
     assert report.verdict is Verdict.VALID
-    assert [step.word for step in report.steps] == [Word.PROVED, Word.PROVED]
+    assert [step.word for step in report.steps] == [Word.PROVED, Word.PROVED, Word.PROVED]
     assert "300 entries" in report.text()
 
 

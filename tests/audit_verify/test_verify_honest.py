@@ -106,11 +106,13 @@ def test_a_policy_without_witnesses_is_only_the_operator_s_word(honest):
     assert "operator" in report.step("The log's checkpoint").detail
 
 
-def test_skipping_the_replay_is_said_and_attested(honest):
+def test_skipping_the_replay_is_said_and_is_incomplete(honest):
     report = honest.world.report(honest.data, replay=False)
-    assert report.verdict is Verdict.VALID
-    assert report.step("The aggregation").word is Word.ATTESTED
-    assert report.step("The model's weights").word is Word.ATTESTED
+    assert report.verdict is Verdict.INCOMPLETE
+    for title in ("The aggregation", "The model's weights"):
+        assert report.step(title).word is Word.NO_EVIDENCE
+        assert report.step(title).code == "aggregation.not_replayed"
+    assert "--replay" in report.step("The aggregation").detail
     assert report.step("The answer").word is Word.PROVED
 
 

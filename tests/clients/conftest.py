@@ -36,6 +36,7 @@ from federation.charter import Charter
 from federation.coordinator import Coordinator
 
 SITES = ("alpha", "beta", "gamma")
+ORIGIN = "log.example/small"
 
 CHARTER = """
 affidavit: 1
@@ -108,9 +109,12 @@ class Network:
         self.agents[site] = Agent.open(self.folder / "sites" / site)
         return self.agents[site]
 
+    def to_sign(self, charter: Charter | None = None) -> dict[str, Any]:
+        return {"charter": self.text(charter), "author": self.author.text}
+
     def sign(self, charter: Charter | None = None) -> None:
         for agent in self.agents.values():
-            document, _ = call(agent, "charter.sign", {"charter": self.text(charter)})
+            document, _ = call(agent, "charter.sign", self.to_sign(charter))
             assert "signature" in document, document
 
     def run_started(self, charter: Charter | None = None, **changes: Any) -> dict[str, Any]:
@@ -283,7 +287,7 @@ def make_network(
             lifetime_delta="0.00001",
             auto_approve=auto_approve,
         )
-    coordinator = Coordinator.create(folder / "coordinator", folder / "signer", "log.example/small")
+    coordinator = Coordinator.create(folder / "coordinator", folder / "signer", ORIGIN)
     lines = [f"log {coordinator.log_key}"]
     lines += [f"witness {s} {home.keys().witness_signer(s).vkey}" for s, home in homes.items()]
     policy = Policy.parse("\n".join([*lines, "group sites 2 alpha beta gamma", "quorum sites"]))
@@ -291,7 +295,7 @@ def make_network(
         home.join(policy)
     agents = {site: agent(home) for site, home in homes.items()}
     for live in agents.values():
-        coordinator.append(live.home.keys().enrolment(live.name, live.population), "coordinator")
+        coordinator.append(live.home.keys().enrolment(live.name, live.population, ORIGIN), "coordinator")
     return Network(folder, coordinator, agents, make_charter(agents, rounds=rounds))
 
 

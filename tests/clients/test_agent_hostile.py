@@ -12,6 +12,8 @@ from audit.canonical import canonical_bytes
 from audit.entries import RoundCompleted, SiteStatement, body_document, decode_entry, event_hash, parse_body
 from audit.keys import SigningKey
 
+AUTHOR = b"ed25519:" + base64.b64encode(bytes(range(32)))
+
 
 def heads(network):
     return {s: a.ledger.head(a.population).sequence for s, a in network.agents.items()}
@@ -106,13 +108,13 @@ def test_other_terms_than_the_signed_ones_are_refused(build_network, changes, co
 
 def test_a_charter_is_not_signed_without_its_people(build_network, code_of, request_of):
     network = build_network(auto_approve=False)
-    answer, _ = request_of(network.agents["alpha"], "charter.sign", {"charter": network.text()})
+    answer, _ = request_of(network.agents["alpha"], "charter.sign", network.to_sign())
     assert code_of(answer) == "charter_not_approved"
 
 
 def test_a_charter_that_gives_the_site_another_key_is_not_signed(signed, code_of, request_of):
     text = signed.text().replace(signed.agents["alpha"].home.keys().identity.text, SigningKey.generate().text)
-    answer, _ = request_of(signed.agents["alpha"], "charter.sign", {"charter": text})
+    answer, _ = request_of(signed.agents["alpha"], "charter.sign", signed.to_sign() | {"charter": text})
     assert code_of(answer) == "charter_not_approved"
 
 
@@ -319,7 +321,7 @@ def test_a_purpose_the_site_does_not_allow_is_refused(build_network, code_of, re
     rules = agent.home.config.rules.model_copy(update={"purposes": ("billing",)})
     config = agent.home.config.model_copy(update={"rules": rules})
     agent.admission.home = dataclasses.replace(agent.home, config=config)
-    assert code_of(request_of(agent, "charter.sign", {"charter": network.text()})[0]) == "purpose_not_allowed"
+    assert code_of(request_of(agent, "charter.sign", network.to_sign())[0]) == "purpose_not_allowed"
 
 
 def test_a_refusal_is_signed_by_the_site(signed, code_of):
@@ -343,9 +345,12 @@ def test_a_refusal_is_signed_by_the_site(signed, code_of):
         ("round", b"[1,2]"),
         ("round", b"\xff\xfe"),
         ("run.propose", b'{"charter":"x","run_started":{}}'),
-        ("charter.sign", b'{"charter":"not json"}'),
+        ("charter.sign", b'{"author":"ed25519:AAAA","charter":"{}"}'),
+        ("charter.sign", b'{"author":7,"charter":"{}"}'),
+        ("charter.sign", b'{"author":"%s","charter":"not json"}' % AUTHOR),
+        ("charter.sign", b'{"author":"%s","charter":"{}"}' % AUTHOR),
+        ("charter.sign", b'{"author":"%s","charter":7}' % AUTHOR),
         ("charter.sign", b'{"charter":"{}"}'),
-        ("charter.sign", b'{"charter":7}'),
         ("cosign", b'{"note":"x","old_size":-1,"proof":[]}'),
         ("cosign", b'{"note":"x","old_size":0,"proof":["!"]}'),
         ("hello", b'{"extra":1}'),

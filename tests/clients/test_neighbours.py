@@ -98,5 +98,7 @@ def test_what_a_site_says_before_the_round_does_not_depend_on_rows(network):
         network.run = "run-" + name.replace(" ", "-")
         answer = network.propose(only="alpha")["alpha"]
         agent.handle("run.finished", b'{"run":"%s"}' % network.run.encode(), {})
-        answers.append({k: v for k, v in answer["acceptance"].items() if k not in {"run", "signature"}})
+        answers.append(
+            {k: v for k, v in answer["acceptance"].items() if k not in {"run", "start", "signature"}}
+        )
     assert all(answer == answers[0] for answer in answers)

@@ -29,7 +29,7 @@ def test_a_plan_that_costs_more_than_the_charter_promises_is_not_signed(
     signed, request_of, code_of, changes: dict[str, str]
 ) -> None:
     text = altered(signed.text(), **changes)
-    document, _ = request_of(signed.agents["alpha"], "charter.sign", {"charter": text})
+    document, _ = request_of(signed.agents["alpha"], "charter.sign", signed.to_sign() | {"charter": text})
     assert code_of(document) == "charter_not_approved"
 
 

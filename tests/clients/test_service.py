@@ -65,7 +65,7 @@ def test_a_site_follows_the_log_and_posts_its_cosignature(network):
     log = LogOverHttp(network.coordinator)
     home = network.agents["alpha"].home
     assert witness_once(home, "http://log/", client=log.client()) == network.coordinator.ledger.tree_size
-    network.coordinator.append(home.keys().enrolment("alpha", "p" * 32), "coordinator")
+    network.coordinator.append(home.keys().enrolment("alpha", "p" * 32, "log.example/small"), "coordinator")
     log.note = network.coordinator.publish()
     witness_once(home, "http://log", client=log.client())
     posted = log.posted[-1]
@@ -92,7 +92,7 @@ def test_a_log_that_shrank_or_changed_is_not_cosigned(network, tmp_path):
     def other_proof(path, content):
         return b'{"proof":["%s"]}' % base64.b64encode(bytes(32)) if "consistency" in path else content
 
-    network.coordinator.append(home.keys().enrolment("alpha", "q" * 32), "coordinator")
+    network.coordinator.append(home.keys().enrolment("alpha", "q" * 32, "log.example/small"), "coordinator")
     log = LogOverHttp(network.coordinator, lie=other_proof)
     with pytest.raises(WitnessError) as caught:
         witness_once(home, "http://log", client=log.client())
@@ -120,7 +120,7 @@ def test_sites_under_one_operator_have_one_voice():
 def test_a_server_that_is_no_log_is_said_to_be_none(network, junk):
     home = network.agents["alpha"].home
     witness_once(home, "http://log", client=LogOverHttp(network.coordinator).client())
-    network.coordinator.append(home.keys().enrolment("alpha", "q" * 32), "coordinator")
+    network.coordinator.append(home.keys().enrolment("alpha", "q" * 32, "log.example/small"), "coordinator")
     for part in ("checkpoint", "consistency"):
         log = LogOverHttp(
             network.coordinator, lie=lambda path, content, part=part: junk if part in path else content
@@ -291,7 +291,7 @@ def test_an_enrolment_is_signed_by_all_three_keys(network):
     from audit.entries import decode_signature, signing_payload
 
     home = network.agents["alpha"].home
-    body = home.keys().enrolment("alpha", home.config.population.pseudonym)
+    body = home.keys().enrolment("alpha", home.config.population.pseudonym, "log.example/small")
     domain, payload = signing_payload(body)
     for key, proof in (
         (VerifyKey(parse_public_key(body.identity_key)), body.signature),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.audit_verify.conftest import World
+from tests.audit_verify.world import World
 
 
 @pytest.fixture(scope="session")

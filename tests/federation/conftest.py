@@ -24,12 +24,15 @@ from audit.entries import (
     ZERO_DIGEST,
     CharterSigned,
     RunAccepted,
+    RunStarted,
     SiteEnrolled,
     SiteRefused,
     SiteStatement,
     body_document,
     decode_entry,
     event_hash,
+    parse_body,
+    run_digest,
     signing_payload,
 )
 from audit.keys import SigningKey
@@ -45,6 +48,7 @@ from federation.mechanism import planned_event
 from federation.progress import RunEvent
 from federation.server_app import app as server_app
 
+ORIGIN = "example.org/log"
 CHARTER = """\
 affidavit: 1
 name: cells
@@ -118,6 +122,7 @@ class FakeSite:
         raw = agreement.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         body = SiteEnrolled(
             site=self.name,
+            origin=ORIGIN,
             population=self.population,
             identity_key=self.identity.text,
             statement_key=self.statement.text,
@@ -153,7 +158,10 @@ class FakeSite:
             return {"enrolment": body_document(self.enrolment())}, {}
         if kind == "charter.sign":
             digest = hashlib.sha256(request["charter"].encode()).hexdigest()
-            body = self.signed(CharterSigned(digest=digest, site=self.name, signature=""), self.identity)
+            body = self.signed(
+                CharterSigned(digest=digest, author=request["author"], site=self.name, signature=""),
+                self.identity,
+            )
             return {"signature": body_document(body)}, {}
         if kind == "run.propose":
             self.charter = Charter.from_canonical(request["charter"])
@@ -163,6 +171,8 @@ class FakeSite:
                 return {"acceptance": self.accepted[run["run"]], "undelivered": reported}, {}
             body = RunAccepted(
                 run=run["run"],
+                start=run_digest(parse_body(RunStarted, run)),
+                origin=ORIGIN,
                 charter=run["charter"],
                 site=self.name,
                 population=self.population,
@@ -335,7 +345,7 @@ def public_set() -> bytes:
 @pytest.fixture
 def federation(tmp_path: Path, charter_text: str, keys: dict[str, SigningKey]) -> Iterator[Federation]:
     sites = {name: FakeSite(name, identity=keys[name]) for name in ("north", "south", "west")}
-    coordinator = Coordinator.create(tmp_path / "coordinator", tmp_path / "signer", "example.org/log")
+    coordinator = Coordinator.create(tmp_path / "coordinator", tmp_path / "signer", ORIGIN)
     coordinator.blobs.put(PUBLIC)
     yield Federation(
         home=tmp_path,

@@ -42,6 +42,12 @@ def test_the_first_federation_trains_within_its_budget(cells: list[Any]) -> None
     assert "for one row (add_remove), delta 0.00001" in text
 
 
+def test_an_entry_shows_what_its_site_signed(cells: list[Any]) -> None:
+    text = shown(cells, 'run.entries("site.statement")[0]')
+    assert "Entry site.statement" in text
+    assert "discrete_gaussian" in text
+
+
 def test_the_plot_is_a_picture(cells: list[Any]) -> None:
     (cell,) = [cell for cell in cells if cell.source == "run.plot()"]
     assert len(cell.outputs[0]["data"]["image/png"]) > 10_000

@@ -27,7 +27,7 @@ ENTRY_MODULES = {
 NEVER = {
     "": {"flwr", "numpy", "pydantic", "sqlmodel", "torch", "typer"},
     "agent": {"flwr", "fastapi"},
-    "witness": {"flwr", "numpy", "pandas", "sqlmodel", "torch"},
+    "witness": {"flwr", "numpy", "pandas", "torch"},
     "relay": {"torch", "pandas", "opacus", "dp-accounting"},
     "coordinator": {"torch", "pandas", "opacus"},
     "server": {"flwr", "pandas", "opacus"},
