@@ -1,4 +1,4 @@
-"""Hostile evidence files: any bytes give a report or the declared error, nothing is unpacked beyond the caps."""
+"""Hostile evidence files: any bytes give a report or the declared error; nothing is unpacked past a cap."""
 
 from __future__ import annotations
 
