@@ -20,6 +20,8 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
+# The tests start many processes: let each find its modules compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check soak bench bench-dp bench-log results clean
@@ -51,7 +53,8 @@ demo: $(STAMP)  ## four hospitals train with privacy, the log proves it, a stran
 	@$(BIN)/affidavit demo
 
 test: $(STAMP)  ## every test but the soak, with a coverage report
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term \
+	    $(PYTEST_OPTIONS)
 
 check: $(STAMP)  ## style, types, import contracts, the examples in docstrings
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,16 @@ class FakeSite:
 
     def __post_init__(self) -> None:
         self.population = self.population or hashlib.sha256(self.name.encode()).hexdigest()[:32]
+
+    def copy(self) -> FakeSite:
+        """The same site with records of its own."""
+        return dataclasses.replace(
+            self,
+            undelivered=list(self.undelivered),
+            asked=list(self.asked),
+            accepted=dict(self.accepted),
+            answered=dict(self.answered),
+        )
 
     def signed(self, body: Any, key: SigningKey, name: str = "signature") -> Any:
         domain, payload = signing_payload(body)
@@ -342,17 +353,53 @@ def public_set() -> bytes:
     return PUBLIC
 
 
-@pytest.fixture
-def federation(tmp_path: Path, charter_text: str, keys: dict[str, SigningKey]) -> Iterator[Federation]:
+def make_federation(folder: Path, charter_text: str, keys: dict[str, SigningKey]) -> Federation:
     sites = {name: FakeSite(name, identity=keys[name]) for name in ("north", "south", "west")}
-    coordinator = Coordinator.create(tmp_path / "coordinator", tmp_path / "signer", ORIGIN)
+    coordinator = Coordinator.create(folder / "coordinator", folder / "signer", ORIGIN)
     coordinator.blobs.put(PUBLIC)
-    yield Federation(
-        home=tmp_path,
+    return Federation(
+        home=folder,
         coordinator=coordinator,
         sites=sites,
         officer=keys["officer"],
         author=keys["author"],
         charter=Charter.parse(charter_text),
     )
-    coordinator.close()
+
+
+@pytest.fixture
+def federation(tmp_path: Path, charter_text: str, keys: dict[str, SigningKey]) -> Iterator[Federation]:
+    made = make_federation(tmp_path, charter_text, keys)
+    yield made
+    made.coordinator.close()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A federation whose only run has been registered, in a copy that one test may change."""
+
+    federation: Federation
+    version: registry.Version
+
+
+@pytest.fixture(scope="session")
+def registered_once(
+    tmp_path_factory: pytest.TempPathFactory, charter_text: str, keys: dict[str, SigningKey]
+) -> tuple[Federation, str]:
+    """Train and register once; `candidate` lends copies."""
+    folder = tmp_path_factory.mktemp("registered")
+    made = make_federation(folder, charter_text, keys)
+    digest = made.registered().digest
+    made.coordinator.close()
+    return made, digest
+
+
+@pytest.fixture
+def candidate(tmp_path: Path, registered_once: tuple[Federation, str]) -> Iterator[Candidate]:
+    made, digest = registered_once
+    for name in ("coordinator", "signer"):
+        shutil.copytree(made.home / name, tmp_path / name)
+    with Coordinator.open(tmp_path / "coordinator", tmp_path / "signer") as coordinator:
+        sites = {name: site.copy() for name, site in made.sites.items()}
+        copy = dataclasses.replace(made, home=tmp_path, coordinator=coordinator, sites=sites)
+        yield Candidate(copy, registry.find_version(coordinator.ledger, digest))

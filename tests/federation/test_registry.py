@@ -40,24 +40,24 @@ def approve(federation, version, key, to_state="live"):
     return service.approve(federation.coordinator, federation.principal, federation.owner, request, key)
 
 
-def test_a_registered_version_is_a_candidate_with_gates_and_epsilon(federation):
-    version = federation.registered()
+def test_a_registered_version_is_a_candidate_with_gates_and_epsilon(candidate):
+    version = candidate.version
     assert version.state == "candidate"
     assert version.gates_passed
     assert {gate.source for gate in version.registered.gates} == {"public_set"}
     assert [cost.site for cost in version.registered.epsilons] == ["north", "south", "west"]
 
 
-def test_claimed_epsilon_is_that_of_the_plan(federation):
-    version = federation.registered()
+def test_claimed_epsilon_is_that_of_the_plan(candidate):
+    federation, version = candidate.federation, candidate.version
     expected = spent([planned_event(federation.charter)] * 3, 1e-5)
     for cost in version.registered.epsilons:
         assert (cost.run_epsilon, cost.run_epsilon_rdp) == (expected.pld_text, expected.rdp_text)
         assert (cost.events, cost.lifetime_epsilon) == (3, cost.run_epsilon)
 
 
-def test_lifetime_epsilon_counts_every_run(federation):
-    federation.registered()
+def test_lifetime_epsilon_counts_every_run(candidate):
+    federation = candidate.federation
     second = federation.registered()
     expected = spent([planned_event(federation.charter)] * 6, 1e-5)
     for cost in second.registered.epsilons:
@@ -74,8 +74,9 @@ def test_registering_twice_is_one_entry(federation):
     assert len(federation.bodies(VersionRegistered)) == 1
 
 
-def test_an_officer_makes_a_version_live_with_a_signature_of_her_own(federation):
-    version = approve(federation, federation.registered(), federation.officer)
+def test_an_officer_makes_a_version_live_with_a_signature_of_her_own(candidate):
+    federation = candidate.federation
+    version = approve(federation, candidate.version, federation.officer)
     assert version.state == "live"
     first, second = federation.bodies(VersionTransition)
     assert (first.from_state, first.to_state, second.from_state, second.to_state) == (
@@ -92,21 +93,21 @@ def test_an_officer_makes_a_version_live_with_a_signature_of_her_own(federation)
         )
 
 
-def test_whoever_trained_it_cannot_approve_it_although_an_officer(federation):
-    version = federation.registered()
+def test_whoever_trained_it_cannot_approve_it_although_an_officer(candidate):
+    federation, version = candidate.federation, candidate.version
     assert federation.author.text in {officer.key for officer in federation.charter.officers}
     with pytest.raises(OfficerError, match="another officer"):
         approve(federation, version, federation.author)
     assert federation.bodies(VersionTransition) == []
 
 
-def test_a_stranger_cannot_approve(federation):
+def test_a_stranger_cannot_approve(candidate):
     with pytest.raises(OfficerError, match="not one of the charter's officers"):
-        approve(federation, federation.registered(), SigningKey.generate())
+        approve(candidate.federation, candidate.version, SigningKey.generate())
 
 
-def test_the_authoriser_is_asked_before_anything_is_written(federation):
-    version = federation.registered()
+def test_the_authoriser_is_asked_before_anything_is_written(candidate):
+    federation, version = candidate.federation, candidate.version
     coordinator, principal, nobody = federation.coordinator, federation.principal, Nobody()
     size = coordinator.ledger.tree_size
     attempts = [
@@ -152,8 +153,8 @@ def test_a_charter_without_gates_approves_nothing(federation, charter_text):
         approve(federation, version, federation.officer)
 
 
-def test_more_epsilon_than_the_charter_allows_is_a_gate_too(federation):
-    version = federation.registered()
+def test_more_epsilon_than_the_charter_allows_is_a_gate_too(candidate):
+    federation, version = candidate.federation, candidate.version
     costly = [replace(cost, run_epsilon="3.0001") for cost in version.registered.epsilons]
     failed = failed_gates(federation.charter, version.registered.gates, costly[:1])
     assert failed == ["epsilon of site north is 3.0001, the charter allows 3"]
@@ -169,8 +170,8 @@ def test_a_plan_that_could_never_be_approved_spends_nothing(federation, charter_
     assert all(site.asked == [] for site in federation.sites.values())
 
 
-def test_a_version_moves_only_forward(federation):
-    version = federation.registered()
+def test_a_version_moves_only_forward(candidate):
+    federation, version = candidate.federation, candidate.version
     approve(federation, version, federation.officer, "approved")
     with pytest.raises(TransitionError):
         approve(federation, version, federation.officer, "approved")
@@ -186,9 +187,10 @@ def second_run(federation, charter_text):
     return federation.registered()
 
 
-def test_a_new_live_version_retires_the_old_and_rollback_brings_it_back(federation, charter_text):
+def test_a_new_live_version_retires_the_old_and_rollback_brings_it_back(candidate, charter_text):
+    federation = candidate.federation
     coordinator, ledger = federation.coordinator, federation.coordinator.ledger
-    first = approve(federation, federation.registered(), federation.officer)
+    first = approve(federation, candidate.version, federation.officer)
     second = approve(federation, second_run(federation, charter_text), federation.officer)
     assert registry.find_version(ledger, first.digest).state == "retired"
     assert registry.live_version(ledger, "cells").digest == second.digest
@@ -201,9 +203,10 @@ def test_a_new_live_version_retires_the_old_and_rollback_brings_it_back(federati
     assert [body.previous_transition for body in chain] == hashes[:-1]
 
 
-def test_rollback_needs_an_earlier_live_version_and_an_officer(federation, charter_text):
+def test_rollback_needs_an_earlier_live_version_and_an_officer(candidate, charter_text):
+    federation = candidate.federation
     coordinator, principal, owner = federation.coordinator, federation.principal, federation.owner
-    approve(federation, federation.registered(), federation.officer)
+    approve(federation, candidate.version, federation.officer)
     with pytest.raises(TransitionError, match="nothing to roll back to"):
         service.rollback(
             coordinator, principal, owner, service.RollbackRequest(model="cells"), federation.officer
@@ -222,8 +225,9 @@ def test_rollback_needs_an_earlier_live_version_and_an_officer(federation, chart
         )
 
 
-def test_retiring_leaves_no_live_version(federation):
-    version = approve(federation, federation.registered(), federation.officer)
+def test_retiring_leaves_no_live_version(candidate):
+    federation = candidate.federation
+    version = approve(federation, candidate.version, federation.officer)
     arguments = (
         federation.coordinator,
         federation.principal,
@@ -302,8 +306,8 @@ def test_blobs_are_checked_when_read(federation):
             blobs.get(missing)
 
 
-def test_the_card_tells_what_the_log_shows_and_what_it_does_not(federation):
-    version = federation.registered()
+def test_the_card_tells_what_the_log_shows_and_what_it_does_not(candidate):
+    federation, version = candidate.federation, candidate.version
     ledger = federation.coordinator.ledger
     before = model_card(ledger, version.digest)
     assert "NO EVIDENCE: nobody has approved this version." in before
@@ -334,8 +338,8 @@ def test_a_card_says_when_no_metric_is_shown(federation, charter_text):
     assert "NO EVIDENCE: the charter names no metric" in card
 
 
-def test_a_registration_that_says_passed_still_meets_the_epsilon_gate(federation):
-    version = federation.registered()
+def test_a_registration_that_says_passed_still_meets_the_epsilon_gate(candidate):
+    federation, version = candidate.federation, candidate.version
     costly = tuple(replace(cost, run_epsilon="7") for cost in version.registered.epsilons)
     forged = replace(version.registered, version="ab" * 32, epsilons=costly)
     federation.coordinator.append(forged, "coordinator")
