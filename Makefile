@@ -24,7 +24,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check soak bench bench-dp results clean
+.PHONY: help install demo test check soak bench bench-dp bench-log results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -74,6 +74,9 @@ bench: $(STAMP)  ## every benchmark
 
 bench-dp: $(STAMP)  ## the cost of a private training step beside other implementations
 	@$(BIN)/python benchmarks/bench_dp.py
+
+bench-log: $(STAMP)  ## the log beside a commit an entry, pymerkle and Go's judge
+	@$(BIN)/python benchmarks/bench_log.py
 
 results: $(STAMP)  ## utility at each epsilon, written to docs/results/utility.md (long)
 	@$(BIN)/python benchmarks/results_utility.py

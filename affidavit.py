@@ -44,12 +44,15 @@ Site engineer: your rows stay with you
   site add NAME           make the site's home: keys, population, lifetime budget
   site status NAME        what this site has spent, and what it agreed to
   site witness NAME       check that the log only grew, and cosign it
+  site serve-witness NAME answer the log's add-checkpoint requests (C2SP tlog-witness)
   charter sign            read a charter, agree to it with the site's key
 
 Compliance officer: believe nothing, check everything
   verify FILE             walk an evidence file offline; exit code 0 means VALID
   log list | show | proof search the log, read an entry, prove it is there
   log fsck                recompute the whole log from its bytes
+  log export TARGET       the log as tlog-tiles, in a folder or an object store
+  log prove-fork A B      a file that convicts a log of two histories; verify judges it
   log rotate-key | compromise
                           give the log a new key; end a stolen one
   db upgrade              bring an older log's database to this release

@@ -11,8 +11,11 @@ from audit.errors import LedgerCorruptError
 from audit.merkle import HASH_SIZE, hash_node
 from audit.tables import LEAF, NODE, TILE_HEIGHT, TILE_WIDTH
 
-_CACHED_TILES = 128  # about 70 KiB each
+_CACHED_TILES = 4096  # 16 KiB each, 64 MiB in all: a million leaves stay warm
 _CACHED_NODES = 4096
+_OFFSETS = tuple(
+    HASH_SIZE * sum(TILE_WIDTH >> lower for lower in range(height)) for height in range(TILE_HEIGHT + 1)
+)  # where each height begins in a full tile's nodes
 
 
 class TileReader:
@@ -36,15 +39,18 @@ class TileReader:
         tile_level, height = divmod(level, TILE_HEIGHT)
         tile = index >> (TILE_HEIGHT - height)
         if (tile + 1) << TILE_HEIGHT * (tile_level + 1) <= self.known_size:
-            return self._full_tile(tile_level, tile)[height][index & ((TILE_WIDTH >> height) - 1)]
+            at = _OFFSETS[height] + (index & ((TILE_WIDTH >> height) - 1)) * HASH_SIZE
+            return self._full_tile(tile_level, tile)[at : at + HASH_SIZE]
         return self._loose_node(level, index)
 
     def _load_loose_node(self, level: int, index: int) -> bytes:
         tile_level, height = divmod(level, TILE_HEIGHT)
         return _pyramid(self._tile_row(tile_level, index << height, (index + 1) << height))[-1][0]
 
-    def _load_full_tile(self, tile_level: int, tile: int) -> list[list[bytes]]:
-        return _pyramid(self._tile_row(tile_level, tile * TILE_WIDTH, (tile + 1) * TILE_WIDTH))
+    def _load_full_tile(self, tile_level: int, tile: int) -> bytes:
+        """All 511 nodes of a full tile, level by level, in one piece: 16 KiB instead of 511 objects."""
+        levels = _pyramid(self._tile_row(tile_level, tile * TILE_WIDTH, (tile + 1) * TILE_WIDTH))
+        return b"".join(node for level in levels for node in level)
 
     def _tile_row(self, tile_level: int, start: int, stop: int) -> list[bytes]:
         if tile_level == 0:

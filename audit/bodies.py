@@ -346,6 +346,25 @@ class EvidenceExported:
     digest: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyBound:
+    """A node's key speaks for this site: it may read what the log says of that site."""
+
+    key_id: str
+    site: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRead:
+    """Somebody read the log. The terms are only here as a keyed hash: they may name a person."""
+
+    principal: str
+    role: str
+    action: str  # "search" | "count" | "export" | "entry" | "bundle"
+    query: str  # hex HMAC-SHA256 of the canonical terms, under a key in the coordinator's home
+    count: int  # entries that were shown
+
+
 Body = (
     LogCreated
     | KeyRotated
@@ -371,6 +390,8 @@ Body = (
     | PredictionDenied
     | AccessDenied
     | EvidenceExported
+    | KeyBound
+    | AuditRead
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -398,5 +419,7 @@ TYPES: Final[dict[str, type[Any]]] = {
     "prediction.denied": PredictionDenied,
     "access.denied": AccessDenied,
     "evidence.exported": EvidenceExported,
+    "key.bound": KeyBound,
+    "audit.read": AuditRead,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

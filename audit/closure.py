@@ -67,6 +67,7 @@ class EvidenceLog(Protocol):
         version: str | None = None,
         run: str | None = None,
         site: str | None = None,
+        principal: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,

@@ -1,4 +1,5 @@
-"""Commands about the log: `log list | show | proof | fsck`, `db upgrade` and `evidence export`.
+"""Commands about the log: `log list | show | proof | fsck`, `db upgrade` and `evidence export`;
+`log export | prove-fork` are in `audit.file_commands`.
 
 With --url they ask a running server; without, they read the coordinator's home on this machine.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from audit import file_commands
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
 from audit.principal import LocalOwner, Principal
 
@@ -37,6 +39,7 @@ Index = Annotated[int, typer.Argument(help="The entry's place in the log, from 0
 
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
+    file_commands.register(log)
     application.add_typer(log)
     application.add_typer(db)
     application.add_typer(evidence)
@@ -50,6 +53,9 @@ def list_entries(
     version: Annotated[str | None, typer.Option(help="Model version (digest).")] = None,
     run: Annotated[str | None, typer.Option(help="Training run.")] = None,
     site: Annotated[str | None, typer.Option(help="Site.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model.")] = None,
+    principal: Annotated[str | None, typer.Option(help="The pseudonym that an entry names.")] = None,
+    decision: Annotated[str | None, typer.Option(help="allowed or denied.")] = None,
     since: Annotated[str | None, typer.Option(help="From this time on (RFC 3339, UTC).")] = None,
     until: Annotated[str | None, typer.Option(help="Before this time.")] = None,
     after: Annotated[int | None, typer.Option(help="Continue after this leaf index.")] = None,
@@ -64,7 +70,8 @@ def list_entries(
     Exit codes: 0 done (also when nothing matches), 1 refused or failed, 2 wrong usage.
     """
     filters = {
-        "type": type, "actor": actor, "version": version, "run": run, "site": site,
+        "type": type, "actor": actor, "version": version, "run": run, "site": site, "model": model,
+        "principal": principal, "decision": decision,
         "since": since, "until": until, "after": after, "limit": limit,
     }  # fmt: skip
     if url:

@@ -72,7 +72,7 @@ def describe(error: Exception) -> tuple[str, str]:
     """Return the stable code and the message of any error."""
     code = getattr(error, "code", None)
     if isinstance(code, str):
-        return code, str(error)
+        return code, "; ".join([str(error), *getattr(error, "__notes__", [])])
     if isinstance(error, FileNotFoundError):
         return "command.file_missing", f"{error.filename}: no such file"
     if isinstance(error, PermissionError):

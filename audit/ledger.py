@@ -23,6 +23,7 @@ from sqlalchemy import Connection, Engine, Row, Select, func, inspect, select
 from audit import _store, merkle
 from audit._checkpoint_store import CheckpointStore
 from audit._integrate import AppendRequest, Sequenced, commit_batch, read_edge
+from audit._search import matching
 from audit._sequencer import Sequencer
 from audit._store import blob
 from audit._tiles import TileReader
@@ -214,6 +215,17 @@ class Ledger:
         self._reach(size2)
         return merkle.consistency_proof(self._tiles.node, size1, size2)
 
+    def node(self, level: int, index: int) -> bytes:
+        """Return the hash of the perfect subtree of 2**level leaves that begins at leaf index * 2**level.
+
+        Raises:
+            TreeRangeError: the log does not hold all of them.
+        """
+        if level < 0 or index < 0:
+            raise TreeRangeError(f"no node {index} of level {level}")
+        self._reach((index + 1) << level)
+        return self._tiles.node(level, index)
+
     # reading entries
 
     def entry(self, leaf_index: int) -> bytes:
@@ -273,20 +285,24 @@ class Ledger:
         """
         if not 1 <= limit <= MAX_SEARCH:
             raise TreeRangeError(f"limit is {limit}; give 1 to {MAX_SEARCH}")
-        query = select(LEAF)
-        if type is not None:
-            query = query.where(LEAF.c.type.in_([type] if isinstance(type, str) else list(type)))
-        exact = {"actor": actor, "model": model, "version": version, "run": run, "site": site}
-        for name, value in {**exact, "round": round, "principal": principal}.items():
-            if value is not None:
-                query = query.where(LEAF.c[name] == value)
-        if since is not None:
-            query = query.where(LEAF.c.time >= since)
-        if until is not None:
-            query = query.where(LEAF.c.time < until)
+        query = matching(
+            select(LEAF),
+            type=type, actor=actor, model=model, version=version, run=run, site=site,
+            round=round, principal=principal, since=since, until=until,
+        )  # fmt: skip
         if after is not None:
             query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)
         return self._select(query.order_by(LEAF.c.idx.desc() if newest_first else LEAF.c.idx).limit(limit))
+
+    def count(self, *, before: int | None = None, after: int | None = None, **columns: Any) -> int:
+        """Return how many entries `search` would find by these columns, after < leaf index < before."""
+        query = matching(select(func.count()).select_from(LEAF), **columns)
+        if after is not None:
+            query = query.where(LEAF.c.idx > after)
+        if before is not None:
+            query = query.where(LEAF.c.idx < before)
+        with _store.reading(self._engine) as connection:
+            return int(connection.execute(query).scalar_one())
 
     # checkpoints
 

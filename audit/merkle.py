@@ -231,15 +231,46 @@ def verify_consistency(*, size1: int, size2: int, root1: bytes, root2: bytes, pr
     _check_hashes(ConsistencyError, root1, root2, *proof)
     if not proof:
         raise ConsistencyError("the proof is empty")
-    path = list(proof)
-    if size1 & (size1 - 1) == 0:
-        path.insert(0, root1)
+    whole = size1 & (size1 - 1) == 0
+    old, new = roots_from_prefix_proof(size1, size2, [root1, *proof] if whole else proof)
+    if old != root1:
+        raise RootMismatchError(expected=root1, computed=old)
+    if new != root2:
+        raise RootMismatchError(expected=root2, computed=new)
+
+
+def prefix_proof(get: NodeSource, size1: int, size2: int) -> list[bytes]:
+    """Return the consistency proof with the hash that RFC 9162 leaves out when size1 is a power of two.
+
+    With it both roots follow from the proof alone: the tree of `size2` itself says which root its first
+    `size1` leaves have.
+
+    Raises:
+        TreeRangeError: unless 0 < size1 < size2.
+    """
+    if not 0 < size1 < size2:
+        raise TreeRangeError(f"no proof of the first {size1} leaves of a tree of {size2}")
+    proof = consistency_proof(get, size1, size2)
+    return [_range_root(get, 0, size1), *proof] if size1 & (size1 - 1) == 0 else proof
+
+
+def roots_from_prefix_proof(size1: int, size2: int, proof: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """Return the only roots (of the first `size1` leaves, of all `size2`) that a prefix proof fits.
+
+    Raises:
+        ConsistencyError: unless 0 < size1 < size2, or the proof has another length or a hash not 32 bytes.
+    """
+    if not 0 < size1 < size2 <= MAX_TREE_SIZE:
+        raise ConsistencyError(f"no tree of {size2} can be shown to extend a tree of {size1}")
+    _check_hashes(ConsistencyError, *proof)
+    if not proof:
+        raise ConsistencyError("the proof is empty")
     node, last = size1 - 1, size2 - 1
     while node & 1:
         node >>= 1
         last >>= 1
-    old = new = path[0]
-    for sibling in path[1:]:
+    old = new = proof[0]
+    for sibling in proof[1:]:
         if last == 0:
             raise ConsistencyError(f"the proof of {len(proof)} hashes is too long for sizes {size1}, {size2}")
         if node & 1 or node == last:
@@ -253,10 +284,7 @@ def verify_consistency(*, size1: int, size2: int, root1: bytes, root2: bytes, pr
         last >>= 1
     if last:
         raise ConsistencyError(f"the proof of {len(proof)} hashes is too short for sizes {size1}, {size2}")
-    if old != root1:
-        raise RootMismatchError(expected=root1, computed=old)
-    if new != root2:
-        raise RootMismatchError(expected=root2, computed=new)
+    return old, new
 
 
 def _check_hashes(error: type[InclusionError] | type[ConsistencyError], *hashes: bytes) -> None:

@@ -25,6 +25,8 @@ ACTIONS: Final = frozenset(
         "models.rollback",
         "runs.start",
         "log.read",
+        "log.read_own",
+        "tiles.read",
         "entry.read",
         "log.cosign",
         "evidence.export",
@@ -43,6 +45,7 @@ class Principal:
     id: str
     role: str  # one of ROLES
     key: str = ""
+    site: str = ""  # the site that a node's key speaks for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,18 +8,17 @@ charter, and nothing more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from audit.canonical import canonical_bytes
 from audit.checkpoints import parse_checkpoint_note
 from audit.closure import BlobSource, Closure, EvidenceGapError, EvidenceLog, StoredLeaf
-from audit.entries import columns_of
 from audit.errors import AuditError
-from audit.evidence import Evidence, read_evidence, write_evidence
+from audit.evidence import Evidence, EvidenceTooLargeError, read_evidence, write_evidence
 from audit.merkle import hash_leaf
 from audit.notes import parse_note
-from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
+from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, require
+from audit.reading import SearchRequest, about_entry, search_page, with_limit
 from audit.tlog_proof import TlogProof
 
 __all__ = [
@@ -28,15 +27,31 @@ __all__ = [
     "Decision",
     "EvidenceGapError",
     "NoCheckpointError",
+    "NothingMatchesError",
     "Principal",
     "SearchRequest",
     "add_answer",
     "export_entry",
     "export_evidence",
+    "export_matching",
     "prove_entry",
     "read_entry",
+    "read_evidence",
     "search_entries",
+    "subject_of",
 ]
+
+
+MAX_MATCHING: Final = 999
+
+
+class NothingMatchesError(AuditError):
+    """No entry matches, so there is nothing to prove."""
+
+    code = "evidence.nothing_matches"
+
+    def __init__(self) -> None:
+        super().__init__("no entry matches; widen the terms")
 
 
 class NoCheckpointError(AuditError):
@@ -49,32 +64,16 @@ class NoCheckpointError(AuditError):
         self.leaf_index = leaf_index
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchRequest:
-    """What to look for; None matches everything. `after` is the last leaf index of the page before."""
-
-    type: str | None = None
-    actor: str | None = None
-    model: str | None = None
-    version: str | None = None
-    run: str | None = None
-    site: str | None = None
-    since: str | None = None
-    until: str | None = None
-    after: int | None = None
-    limit: int = 100
-
-
 def search_entries(
     ledger: EvidenceLog, principal: Principal, authorizer: Authorizer, request: SearchRequest
 ) -> Sequence[StoredLeaf]:
-    """Return the entries that match, in index order.
+    """Return the matching entries that this caller may see, in index order; pages: `audit.reading`.
 
     Raises:
         AccessDeniedError: the caller may not read the log.
+        SearchTermError: a term has no meaning.
     """
-    require(authorizer, principal, Question(action="log.read", resource="log"))
-    return ledger.search(**{name: getattr(request, name) for name in request.__dataclass_fields__})
+    return search_page(ledger, principal, authorizer, request).rows
 
 
 def read_entry(ledger: EvidenceLog, principal: Principal, authorizer: Authorizer, leaf_index: int) -> bytes:
@@ -85,7 +84,7 @@ def read_entry(ledger: EvidenceLog, principal: Principal, authorizer: Authorizer
         EntryNotFoundError: the log has no such leaf.
     """
     data = ledger.entry(leaf_index)
-    require(authorizer, principal, _about(data, leaf_index, "entry.read"))
+    require(authorizer, principal, about_entry(data, leaf_index, "entry.read"))
     return data
 
 
@@ -113,8 +112,69 @@ def export_entry(
     ledger: EvidenceLog, blobs: BlobSource, principal: Principal, authorizer: Authorizer, leaf_index: int
 ) -> bytes:
     """Return the evidence file of one entry; errors as `export_evidence`, and AccessDeniedError."""
-    require(authorizer, principal, _about(ledger.entry(leaf_index), leaf_index, "evidence.export"))
+    require(authorizer, principal, about_entry(ledger.entry(leaf_index), leaf_index, "evidence.export"))
     return export_evidence(ledger, blobs, leaf_index=leaf_index)
+
+
+def export_matching(
+    ledger: EvidenceLog,
+    principal: Principal,
+    authorizer: Authorizer,
+    request: SearchRequest,
+    *,
+    limit: int = MAX_MATCHING,
+) -> bytes:
+    """Return one evidence file with every entry that matches: its subject is the last, all are proved.
+
+    It says that these entries are in the log, under one checkpoint; what they claim of each other is for the
+    file of one version, run or prediction (`export_entry`). Leaf indices show what lies between them.
+
+    Raises:
+        AccessDeniedError: the caller may not read or export one of them.
+        NothingMatchesError, EvidenceTooLargeError: none match, or more than `limit`.
+        NoCheckpointError: no checkpoint covers the last.
+    """
+    page = search_page(ledger, principal, authorizer, with_limit(request, limit + 1))
+    if not page.rows:
+        raise NothingMatchesError
+    if len(page.rows) > limit or page.next is not None:
+        raise EvidenceTooLargeError("file", f"more than {limit} entries match; narrow the time or the terms")
+    covered = max((parse_checkpoint_note(note).tree_size for note in ledger.checkpoints()), default=0)
+    entries = {row.leaf_index: row.body for row in page.rows if row.leaf_index < covered}
+    if not entries:
+        raise NoCheckpointError(page.rows[0].leaf_index)
+    for index, data in entries.items():
+        require(authorizer, principal, about_entry(data, index, "evidence.export"))
+    last = max(entries)
+    entries.setdefault(0, ledger.entry(0))
+    note = best_checkpoint(ledger, last)
+    size = parse_checkpoint_note(note).tree_size
+    return write_evidence(
+        Evidence(
+            scope="entry",
+            leaf_index=last,
+            leaf_hash=hash_leaf(entries[last]).hex(),
+            checkpoint=note,
+            entries=dict(sorted(entries.items())),
+            proofs={index: tuple(ledger.inclusion_proof(index, size)) for index in sorted(entries)},
+        )
+    )
+
+
+def subject_of(ledger: EvidenceLog, *, version: str | None = None, run: str | None = None) -> int:
+    """Return the entry whose evidence file tells a version's or a run's whole story.
+
+    Raises:
+        NothingMatchesError: the log knows no such version, or the run has not ended.
+    """
+    wanted: tuple[str, ...] = ("version.transition", "version.registered") if version else ("run.completed",)
+    for kind in wanted:
+        after, last = None, None
+        while rows := ledger.search(type=kind, version=version, run=run, after=after, limit=500):
+            after = last = rows[-1].leaf_index
+        if last is not None:
+            return last
+    raise NothingMatchesError
 
 
 def export_evidence(
@@ -201,12 +261,6 @@ def best_checkpoint(ledger: EvidenceLog, leaf_index: int, further: bytes | None 
     if not covering:
         raise NoCheckpointError(leaf_index)
     return max(covering, key=lambda found: found[:2])[2]
-
-
-def _about(data: bytes, leaf_index: int, action: str) -> Question:
-    """Return the question about one entry; whom it names may matter to the answer."""
-    named = columns_of(data).principal or ""
-    return Question(action=action, resource=str(leaf_index), attributes={"principal": named})
 
 
 def _with_answer(

@@ -1,5 +1,5 @@
-"""Commands for sites and data scientists: `demo`, `train`, `identity new`, `site add | status | witness`,
-`charter sign`.
+"""Commands for sites and data scientists: `demo`, `train`, `identity new`, `site add | status | witness |
+serve-witness`, `charter sign`.
 """
 
 from __future__ import annotations
@@ -243,6 +243,32 @@ def witness(
 
     size = witness_once(_open_site(base_home(home), name), url)
     emit({"site": name, "tree_size": size}, f"{name} cosigned the log of {size} entries", as_json=as_json)
+
+
+@site.command("serve-witness")
+@guarded
+def serve_witness(
+    name: Name,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 8010,
+    prefix: Annotated[str, typer.Option(help="Path before add-checkpoint, such as /witness.")] = "",
+    home: Home = None,
+) -> None:
+    """Answer the log's `add-checkpoint` requests (C2SP tlog-witness) until stopped.
+
+    Needs this site's witness key and state only. What convicts the log goes into the site's home, folder
+    misbehaviour.
+
+    Exit codes: 0 stopped, 1 no such site, or it follows no log yet, 2 wrong usage.
+    """
+    from clients.witness_server import WitnessServer, serve
+
+    place = _open_site(base_home(home), name)
+    if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
+        raise CommandError(f"--prefix {prefix!r}: begin with / and end without", code="command.usage")
+    witness = place.witness()
+    typer.echo(f"witness {name} of {witness.log.name}: http://{host}:{port}{prefix}/add-checkpoint", err=True)
+    serve(WitnessServer(witness, place.path, prefix=prefix), host=host, port=port)
 
 
 @guarded

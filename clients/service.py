@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 from audit.canonical import canonical_bytes, parse_strict
 from audit.entries import SiteStatement, decode_entry
 from audit.epsilon import recompute
-from audit.errors import AuditError, WitnessError
+from audit.errors import AuditError, WitnessError, WitnessProofError
+from audit.merkle import NodeSource
 from audit.tlog_policy import Policy
+from clients.accusations import keep_accusation
 from clients.errors import DataProblem, LinkError
 from clients.home import SiteHome
 
@@ -98,12 +100,27 @@ def add_site(request: AddSiteRequest) -> SiteHome:
     )
 
 
-def federation_policy(log_key: str, witnesses: Mapping[str, str]) -> Policy:
-    """Return the policy of a log whose n sites are its witnesses: w of n, 2w > n + f, f = (n - 1) / 3."""
-    count = len(witnesses)
+def federation_policy(
+    log_key: str, witnesses: Mapping[str, str], *, operators: Mapping[str, str] | None = None
+) -> Policy:
+    """Return the policy of a log whose n sites are its witnesses: w of n, 2w > n + f, f = (n - 1) / 3.
+
+    Args:
+        log_key: the log's vkey. witnesses: each site's witness vkey.
+        operators: who runs a site's machines, where several sites share an operator. Sites under one
+            operator count once, as `group <operator> any`, because whoever runs both can make both sign.
+    """
+    shared: dict[str, list[str]] = {}
+    for name in sorted(witnesses):
+        shared.setdefault((operators or {}).get(name, name), []).append(name)
+    voices = {operator if len(sites) > 1 else sites[0]: sites for operator, sites in shared.items()}
+    count = len(voices)
     need = (count + (count - 1) // 3) // 2 + 1
     lines = [f"log {log_key}", *(f"witness {site} {key}" for site, key in sorted(witnesses.items()))]
-    lines += [f"group members {need} {' '.join(sorted(witnesses))}", "quorum members"]
+    lines += [
+        f"group {name} any {' '.join(sites)}" for name, sites in sorted(voices.items()) if len(sites) > 1
+    ]
+    lines += [f"group members {need} {' '.join(sorted(voices))}", "quorum members"]
     return Policy.parse("\n".join(lines) + "\n")
 
 
@@ -191,6 +208,9 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
 def witness_once(home: SiteHome, url: str, *, client: httpx.Client | None = None) -> int:
     """Pull the log's checkpoint, prove that it extends the last one this site saw, post the cosignature.
 
+    Two contradicting checkpoints are kept in the home's folder `misbehaviour`, as a file that convicts the
+    log before anyone.
+
     Returns:
         The tree size now cosigned.
 
@@ -218,16 +238,23 @@ def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
     note = client.get(asked, params={"meeting": "true"}).raise_for_status().content
     witness = home.witness()
     old_size = witness.tree_size
+    proof: list[bytes] = []
     try:
         size = parse_checkpoint_note(note).tree_size
         if size < old_size:  # another server's meeting is behind ours: only the newest can show a truncation
             note = client.get(asked).raise_for_status().content
             size = parse_checkpoint_note(note).tree_size
-        proof: list[bytes] = []
         if 0 < old_size < size:
             reply = client.get(f"{url}/v1/audit/consistency", params={"old": old_size, "new": size})
             proof = _hashes(reply.raise_for_status().content)
         line = witness.cosign(note, old_size, proof, now=int(datetime.now(UTC).timestamp()))
+    except WitnessProofError as error:
+        kept = keep_accusation(
+            home.path, error.seen_note, error.offered_note, proof, _tiles_of(url, client, size)
+        )
+        if kept is not None:
+            error.add_note(f"kept as {kept}; show it to the other members")
+        raise
     except WitnessError:
         raise
     except AuditError as error:
@@ -235,6 +262,24 @@ def _witness_once(home: SiteHome, url: str, client: httpx.Client) -> int:
     body = {"note_signature": line.decode(), "site": home.name}
     client.post(f"{url}/v1/audit/cosignatures", json=body).raise_for_status()
     return size
+
+
+def _tiles_of(url: str, client: httpx.Client, tree_size: int) -> NodeSource:
+    """Nodes of the log's tree as it serves them to witnesses; read only when a proof of them is wanted."""
+    import httpx
+
+    from audit.tiles import MAX_TILE_BYTES, TileTree
+
+    def fetch(path: str) -> bytes:
+        try:
+            data = client.get(f"{url}/v1/audit/{path}").raise_for_status().content
+        except httpx.HTTPError as error:
+            raise LinkError(f"{url}/v1/audit/{path}: {error}") from error
+        if len(data) > MAX_TILE_BYTES:
+            raise LinkError(f"{url}/v1/audit/{path}: is no tile")
+        return data
+
+    return TileTree(fetch, tree_size).node
 
 
 def cosign_here(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> bytes:

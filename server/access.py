@@ -94,7 +94,7 @@ class CedarAuthorizer:
         resource = {"type": f"Affidavit::{kind}", "id": question.resource}
         role = {"type": "Affidavit::Role", "id": principal.role}
         entities: list[dict[str, Any]] = [
-            {"uid": user, "attrs": {"name": principal.id}, "parents": [role]},
+            {"uid": user, "attrs": {"name": principal.id, "site": principal.site}, "parents": [role]},
             {"uid": resource, "attrs": _plain(question.attributes), "parents": []},
         ]
         request = {

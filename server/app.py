@@ -16,7 +16,7 @@ from fastapi.responses import Response
 
 from federation.coordinator import Coordinator
 from federation.registry import LIVE
-from server import errors, openapi, routes_audit, routes_keys, routes_models
+from server import errors, openapi, routes_audit, routes_keys, routes_models, routes_officer, routes_tiles
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError
@@ -26,6 +26,7 @@ from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import CONTENT_TYPE, Monitoring
 from server.publishing import Publisher
+from server.reading_log import ReadingLog
 from server.receipting import Receipting
 from server.schemas import problems
 from server.service import PredictService
@@ -88,7 +89,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    for router in (routes_models.router, routes_audit.router, routes_keys.router):
+    officer = (routes_officer.router, routes_tiles.router)
+    for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
         app.include_router(router)
     _service_routes(app)
     openapi.install(app)
@@ -126,6 +128,7 @@ def build_context(
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         monitoring=monitoring,
         clock=clock,
+        reading=ReadingLog(settings.coordinator_home, journal),
     )
 
 

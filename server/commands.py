@@ -101,6 +101,7 @@ def create_key(
         str | None, typer.Option(help="RFC 3339, such as 2026-12-31T08:00:00Z; else never.")
     ] = None,
     note: Annotated[str, typer.Option(help="For your own memory; never in the log.")] = "",
+    site: Annotated[str, typer.Option(help="For role node: the site whose entries it may read.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="Write the key to this new file (0600), do not print it.")
     ] = None,
@@ -114,7 +115,7 @@ def create_key(
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
     """
     if url:
-        body = {"role": role, "note": note, **({"expires": expires} if expires else {})}
+        body = {"role": role, "note": note, "site": site, **({"expires": expires} if expires else {})}
         answer = ask_api(url, "/v1/keys", key=read_key(None, key_file), method="POST", body=body)
         document: dict[str, Any] = json.loads(answer)
     else:
@@ -123,7 +124,7 @@ def create_key(
         from server import key_service
 
         with _parts(home) as (store, journal):
-            made = key_service.create_key(store, journal, role=role, expires=expires, note=note)
+            made = key_service.create_key(store, journal, role=role, expires=expires, note=note, site=site)
         document = {"key": made.text, **asdict(made.view), "entry": made.entry}
     if out is not None:
         _write_secret(out, document.pop("key"))

@@ -21,10 +21,11 @@ from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import Monitoring
 from server.publishing import Publisher
+from server.reading_log import ReadingLog
 from server.service import PredictService
 from server.settings import Settings
 
-_bearer = HTTPBearer(
+bearer = HTTPBearer(
     auto_error=False,
     scheme_name="API key",
     description="`Authorization: Bearer affidavit_…`; made by `affidavit keys create --role ROLE`.",
@@ -45,6 +46,7 @@ class Context:
     publisher: Publisher
     monitoring: Monitoring
     clock: Clock
+    reading: ReadingLog
 
 
 def context_of(request: Request) -> Context:
@@ -56,7 +58,7 @@ def context_of(request: Request) -> Context:
 
 async def principal_of(
     request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)] = None,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None,
 ) -> Principal:
     """Return who holds the request's key.
 
@@ -107,5 +109,12 @@ async def denials_recorded(request: Request) -> AsyncIterator[None]:
 async def authorise(request: Request, principal: Principal, action: str) -> Decision:
     """Ask the policies about the service as a whole; errors as `denials_recorded`."""
     question = Question(action=action, resource="service")
+    async with denials_recorded(request):
+        return require(context_of(request).authorizer, principal, question)
+
+
+async def require_whole_log(request: Request, principal: Principal) -> Decision:
+    """Ask whether the caller may read every entry; errors as `denials_recorded`."""
+    question = Question(action="log.read", resource="log")
     async with denials_recorded(request):
         return require(context_of(request).authorizer, principal, question)

@@ -73,6 +73,12 @@ class MalformedRequestError(ServerError):
     code = "request.malformed"
 
 
+class NoSuchTileError(ServerError):
+    """The path is no tile's, or the log does not reach that far."""
+
+    code = "audit.no_such_tile"
+
+
 class ModelNotFoundError(ServerError):
     code = "models.not_found"
 
@@ -122,6 +128,11 @@ STATUS: Final[dict[str, int]] = {
     "audit.signer_busy": 503,
     "audit.entry_not_found": 404,
     "audit.tree_range": 404,
+    "audit.no_such_tile": 404,
+    "audit.search_term": 422,
+    "audit.cose": 404,
+    "audit.tile": 503,
+    "evidence.nothing_matches": 404,
     "evidence.no_checkpoint": 503,
     "evidence.gap": 404,
     "evidence.too_large": 413,

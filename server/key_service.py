@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from audit.entries import KeyCreated, KeyRevoked
+from audit.entries import KeyBound, KeyCreated, KeyRevoked
 from server.errors import KeyRequestError
 from server.journal import Journal
 from server.keys import KeyStore, KeyView
@@ -19,7 +19,13 @@ class MadeKey:
 
 
 def create_key(
-    keys: KeyStore, journal: Journal, *, role: str, expires: str | None = None, note: str = ""
+    keys: KeyStore,
+    journal: Journal,
+    *,
+    role: str,
+    expires: str | None = None,
+    note: str = "",
+    site: str = "",
 ) -> MadeKey:
     """Make a key; when the log cannot record it, it is revoked and nobody gets it.
 
@@ -27,10 +33,12 @@ def create_key(
         KeyRequestError: the role, expiry or note is not allowed.
         LedgerUnavailableError: the log could not record it.
     """
-    text, view = keys.create(role=role, expires=parse_expiry(expires), note=note)
+    text, view = keys.create(role=role, expires=parse_expiry(expires), note=note, site=site)
     body = KeyCreated(key_id=view.key_id, role=view.role, principal=view.principal, expires=view.expires)
     try:
         sequenced = journal.append_now(body)
+        if site:
+            journal.append_now(KeyBound(key_id=view.key_id, site=site))
     except Exception:
         keys.revoke(view.key_id)
         raise

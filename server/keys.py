@@ -35,6 +35,7 @@ from server.errors import KeyNotFoundError, KeyRequestError, TooBusyError, Unaut
 FILE: Final = "keys.db"
 _KEY = re.compile(r"affidavit_([a-z2-7]{16})_([A-Za-z0-9_-]{43})")
 _NOTE = re.compile(r"[ -~]{0,80}")
+_SITE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _CACHE_SIZE: Final = 1_024
 _VERIFYING_AT_ONCE: Final = 4
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)  # OWASP's second choice
@@ -62,6 +63,15 @@ class ApiKey(_Base, table=True):
     revoked: str  # RFC 3339, or "" while it stands
 
 
+class KeySite(_Base, table=True):
+    """The site that a node's key speaks for; a table of its own, so that older stores gain it."""
+
+    __tablename__ = "api_key_site"
+
+    prefix: str = Field(primary_key=True)
+    site: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyView:
     """What anybody may see of a key."""
@@ -73,6 +83,7 @@ class KeyView:
     created: str
     expires: str
     revoked: str
+    site: str = ""
 
 
 class KeyStore:
@@ -92,7 +103,9 @@ class KeyStore:
         self._lock = threading.Lock()
         self._verifying = threading.BoundedSemaphore(_VERIFYING_AT_ONCE)
 
-    def create(self, *, role: str, expires: datetime | None = None, note: str = "") -> tuple[str, KeyView]:
+    def create(
+        self, *, role: str, expires: datetime | None = None, note: str = "", site: str = ""
+    ) -> tuple[str, KeyView]:
         """Make a key and return its text, which nobody can show again, and its view.
 
         Raises:
@@ -100,6 +113,10 @@ class KeyStore:
         """
         if role not in ROLES:
             raise KeyRequestError(f"role {role!r} is unknown; choose one of {', '.join(ROLES)}")
+        if site and (role != "node" or not _SITE.fullmatch(site)):
+            raise KeyRequestError(
+                f"site {site[:70]!r}: only a node's key has one, in lower-case letters, digits, -"
+            )
         if not _NOTE.fullmatch(note):
             raise KeyRequestError("note: at most 80 printable ASCII characters")
         now = self._clock()
@@ -117,9 +134,11 @@ class KeyStore:
             expires=_text(expires) if expires else "",
             revoked="",
         )
-        view = _view(row)
+        view = _view(row, site)
         with Session(self._engine) as session:
             session.add(row)
+            if site:
+                session.add(KeySite(prefix=prefix, site=site))
             try:
                 session.commit()
             except IntegrityError as error:  # an 80-bit prefix met twice
@@ -128,13 +147,15 @@ class KeyStore:
 
     def list(self) -> tuple[KeyView, ...]:
         with Session(self._engine) as session:
-            return tuple(_view(row) for row in session.exec(select(ApiKey).order_by("created", "prefix")))
+            sites = {row.prefix: row.site for row in session.exec(select(KeySite))}
+            rows = session.exec(select(ApiKey).order_by("created", "prefix"))
+            return tuple(_view(row, sites.get(row.prefix, "")) for row in rows)
 
     def get(self, key_id: str) -> KeyView:
         row = self._row(key_id)
         if row is None:
             raise KeyNotFoundError(f"no key {key_id!r}; `affidavit keys list` shows the ids")
-        return _view(row)
+        return _view(row, self._site(key_id))
 
     def revoke(self, key_id: str) -> KeyView:
         """Revoke at once, and for good; revoking twice changes nothing.
@@ -151,7 +172,7 @@ class KeyStore:
                 session.add(row)
                 session.commit()
                 session.refresh(row)
-            return _view(row)
+            return _view(row, self._site(key_id))
 
     def authenticate(self, text: str) -> Principal:
         """Return the principal that holds the key. Costs about 30 ms when the key is not remembered.
@@ -170,7 +191,7 @@ class KeyStore:
         if not self._is_remembered(digest):
             self._verify(row.secret_hash, match.group(2))
             self._remember(digest)
-        return Principal(id=row.principal, role=row.role)
+        return Principal(id=row.principal, role=row.role, site=self._site(row.prefix))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -178,6 +199,11 @@ class KeyStore:
     def _row(self, prefix: str) -> ApiKey | None:
         with Session(self._engine) as session:
             return session.get(ApiKey, prefix)
+
+    def _site(self, prefix: str) -> str:
+        with Session(self._engine) as session:
+            found = session.get(KeySite, prefix)
+        return "" if found is None else found.site
 
     def _verify(self, secret_hash: str, secret: str) -> None:
         if not self._verifying.acquire(timeout=2):
@@ -207,7 +233,7 @@ class KeyStore:
                 self._verified.popitem(last=False)
 
 
-def _view(row: ApiKey) -> KeyView:
+def _view(row: ApiKey, site: str) -> KeyView:
     return KeyView(
         key_id=row.prefix,
         role=row.role,
@@ -216,6 +242,7 @@ def _view(row: ApiKey) -> KeyView:
         created=row.created,
         expires=row.expires,
         revoked=row.revoked,
+        site=site,
     )
 
 

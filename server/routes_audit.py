@@ -13,21 +13,23 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 
 from audit import service
-from audit.canonical import parse_strict
+from audit.canonical import canonical_bytes, parse_strict
 from audit.checkpoints import parse_checkpoint_note
-from audit.entries import TYPES, EvidenceExported
+from audit.cose import MEDIA_TYPE as COSE
+from audit.cose import issue_cose_receipt
+from audit.entries import EvidenceExported, columns_of
 from audit.errors import AuditError
 from audit.merkle import hash_leaf
-from audit.service import SearchRequest
+from audit.notes import open_note
+from audit.reading import search_page, with_limit
 from server.context import Caller, context_of, denials_recorded
 from server.errors import MalformedRequestError
-from server.schemas import DIGEST_PATTERN, CosignatureRequest, body_of, problems
+from server.routes_officer import Terms
+from server.schemas import CosignatureRequest, body_of, problems
 
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
 Index = Annotated[int, Path(ge=0, le=2**53 - 1, description="The entry's place in the log, from 0.")]
-Name = Annotated[str | None, Query(pattern=r"^[a-z0-9][a-z0-9.:_-]{0,95}$")]
-_TIME: Final = r"^[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z$"
 _MAX_PAGE: Final = 500
 
 
@@ -35,35 +37,24 @@ _MAX_PAGE: Final = 500
 async def search(
     request: Request,
     principal: Caller,
-    type: Annotated[str | None, Query(description="One of: " + ", ".join(TYPES))] = None,
-    actor: Name = None,
-    version: Annotated[str | None, Query(pattern=DIGEST_PATTERN)] = None,
-    run: Name = None,
-    site: Name = None,
-    since: Annotated[str | None, Query(pattern=_TIME, description="RFC 3339, UTC, inclusive.")] = None,
-    until: Annotated[str | None, Query(pattern=_TIME, description="RFC 3339, UTC, exclusive.")] = None,
-    after: Annotated[
-        int | None, Query(ge=-1, le=2**53 - 1, description="Leaf index of the last entry you have.")
-    ] = None,
+    terms: Terms,
     limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 100,
 ) -> dict[str, Any]:
-    """Entries in log order that match every filter. Page on with `after` = `next`, until `next` is null."""
-    if type is not None and type not in TYPES:
-        raise MalformedRequestError(
-            f"type {type!r} is unknown",
-            fields=[{"field": "type", "problem": f"use one of {', '.join(TYPES)}"}],
-        )
-    asked = SearchRequest(
-        type=type, actor=actor, version=version, run=run, site=site,
-        since=since, until=until, after=after, limit=limit,
-    )  # fmt: skip
+    """Entries in log order that match every filter. Page on with `after` = `next`, until `next` is null.
+
+    Officers see all; a site's key what is public or about the site; a consumer's what names it. That you
+    looked is an entry too.
+    """
+    terms = with_limit(terms, limit)
     context = context_of(request)
     async with denials_recorded(request):
-        rows = await to_thread.run_sync(
-            service.search_entries, context.coordinator.ledger, principal, context.authorizer, asked
+        page = await to_thread.run_sync(
+            search_page, context.coordinator.ledger, principal, context.authorizer, terms
         )
-    listed = [{"leaf_index": row.leaf_index, "entry": json.loads(row.body)} for row in rows]
-    return {"entries": listed, "next": rows[-1].leaf_index if len(rows) == limit else None}
+    listed = [{"leaf_index": row.leaf_index, "entry": json.loads(row.body)} for row in page.rows]
+    looped = {row.columns.type for row in page.rows} == {"audit.read"} or terms.type == "audit.read"
+    await context.reading.record(principal, "search", terms.terms(), len(listed), only_reads=looped)
+    return {"entries": listed, "next": page.next}
 
 
 @router.get("/entries/{index}", summary="Read an entry", responses=problems(401, 403, 404))
@@ -74,6 +65,10 @@ async def read_entry(request: Request, principal: Caller, index: Index) -> dict[
         data = await to_thread.run_sync(
             service.read_entry, context.coordinator.ledger, principal, context.authorizer, index
         )
+    if principal.role != "consumer":  # a consumer sees only what names it: its own receipts
+        looped = columns_of(data).type == "audit.read"
+        terms = canonical_bytes({"leaf_index": index})
+        await context.reading.record(principal, "entry", terms, 1, only_reads=looped)
     return {
         "leaf_index": index,
         "leaf_hash": hash_leaf(data).hex(),
@@ -105,6 +100,35 @@ async def prove_entry_file(request: Request, principal: Caller, index: Index) ->
 
 
 @router.get(
+    "/entries/{index}/receipt.cose",
+    summary="Prove an entry (COSE receipt)",
+    response_class=Response,
+    responses={
+        **problems(401, 403, 404),
+        200: {"content": {COSE: {}}, "description": "A COSE_Sign1 receipt of inclusion."},
+    },
+)
+async def prove_entry_cose(request: Request, principal: Caller, index: Index) -> Response:
+    """RFC 9942: signed by the log's key alone; the tlog-proof carries the witnesses' cosignatures as well."""
+    context = context_of(request)
+    coordinator = context.coordinator
+    await context.publisher.cover(index)
+    async with denials_recorded(request):
+        proof = await to_thread.run_sync(
+            service.prove_entry, coordinator.ledger, principal, context.authorizer, index
+        )
+    open_note(proof.checkpoint_note, [coordinator.signer.verifier])
+    receipt = issue_cose_receipt(
+        coordinator.signer.key.unsafe_sign_raw,
+        parse_checkpoint_note(proof.checkpoint_note),
+        index,
+        hash_leaf(coordinator.ledger.entry(index)),
+        proof.hashes,
+    )
+    return Response(receipt, media_type=COSE, headers={"Cache-Control": "no-store"})
+
+
+@router.get(
     "/checkpoint",
     summary="Read the newest checkpoint",
     response_class=PlainTextResponse,
@@ -121,7 +145,9 @@ async def read_checkpoint(
     """
     publisher = context_of(request).publisher
     note = await (publisher.meeting() if meeting else publisher.current())
-    return PlainTextResponse(note.decode(), media_type="text/plain; charset=utf-8")
+    return PlainTextResponse(
+        note.decode(), media_type="text/plain; charset=utf-8", headers={"Cache-Control": "public, max-age=1"}
+    )
 
 
 @router.get("/consistency", summary="Prove that the log only grew", responses=problems(404, 422))

@@ -42,11 +42,18 @@ async def new_key(request: Request, principal: Caller) -> dict[str, Any]:
     try:
         asked = KeyRequest.model_validate(parse_strict(await request.body()))
     except (AuditError, ValidationError) as error:
-        raise MalformedRequestError(f"send role, and optionally expires and note: {error}") from error
+        raise MalformedRequestError(
+            f"send role, and optionally expires, note and a node's site: {error}"
+        ) from error
     context = context_of(request)
     made = await to_thread.run_sync(
         lambda: create_key(
-            context.keys, context.journal, role=asked.role, expires=asked.expires, note=asked.note
+            context.keys,
+            context.journal,
+            role=asked.role,
+            expires=asked.expires,
+            note=asked.note,
+            site=asked.site,
         )
     )
     return {"key": made.text, **asdict(made.view), "entry": made.entry}

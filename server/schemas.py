@@ -128,6 +128,9 @@ class KeyRequest(_Strict):
     role: str
     expires: Annotated[str | None, Field(default=None, description="RFC 3339, UTC; absent means never.")]
     note: Annotated[str, Field(default="", max_length=80)]
+    site: Annotated[
+        str, Field(default="", max_length=63, description="For a node: the site whose entries it may read.")
+    ]
 
 
 class CosignatureRequest(_Strict):

@@ -34,6 +34,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
     merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600
     key_cache_s: Annotated[float, Field(ge=0, le=600)] = 60.0
+    public_tiles: bool = False  # hash tiles without a key: for a log whose size and rate are no secret
     log_level: str = "INFO"
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from audit.errors import MalformedPolicyError
 from audit.evidence import MAX_BYTES
 from audit.verify import verify_evidence
+from audit.verify.misbehaviour import is_misbehaviour, verify_misbehaviour
 from audit.verify.report import USAGE_EXIT, Report
 
 _MAX_SIDE_BYTES: Final = 1 << 20
@@ -37,7 +38,11 @@ def main(argv: Sequence[str]) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", help="the evidence file (.zip), or a whole log (log.db)")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="the evidence file (.zip), a proof of misbehaviour (.json), or a whole log (log.db)",
+    )
     parser.add_argument("--policy", metavar="FILE", help="the policy: whose keys count, how many witnesses")
     parser.add_argument("--receipt", metavar="FILE", help="the receipt you were given with the answer (JSON)")
     parser.add_argument(
@@ -56,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         )
         if data.startswith(_DATABASE):
             report = _whole_log(arguments.file, policy)
+        elif is_misbehaviour(data):
+            report = verify_misbehaviour(data, policy_text=policy)
         else:
             report = verify_evidence(
                 data,

@@ -59,6 +59,8 @@ _MEANING: Final[Mapping[Verdict, str]] = {
 }
 _OF_SCOPE: Final[Mapping[str, str]] = {
     "entry": "this entry is in the witnessed log. Nothing is said of what it claims.",
+    "misbehaviour": "the accusation holds: this log's key signed both sides of a contradiction. Believe "
+    "nothing of it that your own witnesses did not see before.",
     "log": "the file is whole, is the witnessed log, and counts every release once. Nothing more is said of "
     "what its entries claim.",
 }

@@ -13,8 +13,9 @@ from audit.canonical import canonical_bytes
 from audit.checkpoints import open_checkpoint
 from audit.entries import TYPE_OF, SiteStatement
 from audit.errors import WitnessError
-from audit.keys import VerifyKey, parse_public_key
-from audit.notes import NoteVerifier
+from audit.keys import SigningKey, VerifyKey, parse_public_key
+from audit.misbehaviour import Misbehaviour
+from audit.notes import KeyType, NoteSigner, NoteVerifier
 from clients.agent import Agent
 from clients.errors import DataFileError, HomeError, IdentityError, LedgerBehindError, LinkError, RefusedError
 from clients.home import SiteHome
@@ -49,6 +50,8 @@ class LogOverHttp:
             rows = ledger.search(type=query["type"], site=query["site"], after=int(query["after"]), limit=500)
             listed = [{"leaf_index": row.leaf_index, "entry": json.loads(row.body)} for row in rows]
             content = json.dumps({"entries": listed, "next": None}).encode()
+        elif request.method == "GET":
+            return httpx.Response(404)
         else:
             self.posted.append(json.loads(request.content))
             content = b"{}"
@@ -91,10 +94,26 @@ def test_a_log_that_shrank_or_changed_is_not_cosigned(network, tmp_path):
 
     network.coordinator.append(home.keys().enrolment("alpha", "q" * 32, "log.example/small"), "coordinator")
     log = LogOverHttp(network.coordinator, lie=other_proof)
-    with pytest.raises(WitnessError):
+    with pytest.raises(WitnessError) as caught:
         witness_once(home, "http://log", client=log.client())
     assert log.posted == []
     assert home.witness_path.read_bytes() == before
+    (kept,) = (home.path / "misbehaviour").iterdir()
+    assert str(kept) in caught.value.__notes__[0]
+    assert Misbehaviour.parse(kept.read_bytes()).kind == "unproved", "an invented proof convicts nobody"
+
+
+def test_sites_under_one_operator_have_one_voice():
+    keys = {
+        name: NoteSigner(name, SigningKey.generate(), KeyType.COSIGNATURE).vkey
+        for name in ("east", "north", "south", "west")
+    }
+    log = NoteSigner("a.example/log", SigningKey.generate()).vkey
+    policy = federation_policy(log, keys, operators={"east": "trust-a", "north": "trust-a"})
+    assert policy.evaluate(["east", "north"]).satisfied is False
+    assert policy.evaluate(["east", "north", "south"]).have == policy.evaluate(["east", "south"]).have == 2
+    assert policy.evaluate(["east", "south"]).satisfied
+    assert federation_policy(log, keys).evaluate(["east", "north", "south"]).satisfied
 
 
 @pytest.mark.parametrize("junk", [b"", b"hello", b"\xff\xfe", b"{}", b'{"proof":"x"}', b'{"proof":[1]}'])
@@ -248,8 +267,6 @@ def test_a_site_follows_one_log(request_for, network):
     home = add_site(request_for())
     ours = federation_policy(network.coordinator.log_key, {"ward": home.keys().witness_signer("ward").vkey})
     home.join(ours)
-    from audit.keys import SigningKey
-    from audit.notes import NoteSigner
 
     other = federation_policy(
         NoteSigner("other.example/log", SigningKey.generate()).vkey,
@@ -261,8 +278,6 @@ def test_a_site_follows_one_log(request_for, network):
 
 @pytest.mark.parametrize(("sites", "need"), [(1, 1), (2, 2), (3, 2), (4, 3), (7, 5), (10, 7)])
 def test_a_policy_needs_more_than_half_of_the_honest(network, sites, need):
-    from audit.keys import SigningKey
-    from audit.notes import KeyType, NoteSigner
 
     keys = {
         f"s{n}": NoteSigner(f"s{n}", SigningKey.generate(), KeyType.COSIGNATURE).vkey for n in range(sites)

@@ -238,7 +238,8 @@ def test_revoking_a_key_is_the_same_from_every_side(served):
 @pytest.mark.parametrize(
     ("role", "method", "path", "arguments"),
     [
-        ("consumer", "GET", "/v1/audit/entries", ("log", "list")),
+        ("consumer", "GET", "/v1/audit/entries?principal=p-1", ("log", "list", "--principal", "p-1")),
+        ("node", "GET", "/v1/audit/entries?site=beta", ("log", "list", "--site", "beta")),
         ("consumer", "GET", "/v1/audit/entries/0", ("log", "show", 0)),
         ("consumer", "GET", "/v1/audit/evidence/0", ("evidence", "export", 0)),
         ("node", "GET", "/v1/keys", ("keys", "list")),
@@ -262,7 +263,7 @@ def test_python_asks_the_same_policies(served):
     consumer = principal_of(served, "consumer")
     code, error = served.python(
         lambda: search_entries(
-            served.context.coordinator.ledger, consumer, authorizer, SearchRequest(limit=1)
+            served.context.coordinator.ledger, consumer, authorizer, SearchRequest(principal="p-" + "0" * 32)
         )
     )
     assert code == "access.denied"

@@ -302,7 +302,7 @@ def test_every_command_has_help_with_its_exit_codes(run, repository, path):
     assert str(repository) not in result.out
     assert result.code == 0
     assert "Exit codes" in result.out
-    if path not in {("serve",)}:
+    if path not in {("serve",), ("site", "serve-witness")}:
         assert "--json" in result.out
 
 

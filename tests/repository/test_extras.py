@@ -21,6 +21,7 @@ ENTRY_MODULES = {
     "cli": ["affidavit", "audit.commands"],
     "accounting": ["federation.accounting"],
     "agent": ["clients.agent", "clients.service"],
+    "witness": ["clients.witness_server", "clients.service"],
     "relay": ["clients.client_app"],
     "coordinator": ["federation.service", "federation.server_app", "federation.coordinator"],
     "server": ["server.app"],
@@ -29,6 +30,7 @@ ENTRY_MODULES = {
 NEVER = {
     "": {"flwr", "numpy", "pydantic", "sqlmodel", "torch", "typer"},
     "agent": {"flwr", "fastapi"},
+    "witness": {"flwr", "numpy", "pandas", "torch"},
     "relay": {"torch", "pandas", "opacus", "dp-accounting"},
     "coordinator": {"torch", "pandas", "opacus"},
     "server": {"flwr", "pandas", "opacus"},
