@@ -43,9 +43,10 @@ def export(
     Exit codes: 0 done, 1 refused (the target holds another log or history) or failed, 2 wrong usage.
     """
     from audit.ledger import Ledger
+    from audit.location import log_location
     from audit.tiles_export import export_tiles
 
-    with Ledger.open(base_home(home) / "coordinator" / "log.db") as ledger:
+    with Ledger.open(log_location(base_home(home) / "coordinator")) as ledger:
         note = ledger.latest_checkpoint()
         if note is None:
             raise CommandError("no checkpoint yet; start the server once", code="evidence.no_checkpoint")
@@ -67,8 +68,11 @@ def prove_fork(
     second: Annotated[Path, typer.Argument(help="Another one of the same log, of any size.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to write the proof.")] = Path("fork.json"),
     log: Annotated[
-        Path | None,
-        typer.Option("--log", help="The log file, or exported tiles, of the larger tree: needed to convict."),
+        str | None,
+        typer.Option(
+            "--log",
+            help="The larger tree, needed to convict: a log file, its URL or a folder of tiles.",
+        ),
     ] = None,
     offered: Annotated[
         Path | None, typer.Option("--proof", help="The consistency proof you were given: base64 lines.")
@@ -130,15 +134,15 @@ def _proof(path: Path | None) -> Sequence[bytes] | None:
 
 
 @contextmanager
-def _tree(path: Path | None, tree_size: int) -> Iterator[NodeSource | None]:
-    """Nodes of the larger tree, from a log file or a folder of tiles."""
+def _tree(place: str | None, tree_size: int) -> Iterator[NodeSource | None]:
+    """Nodes of the larger tree, from a log or a folder of tiles."""
     from audit.ledger import Ledger
     from audit.tiles import TileTree
 
-    if path is None:
+    if place is None:
         yield None
-    elif path.is_dir():
-        yield TileTree(lambda name: (path / name).read_bytes(), tree_size).node
+    elif "://" not in place and (folder := Path(place)).is_dir():
+        yield TileTree(lambda name: (folder / name).read_bytes(), tree_size).node
     else:
-        with Ledger.open(path) as ledger:
+        with Ledger.open(place) as ledger:
             yield ledger.node

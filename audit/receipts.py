@@ -17,6 +17,7 @@ from audit.canonical import JsonValue, canonical_bytes, parse_strict
 from audit.checkpoints import Checkpoint
 from audit.errors import (
     AuditError,
+    BadSignatureError,
     MalformedReceiptError,
     OriginMismatchError,
     ProofError,
@@ -163,6 +164,22 @@ def issue_receipts(
         )
         for position, (leaf_index, leaf_hash) in enumerate(leaves)
     ]
+
+
+def find_signer(receipt: Receipt, keys: Sequence[NoteVerifier]) -> NoteVerifier:
+    """Return which of the log's keys, of which there is at least one, made this promise.
+
+    Raises:
+        as `verify_receipt`, for the last key.
+    """
+    for key in keys[:-1]:
+        try:
+            verify_receipt(receipt, key)
+        except BadSignatureError:
+            continue
+        return key
+    verify_receipt(receipt, keys[-1])
+    return keys[-1]
 
 
 def verify_receipt(receipt: Receipt, log: NoteVerifier) -> None:

@@ -117,7 +117,7 @@ async def prove_entry_cose(request: Request, principal: Caller, index: Index) ->
         proof = await to_thread.run_sync(
             service.prove_entry, coordinator.ledger, principal, context.authorizer, index
         )
-    open_note(proof.checkpoint_note, [coordinator.signer.verifier])
+    open_note(proof.checkpoint_note, coordinator.signer.verifiers)
     receipt = issue_cose_receipt(
         coordinator.signer.key.unsafe_sign_raw,
         parse_checkpoint_note(proof.checkpoint_note),

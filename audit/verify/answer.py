@@ -11,11 +11,10 @@ from audit.commitments import verify_opening
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import RowCommitment, VersionTransition
-from audit.errors import AuditError, BadSignatureError, LogKeyError
+from audit.errors import AuditError, LogKeyError
 from audit.forward import forward
 from audit.models import answer_of
-from audit.notes import NoteVerifier
-from audit.receipts import Receipt, verify_kept, verify_receipt
+from audit.receipts import Receipt, find_signer, verify_kept
 from audit.verify.aggregation import CHEAP_WORK, WEIGHTS
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
 from audit.verify.history import CHECKPOINT, INCLUSION, LINKS
@@ -105,7 +104,7 @@ def check_receipt(chain: Chain) -> Outcome:
     need(chain.log, CHECKPOINT)
     try:
         receipt = Receipt.parse(chain.receipt or b"")
-        signer = _receipt_signer(chain, receipt)
+        signer = find_signer(receipt, chain.believed_keys)
     except AuditError as error:
         raise FailError("receipt.invalid", str(error)) from error
     if chain.keys is not None:
@@ -130,18 +129,6 @@ def check_receipt(chain: Chain) -> Outcome:
     return Outcome(
         word=Word.PROVED, detail=f"promised by the log at {receipt.time}, and kept: leaf {subject.index}"
     )
-
-
-def _receipt_signer(chain: Chain, receipt: Receipt) -> NoteVerifier:
-    """Return which of the log's keys made the promise."""
-    for verifier in chain.believed_keys[:-1]:
-        try:
-            verify_receipt(receipt, verifier)
-        except BadSignatureError:
-            continue
-        return verifier
-    verify_receipt(receipt, chain.believed_keys[-1])
-    return chain.believed_keys[-1]
 
 
 def _check_still_live(later: Leaf[VersionTransition], version: str, entry: int) -> None:
