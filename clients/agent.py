@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from clients.trainer import Trainer
 _logger = logging.getLogger(__name__)
 
 Answer = tuple[dict[str, Any], dict[str, bytes]]
+Handler = Callable[[bytes, Mapping[str, bytes]], Answer]
 
 
 def _utc_now() -> datetime:
@@ -80,6 +81,14 @@ class Agent:
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
         self._witness = home.witness()
+        self._answers: dict[str, Handler] = {
+            "hello": self._hello,
+            "charter.sign": self._sign_charter,
+            "cosign": self._cosign,
+            "run.propose": self._propose,
+            "round": self._ask_round,
+            "run.finished": self._finished,
+        }
 
     @classmethod
     def open(cls, home: Path | SiteHome, *, clock: Clock = _utc_now) -> Agent:
@@ -149,29 +158,35 @@ class Agent:
     def _dispatch(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> Answer:
         if len(header) > MAX_HEADER_BYTES or any(len(blob) > MAX_BLOB_BYTES for blob in blobs.values()):
             raise RefusedError("bad_request", "the request is larger than any this agent answers")
-        if kind == "hello":
-            parse_header(header, frozenset())
-            enrolment = self._keys.enrolment(self.name, self.population, self._origin)
-            return {"enrolment": body_document(enrolment)}, {}
-        if kind == "charter.sign":
-            asked = parse_charter_request(header)
-            signed = self.admission.sign_charter(asked.charter, asked.author)
-            return {"signature": body_document(signed)}, {}
-        if kind == "cosign":
-            return self._cosign(header)
-        if kind == "run.propose":
-            proposal = parse_propose(header)
-            return self._signed_refusal(proposal.run.run, proposal.run.charter, 0, self._accept, proposal)
-        if kind == "round":
-            request = parse_round(header, blobs)
-            return self._signed_refusal(request.run, request.charter, request.round, self._round, request)
-        if kind == "run.finished":
-            finished = parse_finished(header)
-            if finished.own_statement is not None:
-                self._note_own(finished.own_statement)
-            self._ledger.close_run(finished.run)
-            return {}, {}
-        raise RefusedError("bad_request", f"there is no request {kind[:40]!r}")
+        answer = self._answers.get(kind)
+        if answer is None:
+            raise RefusedError("bad_request", f"there is no request {kind[:40]!r}")
+        return answer(header, blobs)
+
+    def _hello(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        parse_header(header, frozenset())
+        enrolment = self._keys.enrolment(self.name, self.population, self._origin)
+        return {"enrolment": body_document(enrolment)}, {}
+
+    def _sign_charter(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        asked = parse_charter_request(header)
+        signed = self.admission.sign_charter(asked.charter, asked.author)
+        return {"signature": body_document(signed)}, {}
+
+    def _propose(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        proposal = parse_propose(header)
+        return self._signed_refusal(proposal.run.run, proposal.run.charter, 0, self._accept, proposal)
+
+    def _ask_round(self, header: bytes, blobs: Mapping[str, bytes]) -> Answer:
+        request = parse_round(header, blobs)
+        return self._signed_refusal(request.run, request.charter, request.round, self._round, request)
+
+    def _finished(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        finished = parse_finished(header)
+        if finished.own_statement is not None:
+            self._note_own(finished.own_statement)
+        self._ledger.close_run(finished.run)
+        return {}, {}
 
     def _signed_refusal(self, run: str, charter: str, number: int, act: Any, request: Any) -> Answer:
         try:
@@ -295,7 +310,7 @@ class Agent:
         )
         return self._ledger.commit_release(self._keys.signed(unsigned), update_file, digest)
 
-    def _cosign(self, header: bytes) -> Answer:
+    def _cosign(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
         request = parse_cosign(header)
         try:
             line = self._witness.cosign(
