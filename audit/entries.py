@@ -59,6 +59,7 @@ from audit.bodies import (
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
+from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -70,6 +71,7 @@ __all__ = [
     "AccessDenied",
     "AuditRead",
     "Body",
+    "BundleDecided",
     "CharterPublished",
     "CharterSigned",
     "Entry",
@@ -88,6 +90,7 @@ __all__ = [
     "PolicyApplied",
     "Prediction",
     "PredictionDenied",
+    "RequestRefused",
     "RoundAbandoned",
     "RoundCompleted",
     "RowCommitment",
@@ -95,8 +98,10 @@ __all__ = [
     "RunCompleted",
     "RunFailed",
     "RunStarted",
+    "SiteDecided",
     "SiteEnrolled",
     "SiteEpsilon",
+    "SiteLogOpened",
     "SiteRefused",
     "SiteStatement",
     "SiteUndelivered",
@@ -140,6 +145,10 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     VersionTransition: "transition",
     KeyRotated: "rotation",
     LogCompromised: "compromise",
+    SiteLogOpened: "site-log",
+    SiteDecided: "decision",
+    RequestRefused: "request",
+    BundleDecided: "bundle",
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
