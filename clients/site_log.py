@@ -62,6 +62,7 @@ class SiteLog:
     def __init__(self, site: str, ledger: Ledger, signer: Signer, clock: Clock = _utc_now) -> None:
         self.site = site
         self._ledger, self._signer, self._clock = ledger, signer, clock
+        self._published: tuple[int, bytes] | None = None
 
     @classmethod
     def create(
@@ -146,7 +147,10 @@ class SiteLog:
         Raises:
             AuditError: the log no longer extends what was signed: an old copy was put back.
         """
-        return publish(self._ledger, self._signer)
+        size = self._ledger.tree_size
+        if self._published is None or self._published[0] != size:
+            self._published = (size, publish(self._ledger, self._signer))
+        return self._published[1]
 
     def entries(
         self, kind: type[B], *, run: str | None = None, since: datetime | None = None
