@@ -109,6 +109,9 @@ class Admission:
             )
         return reservation
 
+    def check_not_withdrawn(self, run: str) -> None:
+        self._decisions.check_not_withdrawn(run)
+
     def check_participants(self, names: Sequence[str], terms: Terms) -> None:
         allowed = set(names) <= set(terms.sites) and list(names) == sorted(set(names))
         if not allowed or self.home.name not in names or len(names) < terms.minimum_sites:

@@ -299,6 +299,7 @@ class Agent:
             raise RefusedError(
                 "run_not_accepted", f"this site has not accepted run {request.run}, or it is over"
             )
+        self.admission.check_not_withdrawn(request.run)
         terms = self.admission.approved_terms(reservation.charter)
         if request.charter != terms.digest:
             raise RefusedError("charter_not_approved", "the round names another charter than its run")

@@ -124,6 +124,8 @@ class Decisions:
         said = self._said(proposal)
         if said is not None and said.decision == "refused":
             raise RefusedError(said.reason, f"this site's people refused charter {proposal.digest}")
+        if said is not None:
+            return home.approve(proposal.digest)
         asked: list[Rule] = ["purposes"] if foreign else []
         if not rules.auto_approve:
             asked.append("charters")
@@ -160,6 +162,14 @@ class Decisions:
         if broken or "runs" in rules.ask:
             raise self._wait(proposal, names or ["runs"], cost, broken)
         self._enter(proposal, "accepted", cost=cost)
+
+    def check_not_withdrawn(self, run: str) -> None:
+        """Hold an accepted run back once the site's people refused it."""
+        said = None
+        for _, _, body in self._log.entries(SiteDecided, run=run):
+            said = body if body.by == "person" else said
+        if said is not None and said.decision == "refused":
+            raise RefusedError(said.reason, f"this site's people withdrew from run {run}")
 
     def _said(self, proposal: Proposal) -> SiteDecided | None:
         """The newest word of the site's people on exactly this proposal."""

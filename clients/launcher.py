@@ -149,7 +149,8 @@ def _run_flower(arguments: list[str], check: Callable[[bytes], None]) -> None:
 
     def checked(fab_file: bytes, *args: Any, **kwargs: Any) -> Path:
         check(fab_file)
-        return install(fab_file, *args, **kwargs)
+        folder: Path = install(fab_file, *args, **kwargs)
+        return folder
 
     run_clientapp.install_from_fab = checked
     _leave_no_packages()

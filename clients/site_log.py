@@ -189,5 +189,9 @@ class SiteLog:
         finally:
             self._ledger.close()
 
+    def release(self) -> None:
+        """Let go of the file without signing anything; for readers."""
+        self._ledger.close()
+
     def _newest(self, kind: str, run: str | None) -> list[StoredEntry]:
         return self._ledger.search(type=kind, run=run, limit=1, newest_first=True)
