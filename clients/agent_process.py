@@ -21,17 +21,14 @@ from typing import Any, Final
 from audit._files import write_durably
 from audit.errors import AuditError
 from clients.agent import Agent
-from clients.agent_server import STATUS, AgentServer, Limits
+from clients.agent_place import PLACE, RUN
+from clients.agent_server import AgentServer, Limits
 from clients.confinement import keep_secrets
-from clients.errors import HomeError, LinkError
 from clients.home import SiteHome
 from clients.proposals import Proposals
-from clients.socket_link import SocketLink
 
 _logger = logging.getLogger(__name__)
 
-RUN: Final = "run"
-PLACE: Final = "agent.json"
 SETTLE_S: Final = 1.0
 
 Ready = Callable[[dict[str, Any]], None]
@@ -116,28 +113,6 @@ def status_of(agent: Agent, server: AgentServer, began: datetime) -> dict[str, A
         "log_key": agent.log.log_key,
         "waiting": list(Proposals(agent.home.path).ids()),
     }
-
-
-def running(home: SiteHome) -> dict[str, Any] | None:
-    """Ask the running agent of a home how it is; None when none runs.
-
-    Raises:
-        HomeError: what it wrote about itself cannot be read.
-    """
-    path = home.path / RUN / PLACE
-    try:
-        place = json.loads(path.read_bytes())
-        socket = Path(place["socket"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HomeError(path, f"cannot be read: {error}", "remove it, or restart the agent") from error
-    try:
-        answer, _ = SocketLink(str(socket.parent), socket.stem).handle(STATUS, b"", {})
-    except LinkError:
-        return None
-    found: dict[str, Any] = json.loads(answer)
-    return None if "error" in found else found
 
 
 def _note(agent: Agent, kind: str, code: str) -> None:

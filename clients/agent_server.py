@@ -23,17 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from clients.agent_place import STATUS
 from clients.errors import LinkError
 from clients.link import AgentLink
 from clients.socket_link import FRAME_TIMEOUT_S, MAX_FRAME_BYTES, Frame, send_frame
 
 _logger = logging.getLogger(__name__)
 
-STATUS: Final = "agent.status"
 MAX_PATH_BYTES: Final = 107  # of sockaddr_un
 _PEERCRED: Final = struct.Struct("3i")
 
 Refused = Callable[[str, str], None]
+Target = Callable[[socket.socket], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,5 @@
 """Commands for sites and data scientists: `demo`, `train`, `identity new`, `site add | status | witness |
-serve-witness`, `charter sign`.
+serve-witness`, `charter sign`; those of a site's agent and people are in `clients.site_commands`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
     application.command("demo")(demo)
     application.command("train")(train)
+    from clients import site_commands
+
+    site_commands.register(site)
     application.add_typer(identity)
     application.add_typer(site)
     for group in application.registered_groups:
@@ -209,20 +212,23 @@ def add(
 @site.command("status")
 @guarded
 def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
-    """Show what a site has spent for life, what it agreed to, and how far it follows the log.
+    """Show what a site has spent for life, what it agreed to, what waits for you, and how its agent is.
 
-    Exit codes: 0 done, 1 no such site, its agent is running, or its ledger was put back, 2 wrong usage.
+    Exit codes: 0 done, 1 no such site, or its ledger was put back, 2 wrong usage.
     """
     import dataclasses
 
+    from clients.agent_place import running
     from clients.service import status
 
-    found = status(_open_site(base_home(home), name))
-    document = dataclasses.asdict(found)
+    place = _open_site(base_home(home), name)
+    document: dict[str, Any] = dataclasses.asdict(status(place))
     rows = [
         [field.replace("_", " "), ", ".join(value) if isinstance(value, tuple) else value]
         for field, value in document.items()
     ]
+    document["agent"] = running(place)
+    rows += [[f"agent {field}", value] for field, value in (document["agent"] or {"": "not running"}).items()]
     emit(document, table("", ("", ""), rows), as_json=as_json)
 
 

@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tempfile.tempdir = None
     os.chdir(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    link = connect(arguments.agent, arguments.site)  # loads what it needs while files can be read
     limit(Limits())
     confined = confine(allowance(folder, _port_of(flower)))
     _tell(confined)
-    link = connect(arguments.agent, arguments.site)
     _run_flower(flower, lambda content: check_bundle(link, content))
 
 

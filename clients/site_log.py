@@ -12,7 +12,9 @@ entered here before it is sent, so this log and the federation's can be compared
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -180,6 +182,24 @@ class SiteLog:
 
     def count(self, kind: type[Any]) -> int:
         return self._ledger.count(type=_TYPE_OF[kind])
+
+    def export(self, target: Path) -> int:
+        """Copy the log, signed as it stands, into one new file; return how many entries it has.
+
+        Raises:
+            HomeError: the file exists, or cannot be written.
+        """
+        self.publish()
+        place = self._ledger.location.path
+        if place is None or target.exists():
+            raise HomeError(target, "is there already", "choose a new file")
+        try:
+            with closing(sqlite3.connect(place)) as source, closing(sqlite3.connect(target)) as copy:
+                source.backup(copy)
+                copy.execute("PRAGMA journal_mode = DELETE")  # one file, whole in itself
+        except sqlite3.Error as error:
+            raise HomeError(target, f"cannot be written: {error}", "choose another place") from error
+        return self._ledger.tree_size
 
     def close(self) -> None:
         """Sign what came last, then let go of the file."""

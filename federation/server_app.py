@@ -1,9 +1,9 @@
 """The Flower ServerApp. It opens the coordinator's home, reads the prepared run, and carries it out.
 
 Run config: `home` (the coordinator's home), `run` (the id that `federation.service.start_run` gave), and
-optionally `signer-home`, `poll-s`, `discovery-s` (how long to wait for sites to connect) and `patience-s` (how
-long for sites whose people have to decide). The same
-object runs under the in-process grid, Flower's simulation and its deployment.
+optionally `signer-home`, `poll-s`, `discovery-s` (how long to wait for sites to connect) and `patience-s`
+(how long for sites whose people have to decide). The same object runs under the in-process grid, Flower's
+simulation and its deployment.
 """
 
 from __future__ import annotations
