@@ -68,6 +68,7 @@ class EvidenceLog(Protocol):
         run: str | None = None,
         site: str | None = None,
         principal: str | None = None,
+        subject: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,

@@ -268,6 +268,7 @@ class Ledger:
         site: str | None = None,
         round: int | None = None,
         principal: str | None = None,
+        subject: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,
@@ -288,7 +289,7 @@ class Ledger:
         query = matching(
             select(LEAF),
             type=type, actor=actor, model=model, version=version, run=run, site=site,
-            round=round, principal=principal, since=since, until=until,
+            round=round, principal=principal, subject=subject, since=since, until=until,
         )  # fmt: skip
         if after is not None:
             query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)
