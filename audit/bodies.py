@@ -367,6 +367,7 @@ class AuditRead:
     action: str  # "search" | "count" | "export" | "entry" | "bundle" | "opened"
     query: str  # root of the terms' fields (`audit.disclosure`); unsealed: hex HMAC-SHA256 of the terms
     count: int  # entries that were shown
+    subject: str = ""  # the reader's pseudonym in the vault
     sealed: str = ""  # SHA-256 of the ciphertext in the vault
 
 

@@ -353,41 +353,61 @@ class Vault:
             wanted = [request.event_id for request in batch]
             query = select(RECORD.c.event_id).where(RECORD.c.event_id.in_(wanted))
             done = {row.event_id for row in connection.execute(query)}
+            people = self._people(connection, master, batch)
             outcomes: list[Sealed | AuditError] = []
+            rows = []
             for request in batch:
                 if request.event_id in done:
                     outcomes.append(EventIdConflictError(event_id=request.event_id, leaf_index=-1))
                     continue
                 done.add(request.event_id)
-                outcomes.append(self._seal_one(connection, master, request))
+                pseudonym, key = people[request.kind, request.name]
+                place = self._places.record(request.event_id, request.type, pseudonym)
+                ciphertext = seal(key, encode_parts(request.parts), place)
+                rows.append(
+                    {
+                        "event_id": request.event_id,
+                        "pseudonym": pseudonym,
+                        "type": request.type,
+                        "time": request.time,
+                        "ciphertext": ciphertext,
+                    }
+                )
+                outcomes.append(Sealed(pseudonym=pseudonym, digest=sha256_hex(ciphertext)))
+            if rows:
+                connection.execute(insert(RECORD), rows)
         return outcomes
 
-    def _seal_one(self, connection: Connection, master: MasterKey, request: SealRequest) -> Sealed:
-        lookup = master.lookup(request.kind, request.name)
-        row = connection.execute(select(SUBJECT).where(SUBJECT.c.lookup == lookup)).first()
-        if row is None:
+    def _people(
+        self, connection: Connection, master: MasterKey, batch: list[SealRequest]
+    ) -> dict[tuple[str, str], tuple[str, bytes]]:
+        """Return pseudonym and key of everybody whom the batch names; who is new gets theirs here."""
+        lookups = {(r.kind, r.name): master.lookup(r.kind, r.name) for r in batch}
+        query = select(SUBJECT).where(SUBJECT.c.lookup.in_(list(lookups.values())))
+        known = {row.lookup: row for row in connection.execute(query)}
+        people, rows = {}, []
+        for (kind, name), lookup in lookups.items():
+            row = known.get(lookup)
+            if row is not None:
+                people[kind, name] = (
+                    row.pseudonym,
+                    self._subject_key(master, row.pseudonym, row.wrapped_key),
+                )
+                continue
             pseudonym, key = new_pseudonym(), secrets.token_bytes(KEY_SIZE)
-            identity = encode_identity(request.kind, request.name)
-            values = {
-                "pseudonym": pseudonym,
-                "lookup": lookup,
-                "wrapped_key": master.wrap(key, self._places.key(pseudonym)),
-                "sealed_id": seal(key, identity, self._places.identity(pseudonym)),
-            }
-            connection.execute(insert(SUBJECT), values)
-        else:
-            pseudonym, key = row.pseudonym, self._subject_key(master, row.pseudonym, row.wrapped_key)
-        place = self._places.record(request.event_id, request.type, pseudonym)
-        ciphertext = seal(key, encode_parts(request.parts), place)
-        values = {
-            "event_id": request.event_id,
-            "pseudonym": pseudonym,
-            "type": request.type,
-            "time": request.time,
-            "ciphertext": ciphertext,
-        }
-        connection.execute(insert(RECORD), values)
-        return Sealed(pseudonym=pseudonym, digest=sha256_hex(ciphertext))
+            people[kind, name] = (pseudonym, key)
+            identity = encode_identity(kind, name)
+            rows.append(
+                {
+                    "pseudonym": pseudonym,
+                    "lookup": lookup,
+                    "wrapped_key": master.wrap(key, self._places.key(pseudonym)),
+                    "sealed_id": seal(key, identity, self._places.identity(pseudonym)),
+                }
+            )
+        if rows:
+            connection.execute(insert(SUBJECT), rows)
+        return people
 
     def _key_of(self, head: Any) -> MasterKey:
         """Return the master key that fits the database, reading it again after somebody rotated it."""
