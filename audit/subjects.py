@@ -29,6 +29,7 @@ from audit.vault_key import SealBrokenError
 from audit.vault_records import PERSON, Erasure, RecordMissingError
 
 MAX_ENTRIES: Final = 9_000
+NOBODY: Final = "0" * 32  # the pseudonym that a search uses for whoever is unknown
 ORPHAN_AGE_S: Final = 3_600  # an append waits far less for its entry
 _PAGE: Final = 500
 _RESOURCE: Final = "subjects"

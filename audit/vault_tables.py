@@ -2,7 +2,8 @@
 
 `vault_subject` is the mapping: a keyed hash of the person's id leads to a random pseudonym and to the
 person's key, wrapped by the vault's master key. `vault_record` is what was sealed for one entry.
-`vault_erasure` is what an erasure has yet to say in the log. A change here needs a migration in `audit/vault_migrations`.
+`vault_erasure` is what an erasure has yet to say in the log. A change here needs a migration in
+`audit/vault_migrations`.
 """
 
 from __future__ import annotations
