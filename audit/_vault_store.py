@@ -128,14 +128,16 @@ def writing(engine: Engine) -> Iterator[tuple[Connection, Any]]:
         yield connection, connection.execute(query).one()
 
 
-def scrub(location: Location) -> bool:
+def scrub(location: Location, patience_s: float = _store.BUSY_TIMEOUT_S) -> bool:
     """Rewrite what was deleted away; say whether nothing stood in the way.
 
     SQLite: VACUUM, then a WAL checkpoint that truncates, which waits for readers. PostgreSQL: VACUUM FULL of
     the vault's tables, a switch of the WAL segment, and a checkpoint, the last two where the role may.
     """
     try:
-        return _scrub_file(location.path) if location.path is not None else _scrub_server(location)
+        if location.path is None:
+            return _scrub_server(location)
+        return _scrub_file(location.path, patience_s)
     except LedgerBusyError:
         return False
 
@@ -144,8 +146,9 @@ def revision(connection: Connection) -> str:
     return str(connection.execute(select(VAULT_MIGRATION.c.version_num)).scalar_one())
 
 
-def _scrub_file(path: Path) -> bool:
+def _scrub_file(path: Path, patience_s: float) -> bool:
     with _store.translated(), contextlib.closing(_store.connect(path)) as connection:
+        connection.execute(f"PRAGMA busy_timeout={int(patience_s * 1000)}")
         connection.execute("PRAGMA secure_delete=ON")
         connection.execute("VACUUM")
         busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

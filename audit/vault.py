@@ -255,12 +255,12 @@ class Vault:
             connection.execute(insert(ERASURE), row)
         return Erasure(**{**row, "scrubbed": False})
 
-    def scrub(self) -> bool:
+    def scrub(self, patience_s: float = _store.BUSY_TIMEOUT_S) -> bool:
         """Rewrite what was deleted away (`audit._vault_store.scrub`); say whether that was possible now."""
         with _store.reading(self._engine) as connection:
             query = select(ERASURE.c.request_id).where(ERASURE.c.scrubbed == 0)
             waiting = [row.request_id for row in connection.execute(query)]
-        if not _vault_store.scrub(self.location):
+        if not _vault_store.scrub(self.location, patience_s):
             return False
         if waiting:
             with _vault_store.writing(self._engine) as (connection, _):

@@ -24,8 +24,7 @@ def open_vault(home: Path, origin: str, environ: Mapping[str, str] | None = None
         LocationError: the configuration cannot be read.
     """
     location, key_path = vault_location(home, environ), home / KEY_FILE
-    passphrase = read_secret(PASSPHRASE, environ)
-    secret = None if passphrase is None else passphrase.encode()
+    secret = vault_passphrase(environ)
     if not _vault_store.exists(location):
         if key_path.exists():
             raise VaultMissingError(
@@ -35,3 +34,9 @@ def open_vault(home: Path, origin: str, environ: Mapping[str, str] | None = None
             )
         return Vault.create(location, key_path, origin, secret)
     return Vault.open(location, key_path, origin, secret)
+
+
+def vault_passphrase(environ: Mapping[str, str] | None = None) -> bytes | None:
+    """Return what encrypts the key file, from the environment or the file that it names."""
+    text = read_secret(PASSPHRASE, environ)
+    return None if text is None else text.encode()

@@ -139,6 +139,7 @@ STATUS: Final[dict[str, int]] = {
     "vault.erased": 410,
     "vault.key": 503,
     "vault.missing": 503,
+    "vault.seal_broken": 503,
     "disclosure.mismatch": 422,
     "evidence.nothing_matches": 404,
     "evidence.no_checkpoint": 503,
