@@ -83,6 +83,7 @@ def create(location: Location, origin: str, key_check: bytes) -> None:
         "origin": origin,
         "key_check": key_check,
         "erased_until": 0,
+        "swept_until": "",
     }
     options = {_store._WRITE: True}
     try:

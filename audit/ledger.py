@@ -257,6 +257,12 @@ class Ledger:
         found = self._select(select(LEAF).where(LEAF.c.event_id == event_id))
         return found[0] if found else None
 
+    def logged_events(self, event_ids: Sequence[str]) -> set[str]:
+        """Return which of these event ids, at most a few hundred, are in the log."""
+        query = select(LEAF.c.event_id).where(LEAF.c.event_id.in_(list(event_ids)))
+        with _store.reading(self._engine) as connection:
+            return {row.event_id for row in connection.execute(query)}
+
     def search(
         self,
         *,

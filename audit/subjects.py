@@ -8,7 +8,7 @@ still holds, and `reconcile` makes the vault agree.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -59,7 +59,7 @@ class ErasedError(AuditError):
 class SubjectLog(EvidenceLog, Protocol):
     """What these use cases need of a ledger."""
 
-    def find_event(self, event_id: str) -> StoredLeaf | None: ...
+    def logged_events(self, event_ids: Sequence[str]) -> set[str]: ...
     def append_wait(self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns) -> Sequenced: ...
 
 
@@ -279,7 +279,7 @@ def reconcile(ledger: SubjectLog, vault: Vault, *, before: str) -> Reconciled:
         body: Any = decode_entry(leaf.body).body
         gone.append(body.subject)
     forgotten = vault.forget(gone, until=size) if gone or size != start else 0
-    swept = vault.sweep(lambda event_id: ledger.find_event(event_id) is not None, before=before)
+    swept = vault.sweep(ledger.logged_events, before=before)
     return Reconciled(finished=len(pending), forgotten=forgotten, swept=swept)
 
 

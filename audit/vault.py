@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final
@@ -58,6 +58,7 @@ from audit.vault_tables import (
 
 MAX_BATCH: Final = 256
 MAX_PENDING: Final = 4096
+_PAGE: Final = 500
 
 
 class Vault:
@@ -289,28 +290,46 @@ class Vault:
             return int(connection.execute(select(VAULT_HEAD.c.erased_until)).scalar_one())
 
     def forget(self, pseudonyms: Iterable[str], *, until: int) -> int:
-        """Apply the log's erasures up to leaf `until`; return how many people were still here."""
-        gone = list(pseudonyms)
+        """Apply the log's erasures up to leaf `until`; return how many people were still here.
+
+        Where others keep the vault busy, freed pages stay as they are, and the next call does it all again.
+        """
+        gone, here = list(pseudonyms), 0
+        for start in range(0, len(gone), _PAGE):
+            page = gone[start : start + _PAGE]
+            with _vault_store.writing(self._engine) as (connection, _):
+                query = select(func.count()).select_from(SUBJECT).where(SUBJECT.c.pseudonym.in_(page))
+                here += int(connection.execute(query).scalar_one())
+                _forget(connection, page)
+        if gone and not self.scrub():
+            return here
         with _vault_store.writing(self._engine) as (connection, _):
-            query = select(func.count()).select_from(SUBJECT).where(SUBJECT.c.pseudonym.in_(gone))
-            here = int(connection.execute(query).scalar_one())
-            if here:
-                _forget(connection, gone)
             connection.execute(update(VAULT_HEAD).values(erased_until=until))
-        if here and not _vault_store.scrub(self.location):
-            raise VaultRequestError("others keep the vault busy, so erased bytes stand in it; try again")
         return here
 
-    def sweep(self, is_logged: Callable[[str], bool], *, before: str) -> int:
-        """Delete records made before that time whose entry never came; return how many."""
+    def sweep(self, logged: Callable[[Sequence[str]], set[str]], *, before: str) -> int:
+        """Delete records sealed before that time whose entry never came; return how many.
+
+        Args:
+            logged: which of some event ids are in the log. before: RFC 3339.
+        """
+        swept, (time, event_id) = 0, ("", "")
         with _store.reading(self._engine) as connection:
-            query = select(RECORD.c.event_id).where(RECORD.c.time < before)
-            orphans = [row.event_id for row in connection.execute(query) if not is_logged(row.event_id)]
-        if orphans:
+            time = str(connection.execute(select(VAULT_HEAD.c.swept_until)).scalar_one())
+        while True:
+            later = (RECORD.c.time > time) | ((RECORD.c.time == time) & (RECORD.c.event_id > event_id))
+            query = select(RECORD.c.time, RECORD.c.event_id).where(later, RECORD.c.time < before)
+            with _store.reading(self._engine) as connection:
+                page = connection.execute(query.order_by(RECORD.c.time, RECORD.c.event_id).limit(_PAGE)).all()
+            if not page:
+                return swept
+            time, event_id = page[-1]
+            found = [row.event_id for row in page]
+            orphans = sorted(set(found) - logged(found))
             with _vault_store.writing(self._engine) as (connection, _):
-                for event_id in orphans:
-                    connection.execute(delete(RECORD).where(RECORD.c.event_id == event_id))
-        return len(orphans)
+                connection.execute(delete(RECORD).where(RECORD.c.event_id.in_(orphans)))
+                connection.execute(update(VAULT_HEAD).values(swept_until=time))
+            swept += len(orphans)
 
     def rotate_key(self) -> int:
         """Wrap every person's key under a new master key and forget the old; return how many there are.

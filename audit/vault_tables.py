@@ -64,6 +64,7 @@ class VaultHead(VaultTable, table=True):
     origin: str = Field(sa_type=TEXT)
     key_check: bytes = Field(sa_type=LargeBinary)  # a constant under the master key
     erased_until: int = Field(sa_type=WHOLE)  # the log's erasures before this leaf are applied
+    swept_until: str = Field(sa_type=TEXT)  # records sealed before this time have their entry
 
 
 SUBJECT = cast(Table, VaultSubject.__table__)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -481,9 +481,19 @@ def test_killed_erasure_happened_wholly_or_not_at_all(
 def test_sweep_deletes_only_old_records_without_an_entry(vault: Vault) -> None:
     for number in range(3):
         put(vault, "MRN-1", number)
-    assert vault.sweep(lambda event_id: event_id == event(1), before=TIME) == 0
-    assert vault.sweep(lambda event_id: event_id == event(1), before="2026-11-23T23:00:00Z") == 2
+    asked: list[int] = []
+
+    def logged(event_ids: Sequence[str]) -> set[str]:
+        asked.append(len(event_ids))
+        return {event(1)} & set(event_ids)
+
+    assert vault.sweep(logged, before=TIME) == 0
+    assert vault.sweep(logged, before="2026-11-23T23:00:00Z") == 2
     assert [record.event_id for record in vault.records(vault.pseudonym("MRN-1"))] == [event(1)]
+    put(vault, "MRN-1", 7)
+    assert vault.sweep(logged, before="2026-11-23T23:00:00Z") == 1
+    assert vault.sweep(logged, before="2026-11-23T23:00:00Z") == 0
+    assert asked == [3, 2, 1], "what was found is not looked up again, but for the last second"
 
 
 # its database

@@ -57,5 +57,6 @@ def upgrade() -> None:
         sa.Column("origin", _TEXT, nullable=False),
         sa.Column("key_check", sa.LargeBinary(), nullable=False),
         sa.Column("erased_until", _WHOLE, nullable=False),
+        sa.Column("swept_until", _TEXT, nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
