@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import zipfile
+from dataclasses import replace
 
 import pytest
 from starlette.testclient import TestClient
@@ -15,7 +16,7 @@ from audit import subjects
 from audit.disclosure import opened_row, parse_disclosed, verify_disclosed
 from audit.entries import decode_entry
 from audit.errors import LedgerBusyError
-from audit.evidence import read_evidence
+from audit.evidence import read_evidence, write_evidence
 from audit.merkle import hash_leaf, verify_inclusion
 from audit.principal import LocalOwner, Principal
 from audit.vault_home import open_vault
@@ -156,10 +157,6 @@ def test_export_holds_everything_about_one_person_and_verifies_offline(client, l
 
 
 def test_export_that_leaves_an_entry_out_does_not_verify(client, lab, as_role, row):
-    from dataclasses import replace
-
-    from audit.evidence import write_evidence
-
     for _ in range(2):
         ask(client, as_role("consumer"), row)
     evidence = read_evidence(post(client, as_role("officer"), "export", subject=MRN).content)
@@ -173,6 +170,28 @@ def test_export_that_leaves_an_entry_out_does_not_verify(client, lab, as_role, r
     policy = f"log {lab.coordinator.log_key}\nquorum none\n"
     report = verify_evidence(write_evidence(cut), policy_text=policy)
     assert [step.code for step in report.failures] == ["disclosed.incomplete"]
+
+
+@pytest.mark.parametrize("forged", ["value", "moved", "of another leaf"])
+def test_verifier_refuses_an_export_that_opens_something_else(client, lab, as_role, row, forged):
+    first, second = (
+        ask(client, as_role("consumer"), {**row, "age": age}).json()["entry"]["leaf_index"]
+        for age in (51, 52)
+    )
+    evidence = read_evidence(post(client, as_role("officer"), "export", subject=MRN).content)
+    told = {index: dict(parts) for index, parts in evidence.disclosed.items()}
+    if forged == "value":
+        part = told[first]["row.0.input"]
+        age = replace(part.opened["age"], value='"15"')
+        told[first]["row.0.input"] = replace(part, opened={**part.opened, "age": age})
+    elif forged == "moved":
+        told[first], told[second] = told[second], told[first]
+    else:
+        told[0] = told.pop(first)
+    policy = f"log {lab.coordinator.log_key}\nquorum none\n"
+    report = verify_evidence(write_evidence(replace(evidence, disclosed=told)), policy_text=policy)
+    assert report.verdict.value == "INVALID"
+    assert [step.code for step in report.failures] == ["disclosure.mismatch"]
 
 
 def test_erasure_leaves_proofs_and_nothing_to_open(client, lab, as_role, row):
