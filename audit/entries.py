@@ -4,6 +4,8 @@ An entry is an envelope (version, type, event id, nonce, time, actor) around one
 `encode_entry(entry)`, RFC 8785 JSON made once, at write time; readers call `decode_entry` on the stored bytes
 and never write them again. A body that somebody signs carries the signature in a field of its own;
 `signing_payload(body)` gives the domain and the bytes that were signed: the body without those fields.
+A field that a later release added has a default and is left out where it has that value, so that one body
+has one form and older leaves are read as they were written.
 
 Bodies hold strings, integers, and tuples of strings or of smaller frozen parts: nothing else can be a leaf.
 """
@@ -54,6 +56,8 @@ from audit.bodies import (
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
+    SubjectErased,
+    SubjectExported,
     VersionRegistered,
     VersionTransition,
 )
@@ -100,6 +104,8 @@ __all__ = [
     "SiteRefused",
     "SiteStatement",
     "SiteUndelivered",
+    "SubjectErased",
+    "SubjectExported",
     "VersionRegistered",
     "VersionTransition",
     "body_document",
@@ -143,6 +149,7 @@ _DOMAINS: Final[dict[type[Any], str]] = {
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
+_defaults: dict[type[Any], dict[str, Any]] = {}
 _HEX32 = re.compile(r"[0-9a-f]{32}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
@@ -151,6 +158,7 @@ _DIGEST_FIELDS: Final = frozenset(
     {
         "base_model",
         "charter",
+        "context",
         "dataset",
         "digest",
         "gate_results",
@@ -162,6 +170,7 @@ _DIGEST_FIELDS: Final = frozenset(
         "previous_round",
         "previous_transition",
         "schema_digest",
+        "sealed",
         "start",
         "transition",
         "update",
@@ -211,6 +220,7 @@ class IndexColumns:
     site: str | None = None
     round: int | None = None
     principal: str | None = None
+    subject: str | None = None
 
 
 def new_entry(body: Body, *, actor: str, time: str, event_id: str | None = None) -> Entry:
@@ -292,11 +302,21 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
     """
     if not isinstance(value, dict):
         raise EntryError(path, "is not an object")
-    types = _types(kind)
-    unknown, missing = sorted(set(value) - set(types)), sorted(set(types) - set(value))
+    types, later = _types(kind), _later(kind)
+    unknown = sorted(set(value) - set(types))
+    missing = sorted(set(types) - set(value) - set(later))
     if unknown or missing:
         raise EntryError(path, f"unknown fields {unknown}, missing fields {missing}")
-    return kind(**{name: _read(hint, value[name], f"{path}.{name}", name) for name, hint in types.items()})
+    for name, default in later.items():
+        if name in value and value[name] == default:
+            raise EntryError(f"{path}.{name}", "is left out where it is empty")
+    return kind(
+        **{
+            name: _read(hint, value[name], f"{path}.{name}", name)
+            for name, hint in types.items()
+            if name in value
+        }
+    )
 
 
 def signing_payload(body: Any) -> tuple[str, bytes]:
@@ -360,6 +380,7 @@ def columns_of(data: bytes) -> IndexColumns:
         site=text("site"),
         round=number if isinstance(number, int) else None,
         principal=text("principal"),
+        subject=text("subject"),
     )
 
 
@@ -370,6 +391,16 @@ def _types(kind: type[Any]) -> dict[str, Any]:
     return hints
 
 
+def _later(kind: type[Any]) -> dict[str, Any]:
+    """Return the fields that a later release added, with the value for which they are left out."""
+    found = _defaults.get(kind)
+    if found is None:
+        fields = dataclasses.fields(kind)
+        found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        _defaults[kind] = found
+    return found
+
+
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else canonical_bytes(value).decode()
     return text if len(text) <= 120 else f"{text[:120]}…"
@@ -377,7 +408,12 @@ def _shown(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        later = _later(type(value))
+        return {
+            field.name: _plain(item)
+            for field in dataclasses.fields(value)
+            if (item := getattr(value, field.name)) != later.get(field.name, dataclasses.MISSING)
+        }
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
@@ -389,6 +425,8 @@ def _read(hint: Any, value: object, path: str, name: str) -> Any:
             raise EntryError(path, "is not a string")
         if name in _DIGEST_FIELDS and not _HEX64.fullmatch(value):
             raise EntryError(path, f"{value!r} is not a lower-case hex SHA-256")
+        if name == "subject" and not _HEX32.fullmatch(value):
+            raise EntryError(path, "is not a pseudonym of 32 hex digits; a leaf never names a person")
         return value
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, int):

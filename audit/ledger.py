@@ -257,6 +257,12 @@ class Ledger:
         found = self._select(select(LEAF).where(LEAF.c.event_id == event_id))
         return found[0] if found else None
 
+    def logged_events(self, event_ids: Sequence[str]) -> set[str]:
+        """Return which of these event ids, at most a few hundred, are in the log."""
+        query = select(LEAF.c.event_id).where(LEAF.c.event_id.in_(list(event_ids)))
+        with _store.reading(self._engine) as connection:
+            return {row.event_id for row in connection.execute(query)}
+
     def search(
         self,
         *,
@@ -268,6 +274,7 @@ class Ledger:
         site: str | None = None,
         round: int | None = None,
         principal: str | None = None,
+        subject: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,
@@ -288,7 +295,7 @@ class Ledger:
         query = matching(
             select(LEAF),
             type=type, actor=actor, model=model, version=version, run=run, site=site,
-            round=round, principal=principal, since=since, until=until,
+            round=round, principal=principal, subject=subject, since=since, until=until,
         )  # fmt: skip
         if after is not None:
             query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)

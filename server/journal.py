@@ -39,13 +39,13 @@ class Journal:
         self._ledger, self._clock, self._monitoring = ledger, clock, monitoring
         self._timeout_s = timeout_s
 
-    async def append(self, body: Body) -> Sequenced:
-        """Append `body` and wait until it is durable.
+    async def append(self, body: Body, *, event_id: str | None = None) -> Sequenced:
+        """Append `body` and wait until it is durable; `event_id` where the vault already bears it.
 
         Raises:
             LedgerUnavailableError: it is not, or not known to be, durable.
         """
-        data, event_id = self._encode(body)
+        data, event_id = self._encode(body, event_id)
         begun = time.perf_counter()
         try:
             future = self._ledger.append(data, event_id=event_id, index_columns=columns_of(data))
@@ -64,8 +64,12 @@ class Journal:
         except (AuditError, OSError, TimeoutError) as error:
             raise self._failed(error) from error
 
-    def _encode(self, body: Body) -> tuple[bytes, str]:
-        entry = new_entry(body, actor=ACTOR, time=time_text(self._clock()))
+    def now_text(self) -> str:
+        """Return the time as entries bear it."""
+        return time_text(self._clock())
+
+    def _encode(self, body: Body, event_id: str | None = None) -> tuple[bytes, str]:
+        entry = new_entry(body, actor=ACTOR, time=self.now_text(), event_id=event_id)
         return encode_entry(entry), entry.event_id
 
     def _failed(self, error: Exception) -> LedgerUnavailableError:
