@@ -29,6 +29,7 @@ from audit.tables import APPLICATION_ID, HEAD, MIGRATION, REVISION, SCHEMA_VERSI
 BUSY_TIMEOUT_S = 20.0
 
 _WRITE = "affidavit_write"
+_WAL_PAGES = 4000  # 16 MiB; at SQLite's 1000 every second full batch would also sync the database file
 
 
 def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
@@ -42,6 +43,7 @@ def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
     )
     if mode == "rw":
         connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
     return connection
 
 

@@ -66,7 +66,7 @@ async def submit(ledger: Ledger, entries: Iterator[tuple[bytes, str, Any]], seco
     async def one() -> None:
         nonlocal done
         for data, event_id, columns in entries:
-            await asyncio.wrap_future(ledger.append(data, event_id=event_id, index_columns=columns))
+            await ledger.append_from_loop(data, event_id=event_id, index_columns=columns)
             done += 1
             if time.perf_counter() >= stop:
                 return

@@ -48,8 +48,8 @@ class Journal:
         data, event_id = self._encode(body)
         begun = time.perf_counter()
         try:
-            future = self._ledger.append(data, event_id=event_id, index_columns=columns_of(data))
-            sequenced = await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
+            future = self._ledger.append_from_loop(data, event_id=event_id, index_columns=columns_of(data))
+            sequenced = await asyncio.wait_for(future, self._timeout_s)
         except (AuditError, OSError, TimeoutError) as error:
             raise self._failed(error) from error
         self._monitoring.append_seconds.observe(time.perf_counter() - begun)
