@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import Connection, Engine, bindparam, select, update
 
 from audit import _store
 from audit._bulk import KnownRowError, insert_rows
@@ -24,6 +24,10 @@ from audit.merkle import HASH_SIZE, CompactRange
 from audit.tables import HEAD, LEAF, NODE, TILE_HEIGHT
 
 _RETRIES_S: Final = (0.05, 0.25, 1.0)
+_HEAD: Final = select(HEAD.c.size, HEAD.c.edge).where(HEAD.c.id == 1)
+_MOVE_HEAD: Final = (
+    update(HEAD).where(HEAD.c.id == 1).values(size=bindparam("new_size"), edge=bindparam("new_edge"))
+)
 
 
 class Sequenced(NamedTuple):  # one an append: a dataclass would cost four times as much to make
@@ -98,9 +102,8 @@ def _write(engine: Engine, batch: list[AppendRequest], *, look_up: bool) -> list
             insert_rows(connection, LEAF, rows, unless_known=not look_up)
             if nodes:
                 insert_rows(connection, NODE, nodes)
-            changed = connection.execute(
-                update(HEAD).where(HEAD.c.id == 1).values(size=edge.size, edge=b"".join(edge.hashes))
-            )
+            moved = {"new_size": edge.size, "new_edge": b"".join(edge.hashes)}
+            changed = connection.execute(_MOVE_HEAD, moved)
             if changed.rowcount != 1:
                 raise LedgerCorruptError("the log has no head; run fsck")
     size = edge.size
@@ -117,7 +120,7 @@ def _known(connection: Connection, batch: list[AppendRequest]) -> dict[str, tupl
 
 
 def read_edge(connection: Connection) -> CompactRange:
-    row = connection.execute(select(HEAD.c.size, HEAD.c.edge).where(HEAD.c.id == 1)).first()
+    row = connection.execute(_HEAD).first()
     if row is None or type(row.size) is not int or type(row.edge) is not bytes:
         raise LedgerCorruptError("the log has no head; run fsck")
     hashes = [row.edge[i : i + HASH_SIZE] for i in range(0, len(row.edge), HASH_SIZE)]
