@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
 
-from audit.entries import Body, columns_of, encode_entry, new_entry
+from audit.entries import Body, IndexColumns, encode_entry, index_columns, new_entry
 from audit.errors import AuditError
 from audit.ledger import Ledger, Sequenced
 from server.errors import LedgerUnavailableError
@@ -45,10 +45,10 @@ class Journal:
         Raises:
             LedgerUnavailableError: it is not, or not known to be, durable.
         """
-        data, event_id = self._encode(body)
+        data, event_id, columns = self._encode(body)
         begun = time.perf_counter()
         try:
-            future = self._ledger.append_from_loop(data, event_id=event_id, index_columns=columns_of(data))
+            future = self._ledger.append_from_loop(data, event_id=event_id, index_columns=columns)
             sequenced = await asyncio.wait_for(future, self._timeout_s)
         except (AuditError, OSError, TimeoutError) as error:
             raise self._failed(error) from error
@@ -57,16 +57,16 @@ class Journal:
 
     def append_now(self, body: Body) -> Sequenced:
         """The same, for callers without an event loop."""
-        data, event_id = self._encode(body)
+        data, event_id, columns = self._encode(body)
         try:
-            future = self._ledger.append(data, event_id=event_id, index_columns=columns_of(data))
+            future = self._ledger.append(data, event_id=event_id, index_columns=columns)
             return future.result(self._timeout_s)
         except (AuditError, OSError, TimeoutError) as error:
             raise self._failed(error) from error
 
-    def _encode(self, body: Body) -> tuple[bytes, str]:
+    def _encode(self, body: Body) -> tuple[bytes, str, IndexColumns]:
         entry = new_entry(body, actor=ACTOR, time=time_text(self._clock()))
-        return encode_entry(entry), entry.event_id
+        return encode_entry(entry), entry.event_id, index_columns(entry)
 
     def _failed(self, error: Exception) -> LedgerUnavailableError:
         self._monitoring.append_failures.inc()
