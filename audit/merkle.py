@@ -139,16 +139,17 @@ def inclusion_proof(get: NodeSource, leaf_index: int, tree_size: int) -> list[by
     """
     if not 0 <= leaf_index < tree_size <= MAX_TREE_SIZE:
         raise TreeRangeError(f"leaf {leaf_index} is not in a tree of {tree_size}")
-    begin, end, siblings = 0, tree_size, []
-    while end - begin > 1:
-        middle = begin + _split(end - begin)
-        if leaf_index < middle:
-            siblings.append((middle, end))
-            end = middle
-        else:
-            siblings.append((begin, middle))
-            begin = middle
-    return [_range_root(get, *sibling) for sibling in reversed(siblings)]
+    proof: list[bytes] = []
+    node, last, level = leaf_index, tree_size - 1, 0
+    while last:
+        if node & 1:
+            proof.append(get(level, node - 1))
+        elif node < last - 1 or (node + 2) << level <= tree_size:
+            proof.append(get(level, node + 1))
+        elif node < last:  # the last sibling of a level need not be a perfect subtree
+            proof.append(_range_root(get, (node + 1) << level, tree_size))
+        node, last, level = node >> 1, last >> 1, level + 1
+    return proof
 
 
 def consistency_proof(get: NodeSource, size1: int, size2: int) -> list[bytes]:
