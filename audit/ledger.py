@@ -332,8 +332,16 @@ class Ledger:
         return self._checkpoints.at(tree_size)
 
     def checkpoints(self) -> list[bytes]:
-        """Return every stored note, smallest tree first."""
+        """Return every stored note, smallest tree first; older ones thin out to one an hour."""
         return self._checkpoints.all()
+
+    def prune_checkpoints(self) -> int:
+        """Delete notes beyond the newest thousand that others make superfluous; return how many.
+
+        Publishing does this by itself. One note an hour stays for each set of cosigners, so that the largest
+        note that a policy accepts is never touched.
+        """
+        return self._checkpoints.prune()
 
     def wait_checkpointed(self, leaf_index: int, timeout_s: float = 10.0) -> bytes:
         """Return the note of a tree that holds this leaf, as soon as the log has signed one.

@@ -30,8 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from log_load import (
     ORIGIN,
@@ -60,6 +59,7 @@ from audit.tables import LEAF
 from audit.tiles import root_of_bundles
 from audit.tiles_export import export_tiles
 
+ROOT = Path(__file__).resolve().parent.parent
 GOPATH = Path("/usr/share/gocode")
 JUDGE = ROOT / "tests" / "conformance" / "judge" / "main.go"
 RESULTS = ROOT / "docs" / "results" / "log_speed.md"
@@ -348,12 +348,12 @@ def main() -> int:
     return 0
 
 
-INTRODUCTION = """`make results` writes this file (`benchmarks/bench_log.py --write`). One run, one machine, perhaps a
-busy one: trust the ratios. Entries are predictions of 840 bytes. CPU is that of the process which appends; a
-PostgreSQL server's own is not in it. Memory is the peak of a process that does one thing; warm proofs hold at
-most 4096 full tiles, 64 MiB. The walk over an exported log hashes every entry and compares the root with the
-checkpoint; it does not read the entries. `fsck` does: it decodes each one, derives all its columns and compares
-every index, node, root and checkpoint.
+INTRODUCTION = """`make results` writes this file (`benchmarks/bench_log.py --write`). One run, one machine,
+perhaps a busy one: trust the ratios. Entries are predictions of 840 bytes. CPU is that of the process which
+appends; a PostgreSQL server's own is not in it. Memory is the peak of a process that does one thing; warm
+proofs hold at most 4096 full tiles, 64 MiB. The walk over an exported log hashes every entry and compares the
+root with the checkpoint; it does not read the entries. `fsck` does: it decodes each one, derives all its
+columns and compares every index, node, root and checkpoint.
 """
 
 
