@@ -1,9 +1,9 @@
 """Which stored checkpoints another one makes superfluous.
 
 A note goes when one of a larger tree bears all of its signers, cosigned within the same hour. What a quorum
-accepts in the one it accepts in the other, with more leaves; so the largest note that any policy accepts stays,
-and the one with most cosignatures for any leaf. What is lost is witnessed time within the hour. A note that
-nobody cosigned says no time: there any hour will do.
+accepts in the one it accepts in the other, with more leaves; so the largest note that any policy accepts
+stays, and the one with most cosignatures for any leaf. What is lost is witnessed time within the hour. A note
+that nobody cosigned says no time: there any hour will do.
 """
 
 from __future__ import annotations
