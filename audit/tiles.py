@@ -14,11 +14,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
 from typing import Final
 
 from audit.errors import AuditError
-from audit.merkle import HASH_SIZE, MAX_TREE_SIZE, CompactRange, hash_node
+from audit.merkle import HASH_SIZE, MAX_TREE_SIZE, CompactRange, hash_leaves, hash_node
 
 WIDTH: Final = 256
 HEIGHT: Final = 8
@@ -138,8 +137,7 @@ def root_of_bundles(fetch: Callable[[str], bytes], tree_size: int) -> bytes:
     edge = CompactRange()
     for index in range(-(-tree_size // WIDTH)):
         tile = tile_at(ENTRIES, index, tree_size)
-        entries = decode_bundle(fetch(tile.path), tile.width)
-        edge.extend([sha256(b"\x00" + entry).digest() for entry in entries])
+        edge.extend(hash_leaves(decode_bundle(fetch(tile.path), tile.width)))
     return edge.root()
 
 
