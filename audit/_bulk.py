@@ -6,17 +6,16 @@ columns, whose values the caller has validated.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from typing import Any
 
 from sqlalchemy import Connection, Integer, LargeBinary, Table
-from sqlalchemy.exc import IntegrityError
 
 from audit._postgresql import name_fault
 
-_UNIQUE_VIOLATION = "23505"
 _ROWS_AT_ONCE = 64  # sqlite3 gives up and takes back the interpreter's lock once a statement, not once a row
 
 
@@ -32,38 +31,37 @@ def insert_rows(
     Raises:
         KnownRowError: with `unless_known`, a unique key refused them.
     """
-    if connection.dialect.name == "sqlite":
-        try:
-            _insert(connection, table, rows)
-        except IntegrityError as error:
-            if unless_known:
-                raise KnownRowError from error
-            raise
-        return
-    _copy(connection, table, rows, unless_known)
+    raw: Any = connection.connection.driver_connection
+    driver: Any = connection.dialect.dbapi
+    put = _insert if connection.dialect.name == "sqlite" else _copy
+    try:
+        put(raw, table, rows)
+    except driver.Error as error:  # straight from the driver: SQLAlchemy does not see it
+        if unless_known and _is_unique_violation(error):
+            raise KnownRowError from error
+        if isinstance(error, sqlite3.Error):
+            raise  # named where the transaction ends
+        raise name_fault(error) from error
 
 
-def _insert(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+def _is_unique_violation(error: Exception) -> bool:
+    return isinstance(error, sqlite3.IntegrityError) or getattr(error, "sqlstate", None) == "23505"
+
+
+def _insert(raw: Any, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
     whole = len(rows) - len(rows) % _ROWS_AT_ONCE
     for start in range(0, whole, _ROWS_AT_ONCE):
         values = tuple(chain.from_iterable(rows[start : start + _ROWS_AT_ONCE]))
-        connection.exec_driver_sql(_insert_statement(table, _ROWS_AT_ONCE), values)
+        raw.execute(_insert_statement(table, _ROWS_AT_ONCE), values)
     if whole < len(rows):
-        connection.exec_driver_sql(_insert_statement(table, 1), list(rows[whole:]))
+        raw.executemany(_insert_statement(table, 1), rows[whole:])
 
 
-def _copy(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]], unless_known: bool) -> None:
-    raw: Any = connection.connection.driver_connection
-    driver: Any = connection.dialect.dbapi
-    try:
-        with raw.cursor() as cursor, cursor.copy(_copy_statement(table)) as copy:
-            copy.set_types(_types(table))
-            for row in rows:
-                copy.write_row(row)
-    except driver.Error as error:  # straight from the driver: SQLAlchemy does not see it
-        if unless_known and getattr(error, "sqlstate", None) == _UNIQUE_VIOLATION:
-            raise KnownRowError from error
-        raise name_fault(error) from error
+def _copy(raw: Any, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+    with raw.cursor() as cursor, cursor.copy(_copy_statement(table)) as copy:
+        copy.set_types(_types(table))
+        for row in rows:
+            copy.write_row(row)
 
 
 @cache
