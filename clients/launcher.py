@@ -39,6 +39,7 @@ _logger = logging.getLogger(__name__)
 STUB: Final = "flwr-clientapp"
 NOT_APPROVED: Final = "bundle_not_approved"
 _STALE_S: Final = 3600.0
+_EMPTY_S: Final = 60.0
 _SYSTEM: Final = (
     "/usr", "/lib", "/lib64", "/bin", "/proc", "/sys/devices/system/cpu",
     "/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf",
@@ -219,10 +220,13 @@ def _tell(confined: Confined) -> None:
 
 
 def _sweep(scratch: Path) -> None:
-    """Remove what killed processes left."""
+    """Remove what earlier messages left: an empty folder each, or more where a process was killed."""
     for left in scratch.glob("message-*"):
         try:
-            if time.time() - left.stat().st_mtime > _STALE_S:
+            age_s = time.time() - left.stat().st_mtime
+            if age_s > _STALE_S:
                 shutil.rmtree(left, ignore_errors=True)
-        except FileNotFoundError:
-            continue
+            elif age_s > _EMPTY_S:
+                left.rmdir()
+        except OSError:
+            continue  # in use, or gone by another message's sweep
