@@ -66,7 +66,7 @@ from audit.bodies import (
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
-from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
+from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -78,7 +78,6 @@ __all__ = [
     "AccessDenied",
     "AuditRead",
     "Body",
-    "BundleDecided",
     "CharterPublished",
     "CharterSigned",
     "Entry",
@@ -97,7 +96,6 @@ __all__ = [
     "PolicyApplied",
     "Prediction",
     "PredictionDenied",
-    "RequestRefused",
     "RoundAbandoned",
     "RoundCompleted",
     "RowCommitment",
@@ -105,10 +103,8 @@ __all__ = [
     "RunCompleted",
     "RunFailed",
     "RunStarted",
-    "SiteDecided",
     "SiteEnrolled",
     "SiteEpsilon",
-    "SiteLogOpened",
     "SiteRefused",
     "SiteStatement",
     "SiteUndelivered",
@@ -155,10 +151,7 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     VersionTransition: "transition",
     KeyRotated: "rotation",
     LogCompromised: "compromise",
-    SiteLogOpened: "site-log",
-    SiteDecided: "decision",
-    RequestRefused: "request",
-    BundleDecided: "bundle",
+    **SITE_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}

@@ -8,6 +8,7 @@ numbers only, never a row, a file name or a person.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,3 +57,12 @@ class BundleDecided:
     digest: str  # SHA-256 of the bundle's bytes
     decision: str  # "approved" | "withdrawn" | "refused"
     signature: str
+
+
+SITE_DOMAINS: Final[dict[type[Any], str]] = {
+    SiteLogOpened: "site-log",
+    SiteDecided: "decision",
+    RequestRefused: "request",
+    BundleDecided: "bundle",
+}
+"""What each is signed for; see `audit.keys.DOMAINS`."""

@@ -23,13 +23,13 @@ from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import (
     ZERO_DIGEST,
     Body,
-    BundleDecided,
     SiteRefused,
     SiteStatement,
     body_document,
     event_hash,
 )
 from audit.errors import AuditError, WitnessConflictError, WitnessError
+from audit.site_bodies import BundleDecided
 from clients.admission import Admission
 from clients.code_digest import agent_code
 from clients.decisions import Decisions

@@ -14,11 +14,11 @@ from audit.entries import (
     ZERO_DIGEST,
     MechanismEvent,
     RunStarted,
-    SiteDecided,
     SiteStatement,
     run_digest,
 )
 from audit.epsilon import recompute
+from audit.site_bodies import SiteDecided
 from clients.errors import RefusedError, WaitingError
 from clients.home import SiteHome
 from clients.identity import SiteKeys

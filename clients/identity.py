@@ -18,13 +18,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from audit.entries import (
-    BundleDecided,
     CharterSigned,
-    RequestRefused,
     RunAccepted,
-    SiteDecided,
     SiteEnrolled,
-    SiteLogOpened,
     SiteRefused,
     SiteStatement,
     signing_payload,
@@ -32,6 +28,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.keys import SigningKey
 from audit.notes import KeyType, NoteSigner
+from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 from clients.errors import IdentityError
 
 T = TypeVar(

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from audit.entries import Body, RequestRefused
+from audit.entries import Body
+from audit.site_bodies import RequestRefused
 
 BURST: Final = 60
 WINDOW_S: Final = 60.0

@@ -17,13 +17,12 @@ from typing import Any
 from audit.canonical import parse_canonical
 from audit.entries import (
     REFUSAL_CODES,
-    BundleDecided,
     MechanismEvent,
     RunAccepted,
-    SiteDecided,
     parse_body,
 )
 from audit.epsilon import recompute
+from audit.site_bodies import BundleDecided, SiteDecided
 from clients.code_digest import agent_code
 from clients.decisions import decision, facts_of, run_cost, year_events
 from clients.errors import ClientsError, DataProblem

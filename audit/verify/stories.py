@@ -21,7 +21,6 @@ from audit.entries import (
     LogCreated,
     RunAccepted,
     SiteEnrolled,
-    SiteLogOpened,
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
@@ -33,6 +32,7 @@ from audit.evidence import MAX_BYTES, read_evidence
 from audit.log_file import FileEntry, LogFile
 from audit.merkle import hash_leaf
 from audit.notes import NoteVerifier
+from audit.site_bodies import SiteLogOpened
 from audit.tlog_policy import NO_QUORUM, Policy
 from audit.verify import verify_evidence
 from audit.verify.chain import FailError, GapError, Leaf, Outcome, verify_body
