@@ -105,7 +105,7 @@ class AgentServer:
         try:
             listener.bind(str(self.path))
             self.path.chmod(0o660)
-            listener.listen(self._limits.connections)
+            listener.listen(128)
         except OSError as error:
             listener.close()
             raise LinkError(f"cannot listen on {self.path}: {error}") from error
@@ -202,6 +202,9 @@ class AgentServer:
         with suppress(OSError):
             connection.settimeout(0.2)
             send_frame(connection, "answer", json.dumps({"error": code}).encode(), {})
+            connection.shutdown(socket.SHUT_WR)
+            connection.setblocking(False)
+            connection.recv(1 << 16)  # closing on unread bytes would take the answer back
 
     def _note(self, kind: str, code: str) -> None:
         self.counts["turned_away"] += 1

@@ -41,7 +41,8 @@ NOT_APPROVED: Final = "bundle_not_approved"
 _STALE_S: Final = 3600.0
 _EMPTY_S: Final = 60.0
 _SYSTEM: Final = (
-    "/usr", "/lib", "/lib64", "/bin", "/proc", "/sys/devices/system/cpu",
+    "/usr", "/lib", "/lib64", "/bin", "/sys/devices/system/cpu",
+    "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/loadavg", "/proc/version",
     "/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf",
     "/etc/localtime", "/etc/ld.so.cache", "/etc/mime.types", "/etc/os-release",
 )  # fmt: skip

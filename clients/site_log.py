@@ -24,7 +24,6 @@ from audit.entries import (
     Body,
     Entry,
     LogCreated,
-    SiteLogOpened,
     columns_of,
     decode_entry,
     encode_entry,
@@ -33,6 +32,7 @@ from audit.entries import (
 from audit.errors import AuditError, EventIdConflictError
 from audit.ledger import Ledger, StoredEntry
 from audit.signer import Signer, publish
+from audit.site_bodies import SiteLogOpened
 from clients.errors import HomeError
 from clients.identity import SiteKeys
 

@@ -22,6 +22,7 @@ MAX_HEAD_BYTES: Final = 1 << 16
 MAX_BLOBS: Final = 8
 MAX_FRAME_BYTES: Final = 640 << 20  # header and blobs together
 ANSWER_TIMEOUT_S: Final = 600.0
+CONNECT_TIMEOUT_S: Final = 10.0
 FRAME_TIMEOUT_S: Final = 30.0
 SLOWEST_BYTES_PER_S: Final = 8 << 20  # what a frame may take beyond that
 _CHUNK: Final = 1 << 20
@@ -42,7 +43,7 @@ class SocketLink:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(ANSWER_TIMEOUT_S)
             try:
-                connection.connect(str(self._path))
+                self._connect(connection)
                 try:
                     send_frame(connection, kind, header, blobs)
                 except (BrokenPipeError, ConnectionResetError) as error:
@@ -52,6 +53,19 @@ class SocketLink:
                 return frame.body(head)
             except OSError as error:
                 raise LinkError(f"no answer from the agent at {self._path}: {error}") from error
+
+    def _connect(self, connection: socket.socket) -> None:
+        """Connect, and stand in line while others are let in."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while True:
+            try:
+                connection.connect(str(self._path))
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
 
 @dataclass(frozen=True, slots=True)

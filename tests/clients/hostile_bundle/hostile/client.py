@@ -65,14 +65,25 @@ def do_environment(order):
 
 
 def do_flood(order):
-    began, codes = time.monotonic(), {}
+    """Send many requests at once, and only then read what came back."""
+    began, codes, held = time.monotonic(), {}, []
     for number in range(order["count"]):
+        connection = socket.socket(socket.AF_UNIX)
+        held.append(connection)
         try:
-            answer = ask(order["socket"], f"flood.{number}", b"{}", {})
-            code = json.loads(answer["header"]).get("error", "none")
-        except OSError as error:
+            connection.connect(order["socket"])
+            connection.settimeout(30)
+            head = {"kind": f"flood.{number}", "header": 2, "blobs": {}}
+            connection.sendall(json.dumps(head).encode() + b"\n{}")
+        except OSError:
+            pass  # turned away before it was read: the answer says why
+    for connection in held:
+        try:
+            code = json.loads(received(connection)["header"]).get("error", "none")
+        except (OSError, ValueError) as error:
             code = type(error).__name__
         codes[code] = codes.get(code, 0) + 1
+        connection.close()
     return {"codes": codes, "seconds": time.monotonic() - began}
 
 
@@ -94,9 +105,13 @@ def ask(path, kind, header, blobs):
         connection.settimeout(30)
         connection.connect(path)
         connection.sendall(json.dumps(head).encode() + b"\n" + header + b"".join(blobs.values()))
-        data = b""
-        while piece := connection.recv(1 << 16):
-            data += piece
+        return received(connection)
+
+
+def received(connection):
+    data = b""
+    while piece := connection.recv(1 << 16):
+        data += piece
     first, _, rest = data.partition(b"\n")
     told = json.loads(first)
     return {"header": rest[: told["header"]].decode(), "blobs": list(told["blobs"])}
