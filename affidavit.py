@@ -48,6 +48,7 @@ Site engineer: your rows stay with you
                           a charter or a run: its cost, its code, your rules; say yes or no
   site bundle approve FILE
                           which Flower bundles the relay may run
+  site launcher FOLDER    the flwr-clientapp that confines them, for the SuperNode's PATH
   site log export FILE    the site's own story, to compare with the federation's
   site witness NAME       check that the log only grew, and cosign it
   site serve-witness NAME answer the log's add-checkpoint requests (C2SP tlog-witness)

@@ -1,5 +1,5 @@
-"""Commands for a site's people: `site agent | review | accept | refuse`, `site bundle approve | withdraw`,
-`site log export`.
+"""Commands for a site's people: `site agent | review | accept | refuse | launcher`, `site bundle approve |
+withdraw`, `site log export`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def register(site: typer.Typer) -> None:
     site.command("review")(review)
     site.command("accept")(accept)
     site.command("refuse")(refuse)
+    site.command("launcher")(launcher)
     site.add_typer(bundle)
     site.add_typer(log)
 
@@ -141,6 +142,30 @@ def refuse(
         "reason": said.reason,
     }
     emit(document, f"{place.name} refuses {said.run or said.charter}: {said.reason}", as_json=as_json)
+
+
+@guarded
+def launcher(
+    into: Annotated[Path, typer.Argument(help="Folder that stands first in the SuperNode's PATH.")],
+    scratch: Annotated[Path, typer.Option(help="Where bundles are unpacked; the relay user's own.")],
+    name: SiteName = "",
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", help="Folder of the agent's socket [run/ in the home].")
+    ] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the flwr-clientapp that runs approved bundles alone, confined and without secrets.
+
+    Exit codes: 0 written, 1 no such site, or the folder cannot be written, 2 wrong usage.
+    """
+    from clients.agent_place import RUN
+    from clients.launcher import install_stub
+
+    place = _site(home, name)
+    folder = (run_folder or place.path / RUN).absolute()
+    stub = install_stub(into, agent=f"unix:{folder}", site=place.name, scratch=scratch)
+    emit({"site": place.name, "stub": str(stub)}, f"wrote {stub}", as_json=as_json)
 
 
 @bundle.command("approve")

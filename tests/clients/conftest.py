@@ -386,13 +386,13 @@ def build_network(tmp_path: Path) -> Iterator[Callable[..., Network]]:
         each.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def request_of() -> Callable[..., tuple[dict[str, Any], dict[str, bytes]]]:
     """Return `ask(agent, kind, header, **blobs)`."""
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def code_of() -> Callable[[dict[str, Any]], str]:
     """Return `code(answer)`: the closed code of a refused request."""
     return refusal_code
