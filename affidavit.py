@@ -46,7 +46,7 @@ Site engineer: your rows stay with you
   site agent NAME         run the site's agent: rows, keys and budget in one process
   site review | accept | refuse RUN
                           a charter or a run: its cost, its code, your rules; say yes or no
-  site bundle approve FILE
+  site bundle approve | withdraw FILE
                           which Flower bundles the relay may run
   site launcher FOLDER    the flwr-clientapp that confines them, for the SuperNode's PATH
   site log export FILE    the site's own story, to compare with the federation's
