@@ -63,6 +63,7 @@ class SiteEnrolled:
     """A site's identity key delegates three keys; each that signs proves itself over the same payload."""
 
     site: str
+    operator: str  # who runs the site's machines, as it says itself; empty: nobody else's
     origin: str  # the one log that the site follows, from its own policy
     population: str  # random pseudonym of the people behind the data
     identity_key: str

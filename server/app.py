@@ -32,6 +32,7 @@ from server.schemas import problems
 from server.service import PredictService
 from server.settings import Settings
 from server.warm import WarmModels
+from server.watching import Watching
 
 _logger = logging.getLogger(__name__)
 
@@ -68,8 +69,10 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             await record_policies(context)
             await to_thread.run_sync(warm_up, context)
             context.publisher.start()
+            context.watching.start()
             yield
         finally:
+            await context.watching.stop()
             await context.publisher.stop()
             context.keys.close()
             context.coordinator.close()
@@ -126,6 +129,7 @@ def build_context(
             monitoring=monitoring,
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
+        watching=Watching(coordinator, clock),
         monitoring=monitoring,
         clock=clock,
         reading=ReadingLog(settings.coordinator_home, journal),

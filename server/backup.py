@@ -24,7 +24,7 @@ from typing import Final
 from audit.ledger import Ledger
 from audit.location import log_location
 from audit.signer import Signer
-from federation.coordinator import signer_passphrase
+from audit.signing_home import signer_passphrase
 from server.errors import ServerError
 
 FORMAT: Final = "affidavit-backup/1"

@@ -118,8 +118,9 @@ class Lab:
         witness = NoteSigner(site, self.site_witness, KeyType.COSIGNATURE)
         self.coordinator.append(
             SiteEnrolled(
-                site=site, origin=ORIGIN, population="ab" * 16, identity_key=self.site_identity.text,
-                statement_key=self.site_identity.text, witness_key=witness.vkey, agreement_key="",
+                site=site, operator="", origin=ORIGIN, population="ab" * 16,
+                identity_key=self.site_identity.text, statement_key=self.site_identity.text,
+                witness_key=witness.vkey, agreement_key="",
                 signature="", statement_proof="", witness_proof="",
             ),
             "coordinator",
