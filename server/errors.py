@@ -59,6 +59,12 @@ class TooBusyError(ServerError):
     code = "server.busy"
 
 
+class NotYetError(ServerError):
+    """The entry is durable, and not yet in a checkpoint of the level that was asked for."""
+
+    code = "audit.not_yet"
+
+
 class BodyTooLargeError(ServerError):
     code = "request.too_large"
 
@@ -126,6 +132,15 @@ STATUS: Final[dict[str, int]] = {
     "audit.ledger_corrupt": 503,
     "audit.ledger_unreachable": 503,
     "audit.signer_busy": 503,
+    "audit.signer_missing": 503,
+    "audit.signer_rewrite": 503,
+    "audit.signer_rollback": 503,
+    "audit.signer_split": 503,
+    "audit.signer_state": 503,
+    "audit.witnesses_unreachable": 503,
+    "audit.lease_lost": 503,
+    "audit.malformed_policy": 503,
+    "audit.not_yet": 503,
     "audit.entry_not_found": 404,
     "audit.tree_range": 404,
     "audit.no_such_tile": 404,

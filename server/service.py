@@ -25,6 +25,7 @@ from server.live import LiveModels, ServedVersion
 from server.monitoring import Monitoring
 from server.receipting import Receipting
 from server.warm import WarmModel, WarmModels
+from server.watching import Level
 
 _INLINE_ROWS: Final = 16  # more rows than this are computed beside the event loop
 
@@ -64,6 +65,8 @@ class Answered:
     leaf_hash: str
     receipt: dict[str, Any]
     opened: tuple[dict[str, str], ...]
+    level: Level = "sequenced"
+    proof: str | None = None  # C2SP tlog-proof, above "sequenced"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,10 @@ _logger = logging.getLogger(__name__)
 
 Level = Literal["sequenced", "checkpointed", "witnessed"]
 
+MAX_WAIT_S: Final = 10.0
 _OFFER_S: Final = 1.0
 _AGAIN_S: Final = 300.0  # an idle log's checkpoint is cosigned afresh, so that it does not grow stale
+_MISSING_S: Final = 10.0  # who did not answer is asked again
 _LOOK_S: Final = 0.05
 _POLICY_S: Final = 30.0
 _JUDGED: Final = 1024
@@ -48,7 +50,7 @@ class Watching:
         self._offering: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._waiting: set[_Waiter] = set()
-        self._offered = (-1, 0.0)
+        self._offered, self._again_at = -1, 0.0
         self._policy: tuple[float, Policy] | None = None
         self._judged: dict[bytes, bool] = {}
 
@@ -112,11 +114,11 @@ class Watching:
         try:
             if level == "checkpointed":
                 return ledger.wait_checkpointed(leaf_index, timeout_s=0)
-            return ledger.wait_witnessed(leaf_index, lambda note: self._is_witnessed(note, policy), timeout_s=0)
+            return ledger.wait_witnessed(leaf_index, partial(self._is_witnessed, policy), timeout_s=0)
         except TimeoutError:
             return None
 
-    def _is_witnessed(self, note: bytes, policy: Policy) -> bool:
+    def _is_witnessed(self, policy: Policy, note: bytes) -> bool:
         """Whether the policy's quorum cosigned; judged once for the same bytes."""
         if note not in self._judged:
             if len(self._judged) >= _JUDGED:
@@ -142,14 +144,14 @@ class Watching:
         note = ledger.latest_checkpoint() if self._coordinator.publisher.leads else None
         if note is None or watchers is None:
             return
-        size, at = self._offered
-        if parse_checkpoint_note(note).tree_size == size and time.monotonic() - at < _AGAIN_S:
+        size = parse_checkpoint_note(note).tree_size
+        if size == self._offered and time.monotonic() < self._again_at:
             return
         lines = watchers.offer(note, ledger.consistency_proof)
         if lines:
             ledger.store_checkpoint(add_signatures(note, lines))
-        if len(lines) == len(watchers.reachable):
-            self._offered = (parse_checkpoint_note(note).tree_size, time.monotonic())
+        pause = _AGAIN_S if len(lines) == len(watchers.reachable) else _MISSING_S
+        self._offered, self._again_at = size, time.monotonic() + pause
 
 
 def _tell(waiting: list[_Waiter], note: bytes | None) -> None:
