@@ -16,6 +16,7 @@ import typer
 
 from audit import file_commands
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
+from audit.file_commands import cover_here
 from audit.principal import LocalOwner, Principal
 
 if TYPE_CHECKING:
@@ -142,7 +143,10 @@ def prove_entry(
 ) -> None:
     """Prove that an entry is in the log, under its newest checkpoint (C2SP tlog-proof).
 
-    Exit codes: 0 done, 1 refused, no such entry, or no checkpoint covers it yet, 2 wrong usage.
+    On the log's own machine a checkpoint is signed first where none covers the entry yet.
+
+    Exit codes: 0 done, 1 refused, no such entry, or no checkpoint covers it and none can be signed here, 2
+    wrong usage.
     """
     from audit.tlog_proof import TlogProof
 
@@ -220,6 +224,8 @@ def export(
 ) -> None:
     """Write a zip that proves an entry, and all that led to it, to a stranger.
 
+    On the log's own machine a checkpoint is signed first where none covers the entry yet.
+
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
     """
     receipt, opened = _answer_parts(answer)
@@ -261,6 +267,7 @@ def _prove_here(home: Path | None, index: int) -> dict[str, Any]:
     from audit.service import prove_entry as prove
 
     with _ledger(home) as ledger:
+        cover_here(ledger, base_home(home) / "coordinator", index)
         proof = prove(ledger, _owner(), LocalOwner(), index)
         leaf_hash = hash_leaf(ledger.entry(index)).hex()
     return {
@@ -285,6 +292,7 @@ def _export_here(base: Path, index: int) -> bytes:
         return data
 
     with _ledger(base) as ledger:
+        cover_here(ledger, base / "coordinator", index)
         return export_entry(ledger, blob, _owner(), LocalOwner(), index)
 
 

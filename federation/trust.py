@@ -25,7 +25,6 @@ def federation_policy(
     witnesses: Mapping[str, str],
     *,
     operators: Mapping[str, str] | None = None,
-    urls: Mapping[str, str] | None = None,
 ) -> Policy:
     """Return the policy of a log whose n sites are its witnesses: w of n, 2w > n + f, f = (n - 1) / 3.
 
@@ -34,7 +33,6 @@ def federation_policy(
         witnesses: each site's witness vkey; with none the quorum is `none`.
         operators: who runs a site's machines, where several sites share an operator. Sites under one
             operator count once, as `group <operator> any`, because whoever runs both can make both sign.
-        urls: where sites answer as witnesses.
     """
     shared: dict[str, list[str]] = {}
     for name in sorted(witnesses):
@@ -47,7 +45,7 @@ def federation_policy(
     need = (count + (count - 1) // 3) // 2 + 1
     lines = [f"log {key}" for key in ([log_key] if isinstance(log_key, str) else log_key)]
     for site, key in sorted(witnesses.items()):
-        lines.append(f"witness {site} {key} {(urls or {}).get(site, '')}".rstrip())
+        lines.append(f"witness {site} {key}")
     for name, sites in sorted(voices.items()):
         if len(sites) > 1:
             lines.append(f"group {name} any {' '.join(sites)}")
@@ -58,12 +56,11 @@ def federation_policy(
     return Policy.parse("\n".join(lines) + "\n")
 
 
-def log_policy(ledger: Ledger, *, urls: Mapping[str, str] | None = None) -> Policy:
+def log_policy(ledger: Ledger) -> Policy:
     """Return the policy that a log's own entries give: keys not known as stolen, and every enrolled site.
 
     A key that retired in good order stays, because what it signed stays good; trees beyond its end are
-    refused by the entry that ended it. Sites that name one operator count once. `urls` are the addresses at
-    which sites answer as witnesses.
+    refused by the entry that ended it. Sites that name one operator count once.
 
     Raises:
         LogKeyError: an entry about a key is not signed as it must be.
@@ -80,7 +77,6 @@ def log_policy(ledger: Ledger, *, urls: Mapping[str, str] | None = None) -> Poli
         good_keys(keys_of(ledger)),
         {site: body.witness_key for site, body in latest.items()},
         operators={site: body.operator for site, body in latest.items() if OPERATOR.fullmatch(body.operator)},
-        urls=urls,
     )
 
 
