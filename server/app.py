@@ -68,7 +68,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         try:
             await record_policies(context)
             await to_thread.run_sync(warm_up, context)
-            context.publisher.start()
+            await context.publisher.start()
             context.watching.start()
             yield
         finally:

@@ -16,7 +16,7 @@ from anyio import to_thread
 
 from audit.checkpoints import add_signatures, parse_checkpoint_note
 from audit.entries import SiteEnrolled, decode_entry
-from audit.errors import AuditError, BadSignatureError, LeaseLostError
+from audit.errors import AuditError, BadSignatureError, LeaseLostError, SignerBusyError
 from audit.notes import NoteVerifier, SignatureLine, open_note, parse_note
 from federation.coordinator import Coordinator
 from server.journal import Clock
@@ -41,7 +41,17 @@ class Publisher:
         self._task: asyncio.Task[None] | None = None
         self._meeting: tuple[float, bytes] | None = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Take the first turn, then go on by the timer.
+
+        Raises:
+            SignerError: this signer may not sign for this log, so no receipt may be given either.
+        """
+        try:
+            async with self._lock:
+                await to_thread.run_sync(self._step)
+        except (LeaseLostError, SignerBusyError) as error:
+            _logger.info("another process publishes: %s", error)
         self._task = asyncio.create_task(self._run(), name="publish checkpoints")
 
     async def stop(self) -> None:

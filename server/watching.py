@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 Level = Literal["sequenced", "checkpointed", "witnessed"]
 
 MAX_WAIT_S: Final = 10.0
-_OFFER_S: Final = 1.0
+_OFFER_S: Final = 0.25
 _AGAIN_S: Final = 300.0  # an idle log's checkpoint is cosigned afresh, so that it does not grow stale
 _MISSING_S: Final = 10.0  # who did not answer is asked again
 _LOOK_S: Final = 0.05
