@@ -167,12 +167,15 @@ def prove_entry(
 @log.command("fsck")
 @guarded
 def check_log(home: Home = None, as_json: AsJson = False) -> None:
-    """Recompute every hash, column and tree node of the log from its entries' bytes.
+    """Recompute every hash, column and tree node of the log from its entries' bytes, and check that every
+    stored checkpoint is signed by a key of the log.
 
     Exit codes: 0 the log is whole, 1 it is not (the first bad thing is named), 2 wrong usage.
     """
     from audit.entries import columns_of
+    from audit.errors import LedgerSchemaError
     from audit.fsck import fsck
+    from audit.ledger_keys import UnsignedCheckpointError, check_notes
 
     place = _place(home)
     if place.path is not None and not place.path.is_file():
@@ -183,11 +186,18 @@ def check_log(home: Home = None, as_json: AsJson = False) -> None:
             f"{report.where}: {report.detail} ({report.entries} entries before it are good)",
             code=f"fsck.{report.problem}",
         )
-    emit(
-        {"ok": True, "entries": report.entries},
-        f"the log is whole: {report.entries} entries",
-        as_json=as_json,
-    )
+    signed: int | None = None
+    try:
+        with _ledger(home) as ledger:
+            signed = check_notes(ledger)
+    except UnsignedCheckpointError as error:
+        raise CommandError(str(error), code="fsck.checkpoint") from error
+    except LedgerSchemaError:
+        told = "its checkpoints' signatures are read after `affidavit db upgrade`"
+    else:
+        told = f"{signed} signed checkpoints"
+    document = {"ok": True, "entries": report.entries, "checkpoints": signed}
+    emit(document, f"the log is whole: {report.entries} entries, {told}", as_json=as_json)
 
 
 @db.command("upgrade")

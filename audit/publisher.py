@@ -184,7 +184,7 @@ class Publisher:
         return quorum.satisfied and quorum.need > 0
 
     def _publish(self, *, idle_too: bool = False) -> bytes | None:
-        last = self.ledger.latest_checkpoint()
+        last = self.ledger.latest_checkpoint(self._is_ours)
         grew = last is None or parse_checkpoint_note(last).tree_size < self.ledger.tree_size
         if not grew and not (idle_too and self._is_due()):
             return None

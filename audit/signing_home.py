@@ -11,18 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from audit.entries import decode_entry
 from audit.errors import AuditError, LocationError, PolicyFileError, SignerMissingError
 from audit.ledger import Ledger
+from audit.ledger_keys import keys_of
 from audit.location import CONFIG, read_secret
-from audit.log_keys import LogKeys, read_log_keys
 from audit.publisher import Publisher
 from audit.signer import Signer
 from audit.tlog_policy import Policy
 from audit.watchers import Watchers
 
 POLICY_FILE: Final = "policy.txt"
-KEY_TYPES: Final = ("log.created", "key.rotated", "log.compromise")
 PASSPHRASE: Final = "AFFIDAVIT_SIGNER_PASSPHRASE"  # noqa: S105 - the name of a variable
 
 
@@ -63,16 +61,6 @@ def watchers_of(home: Path, origin: str) -> Watchers | None:
     except (OSError, UnicodeDecodeError, AuditError) as error:
         raise PolicyFileError(f"{path}: {error}; correct it, or remove it to ask no witness") from error
     return Watchers(policy, origin)
-
-
-def keys_of(ledger: Ledger) -> LogKeys:
-    """Return the log's keys and how long each is valid, as its entries say.
-
-    Raises:
-        LogKeyError: an entry about a key is not signed as it must be.
-    """
-    rows = ledger.search(type=KEY_TYPES, limit=1000)
-    return read_log_keys((row.leaf_index, decode_entry(row.body).body) for row in rows)
 
 
 def publisher_of(ledger: Ledger, signer: Signer, watchers: Watchers | None) -> Publisher:

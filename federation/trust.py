@@ -12,8 +12,8 @@ from typing import Final
 
 from audit.entries import SiteEnrolled, decode_entry
 from audit.ledger import Ledger
+from audit.ledger_keys import keys_of
 from audit.log_keys import LogKeys
-from audit.signing_home import keys_of
 from audit.tlog_policy import NO_QUORUM, Policy
 
 QUORUM: Final = "members"

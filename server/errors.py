@@ -59,6 +59,10 @@ class TooBusyError(ServerError):
     code = "server.busy"
 
 
+class NoSuchRouteError(ServerError):
+    code = "request.no_such_route"
+
+
 class NotYetError(ServerError):
     """The entry is durable, and not yet in a checkpoint of the level that was asked for."""
 
@@ -116,6 +120,7 @@ STATUS: Final[dict[str, int]] = {
     "access.denied": 403,
     "predict.denied": 403,
     "request.malformed": 422,
+    "request.no_such_route": 404,
     "request.too_large": 413,
     "request.timeout": 408,
     "predict.row_outside_contract": 422,

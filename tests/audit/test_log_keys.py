@@ -34,6 +34,7 @@ from audit.receipts import issue_receipts
 from audit.service import export_evidence
 from audit.signer import Signer, publish
 from audit.verify import Report, Word, verify_evidence
+from audit.verify.misbehaviour import verify_misbehaviour
 from audit.whole_log import verify_log
 from federation.trust import log_policy
 
