@@ -106,9 +106,8 @@ def grown(
     text = config.read_text().replace(str(home), str(tmp_path))
     if server:
         name = f"copy_{tmp_path.name}"
-        server.execute(
-            f'CREATE DATABASE "{name}" TEMPLATE "{templates[kind].rpartition("/")[2].partition("?")[0]}"'
-        )
+        original = templates[kind].partition("?")[0].rpartition("/")[2]
+        server.execute(f'CREATE DATABASE "{name}" TEMPLATE "{original}"')
         text = text.replace(templates[kind], server.url(name))
     config.write_text(text)
 
