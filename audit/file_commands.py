@@ -197,8 +197,9 @@ def _broken_promise(
             return prove_broken_promise(promised, note, tree)
     index = promised.leaf_index
     status, data, _ = call_api(url or "", f"/v1/audit/entries/{index}/proof", key=key)
-    if status == 404:  # the log has no such entry: its newest checkpoint says so
-        return prove_broken_promise(promised, ask_api(url or "", "/v1/audit/checkpoint", key=""))
+    if status == 404:  # the log has no such entry: the checkpoint that its witnesses cosign says so
+        note = ask_api(url or "", "/v1/audit/checkpoint?meeting=true", key="")
+        return prove_broken_promise(promised, note)
     if status >= 400:
         raise CommandError(
             f"{url} shows no proof of leaf {index} to you ({status}): an officer or a site's key sees it",

@@ -86,8 +86,8 @@ def charter(officers: list[SigningKey], identity: str, **changed: object) -> dic
                     "accountant": "pld", "grid_bits": 20, "precision": "float64", "subject_id": "",
                     "max_rows_per_subject": 1},
         "sites": [
-            {"name": name, "identity": identity, "nominal_rows": 100, "weight": "100"}
-            for name in ("alpha", "beta")
+            {"name": name, "identity": key, "nominal_rows": 100, "weight": "100"}
+            for name, key in (("alpha", identity), ("beta", SigningKey.generate().text))
         ],
         "gates": [],
         "purposes": ["audit-trial", "triage"],

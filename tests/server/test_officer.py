@@ -350,6 +350,19 @@ def test_evidence_of_a_time_range_proves_every_entry_in_it(client, lab, as_role)
     assert verify_evidence(bytes(altered), policy_text=policy_of(lab)).verdict is Verdict.INVALID
 
 
+def test_evidence_by_terms_carries_the_entries_about_keys_and_no_downgraded_story(client, lab, as_role):
+    old = lab.coordinator.log_key
+    client.post("/v1/models/toy/predict", headers=as_role("consumer"), json=PREDICT)
+    placed = lab.coordinator.rotate_log_key(0)
+    policy = f"log {lab.coordinator.log_key}\nlog {old}\nquorum none\n"
+    answer = get(client, as_role("officer"), "evidence", decision="allowed")
+    found = read_evidence(answer.content)
+    assert placed.leaf_index in found.entries
+    assert found.leaf_index == 0, "a prediction is a story of its own; among others it is only an entry"
+    report = verify_evidence(answer.content, policy_text=policy)
+    assert report.verdict is Verdict.VALID, report.text()
+
+
 def test_evidence_of_a_version_is_that_of_its_last_transition(client, lab, as_role):
     last = [e["leaf_index"] for e in lab.entries("version.transition")][-1]
     answer = get(client, as_role("officer"), "evidence", version=lab.version)
