@@ -117,6 +117,10 @@ def _run(application: click.Command, given: list[str]) -> int:
     import click
     import typer
 
+    if "--help" in given:
+        from audit.console import show_argument_help
+
+        show_argument_help(application)
     try:
         outcome = application.main(given, prog_name="affidavit", standalone_mode=False)
     except click.exceptions.Abort:

@@ -222,7 +222,13 @@ def upgrade_database(home: Home = None, as_json: AsJson = False) -> None:
 @evidence.command("export")
 @guarded
 def export(
-    index: Index,
+    index: Annotated[int | None, typer.Argument(help="The entry's place in the log, from 0.", min=0)] = None,
+    version: Annotated[str | None, typer.Option(help="A model version's whole story, by its digest.")] = None,
+    run: Annotated[str | None, typer.Option(help="A training run's whole story.")] = None,
+    since: Annotated[str | None, typer.Option(help="Every entry from this time on (RFC 3339, UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="Every entry before this time.")] = None,
+    type: Annotated[str | None, typer.Option(help="Every entry of this type.")] = None,
+    principal: Annotated[str | None, typer.Option(help="Every entry that names this pseudonym.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write the zip.")] = Path("evidence.zip"),
     answer: Annotated[
         Path | None, typer.Option(help="The answer you were given (JSON): adds its receipt and opened rows.")
@@ -234,15 +240,27 @@ def export(
 ) -> None:
     """Write a zip that proves an entry, and all that led to it, to a stranger.
 
-    On the log's own machine a checkpoint is signed first where none covers the entry yet.
+    Or a version, or a run; or every entry that matches a time, a type or a pseudonym, each proved to be in
+    the log. On the log's own machine a checkpoint is signed first where none covers the entries yet.
 
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
     """
+    terms = {
+        "version": version, "run": run, "since": since, "until": until, "type": type, "principal": principal,
+    }  # fmt: skip
+    asked = {name: value for name, value in terms.items() if value is not None}
+    if (index is None) == (not asked):
+        raise CommandError("give an entry's index, or terms such as --version", code="command.usage")
     receipt, opened = _answer_parts(answer)
     if url:
-        data = ask_api(url, f"/v1/audit/evidence/{index}", key=read_key(None, key_file))
+        from urllib.parse import urlencode
+
+        path = (
+            f"/v1/audit/evidence/{index}" if index is not None else f"/v1/audit/evidence?{urlencode(asked)}"
+        )
+        data = ask_api(url, f"/v1/audit/evidence{path}", key=read_key(None, key_file))
     else:
-        data = _export_here(base_home(home), index)
+        data = _export_here(base_home(home), index, asked)
     if receipt is not None or opened is not None:
         from audit.service import add_answer
 
@@ -289,8 +307,8 @@ def _prove_here(home: Path | None, index: int) -> dict[str, Any]:
     }
 
 
-def _export_here(base: Path, index: int) -> bytes:
-    from audit.service import export_entry
+def _export_here(base: Path, index: int | None, asked: dict[str, str]) -> bytes:
+    from audit.service import SearchRequest, export_asked, export_entry
 
     def blob(digest: str) -> bytes | None:
         path = base / "coordinator" / "blobs" / digest[:2] / digest
@@ -302,8 +320,10 @@ def _export_here(base: Path, index: int) -> bytes:
         return data
 
     with _ledger(base) as ledger:
-        cover_here(ledger, base / "coordinator", index)
-        return export_entry(ledger, blob, _owner(), LocalOwner(), index)
+        cover_here(ledger, base / "coordinator", ledger.tree_size - 1 if index is None else index)
+        if index is not None:
+            return export_entry(ledger, blob, _owner(), LocalOwner(), index)
+        return export_asked(ledger, blob, _owner(), LocalOwner(), SearchRequest(**asked))  # type: ignore[arg-type]
 
 
 def _answer_parts(path: Path | None) -> tuple[Any, Any]:

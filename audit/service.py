@@ -32,6 +32,7 @@ __all__ = [
     "Principal",
     "SearchRequest",
     "add_answer",
+    "export_asked",
     "export_entry",
     "export_evidence",
     "export_matching",
@@ -164,6 +165,23 @@ def export_matching(
             proofs={index: tuple(ledger.inclusion_proof(index, size)) for index in sorted(entries)},
         )
     )
+
+
+def export_asked(
+    ledger: EvidenceLog, blobs: BlobSource, principal: Principal, authorizer: Authorizer, asked: SearchRequest
+) -> bytes:
+    """Return a version's or a run's whole story when that alone is asked for, else all that matches.
+
+    Raises:
+        AuditError: as `export_entry` and `export_matching`.
+    """
+    if asked != SearchRequest() and asked in (
+        SearchRequest(version=asked.version),
+        SearchRequest(run=asked.run),
+    ):
+        index = subject_of(ledger, version=asked.version, run=asked.run)
+        return export_entry(ledger, blobs, principal, authorizer, index)
+    return export_matching(ledger, principal, authorizer, asked)
 
 
 def _key_entries(ledger: EvidenceLog, size: int) -> list[tuple[int, bytes]]:

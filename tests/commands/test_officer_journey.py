@@ -42,6 +42,36 @@ def get(served, role, path, **query):
     return status, data
 
 
+@pytest.mark.parametrize("given", [(), ("3", "--run", "r"), ("--run", "no-such-run"), ("--version", "x")])
+def test_evidence_of_nothing_is_refused_in_one_line(served, tmp_path, given):
+    result = served.own.run("evidence", "export", *given, "--out", tmp_path / "e.zip")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert not (tmp_path / "e.zip").exists()
+
+
+def test_help_of_every_command_explains_every_argument_and_option():
+    """A stranger reads nothing else; Click's and Typer's releases may drop what we wrote."""
+    import typer
+
+    import affidavit
+    from audit.console import show_argument_help
+
+    def walk(command):
+        for inner in getattr(command, "commands", {}).values():
+            yield from walk(inner)
+        yield command
+
+    application = typer.main.get_command(affidavit.build_application())
+    show_argument_help(application)
+    silent = [
+        f"{command.name} {param.name}"
+        for command in walk(application)
+        for param in command.params
+        if not getattr(param, "help", None)
+    ]
+    assert silent == []
+
+
 def time_of_approval(served) -> str:
     _, found = served.http("officer", "GET", "/v1/audit/entries?type=version.transition")
     return str(found["entries"][-1]["entry"]["time"])
@@ -76,6 +106,18 @@ def test_evidence_of_every_scope_is_downloaded_and_verified_offline(served, poli
     }[by]
     status, data = get(served, "officer", "evidence", **query)
     assert status == 200, data
+    options = [text for name, value in query.items() for text in (f"--{name}", value)]
+    for place in (
+        ("--url", served.url, "--key-file", served.key_files["officer"]),
+        ("--home", served.own.homes),
+    ):
+        made = run_command("evidence", "export", *options, "--out", tmp_path / "c.zip", *place)
+        assert made.code == 0, made.err
+        same = read_evidence((tmp_path / "c.zip").read_bytes())
+        assert (same.entries, same.leaf_index) == (
+            read_evidence(data).entries,
+            read_evidence(data).leaf_index,
+        )
     judged = verify(tmp_path / "e.zip", policy, data)
     assert judged.code == 0, judged.out
     entries = read_evidence(data).entries

@@ -18,7 +18,6 @@ from federation.registry import statements
 from federation.service import RegisterRequest, register
 from federation.trust import federation_policy
 
-
 CHARTER = """
 name: twice
 task: binary
