@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 
 class AuditError(Exception):
     """Base of every error `audit` raises on purpose."""
@@ -319,13 +317,13 @@ class WitnessesUnreachableError(SignerError):
 
     code = "audit.witnesses_unreachable"
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__(
             f"witnesses {', '.join(names)} do not answer, and without them a tree may be witnessed that this "
             "signer does not know: nothing is signed until they do. Start them, or correct policy.txt in the "
             "coordinator's home"
         )
-        self.names = tuple(names)
+        self.names = names
 
 
 class SignerStateError(SignerError):

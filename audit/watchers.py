@@ -100,7 +100,7 @@ class Watchers:
         silent = [witness.name for witness in policy.witnesses if witness.name not in answered]
         if not policy.evaluate(silent).satisfied:
             return
-        missing = [witness.name for witness in self.reachable if witness.name not in answered]
+        missing = tuple(w.name for w in self.reachable if w.name not in answered)
         if missing:
             raise WitnessesUnreachableError(missing)
         if self.reachable:
