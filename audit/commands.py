@@ -255,9 +255,7 @@ def export(
     if url:
         from urllib.parse import urlencode
 
-        path = (
-            f"/v1/audit/evidence/{index}" if index is not None else f"/v1/audit/evidence?{urlencode(asked)}"
-        )
+        path = f"?{urlencode(asked)}" if index is None else f"/{index}"
         data = ask_api(url, f"/v1/audit/evidence{path}", key=read_key(None, key_file))
     else:
         data = _export_here(base_home(home), index, asked)

@@ -49,6 +49,17 @@ def test_evidence_of_nothing_is_refused_in_one_line(served, tmp_path, given):
     assert not (tmp_path / "e.zip").exists()
 
 
+def test_site_status_reads_as_a_person_would_write_it(served):
+    shown = served.own.run("site", "status", "alpha").out
+    assert "(" not in shown.replace("(in the log:", ""), "no tuple of the language's"
+    for word in ("people of alpha", "epsilon 5 at delta 0.00001", "2 releases", "open runs"):
+        assert word in shown, shown
+    document = served.own.run("site", "status", "alpha", "--json").json
+    assert (document["open_runs"], document["operator"]) == ([], "")
+    assert len(document["approved_charters"]) == 1
+    assert document["approved_charters"][0] in shown
+
+
 def test_help_of_every_command_explains_every_argument_and_option():
     """A stranger reads nothing else; Click's and Typer's releases may drop what we wrote."""
     import typer

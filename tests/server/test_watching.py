@@ -19,6 +19,7 @@ from audit.witness import Witness
 from clients.witness_server import WitnessServer
 from server.app import create_app
 from server.watching import Watching
+from tests.commands.conftest import run_command
 from tests.http_witness import answering, witnessing
 
 PREDICT = {"purpose": "triage", "rows": [{"age": 51, "fever": True, "ward": "north"}]}
@@ -148,6 +149,9 @@ def test_server_whose_witness_saw_another_history_does_not_start(lab, key, tmp_p
             pass
     with pytest.raises(WitnessesUnreachableError), app_of(lab):
         pass
+    said = run_command("serve", "--home", lab.folder, "--port", "0", "--json")
+    assert (said.code, said.json["error"]["code"]) == (1, "audit.witnesses_unreachable")
+    assert said.err.count("\n") == 1
 
 
 def test_policy_is_shown_to_anybody_with_operators_as_groups(client, lab):
