@@ -16,10 +16,7 @@ from audit.verify import verify_evidence
 from clients.simulation import run_federation, simulate
 from federation.registry import statements
 from federation.service import RegisterRequest, register
-<<<<<<< HEAD
 from federation.trust import federation_policy
-=======
->>>>>>> main
 
 CHARTER = """
 name: twice
