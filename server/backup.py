@@ -1,9 +1,9 @@
 """Backup and restore of a coordinator's home, so that a restore can never make the log say two things.
 
-A backup is one tar file: consistent copies of the SQLite databases, then every other file. The signer's
-home is never in it: its state is what tells an old backup from the present. A backup whose log is shorter
-than the last signed checkpoint, or differs under it, is refused: signing on from there would be a second
-history.
+A backup is one tar file: consistent copies of the SQLite databases, then every other file. The vault and its
+key are never in it, because erasure must reach every copy (`affidavit vault backup`), nor is the signer's
+home: its state is what tells an old backup from the present. A backup whose log is shorter than the last
+signed checkpoint, or differs under it, is refused: signing on from there would be a second history.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Final
 
 from audit.errors import SignerRollbackError, SignerSplitError
 from audit.ledger import Ledger
-from audit.location import Location, log_location
+from audit.location import Location, log_location, vault_location
 from audit.signer import Signer
 from audit.signing_home import signer_passphrase
+from audit.vault_home import KEY_FILE
 from server.errors import ServerError
 
 FORMAT: Final = "affidavit-backup/1"
@@ -81,8 +82,9 @@ def backup(home: Path, target: Path) -> BackupReport:
             f"{home}: its log is in {place}, which has tools of its own. One copy: pg_dump --format=custom "
             f"--file=log.dump --dbname={_without_options(place)}   and the folder {home} by any means. Every "
             "entry until a failure: pg_basebackup and an archive of the write-ahead log, or a synchronous "
-            "replica. Never in either: the signer's home. Restored with pg_restore, the log is checked "
-            "against the signer's state when the home is next opened: an old copy is refused"
+            "replica. Never in either: the signer's home, nor the vault, which `affidavit vault backup` "
+            "copies apart. Restored with pg_restore, the log is checked against the signer's state when the "
+            "home is next opened: an old copy is refused"
         )
     if place.path != home / "log.db" or not place.path.is_file():
         raise BackupError(f"{home}: is no coordinator's home with its log in it; give --home")
@@ -163,10 +165,12 @@ def _check_against_signer(ledger: Ledger, signer_home: Path) -> None:
 
 
 def _copy(home: Path, target: Path) -> list[str]:
-    names = []
+    names, vault = [], vault_location(home).path
     for path in sorted(home.rglob("*")):
         name = path.relative_to(home).as_posix()
         if path.is_symlink() or not path.is_file() or name.endswith(_SKIPPED):
+            continue
+        if path == vault or name.startswith(KEY_FILE):
             continue
         destination = target / name
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,9 @@ async def predict(
     With `wait` the answer brings a proof as well. `level` says how far the entry came within ten seconds: an
     answer whose level is less than you asked for has its receipt, and its proof comes later from
     `/v1/audit/entries/{index}/proof?wait=…`.
+
+    With `subject`, the entry holds a random pseudonym in place of the person, and the row, the answer, the
+    purpose and the salts are kept in the vault, where an officer can export them or erase them for good.
     """
     context = context_of(request)
     asked = _parse(await request.body(), max_rows=context.settings.max_rows)
@@ -65,6 +68,7 @@ async def predict(
             rows=asked.rows,
             site=asked.site,
             version=asked.version,
+            subject=asked.subject,
             request_id=request_id_of(request),
         ),
     )
@@ -168,6 +172,7 @@ def render_answer(answered: Answered) -> PredictResponse:
             "level": answered.level,
             "proof": answered.proof,
             "opened": list(answered.opened),
+            "sealed": answered.sealed,
         }
     )
 

@@ -26,6 +26,11 @@ TABLE = {
     "GET /v1/audit/entries/{index}/proof.tlog-proof": ({"index": "PUBLIC"}, MEMBERS | {"node"}),
     "GET /v1/audit/entries/{index}/receipt.cose": ({"index": "PUBLIC"}, MEMBERS | {"node"}),
     "GET /v1/audit/evidence/{index}": ({"index": "ALONE"}, {"scientist", "officer", "node"}),
+    "GET /v1/audit/entries/{index}/opened": ({"index": "SEALED"}, {"officer"}),
+    "GET /v1/audit/entries/{index}/disclosed": ({"index": "SEALED"}, {"officer"}),
+    "POST /v1/subjects/find": ({"json": {"subject": "MRN-1"}}, {"officer"}),
+    "POST /v1/subjects/export": ({"json": {"subject": "MRN-1"}}, {"officer"}),
+    "POST /v1/subjects/erase": ({"json": {"subject": "nobody"}}, {"officer"}),
     "GET /v1/audit/count": ({}, MEMBERS),
     "GET /v1/audit/export": ({}, MEMBERS),
     "GET /v1/audit/evidence": ({"params": {"type": "log.created"}}, KEYED - {"operator"}),  # of what it sees
@@ -57,9 +62,12 @@ def asked(client, lab, as_role):
     """Ask a row of the table as somebody; return the answer."""
     stranger = {"Authorization": f"Bearer {lab.key('consumer')}"}
     body = TABLE["POST /v1/models/{name}/predict"][0]["json"]
-    private = client.post("/v1/models/toy/predict", headers=stranger, json=body).json()["entry"]["leaf_index"]
+    private, sealed = (
+        client.post("/v1/models/toy/predict", headers=stranger, json=made).json()["entry"]["leaf_index"]
+        for made in (body, {**body, "subject": "MRN-1"})
+    )
     public = lab.entries("version.transition")[0]["leaf_index"]
-    named = {"PUBLIC": public, "PRIVATE": private, "ALONE": 0, "VERSION": lab.version}
+    named = {"PUBLIC": public, "PRIVATE": private, "SEALED": sealed, "ALONE": 0, "VERSION": lab.version}
 
     def ask(route, given, caller):
         method, path = route.split(" ")
@@ -104,7 +112,7 @@ def test_evidence_by_terms_holds_only_what_its_caller_sees(asked, lab):
     assert asked("GET /v1/audit/evidence", given, "node").status_code == 404
     everybodys = read_evidence(asked("GET /v1/audit/evidence", given, "officer").content).entries
     assert set(everybodys) == {0} | {item["leaf_index"] for item in lab.entries("prediction")}
-    assert len(everybodys) == 3
+    assert len(everybodys) == 4
 
 
 def test_every_refusal_of_a_known_caller_is_an_entry_and_of_a_stranger_is_none(asked, lab):
