@@ -63,7 +63,6 @@ class SiteEnrolled:
     """A site's identity key delegates three keys; each that signs proves itself over the same payload."""
 
     site: str
-    operator: str  # who runs the site's machines, as it says itself; empty: nobody else's
     origin: str  # the one log that the site follows, from its own policy
     population: str  # random pseudonym of the people behind the data
     identity_key: str
@@ -73,6 +72,7 @@ class SiteEnrolled:
     signature: str
     statement_proof: str
     witness_proof: str
+    operator: str = ""  # who runs the site's machines, where they run other sites too; as it says itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

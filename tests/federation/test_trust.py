@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from audit.entries import SiteEnrolled
+from audit.entries import SiteEnrolled, decode_entry, encode_entry, new_entry
+from audit.errors import AuditError
 from audit.keys import SigningKey
 from audit.notes import KeyType, NoteSigner
 from audit.tlog_policy import Policy
@@ -73,6 +74,17 @@ def test_names_that_collide_give_a_policy_all_the_same(
     assert Policy.parse(policy.format()) == policy
     assert policy.evaluate(names).satisfied
     assert not policy.evaluate([]).satisfied
+
+
+def test_enrolment_without_an_operator_is_the_bytes_of_an_earlier_release() -> None:
+    data = encode_entry(new_entry(enrolled("a"), actor="coordinator", time="2026-01-02T03:04:05Z"))
+    assert b"operator" not in data
+    assert decode_entry(data).body == dataclasses.replace(decode_entry(data).body, operator="")
+    named = encode_entry(new_entry(enrolled("a", "trust"), actor="coordinator", time="2026-01-02T03:04:05Z"))
+    assert b'"operator":"trust"' in named
+    empty = named.replace(b'"operator":"trust"', b'"operator":""')
+    with pytest.raises(AuditError):
+        decode_entry(empty)
 
 
 @pytest.mark.parametrize("operator", ["x\nquorum none", "two words", "UPPER", "-x", "x" * 64, "é"])
