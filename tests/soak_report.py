@@ -1,7 +1,7 @@
 """The figures of `make soak`: each test records its own, and the run's last step writes docs/results/log.md.
 
-A run in which a test fails writes no page. What was not run is named in the page, so that a skipped part cannot
-pass for a good one.
+A run in which a test fails writes no page. What was not run is named in the page, so that a skipped part
+cannot pass for a good one.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _where() -> str:
 
 
 def run(command: list[str], target: Path) -> int:
-    """Run pytest with a fresh file of results; write the page if everything passed. Return pytest's status."""
+    """Run pytest with a fresh file of results, write the page if all passed, return pytest's status."""
     results = target.with_suffix(".jsonl.tmp")
     results.unlink(missing_ok=True)
     done = subprocess.run(command, env={**os.environ, RESULTS: str(results)}, check=False)
