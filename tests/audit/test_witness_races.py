@@ -64,8 +64,8 @@ def race(folder: Path, seed: int, *, requests: int, threads: int) -> Counter[str
                 with lock:
                     outcomes[error.code] += 1
                 continue
-            recorded = witness.tree_size
             with lock:
+                recorded = witness.tree_size
                 assert recorded >= size, "a cosignature for more than is recorded"
                 assert recorded >= max((other for _, other, _ in given), default=0), "the recorded size fell"
                 given.append((forked, size, line))
@@ -115,37 +115,3 @@ def test_two_hundred_requests_at_once_for_fifty_rounds_leave_one_growing_history
         result=f"{outcomes['cosigned']:,} cosigned, {outcomes.total() - outcomes['cosigned']:,} refused; "
         "the recorded size never fell, no two histories",
     )
-
-
-COSIGNER = """
-import json, sys
-from audit.keys import SigningKey
-from audit.notes import KeyType, NoteSigner
-from audit.witness import Witness
-from audit.witness_request import AddCheckpoint
-work = json.loads(sys.stdin.readline())
-key = NoteSigner("site-a", SigningKey.from_seed(bytes.fromhex(work["seed"])), KeyType.COSIGNATURE)
-print("ready", flush=True)
-import os
-for number in range(work["times"]):
-    go = sys.stdin.readline().split()
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        witness = Witness(work["path"], key, work["log"])
-        while True:
-            size = witness.tree_size
-            if size + 1 >= len(work["requests"]):
-                os._exit(0)
-            asked = AddCheckpoint.parse(work["requests"][size].encode())
-            line = witness.cosign(asked.note, asked.old_size, asked.proof, 1_700_000_000)
-            os.write(write_end, b"%d %s" % (size + 1, line))
-    os.close(write_end)
-    print(pid, flush=True)
-    sys.stdin.readline()
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    said = os.read(read_end, 1 << 20)
-    os.close(read_end)
-    print(json.dumps(said.decode()), flush=True)
-"""

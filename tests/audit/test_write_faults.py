@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 from collections import Counter
@@ -274,3 +275,31 @@ def test_every_write_fails_in_every_way_and_nothing_acknowledged_is_lost(
         result=f"0 lost or doubled; {ended['killed']} killed, {ended['refused']} refused by name, "
         f"{ended['acknowledged']} acknowledged and kept",
     )
+
+
+def kill_witness(nursery: Nursery, folder: Path, times: int) -> int:
+    """Kill it at random moments, often between recording and answering; return how many it answered."""
+    draw, requests, heard = random.Random(8), grown(range(300)), 0
+    prepare, check = cosigning(requests)
+    for number in range(times):
+        place = folder / str(number)
+        place.mkdir()
+        outcome = nursery.run("cosign", kill_after_s=draw.uniform(0, 0.03), **prepare(place))
+        witness = Witness(place / "witness.json", WITNESS, LOG.vkey)
+        assert 0 <= witness.tree_size - len(outcome.acks()) <= 1, "one answer at most is on its way"
+        check(place, outcome)
+        heard += len(outcome.acks())
+        shutil.rmtree(place)
+    return heard
+
+
+def test_killed_witness_has_recorded_whatever_it_answered(nursery: Nursery, tmp_path: Path) -> None:
+    assert kill_witness(nursery, tmp_path, 10) > 3
+
+
+@pytest.mark.soak
+def test_witness_killed_two_hundred_times_has_recorded_whatever_it_answered(
+    nursery: Nursery, tmp_path: Path, report: Report
+) -> None:
+    heard = kill_witness(nursery, tmp_path, 200)
+    report("witness_kill", size="200 kills", result=f"{heard:,} cosignatures given, each within its record")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -63,15 +63,22 @@ class Nursery:
         self._process.wait(30)
 
     def run(
-        self, job: str, *, inject: str = "", trace: Path | None = None, kill_after_s: float | None = None,
-        **arguments: Any,
+        self, job: str, *, inject: str = "", trace: Path | None = None, content: bool = False,
+        kill_after_s: float | None = None, meanwhile: Callable[[], object] | None = None, **arguments: Any,
     ) -> Outcome:  # fmt: skip
-        """Run a job to its end; under strace with `inject` or `trace`, killed in it with `kill_after_s`."""
+        """Run a job to its end.
+
+        Args:
+            inject: strace's words for a fault. trace: where to write the calls, with what was written if
+            `content`. kill_after_s: kill it then. meanwhile: called when the job is prepared and waits.
+        """
         started = self._ask({"job": job, "arguments": arguments})
         pid, early = started["pid"], started["early"]
         if early:  # it ended before it was ready
             return Outcome(tuple(early["said"]), early["signal"])
-        with attached(pid, inject, trace) if inject or trace else _nobody():
+        if meanwhile is not None:
+            meanwhile()
+        with attached(pid, inject, trace, content=content) if inject or trace else _nobody():
             done = self._ask({"kill_after_s": kill_after_s})
         return Outcome(tuple(done["said"]), done["signal"])
 
@@ -103,7 +110,7 @@ def _nobody() -> Iterator[None]:
 
 
 @contextmanager
-def attached(pid: int, inject: str, trace: Path | None) -> Iterator[None]:
+def attached(pid: int, inject: str, trace: Path | None, *, content: bool = False) -> Iterator[None]:
     """Trace every thread of a process, and those it starts.
 
     Raises:
@@ -112,7 +119,9 @@ def attached(pid: int, inject: str, trace: Path | None) -> Iterator[None]:
     strace = shutil.which("strace")
     if strace is None:
         raise NoTracingError("strace is not installed; it breaks the system calls")
-    command = [strace, "-f", "-qq", "-p", str(pid), "-e", f"trace={','.join(WRITES)}"]
+    calls = ",".join(WRITES) + ",writev" * content
+    command = [strace, "-f", "-qq", "-p", str(pid), "-e", f"trace={calls}"]
+    command += ["-y", "-xx", "-s", "1000000"] if content else []
     command += ["-o", str(trace or os.devnull)] + (["-e", f"inject={inject}"] if inject else [])
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
