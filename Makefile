@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?=
 TORCH_OPTIONS ?=
 PYTEST_OPTIONS ?=
+COVERAGE ?= -m slipcover
 WORKERS ?= 2
 
 # What an installation depends on: the [project] part of pyproject.toml and the pins, by content, not by date.
@@ -53,8 +54,7 @@ demo: $(STAMP)  ## four hospitals train with privacy, the log proves it, a stran
 	@$(BIN)/affidavit demo
 
 test: $(STAMP)  ## every test but the soak, with a coverage report
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term \
-	    $(PYTEST_OPTIONS)
+	$(BIN)/python $(COVERAGE) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 check: $(STAMP)  ## style, types, import contracts, the examples in docstrings
 	$(BIN)/ruff check .

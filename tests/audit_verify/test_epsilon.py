@@ -19,7 +19,6 @@ from audit.epsilon import (
     recompute,
 )
 
-pytestmark = pytest.mark.no_cover
 
 SENSITIVITY = 1 << 30
 RELATIONS = {

@@ -12,8 +12,6 @@ from audit.console import CommandError
 from clients.demo import run_demo
 from clients.demo_screen import Screen
 
-pytestmark = pytest.mark.no_cover
-
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):

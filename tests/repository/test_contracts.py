@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.no_cover
 
 MODULES = (
     "audit/verify/__init__.py",
