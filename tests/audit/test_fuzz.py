@@ -114,7 +114,7 @@ def atheris_fuzz(target: Target, times: int, folder: Path) -> int:
 def test_a_million_hostile_inputs_raise_the_declared_error_only(
     name: str, tmp_path: Path, report: Report
 ) -> None:
-    """A million of our own mutations; as many of atheris where it is installed (`pip install --group fuzz`)."""
+    """As many again by atheris where it is installed (`pip install --group fuzz`)."""
     size, result = f"{name}: 1,000,000 of our own mutations", "0 undeclared errors"
     if importlib.util.find_spec("atheris") is not None:
         covered = atheris_fuzz(TARGETS[name], 1_000_000, tmp_path)

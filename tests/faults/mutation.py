@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 TOKENS = (
     b"\n", b"\n\n", b"\r\n", b"\0", b" ", b"\t", b"=", b"==", b"+", b"-", b"/", b"..", b"%2e", b'"', b"\\",
     b"\\u0000", b"{", b"}", b"[", b"]", b"[" * 300, b'{"a":' * 300, b",", b":", b"null", b"true", b"NaN",
-    b"-0", b"1e999", b"0x10", "\u2014 ".encode(), "\u0660".encode(), "\u202e".encode(), b"\xff", b"\xed\xa0\x80",
-    b"\xf4\x90\x80\x80", b"\xc0\x80", b"A" * 4096, b"\n" * 300, b"old 0\n", b"index 0\n", b"quorum none\n",
-    b"PK\3\4", b"PK\5\6", b"AA==\n",
+    b"-0", b"1e999", b"0x10", "\u2014 ".encode(), "\u0660".encode(), "\u202e".encode(), b"\xff",
+    b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\x80", b"A" * 4096, b"\n" * 300, b"old 0\n", b"index 0\n",
+    b"quorum none\n", b"PK\3\4", b"PK\5\6", b"AA==\n",
 )  # fmt: skip
 NUMBERS = (
     b"0", b"1", b"-1", b"00", b"+1", b"1_0", b"255", b"256", b"65536", b"2147483648", b"4294967296",
