@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -39,12 +40,13 @@ PARTS: Final = {
     "erasure": "After an erasure",
 }
 
+_WHOSE: Final = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 Report = Callable[..., None]
 
 
 def recorder(name: str) -> Report:
     """Return `report(part, size=..., result=...)` for one test; its seconds count from here."""
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), _cpu_s()
 
     def report(part: str, *, size: str, result: str) -> None:
         if part not in PARTS:
@@ -54,10 +56,16 @@ def recorder(name: str) -> Report:
             return
         seconds = round(time.perf_counter() - began, 1)
         row = {"part": part, "test": name, "size": size, "result": result, "seconds": seconds}
+        row["cpu_seconds"] = round(_cpu_s() - spent, 1)
         with Path(place).open("a", encoding="utf-8") as file:  # one short write: workers do not mix lines
             file.write(json.dumps(row) + "\n")
 
     return report
+
+
+def _cpu_s() -> float:
+    """CPU time of this process and of those children that it has waited for."""
+    return sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime for who in _WHOSE)
 
 
 def page(rows: Iterable[dict[str, Any]], *, where: str) -> str:
@@ -67,18 +75,22 @@ def page(rows: Iterable[dict[str, Any]], *, where: str) -> str:
         "# Faults by the thousand",
         "",
         f"Written by `make soak` {where}. A run in which anything fails writes nothing here.",
-        "Seconds are of one test on a shared machine, its fixtures left out.",
+        "Seconds are of one test on a shared, busy machine; CPU seconds are those of the test and of the",
+        "processes that it waited for, so a database server's are not among them.",
         "",
-        "| what | size | result | seconds |",
-        "|---|---|---|---|",
+        "| what | size | result | seconds | CPU |",
+        "|---|---|---|---|---|",
     ]
     for part, title in PARTS.items():
         own = sorted(
             (row for row in found if row["part"] == part), key=lambda row: (row["test"], row["size"])
         )
-        lines += [f"| {title} | {row['size']} | {row['result']} | {row['seconds']:g} |" for row in own]
-    total = sum(row["seconds"] for row in found)
-    lines += ["", f"In all {total:.0f} seconds of tests."]
+        lines += [
+            f"| {title} | {row['size']} | {row['result']} | {row['seconds']:g} | {row['cpu_seconds']:g} |"
+            for row in own
+        ]
+    wall, cpu = (sum(row[name] for row in found) for name in ("seconds", "cpu_seconds"))
+    lines += ["", f"In all {wall:.0f} seconds of tests, {cpu:.0f} of CPU."]
     missing = [title for part, title in PARTS.items() if part not in {row["part"] for row in found}]
     if missing:
         lines += ["", "Not run here: " + "; ".join(missing) + "."]

@@ -106,7 +106,7 @@ def lose_power(before: Path, calls: list[Call], moment: int, place: Path, draw: 
 
 
 def cut_power(nursery: Nursery, folder: Path, job: str, times: int, *, step: int = 1) -> tuple[int, int]:
-    """Record one run; try `times` disks for every `step`th moment; return how many, and what was looked for."""
+    """Record one run; try `times` disks for every `step`th moment; return how many, and acks looked for."""
     live, before, trace = folder / "log", folder / "before", folder / "trace"
     live.mkdir()
     with Ledger.create(live / "log.db", ORIGIN) as ledger:

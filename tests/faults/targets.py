@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
 from audit.canonical import canonical_bytes, parse_canonical
@@ -30,7 +31,7 @@ from audit.errors import (
     ProofError,
     WitnessRequestError,
 )
-from audit.evidence import Evidence, EvidenceError, build_zip, read_evidence, write_evidence
+from audit.evidence import Evidence, EvidenceError, build_zip, read_evidence, read_zip, write_evidence
 from audit.keys import SigningKey
 from audit.merkle import hash_leaf, inclusion_proof_of, prefix_proof, root_of, source_of
 from audit.misbehaviour import Misbehaviour, MisbehaviourError
@@ -127,6 +128,17 @@ def _evidence(data: bytes) -> None:
     assert write_evidence(read_evidence(data))
 
 
+def _member(data: bytes) -> None:
+    """One member replaced, and every digest made right: what lies behind the checks of the container."""
+    name = MEMBERS[data[0] % len(MEMBERS)] if data else MEMBERS[0]
+    files = {**read_zip(_EVIDENCE[0]), name: data[1:]}
+    if name != "manifest.json":
+        manifest = parse_canonical(files["manifest.json"])
+        digests = {**manifest["files"], name: sha256(data[1:]).hexdigest()}  # type: ignore[call-overload,dict-item,index]
+        files["manifest.json"] = canonical_bytes({**manifest, "files": digests})  # type: ignore[dict-item]
+    read_evidence(build_zip(files))
+
+
 def _canonical(data: bytes) -> None:
     assert canonical_bytes(parse_canonical(data)) == data
 
@@ -153,6 +165,15 @@ def _seeds_of_evidence() -> list[bytes]:
         )
     )
     return [whole, build_zip({"checkpoint": b"c", "manifest.json": b"{}", "entries/0.json": b"{}"})]
+
+
+def _seeds_of_members() -> list[bytes]:
+    files = read_zip(_EVIDENCE[0])
+    opened = {"input_salt": "aa", "output_salt": "bb", "input": "{}", "output": "{}"}
+    files["opened.json"] = canonical_bytes({"rows": [opened, opened]})
+    files["receipt.json"] = _RECEIPTS[0].encode()
+    files["policy.txt"] = _POLICY.encode()
+    return [bytes([number]) + files[name] for number, name in enumerate(MEMBERS)]
 
 
 _TIME: Final = "2026-11-23T22:00:00Z"
@@ -186,6 +207,11 @@ _COSE = issue_cose_receipt(
     LEAVES[6],
     inclusion_proof_of(LEAVES, 6),
 )
+MEMBERS: Final = (
+    "manifest.json", "proofs.json", "checkpoint", "entries/0.json", "opened.json", "receipt.json",
+    "policy.txt",
+)  # fmt: skip
+_EVIDENCE = _seeds_of_evidence()
 JSON_ERRORS: Final = (MalformedJsonError, CanonicalError, NotCanonicalError)
 
 TARGETS: Final = {
@@ -208,7 +234,8 @@ TARGETS: Final = {
         Target("misbehaviour file", _misbehaviour, (MisbehaviourError,),
                [_REWRITE.encode(), _PROMISE.encode(),
                 Misbehaviour(kind="split", notes=(signed(LEAVES), signed(EDITED))).encode()]),
-        Target("evidence file", _evidence, (EvidenceError,), _seeds_of_evidence()),
+        Target("evidence file", _evidence, (EvidenceError,), _EVIDENCE),
+        Target("evidence members", _member, (EvidenceError,), _seeds_of_members()),
         Target("canonical JSON", _canonical, JSON_ERRORS,
                [_LEAF, b'{"a":[1,-5,"x\\n"],"b":{"c":"\xc3\xa9"}}', b"[]", b'"\\u001f"']),
         Target("entry", _entry, (EntryError,), [_LEAF]),
