@@ -97,7 +97,9 @@ def recovering(log: Path, nursery: Nursery) -> Scene:
 
     def prepare(folder: Path) -> dict[str, object]:
         arguments = appending(log)[0](folder)
-        nursery.run("append", kill_after_s=0.03, path=arguments["path"], names=[f"w{n}" for n in range(999)])
+        nursery.run(
+            "append", kill_after=(3, 0.0), path=arguments["path"], names=[f"w{n}" for n in range(999)]
+        )
         return arguments
 
     return prepare, lambda folder, outcome: check_log(folder / "log.db", outcome)
@@ -284,7 +286,9 @@ def kill_witness(nursery: Nursery, folder: Path, times: int) -> int:
     for number in range(times):
         place = folder / str(number)
         place.mkdir()
-        outcome = nursery.run("cosign", kill_after_s=draw.uniform(0, 0.03), **prepare(place))
+        outcome = nursery.run(
+            "cosign", kill_after=(draw.randrange(6), draw.uniform(0, 0.006)), **prepare(place)
+        )
         witness = Witness(place / "witness.json", WITNESS, LOG.vkey)
         assert 0 <= witness.tree_size - len(outcome.acks()) <= 1, "one answer at most is on its way"
         check(place, outcome)

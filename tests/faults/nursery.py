@@ -64,13 +64,15 @@ class Nursery:
 
     def run(
         self, job: str, *, inject: str = "", trace: Path | None = None, content: bool = False,
-        kill_after_s: float | None = None, meanwhile: Callable[[], object] | None = None, **arguments: Any,
+        kill_after: tuple[int, float] | None = None, meanwhile: Callable[[], object] | None = None,
+        **arguments: Any,
     ) -> Outcome:  # fmt: skip
         """Run a job to its end.
 
         Args:
             inject: strace's words for a fault. trace: where to write the calls, with what was written if
-            `content`. kill_after_s: kill it then. meanwhile: called when the job is prepared and waits.
+            `content`. kill_after: kill it so many lines and seconds after it goes on. meanwhile: called when
+            the job is prepared and waits.
         """
         started = self._ask({"job": job, "arguments": arguments})
         pid, early = started["pid"], started["early"]
@@ -79,7 +81,7 @@ class Nursery:
         if meanwhile is not None:
             meanwhile()
         with attached(pid, inject, trace, content=content) if inject or trace else _nobody():
-            done = self._ask({"kill_after_s": kill_after_s})
+            done = self._ask({"kill_after": kill_after})
         return Outcome(tuple(done["said"]), done["signal"])
 
     def count(self, job: str, trace: Path, **arguments: Any) -> Counter[str]:
@@ -174,12 +176,14 @@ def serve() -> None:
         early = None if os.read(ready_read, 1) else _ended(pid, out_read)
         _tell({"pid": pid, "early": early})
         if early is None:
-            delay = json.loads(sys.stdin.readline())["kill_after_s"]
+            kill_after = json.loads(sys.stdin.readline())["kill_after"]
             os.write(go_write, b"g")
-            if delay is not None:
-                time.sleep(delay)
+            heard = b""
+            if kill_after is not None:
+                heard = _heard(out_read, kill_after[0])
+                time.sleep(kill_after[1])
                 os.kill(pid, signal.SIGKILL)
-            _tell(_ended(pid, out_read))
+            _tell(_ended(pid, out_read, heard))
         for descriptor in (out_read, go_write, ready_read):
             os.close(descriptor)
 
@@ -189,8 +193,16 @@ def _wait(ready: int, go: int) -> None:
     os.read(go, 1)
 
 
-def _ended(pid: int, out: int) -> dict[str, Any]:
-    said = bytearray()
+def _heard(out: int, lines: int) -> bytes:
+    """Read until so many lines were said, or no more come."""
+    said = b""
+    while said.count(b"\n") < lines and (more := os.read(out, 1 << 16)):
+        said += more
+    return said
+
+
+def _ended(pid: int, out: int, heard: bytes = b"") -> dict[str, Any]:
+    said = bytearray(heard)
     while more := os.read(out, 1 << 16):
         said += more
     _, status = os.waitpid(pid, 0)
