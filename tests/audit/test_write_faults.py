@@ -259,8 +259,8 @@ def test_failing_write_is_never_acknowledged(
     scenes: dict[str, tuple[str, Scene]], tracing: Nursery, tmp_path: Path, name: str
 ) -> None:
     job, scene = scenes[name]
-    ended = break_each(tracing, tmp_path, job, scene, some_faults(6))
-    assert ended["faults"] >= 6
+    ended = break_each(tracing, tmp_path, job, scene, some_faults(5))
+    assert ended["faults"] >= 5
 
 
 @pytest.mark.soak
