@@ -116,7 +116,9 @@ def accusation() -> tuple[bytes, Judge, bytes]:
 
 
 @pytest.mark.reported
-@pytest.mark.parametrize("make", [checkpoint, tlog_proof, receipt, accusation])
+@pytest.mark.parametrize(
+    "make", [checkpoint, tlog_proof, receipt, pytest.param(accusation, marks=pytest.mark.soak)]
+)
 def test_no_bit_of_a_small_file_changes_what_it_says(
     make: Callable[[], tuple[bytes, Judge, bytes]], report: Report
 ) -> None:
