@@ -39,6 +39,8 @@ _DISK_REFUSES = (
     "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC",
     "SQLITE_IOERR_DIR_FSYNC", "SQLITE_IOERR_TRUNCATE", "SQLITE_IOERR_DELETE", "SQLITE_IOERR_SHM",
 )  # fmt: skip
+_LOCK_HEAD = select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update()
+_WAL_PAGES = 4000  # 16 MiB; at SQLite's 1000 every second full batch would also sync the database file
 
 
 def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
@@ -52,6 +54,7 @@ def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
     )
     if mode == "rw":
         connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
     return connection
 
 
@@ -118,7 +121,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the write lock from its first moment, durable when the block ends."""
     with translated(), engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
         if engine.dialect.name != "sqlite":
-            connection.execute(select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update())
+            connection.execute(_LOCK_HEAD)
         yield connection
 
 
