@@ -195,4 +195,7 @@ class Publisher:
 
     def _is_due(self) -> bool:
         state = self.lease.state()
-        return state is None or state.now_ms - state.published_ms >= self._republish_s * 1000
+        if state is None:
+            return True
+        age_ms = state.now_ms - state.published_ms  # below zero once the clock was set back
+        return not 0 <= age_ms < self._republish_s * 1000

@@ -103,9 +103,11 @@ class Signer:
                 raise SignerExistsError(f"{home} holds a signer already; a log keeps its signer for life")
             write_durably(home / STATE_FILE, state.encode(), replace=False)
         except FileExistsError as error:
-            raise SignerExistsError(
-                f"{home} holds a signer already; a log keeps its signer for life"
-            ) from error
+            # A creation that died before it made its key has signed nothing: this one goes on.
+            if service is not None or _read_state(home) != state:
+                raise SignerExistsError(
+                    f"{home} holds a signer already; a log keeps its signer for life"
+                ) from error
         except OSError as error:
             raise SignerMissingError(f"cannot make a signer in {home}: {error.strerror}") from error
         if service is None:
