@@ -64,8 +64,8 @@ check: $(STAMP)  ## style, types, import contracts, the examples in docstrings
 	$(BIN)/python -m pytest --quiet -p no:cacheprovider --doctest-modules \
 	    $$(grep -rl --include='*.py' '>>> ' affidavit.py audit federation clients server)
 
-soak: $(STAMP)  ## minutes of load and faults
-	$(BIN)/python -m pytest -m soak $(PYTEST_OPTIONS)
+soak: $(STAMP)  ## minutes of load and faults; figures go to docs/results/log.md
+	$(BIN)/python -m tests.soak_report docs/results/log.md -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
 bench: $(STAMP)  ## every benchmark
 	@status=0; for file in benchmarks/bench_*.py; do \

@@ -30,7 +30,7 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o600, replace: bool =
         else:
             os.link(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone already, or left over under a name that nobody reads
             temporary.unlink()
     sync_folder(path.parent)
 

@@ -22,13 +22,23 @@ from sqlalchemy.pool import QueuePool
 
 from audit._files import sync_folder
 from audit._postgresql import name_fault, prepare
-from audit.errors import LedgerBusyError, LedgerCorruptError, LedgerExistsError, LedgerMissingError
+from audit.errors import (
+    LedgerBusyError,
+    LedgerCorruptError,
+    LedgerExistsError,
+    LedgerMissingError,
+    LedgerWriteError,
+)
 from audit.location import Location
 from audit.tables import APPLICATION_ID, HEAD, MIGRATION, REVISION, SCHEMA_VERSION, LedgerTable
 
 BUSY_TIMEOUT_S = 20.0
 
 _WRITE = "affidavit_write"
+_DISK_REFUSES = (
+    "SQLITE_FULL", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC",
+    "SQLITE_IOERR_DIR_FSYNC", "SQLITE_IOERR_TRUNCATE", "SQLITE_IOERR_DELETE", "SQLITE_IOERR_SHM",
+)  # fmt: skip
 _LOCK_HEAD = select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update()
 _WAL_PAGES = 4000  # 16 MiB; at SQLite's 1000 every second full batch would also sync the database file
 
@@ -170,13 +180,18 @@ def _create_file(path: Path, origin: str) -> None:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         engine = open_engine(Location(path=temporary))
         try:
-            with engine.connect() as connection:
+            with translated(), engine.connect() as connection:
                 raw = connection.connection.driver_connection
                 assert isinstance(raw, sqlite3.Connection)  # noqa: S101
                 raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 raw.execute("PRAGMA journal_mode=WAL")
-            with engine.begin() as connection:
+            with translated(), engine.begin() as connection:
                 create_tables(connection, origin)
+            with translated(), engine.connect() as connection:
+                # Closing would do this too, but in silence where the disk refuses.
+                result = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+                if tuple(result) != (0, 0, 0):
+                    raise LedgerWriteError(f"the new log did not reach its file: {tuple(result)}")
         finally:
             engine.dispose()
         os.link(temporary, path)
@@ -187,7 +202,7 @@ def _create_file(path: Path, origin: str) -> None:
         raise LedgerMissingError(str(path), f"cannot create it: {error.strerror}") from error
     finally:
         for suffix in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # what is left over is hidden, and nobody's
                 os.unlink(f"{temporary}{suffix}")
 
 
@@ -197,4 +212,8 @@ def _raise_named(cause: Exception) -> None:
     name = getattr(cause, "sqlite_errorname", "") or ""
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         raise LedgerBusyError(retry_after_s=1.0, pending=0) from cause
+    if name.startswith(_DISK_REFUSES):
+        raise LedgerWriteError(
+            f"the disk refused ({cause}): nothing of this was acknowledged; look at its space and health"
+        ) from cause
     raise LedgerCorruptError(f"the database refused: {cause}; run fsck") from cause

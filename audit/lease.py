@@ -3,6 +3,7 @@
 The token is the fence: an owner that slept through its expiry is refused by the number, not by its clock.
 Time is PostgreSQL's own, or the machine's for SQLite, whose users share one machine. A lease decides who
 publishes; that nobody signs two histories is the signer's state and the witnesses' doing, and needs no clock.
+A clock that is set back makes nobody wait for longer than a lease can last.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from sqlalchemy import Connection, Engine, insert, select, text, update
 
 from audit import _store
 from audit.errors import LeaseLostError
 from audit.tables import LEASE
+
+MAX_TTL_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,9 @@ class LeaseState:
 
     @property
     def is_free(self) -> bool:
-        return not self.owner or self.expires_ms <= self.now_ms
+        """Nobody's, over, or of a time that no owner can have asked for: then the clock was set back."""
+        left_ms = self.expires_ms - self.now_ms
+        return not self.owner or not 0 < left_ms <= MAX_TTL_S * 1000
 
 
 class Lease:
@@ -39,6 +45,8 @@ class Lease:
     def __init__(
         self, engine: Engine, name: str, owner: str, *, ttl_s: float, clock: Callable[[], float] = time.time
     ) -> None:
+        if not 0 < ttl_s <= MAX_TTL_S:
+            raise ValueError(f"a lease lasts up to {MAX_TTL_S} s, not {ttl_s}")
         self.name, self.owner, self.ttl_s = name, owner, ttl_s
         self.token = 0  # 0: never held
         self._engine, self._clock = engine, clock

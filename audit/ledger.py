@@ -87,6 +87,7 @@ class Ledger:
         Raises:
             LedgerExistsError: there is a log already.
             LedgerMissingError: its folder or database does not exist.
+            LedgerWriteError: the disk refuses; nothing is left behind but perhaps a hidden file.
             LocationError: the URL is of no supported database.
             MalformedCheckpointError: `origin` cannot name a log.
         """

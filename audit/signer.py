@@ -50,6 +50,7 @@ class SignableLog(Protocol):
     @property
     def origin(self) -> str: ...
     def edge(self) -> CompactRange: ...
+    def root_at(self, size: int) -> bytes: ...
     def consistency_proof(self, size1: int, size2: int) -> list[bytes]: ...
     def store_checkpoint(self, note: bytes, *, lease: Lease | None = None) -> bytes: ...
 
@@ -102,9 +103,11 @@ class Signer:
                 raise SignerExistsError(f"{home} holds a signer already; a log keeps its signer for life")
             write_durably(home / STATE_FILE, state.encode(), replace=False)
         except FileExistsError as error:
-            raise SignerExistsError(
-                f"{home} holds a signer already; a log keeps its signer for life"
-            ) from error
+            # A creation that died before it made its key has signed nothing: this one goes on.
+            if service is not None or _read_state(home) != state:
+                raise SignerExistsError(
+                    f"{home} holds a signer already; a log keeps its signer for life"
+                ) from error
         except OSError as error:
             raise SignerMissingError(f"cannot make a signer in {home}: {error.strerror}") from error
         if service is None:
@@ -235,6 +238,27 @@ class Signer:
                 self._write(SignerState(found, note))
             else:
                 _check_extends(found, last, lambda start: prove(start, last.tree_size))
+
+    def check_extended_by(self, log: SignableLog) -> None:
+        """Return if the log holds all that was signed last: it was not put back, and not changed.
+
+        Raises:
+            SignerRollbackError, SignerSplitError: it is an old copy, or says something else.
+            SignerStateError: the state cannot be believed, or is another log's.
+        """
+        signed = self.state().checkpoint  # read before the log, which never shrinks
+        if log.origin != self.origin:
+            raise SignerStateError(f"this signer signs for {self.origin!r}, not {log.origin!r}")
+        size = log.edge().size
+        if size < signed.tree_size:
+            raise SignerRollbackError(
+                signed_size=signed.tree_size, signed_root=signed.root_hash, offered_size=size
+            )
+        found = log.root_at(signed.tree_size)
+        if found != signed.root_hash:
+            raise SignerSplitError(
+                tree_size=signed.tree_size, signed_root=signed.root_hash, offered_root=found
+            )
 
     def rotate(self, retire_at: int, *, service: KeyService | None = None) -> tuple[NoteSigner, NoteSigner]:
         """Let a new key sign beside the present one, alone on trees of more than `retire_at` entries.

@@ -211,7 +211,7 @@ class Agent:
 
     def _hello(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
         parse_header(header, frozenset())
-        enrolment = self._keys.enrolment(self.name, self.population, self._origin)
+        enrolment = self._keys.enrolment(self.name, self.population, self._origin, self.home.config.operator)
         self._story.enrolled(enrolment)
         return {"enrolment": body_document(enrolment)}, {}
 

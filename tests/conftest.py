@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.soak_report import Report, recorder
+
 if TYPE_CHECKING:
     from federation.coordinator import Coordinator
 
@@ -26,6 +28,12 @@ os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    """Return `report(part, size=..., result=...)`: a row of docs/results/log.md when `make soak` runs."""
+    return recorder(request.node.name)
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,15 @@ def why_not() -> str:
     return ""
 
 
+def server_version() -> str:
+    """Return what the server's binary calls itself; empty when none is installed."""
+    binaries = _binaries()
+    if binaries is None:
+        return ""
+    said = subprocess.run([binaries / "postgres", "--version"], capture_output=True, text=True, check=True)
+    return "PostgreSQL " + said.stdout.split()[2]
+
+
 @contextlib.contextmanager
 def running_server() -> Iterator[PostgresqlServer]:
     reason = why_not()

@@ -30,6 +30,7 @@ from audit.merkle import (
     verify_consistency,
     verify_inclusion,
 )
+from tests.soak_report import Report
 
 # RFC 6962 reference: the inputs of certificate-transparency's merkletree tests and the root after each.
 REFERENCE_ENTRIES = [
@@ -88,7 +89,8 @@ def raw(text: str | None) -> bytes:
     return base64.b64decode(text or "")
 
 
-def test_inclusion_vectors_have_their_stated_outcome(shared_vectors: Path) -> None:
+@pytest.mark.reported
+def test_inclusion_vectors_have_their_stated_outcome(shared_vectors: Path, report: Report) -> None:
     cases = load(shared_vectors / "merkle/inclusion")
     assert len(cases) == 98
     for case in cases:
@@ -103,9 +105,11 @@ def test_inclusion_vectors_have_their_stated_outcome(shared_vectors: Path) -> No
         )
         hostile = found in {"audit.inclusion", "audit.root_mismatch"}
         assert hostile if case["wantErr"] else found == "ok", case["desc"]
+    report("vectors", size="98 inclusion proofs (transparency-dev)", result="98 as stated")
 
 
-def test_consistency_vectors_have_their_stated_outcome(shared_vectors: Path) -> None:
+@pytest.mark.reported
+def test_consistency_vectors_have_their_stated_outcome(shared_vectors: Path, report: Report) -> None:
     cases = load(shared_vectors / "merkle/consistency")
     assert len(cases) == 98
     for case in cases:
@@ -120,12 +124,15 @@ def test_consistency_vectors_have_their_stated_outcome(shared_vectors: Path) -> 
         )
         hostile = found in {"audit.consistency", "audit.root_mismatch"}
         assert hostile if case["wantErr"] else found == "ok", case["desc"]
+    report("vectors", size="98 consistency proofs (transparency-dev)", result="98 as stated")
 
 
-def test_eight_reference_roots_of_rfc6962() -> None:
+@pytest.mark.reported
+def test_eight_reference_roots_of_rfc6962(report: Report) -> None:
     hashes = [hash_leaf(bytes.fromhex(entry)) for entry in REFERENCE_ENTRIES]
     assert root_of([]) == EMPTY_ROOT
     assert [root_of(hashes[: n + 1]).hex() for n in range(8)] == REFERENCE_ROOTS
+    report("vectors", size="8 reference roots (RFC 6962)", result="8 as stated")
 
 
 def test_every_inclusion_proof_up_to_66_leaves_verifies() -> None:

@@ -130,6 +130,22 @@ def test_signers_home_is_private_and_made_once(signer: Signer) -> None:
     assert Signer.open(signer.home).vkey == signer.vkey
 
 
+def test_creation_that_died_before_its_key_goes_on(signer: Signer) -> None:
+    (signer.home / "key.pem").unlink()
+    with pytest.raises(SignerMissingError):
+        Signer.open(signer.home)
+    with pytest.raises(SignerExistsError):
+        Signer.create(signer.home, "other.example/log")
+    assert Signer.create(signer.home, ORIGIN).state().note is None
+
+
+def test_signer_that_has_signed_and_lost_its_key_is_never_made_anew(signer: Signer) -> None:
+    sign(signer, LEAVES[:9], 0)
+    (signer.home / "key.pem").unlink()
+    with pytest.raises(SignerExistsError):
+        Signer.create(signer.home, ORIGIN)
+
+
 def test_opening_never_makes_a_signer(tmp_path: Path) -> None:
     with pytest.raises(SignerMissingError):
         Signer.open(tmp_path / "none")

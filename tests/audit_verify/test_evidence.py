@@ -243,13 +243,3 @@ def test_a_flipped_byte_is_always_caught(honest, step):
         changed[position] ^= 1 << (position % 8)
         report = honest.world.report(bytes(changed))
         assert report.verdict is Verdict.INVALID, position
-
-
-@pytest.mark.soak
-def test_every_byte_flipped_is_caught(honest):
-    """All bytes of the file, one after the other: minutes."""
-    for position in range(len(honest.data)):
-        changed = bytearray(honest.data)
-        changed[position] ^= 1 << (position % 8)
-        with pytest.raises(EvidenceError):
-            read_evidence(bytes(changed))

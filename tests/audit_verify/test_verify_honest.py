@@ -77,14 +77,23 @@ def test_two_of_three_witnesses_are_enough_and_one_is_not(make_world):
     assert "north, west" in report.step("The log's checkpoint").detail
 
 
-def test_an_old_checkpoint_is_stale_only_when_an_age_is_asked_for(honest, now):
+@pytest.mark.reported
+def test_an_old_checkpoint_is_stale_only_when_an_age_is_asked_for(honest, now, report):
     world = honest.world
     later = now + timedelta(days=2)
     assert world.report(honest.data, now=later).verdict is Verdict.VALID
     assert world.report(honest.data, now=later, max_age_s=3 * 86400).verdict is Verdict.VALID
-    report = world.report(honest.data, now=later, max_age_s=3600)
-    assert (report.verdict, report.exit_code) == (Verdict.STALE, 5)
-    assert report.step("How recent it is").code == "verify.stale"
+    told = world.report(honest.data, now=later, max_age_s=3600)
+    assert (told.verdict, told.exit_code) == (Verdict.STALE, 5)
+    assert told.step("How recent it is").code == "verify.stale"
+    for jump, verdict in ((1, Verdict.STALE), (-1, Verdict.UNWITNESSED), (-24, Verdict.UNWITNESSED)):
+        at = now + timedelta(hours=jump)
+        assert world.report(honest.data, now=at, max_age_s=3000).verdict is verdict
+    report(
+        "clocks",
+        size="a reader's clock at +1 h, -1 h, -1 day, allowing 50 minutes",
+        result="STALE; UNWITNESSED, for all cosignatures lie ahead; UNWITNESSED",
+    )
 
 
 def test_cosignatures_from_the_future_do_not_count(make_world, now):

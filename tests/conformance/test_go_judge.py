@@ -86,6 +86,11 @@ def judged(judge: Path, folder: Path, keys: list[str] = KEYS) -> subprocess.Comp
     )
 
 
+def judge_one(judge: Path, folder: Path, size: int) -> None:
+    found = judge_whole(judge, folder, size)
+    assert (found["size"], found["entries"], found["signatures"]) == (size, size, 4)
+
+
 def judge_whole(judge: Path, tmp_path: Path, size: int) -> dict[str, int]:
     with Ledger.create(tmp_path / "log.db", ORIGIN) as ledger:
         fill(ledger, range(size))
@@ -95,17 +100,22 @@ def judge_whole(judge: Path, tmp_path: Path, size: int) -> dict[str, int]:
     return {name: int(value) for name, value in (part.split("=") for part in done.stdout.split()[1:])}
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 255, 256, 257])
-def test_judge_accepts_the_whole_log(judge, tmp_path, size):
-    found = judge_whole(judge, tmp_path, size)
-    assert (found["size"], found["entries"], found["signatures"]) == (size, size, 4)
+@pytest.mark.reported
+def test_judge_accepts_whole_small_logs(judge, tmp_path, report):
+    sizes = (0, 1, 2, 255, 256, 257)
+    for size in sizes:
+        (tmp_path / str(size)).mkdir()
+        judge_one(judge, tmp_path / str(size), size)
+    report(
+        "judge", size=f"sizes {', '.join(map(str, sizes))}", result="every entry, hash and signature accepted"
+    )
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("size", [65_535, 65_536, 65_537, 70_123])
-def test_judge_accepts_a_whole_large_log(judge, tmp_path, size):
-    found = judge_whole(judge, tmp_path, size)
-    assert (found["size"], found["entries"], found["signatures"]) == (size, size, 4)
+def test_judge_accepts_a_whole_large_log(judge, tmp_path, size, report):
+    judge_one(judge, tmp_path, size)
+    report("judge", size=f"size {size}", result="every entry, hash and signature accepted")
 
 
 def test_judge_refuses_what_was_altered(judge, tmp_path):
@@ -146,7 +156,8 @@ LEAVES = [hash_leaf(b"%d" % i) for i in range(70)]
 ROOTS = [root_of(LEAVES[:size]) for size in range(len(LEAVES) + 1)]
 
 
-def test_both_accept_every_proof_of_every_small_tree(ask):
+@pytest.mark.reported
+def test_both_accept_every_proof_of_every_small_tree(ask, report):
     source, lines = source_of(LEAVES), []
     for size in range(1, 67):
         for index in range(size):
@@ -157,9 +168,11 @@ def test_both_accept_every_proof_of_every_small_tree(ask):
             lines.append(f"tree {old} {_b64(ROOTS[old])} {size} {_b64(ROOTS[size], *grown)}")
     assert len(lines) == 2 * 2211
     assert all(ask(lines))
+    report("judge", size="2,211 inclusion and 2,211 consistency proofs", result="all accepted by both")
 
 
-def test_both_say_the_same_of_altered_proofs(ask):
+@pytest.mark.reported
+def test_both_say_the_same_of_altered_proofs(ask, report):
     """Every element dropped, doubled, swapped or flipped, and sizes off by one: never two opinions."""
     draw, source, lines, ours = random.Random(11), source_of(LEAVES), [], []
     for _ in range(1500):
@@ -187,6 +200,7 @@ def test_both_say_the_same_of_altered_proofs(ask):
                 ))  # fmt: skip
     assert ask(lines) == ours
     assert 100 < sum(ours) < len(ours) - 100
+    report("judge", size=f"{len(ours):,} altered proofs", result="one opinion on each")
 
 
 def _altered(draw: random.Random, proof: list[bytes]) -> list[bytes]:
@@ -213,7 +227,8 @@ def _holds(check: Callable[..., None], **what: object) -> bool:
     return True
 
 
-def test_we_accept_no_altered_note_and_the_judge_none_that_says_something_else(ask):
+@pytest.mark.reported
+def test_we_accept_no_altered_note_and_the_judge_none_that_says_something_else(ask, report):
     note = sign_checkpoint(Checkpoint(ORIGIN, 70, ROOTS[70]), LOG)
     altered = [note]
     for bit in range(len(note) * 8):
@@ -229,6 +244,11 @@ def test_we_accept_no_altered_note_and_the_judge_none_that_says_something_else(a
             accepted
         ):  # Go ignores the spare bits of the last base64 digit; we do not, and nothing else differs
             assert base64.b64decode(data.rsplit(b" ", 1)[1]) == signature
+    report(
+        "judge",
+        size=f"{len(altered) - 1:,} bits of a note flipped",
+        result="0 accepted by us, 0 with another meaning by Go",
+    )
 
 
 def test_bundles_hold_the_very_bytes_of_the_entries(tmp_path):
