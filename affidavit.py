@@ -42,7 +42,14 @@ Begin here
 
 Site engineer: your rows stay with you
   site add NAME           make the site's home: keys, population, lifetime budget
-  site status NAME        what this site has spent, and what it agreed to
+  site status NAME        what this site has spent, what it agreed to, and what waits for you
+  site agent NAME         run the site's agent: rows, keys and budget in one process
+  site review | accept | refuse RUN
+                          a charter or a run: its cost, its code, your rules; say yes or no
+  site bundle approve | withdraw FILE
+                          which Flower bundles the relay may run
+  site launcher FOLDER    the flwr-clientapp that confines them, for the SuperNode's PATH
+  site log export FILE    the site's own story, to compare with the federation's
   site follow NAME        begin to witness a log, under the policy you compared with the others
   site witness NAME       check that the log only grew, and cosign it
   site serve-witness NAME answer the log's add-checkpoint requests (C2SP tlog-witness)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
+
 ZERO_DIGEST: Final = "0" * 64
 
 REFUSAL_CODES: Final = frozenset(
@@ -23,6 +25,13 @@ REFUSAL_CODES: Final = frozenset(
         "run_not_accepted",
         "site_closed",
         "unwitnessed_history",
+        # the site's own decisions, and its agent's door
+        "bundle_not_approved",
+        "model_not_allowed",
+        "peer_not_allowed",
+        "rate_limited",
+        "refused_by_site",
+        "waiting_for_site",
     }
 )
 """All that a site ever says about why it did not answer; file, row and reason stay on its own console."""
@@ -421,6 +430,10 @@ Body = (
     | EvidenceExported
     | KeyBound
     | AuditRead
+    | SiteLogOpened
+    | SiteDecided
+    | RequestRefused
+    | BundleDecided
     | SubjectExported
     | SubjectErased
 )
@@ -452,6 +465,10 @@ TYPES: Final[dict[str, type[Any]]] = {
     "evidence.exported": EvidenceExported,
     "key.bound": KeyBound,
     "audit.read": AuditRead,
+    "site.log_opened": SiteLogOpened,
+    "site.decided": SiteDecided,
+    "request.refused": RequestRefused,
+    "bundle.decided": BundleDecided,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
 }

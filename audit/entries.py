@@ -66,6 +66,7 @@ from audit.bodies import (
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
+from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -150,6 +151,7 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     VersionTransition: "transition",
     KeyRotated: "rotation",
     LogCompromised: "compromise",
+    **SITE_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}

@@ -34,6 +34,10 @@ DOMAINS = frozenset(
         "receipt",
         "rotation",
         "compromise",
+        "site-log",
+        "decision",
+        "request",
+        "bundle",
     }
 )
 

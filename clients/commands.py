@@ -1,5 +1,5 @@
 """Commands for sites and data scientists: `demo`, `train`, `identity new`, `site add | status | follow |
-witness | serve-witness`, `charter sign`.
+witness | serve-witness`, `charter sign`; those of a site's agent and people are in `clients.site_commands`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
     application.command("demo")(demo)
     application.command("train")(train)
+    from clients import site_commands
+
+    site_commands.register(site)
     application.add_typer(identity)
     application.add_typer(site)
     for group in application.registered_groups:
@@ -214,15 +217,17 @@ def add(
 @site.command("status")
 @guarded
 def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
-    """Show what a site has spent for life, what it agreed to, and how far it follows the log.
+    """Show what a site has spent for life, what it agreed to, what waits for you, and how its agent is.
 
-    Exit codes: 0 done, 1 no such site, its agent is running, or its ledger was put back, 2 wrong usage.
+    Exit codes: 0 done, 1 no such site, or its ledger was put back, 2 wrong usage.
     """
     import dataclasses
 
+    from clients.agent_place import running
     from clients.service import status
 
-    found = status(_open_site(base_home(home), name))
+    place = _open_site(base_home(home), name)
+    found, agent = status(place), running(place)
     rows = [
         ("site", f"{found.name}, machines run by {found.operator}" if found.operator else found.name),
         ("people", f"{found.population} (in the log: {found.pseudonym})"),
@@ -234,8 +239,10 @@ def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
         ("open runs", "\n".join(found.open_runs) or "none"),
         ("agreed charters", "\n".join(found.approved_charters) or "none"),
         ("cosigned the log", _followed(found.witnessed_size, name)),
+        ("waits for you", "\n".join(found.waiting) or "nothing"),
+        ("agent", "not running" if agent is None else f"since {agent['since']}, on {agent['socket']}"),
     ]
-    emit(dataclasses.asdict(found), table("", ("", ""), rows), as_json=as_json)
+    emit(dataclasses.asdict(found) | {"agent": agent}, table("", ("", ""), rows), as_json=as_json)
 
 
 @site.command("follow")

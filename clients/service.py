@@ -65,6 +65,7 @@ class SiteStatus:
     cap_delta: str
     approved_charters: tuple[str, ...]
     witnessed_size: int | None  # None: the site follows no log yet
+    waiting: tuple[str, ...]  # runs and charters that this site's people have to decide about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ def review(home: SiteHome, charter: str) -> Review:
 
     terms = read_terms(charter, site=home.name)
     lifetime = home.config.lifetime
-    ledger = SiteLedger(home.ledger_path, home.high_water_path)
+    ledger = SiteLedger(home.ledger_path, home.high_water_path, look=True)
     try:
         committed = ledger.committed_events(home.config.population.pseudonym)
     finally:
@@ -137,21 +138,22 @@ def approve_charter(home: SiteHome, charter: str) -> SiteHome:
     Raises:
         RefusedError: the charter is malformed, or not for this site.
     """
-    from clients.terms import read_terms
+    from clients.proposals import Proposal
+    from clients.reviewing import approve_charter_text
 
-    return home.approve(read_terms(charter, site=home.name).digest)
+    return approve_charter_text(home, Proposal(charter=charter, run=None))
 
 
 def status(home: SiteHome) -> SiteStatus:
-    """Read the site's home; fails while an agent holds the ledger.
+    """Read the site's home, also while its agent runs.
 
     Raises:
-        HomeError: another process holds the ledger.
+        HomeError: the ledger is missing or damaged.
         LedgerBehindError: an old copy of the ledger was put back.
     """
     from clients.ledger import SiteLedger
 
-    ledger = SiteLedger(home.ledger_path, home.high_water_path)
+    ledger = SiteLedger(home.ledger_path, home.high_water_path, look=True)
     try:
         return status_of(home, ledger)
     finally:
@@ -160,6 +162,8 @@ def status(home: SiteHome) -> SiteStatus:
 
 def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
     """Return the status of a site whose ledger is open here."""
+    from clients.proposals import Proposals
+
     population, lifetime = home.config.population, home.config.lifetime
     events = ledger.events(population.pseudonym)
     committed = ledger.committed_events(population.pseudonym)
@@ -181,6 +185,7 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
         cap_delta=format(lifetime.delta, "f"),
         approved_charters=home.config.rules.approved_charters,
         witnessed_size=witnessed,
+        waiting=Proposals(home.path).ids(),
     )
 
 

@@ -24,6 +24,7 @@ from audit.models import weights_of_file
 from audit.principal import LocalOwner, Principal
 from audit.replay import average
 from clients.agent import Agent
+from clients.agent_server import served_agents
 from clients.agreement import CharterSource, complete_charter, read_source
 from clients.errors import SimulationError
 from clients.home import SiteHome
@@ -37,7 +38,6 @@ from clients.simulated import (
     write_frame,
     write_site_files,
 )
-from clients.socket_link import served_agents
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.evaluation import PublicData, metrics_of

@@ -36,6 +36,7 @@ from federation.errors import FederationError, RunFailedError, StatementError
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Exchange, Request, read_answer
 from federation.mechanism import planned_event
+from federation.patience import PATIENCE_S
 from federation.preparation import (
     ACTOR,
     Prepared,
@@ -89,9 +90,11 @@ class RoundLoop:
         run_started: RunStarted,
         *,
         exchange: Exchange | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        """`patience_s`: how long to wait for sites whose people have to decide."""
         self._coordinator, self._charter, self._run = coordinator, charter, run_started
-        self._grid = grid
+        self._grid, self._patience_s = grid, patience_s
         self._exchange = exchange or Exchange(grid)
         self._witnessing = Witnessing(coordinator, self._exchange)
         self._event = planned_event(charter)
@@ -121,10 +124,13 @@ class RoundLoop:
             prepared = connect_sites(coordinator, self._exchange, charter)
             self._emit("enrolled", sites=tuple(sorted(prepared.enrolments)))
             published_by = record_charter(coordinator, charter, author)
-            gather_signatures(coordinator, self._exchange, charter, published_by, prepared)
+            patience: dict[str, Any] = {"patience_s": self._patience_s, "waiting": self._tell_waiting}
+            gather_signatures(coordinator, self._exchange, charter, published_by, prepared, **patience)
             self._emit("charter_signed", sites=charter.site_names)
             self._witnessing.cosign(prepared.enrolments)
-            propose_run(coordinator, self._exchange, charter, self._run, prepared, self._witnessing)
+            propose_run(
+                coordinator, self._exchange, charter, self._run, prepared, self._witnessing, **patience
+            )
         except FederationError as error:
             coordinator.append(self._run, ACTOR, stable_event_id("run.started", self._run.run))
             raise self._fail(0, "site_refused", str(error)) from error
@@ -135,6 +141,9 @@ class RoundLoop:
         self._emit("accepted", sites=prepared.sites)
         self._witnessing.cosign(prepared.sites)
         return prepared
+
+    def _tell_waiting(self, sites: tuple[str, ...]) -> None:
+        self._emit("waiting", sites=sites, detail="for the sites' people to decide")
 
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: _Progress) -> None:
         terms = RoundTerms(
