@@ -198,6 +198,20 @@ class RoundAbandoned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateRefused:
+    """A release that arrived, and counts for nothing in its round; it stays debited."""
+
+    run: str
+    round: int
+    site: str
+    update: str  # digest
+    statement: str  # leaf hash of the site.undelivered that holds what the site signed
+    reason: str  # "norm_bound"
+    norm: str  # grid units, rounded down
+    bound: str  # grid units; see audit.update_bounds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunCompleted:
     run: str
     charter: str
@@ -392,6 +406,7 @@ Body = (
     | EvidenceExported
     | KeyBound
     | AuditRead
+    | UpdateRefused
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -421,5 +436,6 @@ TYPES: Final[dict[str, type[Any]]] = {
     "evidence.exported": EvidenceExported,
     "key.bound": KeyBound,
     "audit.read": AuditRead,
+    "update.refused": UpdateRefused,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -18,6 +18,7 @@ from audit.entries import (
     SiteEnrolled,
     SiteStatement,
     SiteUndelivered,
+    UpdateRefused,
     VersionRegistered,
     VersionTransition,
     decode_entry,
@@ -29,6 +30,15 @@ from audit.merkle import hash_leaf
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
 _PAGE: Final = 500
+_OF_RUN: Final = (
+    RunStarted,
+    RunAccepted,
+    RunCompleted,
+    RoundCompleted,
+    SiteStatement,
+    SiteUndelivered,
+    UpdateRefused,
+)
 
 
 class EvidenceGapError(AuditError):
@@ -120,15 +130,13 @@ class Closure:
         populations: set[tuple[str, str]] = set()
         charter = ""
         for index, data, body in self._search(object, run=run):
-            if isinstance(
-                body, (RunStarted, RunAccepted, RunCompleted, RoundCompleted, SiteStatement, SiteUndelivered)
-            ):
+            if isinstance(body, _OF_RUN):
                 self._take(index, data)
             if isinstance(body, RunStarted):
                 charter = body.charter
             if isinstance(body, RunAccepted):
                 populations.add((body.site, body.population))
-            if isinstance(body, SiteStatement):
+            if isinstance(body, (SiteStatement, UpdateRefused)):
                 self._artefact(body.update)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)

@@ -54,6 +54,7 @@ from audit.bodies import (
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
+    UpdateRefused,
     VersionRegistered,
     VersionTransition,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "SiteRefused",
     "SiteStatement",
     "SiteUndelivered",
+    "UpdateRefused",
     "VersionRegistered",
     "VersionTransition",
     "body_document",

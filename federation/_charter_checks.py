@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from audit.errors import AuditError
 from audit.keys import parse_public_key
 from audit.metrics import LOWER_IS_BETTER, METRICS_OF_TASK
+from federation._aggregation_checks import check_aggregation, check_local_training
 from federation.errors import LayerError, Problem
 from federation.families import check_layers
 
@@ -34,8 +35,9 @@ def check_charter(charter: Charter) -> list[Problem]:
         *_privacy(charter),
         *_members(charter),
         *_gates(charter),
+        *check_aggregation(charter),
     ]
-    return found or list(_model(charter))
+    return found or [*_model(charter), *check_local_training(charter)]
 
 
 def warnings_of(charter: Charter) -> list[str]:

@@ -46,6 +46,7 @@ from federation.preparation import (
     record_charter,
 )
 from federation.progress import RunEvent, emit
+from federation.refusals import record_too_long
 from federation.statements import RoundTerms, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
@@ -145,6 +146,7 @@ class RoundLoop:
             participants=state.participants,
             previous_round=state.previous_round,
             event=self._event,
+            released=self._charter.released,
             enrolments=prepared.enrolments,
             heads=prepared.heads,
         )
@@ -161,6 +163,7 @@ class RoundLoop:
         self._record_refusals(number, replies, strategy, prepared)
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
+        state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
         if output is None:
             self._abandon(number, accepted, missing, strategy.rejected, state)
         leaves: list[str] = []

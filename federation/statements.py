@@ -53,6 +53,7 @@ class RoundTerms:
     participants: tuple[str, ...]
     previous_round: str
     event: MechanismEvent
+    released: int  # numbers in an update; the event's dimension counts those that stay at the site too
     enrolments: Mapping[str, SiteEnrolled]
     heads: Mapping[str, OdometerHead]
 
@@ -100,8 +101,8 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
         values = tuple(decode_update(update))
     except AuditError as error:
         raise StatementError(site, "update", str(error)) from error
-    if len(values) != terms.event.dimension:
-        raise StatementError(site, "update", f"has {len(values)} numbers, the model {terms.event.dimension}")
+    if len(values) != terms.released:
+        raise StatementError(site, "update", f"has {len(values)} numbers, the model {terms.released}")
     return AcceptedUpdate(statement=statement, update=update, values=values)
 
 
