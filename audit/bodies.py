@@ -212,6 +212,16 @@ class UpdateRefused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundExamined:
+    """How a round's updates look beside each other, for the officer; `audit.anomaly` makes it again."""
+
+    run: str
+    round: int
+    digest: str  # of the document
+    apart: tuple[str, ...]  # sites that stand apart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunCompleted:
     run: str
     charter: str
@@ -374,7 +384,7 @@ class AuditRead:
 
     principal: str
     role: str
-    action: str  # "search" | "count" | "export" | "entry" | "bundle"
+    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "updates"
     query: str  # hex HMAC-SHA256 of the canonical terms, under a key in the coordinator's home
     count: int  # entries that were shown
 
@@ -407,6 +417,7 @@ Body = (
     | KeyBound
     | AuditRead
     | UpdateRefused
+    | RoundExamined
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -437,5 +448,6 @@ TYPES: Final[dict[str, type[Any]]] = {
     "key.bound": KeyBound,
     "audit.read": AuditRead,
     "update.refused": UpdateRefused,
+    "round.examined": RoundExamined,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -12,6 +12,7 @@ from audit.entries import (
     IndexColumns,
     Prediction,
     RoundCompleted,
+    RoundExamined,
     RunAccepted,
     RunCompleted,
     RunStarted,
@@ -38,6 +39,7 @@ _OF_RUN: Final = (
     SiteStatement,
     SiteUndelivered,
     UpdateRefused,
+    RoundExamined,
 )
 
 
@@ -138,6 +140,8 @@ class Closure:
                 populations.add((body.site, body.population))
             if isinstance(body, (SiteStatement, UpdateRefused)):
                 self._artefact(body.update)
+            if isinstance(body, RoundExamined):
+                self._artefact(body.digest)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):

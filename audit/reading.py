@@ -35,9 +35,11 @@ PRIVATE_TYPES: Final = frozenset(
         "key.revoked",
         "prediction",
         "prediction.denied",
+        "round.examined",
         "site.refused",
         "site.statement",
         "site.undelivered",
+        "update.refused",
     }
 )
 PUBLIC_TYPES: Final = frozenset(TYPES) - PRIVATE_TYPES  # charters, runs, rounds, versions, enrolments, rules

@@ -30,6 +30,7 @@ from audit.entries import (
 from audit.epsilon import recompute
 from audit.models import initial_weights, model_file
 from audit.replay import average
+from federation.anomaly import record_view
 from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import FederationError, RunFailedError, StatementError
@@ -180,19 +181,21 @@ class RoundLoop:
         weights: list[float] = strategy.weights.tolist()
         state.base_model = model_file(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
-        completed = self._coordinator.append(
-            RoundCompleted(
-                run=self._run.run,
-                round=number,
-                base_model=terms.base_model,
-                statements=tuple(leaves),
-                missing=missing,
-                output_model=self._coordinator.blobs.put(state.base_model),
-                metrics=metrics,
-            ),
-            ACTOR,
-            stable_event_id("round.completed", self._run.run, str(number)),
+        body = RoundCompleted(
+            run=self._run.run,
+            round=number,
+            base_model=terms.base_model,
+            statements=tuple(leaves),
+            missing=missing,
+            output_model=self._coordinator.blobs.put(state.base_model),
+            metrics=metrics,
         )
+        completed = self._coordinator.append(
+            body, ACTOR, stable_event_id("round.completed", self._run.run, str(number))
+        )
+        if self._charter.aggregation is not None:
+            seen = {site: update.values for site, update in (accepted | strategy.too_long).items()}
+            record_view(self._coordinator, self._charter, body, seen)
         state.previous_round, state.round_leaf = completed.leaf_hash.hex(), completed.leaf_index
         state.participants = tuple(accepted)
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]

@@ -16,7 +16,16 @@ from fastapi.responses import Response
 
 from federation.coordinator import Coordinator
 from federation.registry import LIVE
-from server import errors, openapi, routes_audit, routes_keys, routes_models, routes_officer, routes_tiles
+from server import (
+    errors,
+    openapi,
+    routes_audit,
+    routes_keys,
+    routes_models,
+    routes_officer,
+    routes_runs,
+    routes_tiles,
+)
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError
@@ -89,7 +98,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    officer = (routes_officer.router, routes_tiles.router)
+    officer = (routes_officer.router, routes_tiles.router, routes_runs.router)
     for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
         app.include_router(router)
     _service_routes(app)

@@ -12,7 +12,7 @@ from audit.robust import MEAN
 from audit.verify.chain import Chain, FailError, GapError, Outcome, Round, expect, need
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
-from audit.verify.refused import check_lengths, check_refused_updates
+from audit.verify.refused import check_examined, check_lengths, check_refused_updates
 from audit.verify.report import Word
 from audit.verify.training import ROUNDS
 from audit.weights import decode_update
@@ -32,6 +32,7 @@ def check_aggregation(chain: Chain) -> Outcome:
         why = "as you asked" if chain.replay is False else f"{additions:,} additions"
         why += "; run again with --replay"
         raise GapError("aggregation.not_replayed", f"the rounds were not replayed ({why})")
+    refused = check_refused_updates(chain, charter)
     aggregator = Aggregator(charter.aggregation)
     weights = initial_weights(charter.layers, charter.digest)
     outputs: list[list[float]] = []
@@ -44,6 +45,7 @@ def check_aggregation(chain: Chain) -> Outcome:
             digest = hashlib.sha256(model_file(charter.layers, weights)).hexdigest()
         except AuditError as error:
             raise FailError("replay.refused", str(error), found.leaf.index) from error
+        check_examined(chain, charter, found, updates)
         expect(
             found.leaf.body.output_model,
             digest,
@@ -52,7 +54,6 @@ def check_aggregation(chain: Chain) -> Outcome:
             entry=found.leaf.index,
         )
         outputs.append(weights)
-    refused = check_refused_updates(chain, charter)
     chain.outputs = tuple(outputs)
     rule = charter.aggregation.rule
     said = "" if rule == MEAN else f" under {rule.name}, of {rule.byzantine} lying sites"

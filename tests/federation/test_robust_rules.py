@@ -1,4 +1,4 @@
-"""Robust rules: Flower's own arithmetic to rounding, the definition's bits, and what lying sites can do to each."""
+"""Robust rules: Flower's own arithmetic to rounding, the definition's bits, and what liars can do to each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, Krum, MultiKrum
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from audit.robust import combine as defined
 from audit.update_bounds import UpdateTerms, is_too_long
 from federation.charter import Charter
 from federation.errors import CharterError
+from federation.grid import InProcessGrid
 from federation.robust_rules import combine
 
 RULES = {
@@ -33,6 +35,13 @@ FLOWERS = {
     "median": lambda: FedMedian(),
     "trimmed_mean": lambda: FedTrimmedAvg(beta=0.25),  # two of eight at each end
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def run_identity():
+    """Flower's messages can only be made inside a run."""
+    with InProcessGrid(ClientApp(), {"a": {}}):
+        yield
 
 
 def by_flower(strategy, rows, weights):
@@ -80,7 +89,8 @@ def test_two_liars_of_eight_cannot_leave_the_honest_range(name):
     for lie in (1e12, -1e12, -3.0):
         rows = [*honest, np.full(12, lie), np.full(12, lie)]
         found = combine(RULES[name], rows, [1.0] * 6 + [1e9] * 2)
-        assert (found >= honest.min(axis=0)).all() and (found <= honest.max(axis=0)).all()
+        assert (found >= honest.min(axis=0)).all()
+        assert (found <= honest.max(axis=0)).all()
 
 
 def test_a_mean_follows_one_liar_anywhere():
