@@ -36,6 +36,7 @@ from clients.history import Clock, History
 from clients.home import SiteHome
 from clients.ledger import Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
+from clients.local_layers import LocalLayers
 from clients.requests import (
     LoggedEntry,
     ProposeRequest,
@@ -72,7 +73,7 @@ class Agent:
         self._ledger = ledger
         self._keys = home.keys()
         self._clock = clock
-        self._trainer = Trainer(home.config.data)
+        self._trainer = Trainer(home.config.data, LocalLayers(home.local_layers_path))
         policy = home.policy()
         self._origin = policy.logs[0].origin
         self.admission = Admission(home, self._keys, ledger, self._trainer, origin=self._origin)
@@ -275,7 +276,9 @@ class Agent:
             raise RefusedError("budget_exhausted", "this site's lifetime cap is reached")
 
     def _release(self, request: RoundRequest, terms: Terms, previous_round: str, digest: str) -> Release:
-        update_file = self._trainer.update(terms, request.base_model)
+        update_file = self._trainer.update(
+            terms, request.base_model, run=request.run, server_round=request.round
+        )
         head = self._ledger.head(self.population)
         unsigned = SiteStatement(
             run=request.run,

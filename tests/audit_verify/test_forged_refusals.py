@@ -22,7 +22,7 @@ LONG = 1 << 40
 
 
 class RobustWorld(World):
-    """One round under a norm bound; west sends what no honest site does, and an honest operator refuses it."""
+    """One round under a norm bound; west sends what no honest site does, and the operator refuses it."""
 
     def __init__(self, *, rule="median", norm_bound=1, long=True, believes=is_too_long, **hooks):
         self.long, self.believes = long, believes
