@@ -24,7 +24,7 @@ from federation.charter import Charter
 from federation.torch_models import build_model, set_weights
 
 
-class _UnprotectedSite:
+class UnprotectedSite:
     """One site's rows, clipped and summed, without noise."""
 
     def __init__(self, terms: Terms, path: Path) -> None:
@@ -66,7 +66,7 @@ def train_without_privacy(charter: Charter, files: Mapping[str, Path]) -> list[l
         DataFileError: a file as a whole cannot serve.
     """
     canonical = charter.canonical().decode()
-    sites = {name: _UnprotectedSite(read_terms(canonical, site=name), files[name]) for name in sorted(files)}
+    sites = {name: UnprotectedSite(read_terms(canonical, site=name), files[name]) for name in sorted(files)}
     aggregator = Aggregator(AggregationPlan.of_charter(charter.document))
     members = {member["name"]: member for member in charter.document["sites"]}
     weights = initial_weights(list(charter.layers), charter.digest)
