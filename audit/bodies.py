@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
+
 ZERO_DIGEST: Final = "0" * 64
 
 REFUSAL_CODES: Final = frozenset(
@@ -171,14 +173,6 @@ class SiteUndelivered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    name: str
-    value: str
-    source: str  # "public_set"
-    dataset: str  # digest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundCompleted:
     run: str
     round: int
@@ -195,30 +189,6 @@ class RoundAbandoned:
     round: int
     reason: str
     missing: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateRefused:
-    """A release that arrived, and counts for nothing in its round; it stays debited."""
-
-    run: str
-    round: int
-    site: str
-    update: str  # digest
-    statement: str  # leaf hash of the site.undelivered that holds what the site signed
-    reason: str  # "norm_bound"
-    norm: str  # grid units, rounded down
-    bound: str  # grid units; see audit.update_bounds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundExamined:
-    """How a round's updates look beside each other, for the officer; `audit.anomaly` makes it again."""
-
-    run: str
-    round: int
-    digest: str  # of the document
-    apart: tuple[str, ...]  # sites that stand apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,6 +306,10 @@ class Prediction:
     policies: tuple[str, ...]
     policy_set: str
     rows: tuple[RowCommitment, ...]
+    # about a named person: `purpose` and `request_id` are empty here and, with the rows, in the vault
+    subject: str = ""  # random pseudonym of the person
+    context: str = ""  # root of the context's fields (`audit.disclosure`); so are then the rows' digests
+    sealed: str = ""  # SHA-256 of the ciphertext in the vault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,13 +354,37 @@ class KeyBound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditRead:
-    """Somebody read the log. The terms are only here as a keyed hash: they may name a person."""
+    """Somebody read the log. The terms are in the vault: they may name a person."""
 
     principal: str
     role: str
-    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "updates"
-    query: str  # hex HMAC-SHA256 of the canonical terms, under a key in the coordinator's home
+    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "opened" | "updates"
+    query: str  # root of the terms' fields (`audit.disclosure`); unsealed: hex HMAC-SHA256 of the terms
     count: int  # entries that were shown
+    subject: str = ""  # the reader's pseudonym in the vault
+    sealed: str = ""  # SHA-256 of the ciphertext in the vault
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectExported:
+    """Everything about one person was handed out."""
+
+    subject: str
+    entries: int
+    principal: str
+    role: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectErased:
+    """The person's key, records and pseudonym were deleted from the vault before this was written."""
+
+    subject: str  # the pseudonym, which now leads to nobody
+    records: int
+    principal: str
+    role: str
+    request_id: str
 
 
 Body = (
@@ -418,6 +416,9 @@ Body = (
     | AuditRead
     | UpdateRefused
     | RoundExamined
+    | RunEvaluated
+    | SubjectExported
+    | SubjectErased
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -449,5 +450,8 @@ TYPES: Final[dict[str, type[Any]]] = {
     "audit.read": AuditRead,
     "update.refused": UpdateRefused,
     "round.examined": RoundExamined,
+    "run.evaluated": RunEvaluated,
+    "subject.exported": SubjectExported,
+    "subject.erased": SubjectErased,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -12,14 +12,13 @@ from audit.entries import (
     IndexColumns,
     Prediction,
     RoundCompleted,
-    RoundExamined,
     RunAccepted,
     RunCompleted,
     RunStarted,
     SiteEnrolled,
     SiteStatement,
     SiteUndelivered,
-    UpdateRefused,
+    SubjectErased,
     VersionRegistered,
     VersionTransition,
     decode_entry,
@@ -27,6 +26,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
+from audit.round_bodies import RoundExamined, UpdateRefused
 
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
@@ -80,6 +80,7 @@ class EvidenceLog(Protocol):
         run: str | None = None,
         site: str | None = None,
         principal: str | None = None,
+        subject: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,
@@ -107,6 +108,7 @@ class Closure:
         entry = decode_entry(data)
         body, self.scope = entry.body, scope_of(entry.type)
         if isinstance(body, Prediction):
+            self._erasure(body.subject)
             transition = self._by_hash(body.transition, VersionTransition, type="version.transition")
             self._version(transition, leaf_index)
         elif isinstance(body, VersionTransition):
@@ -116,6 +118,14 @@ class Closure:
             self._artefact(body.version)
         elif isinstance(body, RunCompleted):
             self._run(body.run, leaf_index)
+
+    def _erasure(self, subject: str) -> None:
+        """Take the entry that says that the person was erased, if one does."""
+        if not subject:
+            return
+        for index, data, body in self._search(SubjectErased, type="subject.erased"):
+            if body.subject == subject and index < self._size:
+                self._take(index, data)
 
     def _version(self, transition: VersionTransition, until: int) -> None:
         for index, data, _ in self._search(

@@ -40,6 +40,8 @@ PRIVATE_TYPES: Final = frozenset(
         "site.statement",
         "site.undelivered",
         "update.refused",
+        "subject.erased",
+        "subject.exported",
     }
 )
 PUBLIC_TYPES: Final = frozenset(TYPES) - PRIVATE_TYPES  # charters, runs, rounds, versions, enrolments, rules
@@ -50,7 +52,7 @@ DECISIONS: Final = {
 
 CSV_COLUMNS: Final = (
     "leaf_index", "leaf_hash", "time", "type", "actor", "model", "version", "run", "site", "round",
-    "principal", "entry",
+    "principal", "subject", "entry",
 )  # fmt: skip
 
 
@@ -71,6 +73,7 @@ class SearchRequest:
     run: str | None = None
     site: str | None = None
     principal: str | None = None  # the pseudonym that an entry names
+    subject: str | None = None  # the pseudonym of the person that an entry is about
     decision: str | None = None  # "allowed" or "denied"
     since: str | None = None
     until: str | None = None
@@ -94,7 +97,7 @@ class SearchRequest:
 
     def columns(self) -> dict[str, Any]:
         """The ledger's filters, without cursor and limit."""
-        names = ("actor", "model", "version", "run", "site", "principal", "since", "until")
+        names = ("actor", "model", "version", "run", "site", "principal", "subject", "since", "until")
         return {"type": self.types(), **{name: getattr(self, name) for name in names}}
 
     def terms(self) -> bytes:
@@ -119,6 +122,7 @@ class SearchableLog(Protocol):
         run: str | None = None,
         site: str | None = None,
         principal: str | None = None,
+        subject: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,

@@ -13,8 +13,9 @@ import numpy as np
 
 from audit.anomaly import SiteFacts, examine
 from audit.canonical import canonical_bytes
-from audit.entries import RoundCompleted, RoundExamined, SiteStatement, UpdateRefused
+from audit.entries import RoundCompleted, SiteStatement
 from audit.replay import AggregationPlan
+from audit.round_bodies import RoundExamined, UpdateRefused
 from audit.update_bounds import UpdateTerms
 from audit.weights import decode_update
 from federation import registry

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from audit.entries import SiteUndelivered, UpdateRefused, event_hash
+from audit.entries import SiteUndelivered, event_hash
+from audit.round_bodies import UpdateRefused
 from audit.update_bounds import UpdateTerms, square_norm
 from federation.coordinator import Coordinator, stable_event_id
 from federation.statements import AcceptedUpdate

@@ -10,9 +10,10 @@ from typing import Any
 from audit.anomaly import SiteFacts, examine, plain_dot
 from audit.canonical import canonical_bytes
 from audit.charter_view import CharterView
-from audit.entries import RoundExamined, SiteUndelivered, UpdateRefused
+from audit.entries import SiteUndelivered
 from audit.errors import AuditError
 from audit.replay import SiteUpdate
+from audit.round_bodies import RoundExamined, UpdateRefused
 from audit.update_bounds import is_too_long, square_norm
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Round, expect, need
 from audit.verify.history import LINKS

@@ -9,9 +9,10 @@ import pytest
 
 from audit.anomaly import SiteFacts, examine, plain_dot
 from audit.canonical import canonical_bytes
-from audit.entries import RoundCompleted, RoundExamined, SiteUndelivered, UpdateRefused
+from audit.entries import RoundCompleted, SiteUndelivered
 from audit.evidence import read_evidence, write_evidence
 from audit.replay import SiteUpdate
+from audit.round_bodies import RoundExamined, UpdateRefused
 from audit.update_bounds import is_too_long, square_norm
 from audit.verify import Verdict, Word
 from audit.weights import encode_update

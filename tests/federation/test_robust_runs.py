@@ -8,12 +8,11 @@ import pytest
 
 from audit.entries import (
     RoundCompleted,
-    RoundExamined,
     RunCompleted,
     SiteStatement,
     SiteUndelivered,
-    UpdateRefused,
 )
+from audit.round_bodies import RoundExamined, UpdateRefused
 from audit.service import export_evidence
 from audit.verify import verify_evidence
 from federation.anomaly import view_lines, views_of_run
