@@ -24,6 +24,7 @@ from audit.keys import parse_public_key
 from audit.layers import check_layers, check_local_layers, dimension, output_shape, work
 from audit.metrics import METRICS_OF_TASK
 from audit.models import outputs_of
+from audit.private_evaluation import METRIC, SOURCE, Evaluation
 from audit.replay import STRATEGIES, AggregationPlan
 from audit.robust import RULES, AggregationRule, check_rule
 from audit.update_bounds import GRID_SLACK, UpdateTerms, planned_sensitivity
@@ -82,6 +83,7 @@ class CharterView:
     local_steps: int
     minimum_sites: int
     aggregation: AggregationPlan
+    evaluation: Evaluation | None
     updates: Mapping[str, UpdateTerms]  # by site
     privacy: CharterPrivacy
     sites: tuple[CharterSite, ...]
@@ -90,6 +92,11 @@ class CharterView:
     gates: tuple[Mapping[str, Any], ...]
     purposes: tuple[str, ...]
     officers: Mapping[str, str]  # public key to name
+
+    @property
+    def releases(self) -> int:
+        """How many releases a run asks of each site: its rounds, and the evaluation if there is one."""
+        return self.rounds + (self.evaluation is not None)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -145,7 +152,7 @@ def read_charter(canonical: bytes) -> CharterView:
         document = parse_canonical(canonical)
     except AuditError as error:
         raise CharterFormError("bytes", str(error)) from error
-    top = _Part(document, "", optional=("public_set", "aggregation"), fields=_TOP)
+    top = _Part(document, "", optional=("public_set", "aggregation", "evaluation"), fields=_TOP)
     if top.value["affidavit"] != 1:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
@@ -203,6 +210,7 @@ def read_charter(canonical: bytes) -> CharterView:
         local_steps=plan.count("local_steps", least=1),
         minimum_sites=minimum_sites,
         aggregation=aggregation,
+        evaluation=_evaluation(top),
         updates={
             name: UpdateTerms.of_charter(top.value, name, dimension=size, released=released) for name in names
         },
@@ -315,6 +323,17 @@ def _check_numbers(plan: _Part, privacy: _Part) -> None:
         raise privacy.fail("sample_rate", "is below 1, while a subject may have several rows")
 
 
+def _evaluation(top: _Part) -> Evaluation | None:
+    if "evaluation" not in top.value:
+        return None
+    part = _Part(top.value["evaluation"], "evaluation", fields=("share", "noise_multiplier"))
+    part.decimal("share", above=Decimal(0)), part.decimal("noise_multiplier", above=Decimal(0))
+    try:
+        return Evaluation.of_charter(top.value)
+    except AuditError as error:
+        raise CharterFormError("evaluation", str(error)) from error
+
+
 def _check_aggregation(top: _Part, minimum_sites: int) -> None:
     if "aggregation" not in top.value:
         return
@@ -419,7 +438,8 @@ def _public_set(value: Any) -> tuple[str, int]:
 def _gate(value: Any, path: str, task: str) -> Mapping[str, Any]:
     part = _Part(value, path, fields=("metric", "source"), optional=("floor", "margin_over_baseline"))
     part.choice("metric", METRICS_OF_TASK[task])
-    part.choice("source", ("public_set",))
+    if part.choice("source", ("public_set", SOURCE)) == SOURCE and part.value["metric"] != METRIC:
+        raise part.fail("metric", f"of a private release is {METRIC}")
     for key in ("floor", "margin_over_baseline"):
         if key in part.value:
             part.decimal(key)

@@ -26,7 +26,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, UpdateRefused
+from audit.round_bodies import RoundExamined, RunEvaluated, UpdateRefused
 
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
@@ -40,6 +40,7 @@ _OF_RUN: Final = (
     SiteUndelivered,
     UpdateRefused,
     RoundExamined,
+    RunEvaluated,
 )
 
 

@@ -21,7 +21,7 @@ from audit.replay import AggregationPlan, Aggregator, SiteUpdate, average
 from audit.robust import MEAN
 from clients.comparison import UnprotectedSite
 from clients.errors import SimulationError
-from clients.loader import load_training_data
+from clients.loader import load_all_data
 from clients.local_layers import LocalLayers, overlaid
 from clients.terms import read_terms
 from federation.charter import Charter
@@ -80,7 +80,7 @@ def by_site(
     for site in sorted(held_out):
         terms = read_terms(canonical, site=site)
         with tempfile.TemporaryDirectory() as folder:
-            data = load_training_data(_file(Path(folder), held_out[site]), terms)
+            data, _ = load_all_data(_file(Path(folder), held_out[site]), terms)
         labels = _labels(charter, data.targets.tolist())
         local = kept.get(site)
         models = {

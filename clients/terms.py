@@ -18,6 +18,7 @@ from audit.epsilon import check_event
 from audit.errors import AuditError
 from audit.layers import shared_spans
 from audit.models import dimension, initial_weights, model_file
+from audit.private_evaluation import Evaluation
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.dp.losses import Loss
@@ -61,10 +62,17 @@ class Terms:
     nominal_rows: int  # of this site
     site_index: int
     event: MechanismEvent  # the same in every round
+    evaluation: Evaluation | None
 
     @property
     def loss(self) -> Loss:
         return LOSSES[self.task]
+
+    @property
+    def planned(self) -> tuple[MechanismEvent, ...]:
+        """Every release of a run, in order."""
+        rounds = (self.event,) * self.rounds
+        return rounds if self.evaluation is None else (*rounds, self.evaluation.event)
 
     @property
     def normaliser(self) -> float:
@@ -150,6 +158,7 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         nominal_rows=int(members[site]["nominal_rows"]),
         site_index=sites.index(site),
         event=_event(plan, privacy, dimension(layers)),
+        evaluation=Evaluation.of_charter(document),
     )
 
 

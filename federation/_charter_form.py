@@ -71,6 +71,11 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
         document["plan"]["proximal"] = decimal_text(plan.proximal)
     if charter.model.local_layers:
         document["model"]["local_layers"] = list(charter.model.local_layers)
+    if charter.evaluation is not None:
+        document["evaluation"] = {
+            "share": decimal_text(charter.evaluation.share),
+            "noise_multiplier": decimal_text(charter.evaluation.noise_multiplier),
+        }
     if charter.aggregation is not None:
         rule = charter.rule
         document["aggregation"] = {
@@ -130,6 +135,7 @@ _DECIMALS = frozenset(
         "beta2",
         "tau",
         "proximal",
+        "share",
         "epsilon",
         "delta",
         "sample_rate",

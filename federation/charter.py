@@ -71,6 +71,13 @@ class Aggregation(_Part):
     norm_bound: bool = True
 
 
+class Evaluation(_Part):
+    """Rows that each site keeps out of training, and the noise on how many of them are called right."""
+
+    share: Number = Field(gt=0, lt=1)
+    noise_multiplier: Number = Field(gt=0)
+
+
 class Label(_Part):
     name: FieldName
     classes: tuple[Text, ...] | None = None
@@ -160,6 +167,7 @@ class Charter(_Part):
     model: Model
     plan: Plan
     privacy: Privacy
+    evaluation: Evaluation | None = None
     aggregation: Aggregation | None = None  # absent: the weighted mean, and no bound on an update's length
     sites: tuple[Site, ...] = Field(min_length=1, max_length=1000)
     public_set: PublicSet | None = None

@@ -26,6 +26,7 @@ from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import FederationError, ReplyError, SiteRefusedError, StatementError
 from federation.exchange import Answer, Exchange, Request
+from federation.mechanism import planned_events
 from federation.statements import (
     OdometerHead,
     verify_acceptance,
@@ -158,7 +159,7 @@ def propose_run(
     for name in sorted(requests):
         enrolment, answer = prepared.enrolments[name], answers[name][0]
         try:
-            head = _accept(coordinator, run_started, enrolment, answer, history)
+            head = _accept(coordinator, charter, run_started, enrolment, answer, history)
         except FederationError as error:
             prepared.failed[name] = error
             continue
@@ -168,6 +169,7 @@ def propose_run(
 
 def _accept(
     coordinator: Coordinator,
+    charter: Charter,
     run_started: RunStarted,
     enrolment: SiteEnrolled,
     answer: Answer,
@@ -180,7 +182,8 @@ def _accept(
         raise SiteRefusedError(site, refusal.reason)
     if answer.failure or "acceptance" not in answer.header:
         raise ReplyError(site, answer.failure or "sent no acceptance")
-    acceptance = verify_acceptance(site, enrolment, run_started, answer.header["acceptance"])
+    releases = len(planned_events(charter))
+    acceptance = verify_acceptance(site, enrolment, run_started, releases, answer.header["acceptance"])
     key = (site, enrolment.population)
     undelivered = answer.header.get("undelivered", [])
     if not isinstance(undelivered, list):

@@ -7,6 +7,7 @@ could not show its own release in witnessed history.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import time
@@ -29,6 +30,7 @@ from audit.entries import (
 )
 from audit.epsilon import recompute
 from audit.models import initial_weights, model_file
+from audit.private_evaluation import Evaluation
 from audit.replay import average
 from federation.anomaly import record_view
 from federation.charter import Charter
@@ -36,7 +38,7 @@ from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import FederationError, RunFailedError, StatementError
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Exchange, Request, read_answer
-from federation.mechanism import planned_event
+from federation.mechanism import planned_event, planned_events
 from federation.preparation import (
     ACTOR,
     Prepared,
@@ -46,6 +48,7 @@ from federation.preparation import (
     propose_run,
     record_charter,
 )
+from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
 from federation.refusals import record_too_long
 from federation.statements import RoundTerms, verify_refusal
@@ -115,7 +118,7 @@ class RoundLoop:
         state = _Progress(participants=prepared.sites, base_model=base)
         for number in range(1, self._charter.plan.rounds + 1):
             self._round(number, strategy, prepared, state)
-        return self._complete(state)
+        return self._complete(prepared, state)
 
     def _prepare(self, author: str) -> Prepared:
         coordinator, charter = self._coordinator, self._charter
@@ -139,18 +142,7 @@ class RoundLoop:
         return prepared
 
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: _Progress) -> None:
-        terms = RoundTerms(
-            run=self._run.run,
-            round=number,
-            charter=self._charter.digest,
-            base_model=hashlib.sha256(state.base_model).hexdigest(),
-            participants=state.participants,
-            previous_round=state.previous_round,
-            event=self._event,
-            released=self._charter.released,
-            enrolments=prepared.enrolments,
-            heads=prepared.heads,
-        )
+        terms = self._terms(number, prepared, state)
         requests = {site: self._request(number, site, state) for site in state.participants}
         strategy.open_round(
             terms, {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()}
@@ -212,6 +204,20 @@ class RoundLoop:
             witnesses=witnesses,
         )
 
+    def _terms(self, number: int, prepared: Prepared, state: _Progress) -> RoundTerms:
+        return RoundTerms(
+            run=self._run.run,
+            round=number,
+            charter=self._charter.digest,
+            base_model=hashlib.sha256(state.base_model).hexdigest(),
+            participants=state.participants,
+            previous_round=state.previous_round,
+            event=self._event,
+            released=self._charter.released,
+            enrolments=prepared.enrolments,
+            heads=prepared.heads,
+        )
+
     def _request(self, number: int, site: str, state: _Progress) -> Request:
         shown: dict[str, Any] = {"previous_round": None, "own_statement": None}
         if number > 1 and state.round_leaf is not None:
@@ -270,8 +276,40 @@ class RoundLoop:
         self._emit("failed", number=number, detail=f"{reason}: {detail}")
         return RunFailedError(self._run.run, number, reason, detail)
 
-    def _complete(self, state: _Progress) -> RunOutcome:
-        weights = self._coordinator.blobs.put(model_file(self._charter.layers, average(state.outputs)))
+    def _evaluate(self, evaluation: Evaluation, prepared: Prepared, state: _Progress) -> None:
+        """Have the averaged weights counted at the sites; `state.base_model` holds them."""
+        number = self._charter.plan.rounds + 1
+        terms = dataclasses.replace(
+            self._terms(number, prepared, state),
+            event=evaluation.event,
+            released=evaluation.event.dimension,
+        )
+        evaluated = evaluate_privately(
+            self._coordinator,
+            self._exchange,
+            terms,
+            evaluation,
+            {site: self._request(number, site, state) for site in state.participants},
+            state.base_model,
+            timeout_s=float(self._charter.plan.round_timeout_s),
+            minimum_sites=self._charter.minimum_sites,
+        )
+        state.own_leaf |= evaluated.own_leaf
+        worth = evaluated.worth
+        self._emit(
+            "evaluated",
+            number=number,
+            sites=tuple(sorted(evaluated.own_leaf)),
+            metrics={} if worth is None else {"accuracy": float(worth.accuracy)},
+            detail="; ".join(str(error) for error in evaluated.rejected.values()),
+        )
+
+    def _complete(self, prepared: Prepared, state: _Progress) -> RunOutcome:
+        state.base_model = model_file(self._charter.layers, average(state.outputs))
+        weights = self._coordinator.blobs.put(state.base_model)
+        evaluation = Evaluation.of_charter(self._charter.document)
+        if evaluation is not None:
+            self._evaluate(evaluation, prepared, state)
         self._coordinator.append(
             RunCompleted(
                 run=self._run.run,
@@ -318,7 +356,9 @@ class RoundLoop:
         return witnesses
 
     def _epsilon(self, rounds: int) -> float:
-        return recompute([self._event] * rounds, float(self._charter.privacy.delta)).value
+        events = planned_events(self._charter)
+        done = events if rounds == self._charter.plan.rounds else events[:rounds]
+        return recompute(done, float(self._charter.privacy.delta)).value
 
     def _emit(self, kind: str, *, number: int = 0, **fields: Any) -> None:
         emit(

@@ -150,9 +150,9 @@ def verify_charter_signature(
 
 
 def verify_acceptance(
-    site: str, enrolment: SiteEnrolled, started: RunStarted, document: object
+    site: str, enrolment: SiteEnrolled, started: RunStarted, releases: int, document: object
 ) -> RunAccepted:
-    """Prove that the site reserved the whole plan of this start of a run, in this log."""
+    """Prove that the site reserved the whole plan of this start of a run, `releases` events, in this log."""
     body = _parse(RunAccepted, site, document)
     wanted = {
         "run": started.run,
@@ -161,7 +161,7 @@ def verify_acceptance(
         "charter": started.charter,
         "site": site,
         "population": enrolment.population,
-        "planned_events": started.rounds,
+        "planned_events": releases,
     }
     for name, value in wanted.items():
         if getattr(body, name) != value:
