@@ -1,13 +1,13 @@
 """Federated evaluation: what the averaged weights are worth on rows that stay at the sites.
 
 A charter's `evaluation` holds a share of every site's rows out of training. After the last round each site
-counts them by true and called class, adds discrete Gaussian noise to every cell, and releases the noisy matrix
-under a statement of its own: an event on its odometer like any other. A row counts in one cell, so a person of m
-rows moves the matrix by m at most, in L2 norm; one row replaced by another by less than twice that. Counts are
-scaled by 2**GRID_BITS before the noise, which takes whole numbers.
+counts them by true and called class, adds discrete Gaussian noise to every cell, and releases the noisy
+matrix under a statement of its own: an event on its odometer like any other. A row counts in one cell, so a
+person of m rows moves the matrix by m at most, in L2 norm; one row replaced by another by less than twice
+that. Counts are scaled by 2**GRID_BITS before the noise, which takes whole numbers.
 
-From the sum of the matrices everybody computes the same metrics. That they were counted as said is the sites'
-word.
+From the sum of the matrices everybody computes the same metrics. That they were counted as said is the
+sites' word.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from audit.round_bodies import RunEvaluated
 
 SOURCE: Final = "private_release"
 METRIC: Final = "accuracy"
-GRID_BITS: Final = 10
+GRID_BITS: Final = 16
+MAX_SIGMA_GRID: Final = 1 << 32  # what sites can draw
 MAX_CLASSES: Final = 64
 _DOMAIN: Final = b"affidavit/evaluation/v1\x00"
 
@@ -66,6 +67,9 @@ class Evaluation:
             raise EvaluationError("evaluation.share lies between 0 and 1, its noise_multiplier above 0")
         rows = privacy["max_rows_per_subject"] if privacy["unit"] == "subject" else 1
         moved = (2 if privacy["relation"] == "replace_one" else 1) * rows << GRID_BITS
+        if noise * moved > MAX_SIGMA_GRID:
+            most = MAX_SIGMA_GRID // moved
+            raise EvaluationError(f"evaluation.noise_multiplier is {noise}; sites can draw at most {most}")
         event = MechanismEvent(
             mechanism="discrete_gaussian",
             sampling="full",

@@ -42,7 +42,7 @@ Methods: `global` is recipe R0 (30 rounds, one step, learning rate 6). `intercep
 `shared` in the model or `local` (a layer that stays at the site, step 6). `5 steps` are 12 rounds of five
 local steps of learning rate 2, averaged; `FedProx` pulls them back with mu 0.1, `SCAFFOLD` corrects them by
 control variates made from the released updates; `FedAdam` and `FedYogi` are one step a round with the
-server's learning rate 0.1. `local only` is scikit-learn's logistic regression on a site's own rows, not private.
+server's learning rate 0.1. `local only` is a logistic regression on a site's own rows, not private.
 """
 
 

@@ -39,13 +39,19 @@ def noisy_counts(
 def true_counts(
     evaluation: Evaluation, terms: Terms, weights: Sequence[float], data: TrainingData
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return the flat matrix of counts; it never leaves the site."""
+    """Return the flat matrix of counts; it never leaves the site.
+
+    Rows go through the model one by one: in a batch, the last bit of one row's output can depend on how many
+    others there are, and a model can be chosen whose calls hang on that bit.
+    """
     model = build_model([dict(layer) for layer in terms.layers])
     set_weights(model, weights)
     model.eval()
     with torch.inference_mode():
-        outputs = model(torch.from_numpy(data.inputs)).reshape(len(data.targets), -1).numpy()
-    called = (outputs[:, 0] >= 0).astype(np.int64) if outputs.shape[1] == 1 else outputs.argmax(axis=1)
-    good = np.isfinite(outputs).all(axis=1)
-    cells = data.targets.astype(np.int64) * evaluation.classes + called
-    return np.bincount(cells[good], minlength=evaluation.classes**2).astype(np.int64)
+        outputs = [model(row.unsqueeze(0)).flatten() for row in torch.from_numpy(data.inputs)]
+    counts = np.zeros(evaluation.classes**2, dtype=np.int64)
+    for label, output in zip(data.targets.astype(np.int64).tolist(), outputs, strict=True):
+        if bool(torch.isfinite(output).all()):
+            called = int(output[0] >= 0) if len(output) == 1 else int(output.argmax())
+            counts[label * evaluation.classes + called] += 1
+    return counts

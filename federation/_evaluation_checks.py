@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from audit.private_evaluation import MAX_CLASSES, METRIC
+from audit.private_evaluation import GRID_BITS, MAX_CLASSES, MAX_SIGMA_GRID, METRIC
 from federation.errors import Problem
 
 if TYPE_CHECKING:
@@ -22,11 +22,13 @@ def check_evaluation(charter: Charter) -> Iterator[Problem]:
             message=f"counts rows by true and called class, of 2 to {MAX_CLASSES} classes",
             fix="remove it, and judge this model on a public set",
         )
-    if charter.evaluation.noise_multiplier > 1_000_000:
+    rows = charter.privacy.max_rows_per_subject if charter.privacy.unit == "subject" else 1
+    moved = (2 if charter.privacy.relation == "replace_one" else 1) * rows << GRID_BITS
+    if charter.evaluation.noise_multiplier * moved > MAX_SIGMA_GRID:
         yield Problem(
             path="evaluation.noise_multiplier",
             message="drowns any count, and passes what sites can draw",
-            fix="write less; at 10, a hundred rows are known to about ten",
+            fix=f"write at most {MAX_SIGMA_GRID // moved}; at 10, a hundred rows are known to about ten",
         )
 
 

@@ -1,4 +1,4 @@
-"""After the last round: ask the sites for noisy counts of how the averaged weights do, and log what they say."""
+"""After the last round: ask the sites for noisy counts of how the averaged weights do, and log them."""
 
 from __future__ import annotations
 
@@ -56,25 +56,23 @@ def evaluate_privately(
             _logger.warning("evaluation: %s", error)
             rejected[site] = error
     leaves, own_leaf = [], {}
-    for site, update in accepted.items():
-        coordinator.blobs.put(update.update)
+    for site, found in accepted.items():
+        coordinator.blobs.put(found.update)
         sequenced = coordinator.append(
-            update.statement,
-            f"site:{site}",
-            stable_event_id("site.statement", event_hash(update.statement)),
+            found.statement, f"site:{site}", stable_event_id("site.statement", event_hash(found.statement))
         )
         leaves.append(sequenced.leaf_hash.hex())
         own_leaf[site] = sequenced.leaf_index
-    found = None
+    said = None
     if len(accepted) >= minimum_sites:
         try:
-            found = worth(evaluation, [update.values for update in accepted.values()])
+            said = worth(evaluation, [update.values for update in accepted.values()])
         except EvaluationError as error:
             _logger.warning("evaluation: %s", error)
     metric = (
         ()
-        if found is None
-        else (Metric(name=METRIC, value=found.accuracy, source=SOURCE, dataset=ZERO_DIGEST),)
+        if said is None
+        else (Metric(name=METRIC, value=said.accuracy, source=SOURCE, dataset=ZERO_DIGEST),)
     )
     body = RunEvaluated(
         run=terms.run,
@@ -83,8 +81,8 @@ def evaluate_privately(
         statements=tuple(leaves),
         missing=tuple(sorted(set(requests) - set(accepted))),
         metrics=metric,
-        baseline="" if found is None else found.baseline,
-        spread="" if found is None else found.spread,
+        baseline="" if said is None else said.baseline,
+        spread="" if said is None else said.spread,
     )
     coordinator.append(body, "coordinator", stable_event_id("run.evaluated", terms.run))
-    return Evaluated(worth=found, own_leaf=own_leaf, rejected=rejected)
+    return Evaluated(worth=said, own_leaf=own_leaf, rejected=rejected)

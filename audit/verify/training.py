@@ -96,7 +96,7 @@ def check_noise(chain: Chain) -> Outcome:
 
 
 def evaluation_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
-    """Return the run's statements of counts: one release after the last round, where the charter asks for it."""
+    """Return the run's statements of counts, one release after the last round, where the charter asks."""
     charter = need(chain.charter, CHARTER)
     if charter.evaluation is None:
         return []
