@@ -78,7 +78,7 @@ bench-dp: $(STAMP)  ## the cost of a private training step beside other implemen
 bench-log: $(STAMP)  ## the log beside a commit an entry, pymerkle and Go's judge
 	@$(BIN)/python benchmarks/bench_log.py
 
-results: $(STAMP)  ## utility, robustness and gains by site, written to docs/results (long)
+results: $(STAMP)  ## utility, robustness, gains by site, the log's speed, written to docs/results (long)
 	@$(BIN)/python benchmarks/results_utility.py
 	@$(BIN)/python benchmarks/results_robustness.py
 	@$(BIN)/python benchmarks/results_personal.py
