@@ -14,7 +14,8 @@ _logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEvent:
     """`kind` is enrolled, charter_signed, accepted, refused, round, abandoned, evaluated, completed or
-    failed."""
+    failed.
+    """
 
     kind: str
     run: str
