@@ -43,7 +43,6 @@ from audit.bodies import (
     LogCompromised,
     LogCreated,
     MechanismEvent,
-    Metric,
     PolicyApplied,
     Prediction,
     PredictionDenied,
@@ -66,6 +65,7 @@ from audit.bodies import (
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
+from audit.round_bodies import Metric
 from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [

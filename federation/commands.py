@@ -18,6 +18,7 @@ import typer
 from audit.commands import log
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
 from federation import log_commands
+from federation.run_commands import runs
 
 if TYPE_CHECKING:
     from audit.keys import SigningKey
@@ -47,6 +48,7 @@ def register(application: typer.Typer) -> None:
     application.command("init")(init)
     application.add_typer(charter)
     application.add_typer(models)
+    application.add_typer(runs)
     log_commands.register(log)
 
 

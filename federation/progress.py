@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEvent:
     """`kind` is enrolled, waiting (for a site's people), charter_signed, accepted, refused, round, abandoned,
-    completed or failed.
+    evaluated, completed or failed.
     """
 
     kind: str
