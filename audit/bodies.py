@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from audit.membership import MEMBERSHIP_TYPES, MembershipBody
+
 ZERO_DIGEST: Final = "0" * 64
 
 REFUSAL_CODES: Final = frozenset(
@@ -392,6 +394,7 @@ Body = (
     | EvidenceExported
     | KeyBound
     | AuditRead
+    | MembershipBody
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -421,5 +424,6 @@ TYPES: Final[dict[str, type[Any]]] = {
     "evidence.exported": EvidenceExported,
     "key.bound": KeyBound,
     "audit.read": AuditRead,
+    **MEMBERSHIP_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -59,6 +59,7 @@ from audit.bodies import (
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
+from audit.membership import SiteJoined, SiteKeysRotated, SiteLeft
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -140,6 +141,9 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     VersionTransition: "transition",
     KeyRotated: "rotation",
     LogCompromised: "compromise",
+    SiteJoined: "joining",
+    SiteLeft: "leaving",
+    SiteKeysRotated: "node-key",
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
@@ -154,7 +158,9 @@ _DIGEST_FIELDS: Final = frozenset(
         "dataset",
         "digest",
         "gate_results",
+        "enrolment",
         "initial_model",
+        "invitation",
         "last_round",
         "output_model",
         "policy_set",

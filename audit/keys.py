@@ -34,6 +34,9 @@ DOMAINS = frozenset(
         "receipt",
         "rotation",
         "compromise",
+        "joining",
+        "leaving",
+        "node-key",
     }
 )
 
