@@ -27,6 +27,9 @@ Name = Annotated[str, typer.Argument(help="The site's name: lower-case letters, 
 
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
+    from clients.network.commands import register as register_network
+
+    register_network(site)
     application.command("demo")(demo)
     application.command("train")(train)
     application.add_typer(identity)
@@ -305,7 +308,11 @@ def sign_charter(
     if not yes and not as_json:
         typer.echo("\n".join(lines))
         typer.confirm("agree?", abort=True)
-    approve_charter(place, text)
+    place = approve_charter(place, text)
+    if (place.path / "network" / "membership.json").exists():
+        from clients.network.joining import follow_members
+
+        follow_members(place, Charter.load(file))
     document = {
         "charter": found.charter,
         "site": name,
