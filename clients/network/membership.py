@@ -68,6 +68,11 @@ class NetworkFolder:
         return self.folder / "run"
 
     @property
+    def relay(self) -> Path:
+        """The warm relay's socket."""
+        return self.sockets / "relay"
+
+    @property
     def pid_file(self) -> Path:
         return self.folder / "up.pid"
 

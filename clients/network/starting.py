@@ -19,6 +19,7 @@ from clients.errors import ClientsError, HomeError
 from clients.home import SiteHome
 from clients.network.joining import needs_rotation, rotate_keys
 from clients.network.membership import NetworkFolder, network_folder
+from clients.network.warm_relay import STUB, write_stub
 from federation.network.errors import NetworkError
 from federation.network.supervisor import Part, PartEvent, Supervisor
 
@@ -49,6 +50,12 @@ def site_parts(home: SiteHome, base: Path) -> list[Part]:
             begin=policy.is_file,
         ),
         Part(
+            name="relay",
+            command=[sys.executable, "-P", "-m", "clients.network.warm_relay", str(folder.relay)],
+            environment=relay_environment(folder),
+            ready=folder.relay.exists,
+        ),
+        Part(
             name="supernode",
             command=[
                 *(sys.executable, "-P", "-m", "clients.network.supernode"),
@@ -70,10 +77,11 @@ def site_parts(home: SiteHome, base: Path) -> list[Part]:
 
 def relay_environment(folder: NetworkFolder) -> dict[str, str]:
     """Return what the SuperNode's process sees; nothing of it is secret."""
-    flower = folder.folder / "flower"
+    flower, own = folder.folder / "flower", Path(sys.executable).parent
     flower.mkdir(parents=True, exist_ok=True, mode=0o700)
+    stub = write_stub(folder.folder / "bin", folder.relay, own / STUB)
     return {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PATH": os.pathsep.join((str(stub.parent.absolute()), str(own), os.environ.get("PATH", ""))),
         "FLWR_HOME": str(flower.absolute()),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
