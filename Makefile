@@ -78,8 +78,9 @@ bench-dp: $(STAMP)  ## the cost of a private training step beside other implemen
 bench-log: $(STAMP)  ## the log beside a commit an entry, pymerkle and Go's judge
 	@$(BIN)/python benchmarks/bench_log.py
 
-results: $(STAMP)  ## utility at each epsilon, written to docs/results/utility.md (long)
+results: $(STAMP)  ## utility at each epsilon and the log's speed, written to docs/results (long)
 	@$(BIN)/python benchmarks/results_utility.py
+	@$(BIN)/python benchmarks/bench_log.py --write
 
 clean:  ## remove the virtual environment, caches, builds and the demo's folder
 	rm -rf $(VENV) build dist *.egg-info affidavit-demo htmlcov .coverage .coverage.* \

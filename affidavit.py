@@ -57,6 +57,8 @@ Compliance officer: believe nothing, check everything
                           give the log a new key; end a stolen one
   db upgrade              bring an older log's database to this release
   evidence export         a zip that proves one entry to a stranger
+  evidence disclose       the same, with chosen fields opened and the others closed
+  subject find | export | erase   one person: their pseudonym, all about them, or nothing any more
   identity new            your own key, with which you approve
   models approve | rollback   sign a version into or out of use
 
@@ -72,6 +74,8 @@ Operator: keep it running
   keys create | list | revoke   API keys and their roles
   status                  every setting and where its value came from
   backup | restore        a restore behind the signer's state is refused
+  vault backup | restore | rotate-key | scrub
+                          what may be erased, kept apart from the log
 
 Homes are in .affidavit, or in --home or AFFIDAVIT_HOME. --json prints one document for scripts.
 Exit codes: 0 done, 1 refused or failed (one line with a code), 2 wrong usage; `verify` has its own.

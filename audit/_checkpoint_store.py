@@ -1,22 +1,29 @@
-"""The signed notes that a log's database keeps, one for each tree size that was published."""
+"""The signed notes that a log's database keeps: the newest, and of older ones what still says something."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Engine, insert, select, update
+from sqlalchemy import Engine, bindparam, delete, insert, select, update
 
 from audit import _store
+from audit._checkpoint_pruning import superseded
 from audit._store import blob
 from audit.checkpoints import add_signatures, parse_checkpoint_note
-from audit.errors import OriginMismatchError, RootMismatchError
+from audit.errors import AuditError, OriginMismatchError, RootMismatchError
 from audit.lease import Lease
 from audit.notes import parse_note
 from audit.tables import CHECKPOINT
 
+KEPT_NEWEST: Final = 1000
+_PRUNED_AT_ONCE: Final = 2048  # an old log's backlog goes in steps
+_PRUNE_EVERY: Final = 256  # checkpoints that this process stored
+
+_logger = logging.getLogger(__name__)
 _POLL_S: Final = 0.05
 
 
@@ -25,6 +32,7 @@ class CheckpointStore:
 
     def __init__(self, engine: Engine, origin: str, root_at: Callable[[int], bytes]) -> None:
         self._engine, self._origin, self._root_at = engine, origin, root_at
+        self._published = 0
 
     def store(self, note: bytes, lease: Lease | None) -> bytes:
         checkpoint = parse_checkpoint_note(note)
@@ -50,7 +58,45 @@ class CheckpointStore:
                 connection.execute(insert(CHECKPOINT).values(tree_size=checkpoint.tree_size, **values))
             else:
                 connection.execute(update(CHECKPOINT).where(same_size).values(**values))
+        if lease is not None:
+            self._prune_now_and_then()
         return note
+
+    def prune(self, keep_newest: int = KEPT_NEWEST) -> int:
+        """Delete older notes that others make superfluous, some thousand at most; return how many."""
+        unwanted = self._unwanted(keep_newest)
+        if unwanted:
+            self._delete(unwanted)
+        return len(unwanted)
+
+    def _unwanted(self, keep_newest: int) -> list[dict[str, Any]]:
+        query = (
+            select(CHECKPOINT.c.tree_size, CHECKPOINT.c.note, CHECKPOINT.c.note_hash)
+            .order_by(CHECKPOINT.c.tree_size.desc())
+            .limit(keep_newest + _PRUNED_AT_ONCE)
+        )
+        with _store.reading(self._engine) as connection:
+            rows = connection.execute(query).all()
+        newest = {row.tree_size for row in rows[:keep_newest]}
+        hashes = {row.tree_size: row.note_hash for row in rows}
+        gone = superseded((row.tree_size, blob(row.note, "checkpoint")) for row in rows)
+        return [{"size": size, "hash": hashes[size]} for size in gone if size not in newest]
+
+    def _delete(self, unwanted: list[dict[str, Any]]) -> None:
+        """What was cosigned since it was read is another note, and stays."""
+        query = delete(CHECKPOINT).where(
+            CHECKPOINT.c.tree_size == bindparam("size"), CHECKPOINT.c.note_hash == bindparam("hash")
+        )
+        with _store.writing(self._engine) as connection:
+            connection.execute(query, unwanted)
+
+    def _prune_now_and_then(self) -> None:
+        if self._published % _PRUNE_EVERY == 0:
+            try:
+                self.prune()
+            except AuditError as error:  # what was to be stored is; the next time will do
+                _logger.warning("old checkpoints were not pruned: %s", error)
+        self._published += 1
 
     def latest(self, accept: Callable[[bytes], bool] | None = None, *, above: int = -1) -> bytes | None:
         query = (

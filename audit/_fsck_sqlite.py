@@ -13,9 +13,10 @@ from sqlalchemy import create_engine
 
 from audit import _store
 from audit._fsck_rows import HEAD_ROWS, NODE_ROWS, NOTE_ROWS, REVISION_ROWS, FoundError, Text, leaf_rows
-from audit.tables import APPLICATION_ID, LedgerTable
+from audit.tables import APPLICATION_ID, SCHEMA_VERSION, LedgerTable
 
 _SINCE_2: Final = (b"lease", b"ledger_migration")  # tables that a log of the first release lacks
+_SINCE_3: Final = "subject"  # the column of `leaf` that came with schema 3
 
 _Schema = dict[bytes, tuple[object, ...]]
 
@@ -46,12 +47,15 @@ class FileRows:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        self._version = SCHEMA_VERSION
 
     def check_schema(self) -> None:
         if self._connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise FoundError("schema", "file header", "the file is not an Affidavit log")
-        found, expected = _schema_of(self._connection), _expected_schema()
-        if _is_first_release(self._connection, found):
+        found = _schema_of(self._connection)
+        self._version = _version_of(self._connection, found)
+        expected = _expected_schema(with_subject=self._version >= 3)
+        if self._version == 1:
             expected = {name: rest for name, rest in expected.items() if rest[1] not in _SINCE_2}
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
@@ -76,26 +80,36 @@ class FileRows:
         return self._connection.cursor().execute(NODE_ROWS)
 
     def leaves(self, columns: Sequence[str]) -> Iterable[Any]:
-        return self._connection.cursor().execute(leaf_rows(columns))
+        query = leaf_rows(columns)
+        if self._version < 3:
+            query = query.replace(f'"{_SINCE_3}"', "NULL")
+        return self._connection.cursor().execute(query)
 
 
-def _is_first_release(connection: sqlite3.Connection, found: _Schema) -> bool:
-    if b"head" not in found:
-        return False
-    return connection.execute("SELECT schema_version FROM head").fetchall() == [(1,)]
+def _version_of(connection: sqlite3.Connection, found: _Schema) -> int:
+    """Return the schema's number if it is an older one's; the present one otherwise."""
+    rows = connection.execute("SELECT schema_version FROM head").fetchall() if b"head" in found else []
+    return int(rows[0][0]) if rows in ([(1,)], [(2,)]) else SCHEMA_VERSION
 
 
 def _schema_of(connection: sqlite3.Connection) -> _Schema:
+    """Return SQLite's record of the schema; a column that was added later is set in other white space."""
     rows = connection.execute("SELECT name, type, tbl_name, sql FROM sqlite_master").fetchall()
-    return {bytes(name): tuple(rest) for name, *rest in rows}
+    return {
+        bytes(name): (kind, table, b" ".join(sql.split()) if isinstance(sql, bytes) else sql)
+        for name, kind, table, sql in rows
+    }
 
 
 @cache
-def _expected_schema() -> _Schema:
+def _expected_schema(*, with_subject: bool) -> _Schema:
     engine = create_engine("sqlite://")
     try:
         with engine.begin() as connection:
             LedgerTable.metadata.create_all(connection)
+            if not with_subject:
+                connection.exec_driver_sql(f"DROP INDEX ix_leaf_{_SINCE_3}")
+                connection.exec_driver_sql(f"ALTER TABLE leaf DROP COLUMN {_SINCE_3}")
             raw = connection.connection.driver_connection
             assert isinstance(raw, sqlite3.Connection)  # noqa: S101
             raw.text_factory = Text

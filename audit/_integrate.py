@@ -1,15 +1,18 @@
-"""How a batch enters the log: look up event ids, number what is new, extend the tree, commit."""
+"""How a batch enters the log: number what is new, extend the tree, insert, commit.
+
+New event ids are the rule, so a batch is first written as if all of its were; the database's unique index
+refuses it when one is known, and the batch is written again with the known ones looked up.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Engine, insert, select, update
+from sqlalchemy import Connection, Engine, bindparam, select, update
 
 from audit import _store
-from audit.entries import IndexColumns
+from audit._bulk import KnownRowError, insert_rows
 from audit.errors import (
     AuditError,
     EventIdConflictError,
@@ -21,11 +24,13 @@ from audit.merkle import HASH_SIZE, CompactRange
 from audit.tables import HEAD, LEAF, NODE, TILE_HEIGHT
 
 _RETRIES_S: Final = (0.05, 0.25, 1.0)
-_COLUMNS: Final = tuple(field.name for field in fields(IndexColumns))
+_HEAD: Final = select(HEAD.c.size, HEAD.c.edge).where(HEAD.c.id == 1)
+_MOVE_HEAD: Final = (
+    update(HEAD).where(HEAD.c.id == 1).values(size=bindparam("new_size"), edge=bindparam("new_edge"))
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Sequenced:
+class Sequenced(NamedTuple):  # one an append: a dataclass would cost four times as much to make
     """An entry is durable at this index; `tree_size` is a size of the tree that contains it."""
 
     leaf_index: int
@@ -34,12 +39,11 @@ class Sequenced:
     tree_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class AppendRequest:
-    body: bytes
-    leaf_hash: bytes
+class AppendRequest(NamedTuple):
     event_id: str
-    columns: IndexColumns
+    leaf_hash: bytes
+    body: bytes
+    columns: tuple[Any, ...]  # the values of `IndexColumns`, in the order of its fields
 
 
 def commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced | AuditError]:
@@ -64,60 +68,59 @@ def commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced |
 
 
 def _commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced | AuditError]:
+    try:
+        return _write(engine, batch, look_up=False)
+    except KnownRowError:
+        return _write(engine, batch, look_up=True)
+
+
+def _write(engine: Engine, batch: list[AppendRequest], *, look_up: bool) -> list[Sequenced | AuditError]:
     with _store.writing(engine) as connection:
         edge = read_edge(connection)
-        wanted = {request.event_id for request in batch}
-        known = {
-            row.event_id: (row.idx, row.leaf_hash)
-            for row in connection.execute(
-                select(LEAF.c.idx, LEAF.c.event_id, LEAF.c.leaf_hash).where(LEAF.c.event_id.in_(wanted))
-            )
-        }
-        leaves: list[dict[str, Any]] = []
-        nodes: list[dict[str, Any]] = []
-
-        def keep(level: int, index: int, node: bytes) -> None:
-            if level % TILE_HEIGHT == 0:
-                nodes.append({"level": level, "idx": index, "hash": node})
-
+        known = _known(connection, batch) if look_up else {}
+        index = edge.size
+        rows: list[tuple[Any, ...]] = []
         placed: list[tuple[int, bytes] | AuditError] = []
-        for request in batch:
-            found = known.get(request.event_id)
+        for event_id, leaf_hash, body, columns in batch:
+            found = known.get(event_id)
             if found is None:
-                found = (edge.append(request.leaf_hash, keep), request.leaf_hash)
-                known[request.event_id] = found
-                leaves.append(_leaf_row(found[0], request))
-            if found[1] == request.leaf_hash:
+                found = known[event_id] = (index, leaf_hash)
+                rows.append((index, event_id, leaf_hash, body, *columns))
+                index += 1
+            if found[1] == leaf_hash:
                 placed.append(found)
             else:
-                placed.append(EventIdConflictError(event_id=request.event_id, leaf_index=found[0]))
-        if leaves:
-            connection.execute(insert(LEAF), leaves)
+                placed.append(EventIdConflictError(event_id=event_id, leaf_index=found[0]))
+        if rows:
+            nodes: list[tuple[int, int, bytes]] = []
+
+            def keep(level: int, first: int, hashes: list[bytes]) -> None:
+                if level % TILE_HEIGHT == 0:
+                    nodes.extend((level, first + i, node) for i, node in enumerate(hashes))
+
+            edge.extend([row[2] for row in rows], keep)
+            insert_rows(connection, LEAF, rows, unless_known=not look_up)
             if nodes:
-                connection.execute(insert(NODE), nodes)
-            changed = connection.execute(
-                update(HEAD).where(HEAD.c.id == 1).values(size=edge.size, edge=b"".join(edge.hashes))
-            )
+                insert_rows(connection, NODE, nodes)
+            moved = {"new_size": edge.size, "new_edge": b"".join(edge.hashes)}
+            changed = connection.execute(_MOVE_HEAD, moved)
             if changed.rowcount != 1:
                 raise LedgerCorruptError("the log has no head; run fsck")
+    size = edge.size
     return [
-        item if isinstance(item, AuditError) else Sequenced(*item, request.event_id, edge.size)
+        item if isinstance(item, AuditError) else Sequenced(item[0], item[1], request.event_id, size)
         for item, request in zip(placed, batch, strict=True)
     ]
 
 
-def _leaf_row(index: int, request: AppendRequest) -> dict[str, Any]:
-    return {
-        "idx": index,
-        "event_id": request.event_id,
-        "leaf_hash": request.leaf_hash,
-        "body": request.body,
-        **{name: getattr(request.columns, name) for name in _COLUMNS},
-    }
+def _known(connection: Connection, batch: list[AppendRequest]) -> dict[str, tuple[int, bytes]]:
+    wanted = {request.event_id for request in batch}
+    query = select(LEAF.c.idx, LEAF.c.event_id, LEAF.c.leaf_hash).where(LEAF.c.event_id.in_(wanted))
+    return {row.event_id: (row.idx, row.leaf_hash) for row in connection.execute(query)}
 
 
 def read_edge(connection: Connection) -> CompactRange:
-    row = connection.execute(select(HEAD.c.size, HEAD.c.edge).where(HEAD.c.id == 1)).first()
+    row = connection.execute(_HEAD).first()
     if row is None or type(row.size) is not int or type(row.edge) is not bytes:
         raise LedgerCorruptError("the log has no head; run fsck")
     hashes = [row.edge[i : i + HASH_SIZE] for i in range(0, len(row.edge), HASH_SIZE)]

@@ -6,16 +6,21 @@ nothing and a crowd shares one commit.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from audit.errors import AuditError, LedgerBusyError, LedgerClosedError, LedgerWriteError
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
+
+_Waiter: TypeAlias = "Future[Result] | asyncio.Future[Result]"
+_Settled: TypeAlias = "tuple[asyncio.Future[Result], Result | AuditError]"
 
 _RETRY_AFTER_S = 0.5
 
@@ -35,8 +40,9 @@ class Sequencer(Generic[Request, Result]):
     ) -> None:
         self._commit = commit
         self._max_batch, self._max_pending = max_batch, max_pending
-        self._waiting: deque[tuple[Request, Future[Result]]] = deque()
-        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Request, _Waiter[Result]]] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._idle = False
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -48,16 +54,17 @@ class Sequencer(Generic[Request, Result]):
             LedgerClosedError: after `close`.
         """
         future: Future[Result] = Future()
-        with self._changed:
-            if self._closed:
-                raise LedgerClosedError("the ledger is closed")
-            if len(self._waiting) >= self._max_pending:
-                raise LedgerBusyError(retry_after_s=_RETRY_AFTER_S, pending=len(self._waiting))
-            self._waiting.append((request, future))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="affidavit-sequencer", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+        self._queue((request, future))
+        return future
+
+    def submit_from_loop(self, request: Request) -> asyncio.Future[Result]:
+        """`submit` for a coroutine: the future is of its running loop, which is woken once for a whole batch.
+
+        Raises:
+            LedgerBusyError, LedgerClosedError: as `submit`.
+        """
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._queue((request, future))
         return future
 
     def close(self) -> None:
@@ -69,20 +76,36 @@ class Sequencer(Generic[Request, Result]):
         if thread is not None:
             thread.join()
 
+    def _queue(self, item: tuple[Request, _Waiter[Result]]) -> None:
+        with self._changed:
+            if self._closed:
+                raise LedgerClosedError("the ledger is closed")
+            if len(self._waiting) >= self._max_pending:
+                raise LedgerBusyError(retry_after_s=_RETRY_AFTER_S, pending=len(self._waiting))
+            self._waiting.append(item)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="affidavit-sequencer", daemon=True)
+                self._thread.start()
+            if self._idle:
+                self._idle = False
+                self._changed.notify()
+
     def _run(self) -> None:
         while True:
             with self._changed:
                 while not self._waiting and not self._closed:
+                    self._idle = True
                     self._changed.wait()
+                self._idle = False
                 if not self._waiting:
                     return
                 count = min(len(self._waiting), self._max_batch)
                 taken = [self._waiting.popleft() for _ in range(count)]
-            batch = [pair for pair in taken if pair[1].set_running_or_notify_cancel()]
+            batch = [pair for pair in taken if _is_wanted(pair[1])]
             if batch:
                 self._settle(batch)
 
-    def _settle(self, batch: list[tuple[Request, Future[Result]]]) -> None:
+    def _settle(self, batch: list[tuple[Request, _Waiter[Result]]]) -> None:
         outcomes: list[Result | AuditError]
         try:
             outcomes = self._commit([request for request, _ in batch])
@@ -92,8 +115,33 @@ class Sequencer(Generic[Request, Result]):
             fault = LedgerWriteError(f"the batch was not written: {type(error).__name__}: {error}")
             fault.__cause__ = error
             outcomes = [fault] * len(batch)
+        by_loop: dict[
+            asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Result], Result | AuditError]]
+        ] = {}
         for (_, future), outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, AuditError):
-                future.set_exception(outcome)
+            if isinstance(future, Future):
+                _complete(future, outcome)
             else:
-                future.set_result(outcome)
+                by_loop.setdefault(future.get_loop(), []).append((future, outcome))
+        for loop, settled in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # a loop that was closed has nobody left who waits
+                loop.call_soon_threadsafe(_complete_all, settled)
+
+
+def _is_wanted(future: _Waiter[Any]) -> bool:
+    if isinstance(future, Future):
+        return future.set_running_or_notify_cancel()
+    return not future.cancelled()
+
+
+def _complete(future: _Waiter[Result], outcome: Result | AuditError) -> None:
+    if isinstance(outcome, AuditError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+def _complete_all(settled: list[_Settled[Any]]) -> None:
+    for future, outcome in settled:
+        if not future.done():  # its task may have given up meanwhile; the entry is durable all the same
+            _complete(future, outcome)

@@ -29,6 +29,8 @@ from audit.tables import APPLICATION_ID, HEAD, MIGRATION, REVISION, SCHEMA_VERSI
 BUSY_TIMEOUT_S = 20.0
 
 _WRITE = "affidavit_write"
+_LOCK_HEAD = select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update()
+_WAL_PAGES = 4000  # 16 MiB; at SQLite's 1000 every second full batch would also sync the database file
 
 
 def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
@@ -42,6 +44,7 @@ def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
     )
     if mode == "rw":
         connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
     return connection
 
 
@@ -108,7 +111,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the write lock from its first moment, durable when the block ends."""
     with translated(), engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
         if engine.dialect.name != "sqlite":
-            connection.execute(select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update())
+            connection.execute(_LOCK_HEAD)
         yield connection
 
 

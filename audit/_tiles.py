@@ -16,6 +16,7 @@ _CACHED_NODES = 4096
 _OFFSETS = tuple(
     HASH_SIZE * sum(TILE_WIDTH >> lower for lower in range(height)) for height in range(TILE_HEIGHT + 1)
 )  # where each height begins in a full tile's nodes
+_MASKS = tuple((TILE_WIDTH >> height) - 1 for height in range(TILE_HEIGHT + 1))
 
 
 class TileReader:
@@ -39,7 +40,7 @@ class TileReader:
         tile_level, height = divmod(level, TILE_HEIGHT)
         tile = index >> (TILE_HEIGHT - height)
         if (tile + 1) << TILE_HEIGHT * (tile_level + 1) <= self.known_size:
-            at = _OFFSETS[height] + (index & ((TILE_WIDTH >> height) - 1)) * HASH_SIZE
+            at = _OFFSETS[height] + (index & _MASKS[height]) * HASH_SIZE
             return self._full_tile(tile_level, tile)[at : at + HASH_SIZE]
         return self._loose_node(level, index)
 

@@ -314,6 +314,10 @@ class Prediction:
     policies: tuple[str, ...]
     policy_set: str
     rows: tuple[RowCommitment, ...]
+    # about a named person: `purpose` and `request_id` are empty here and, with the rows, in the vault
+    subject: str = ""  # random pseudonym of the person
+    context: str = ""  # root of the context's fields (`audit.disclosure`); so are then the rows' digests
+    sealed: str = ""  # SHA-256 of the ciphertext in the vault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,13 +362,37 @@ class KeyBound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditRead:
-    """Somebody read the log. The terms are only here as a keyed hash: they may name a person."""
+    """Somebody read the log. The terms are in the vault: they may name a person."""
 
     principal: str
     role: str
-    action: str  # "search" | "count" | "export" | "entry" | "bundle"
-    query: str  # hex HMAC-SHA256 of the canonical terms, under a key in the coordinator's home
+    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "opened"
+    query: str  # root of the terms' fields (`audit.disclosure`); unsealed: hex HMAC-SHA256 of the terms
     count: int  # entries that were shown
+    subject: str = ""  # the reader's pseudonym in the vault
+    sealed: str = ""  # SHA-256 of the ciphertext in the vault
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectExported:
+    """Everything about one person was handed out."""
+
+    subject: str
+    entries: int
+    principal: str
+    role: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubjectErased:
+    """The person's key, records and pseudonym were deleted from the vault before this was written."""
+
+    subject: str  # the pseudonym, which now leads to nobody
+    records: int
+    principal: str
+    role: str
+    request_id: str
 
 
 Body = (
@@ -394,6 +422,8 @@ Body = (
     | EvidenceExported
     | KeyBound
     | AuditRead
+    | SubjectExported
+    | SubjectErased
     | MembershipBody
 )
 
@@ -424,6 +454,8 @@ TYPES: Final[dict[str, type[Any]]] = {
     "evidence.exported": EvidenceExported,
     "key.bound": KeyBound,
     "audit.read": AuditRead,
+    "subject.exported": SubjectExported,
+    "subject.erased": SubjectErased,
     **MEMBERSHIP_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -18,6 +18,7 @@ from audit.entries import (
     SiteEnrolled,
     SiteStatement,
     SiteUndelivered,
+    SubjectErased,
     VersionRegistered,
     VersionTransition,
     decode_entry,
@@ -68,6 +69,7 @@ class EvidenceLog(Protocol):
         run: str | None = None,
         site: str | None = None,
         principal: str | None = None,
+        subject: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,
@@ -95,6 +97,7 @@ class Closure:
         entry = decode_entry(data)
         body, self.scope = entry.body, scope_of(entry.type)
         if isinstance(body, Prediction):
+            self._erasure(body.subject)
             transition = self._by_hash(body.transition, VersionTransition, type="version.transition")
             self._version(transition, leaf_index)
         elif isinstance(body, VersionTransition):
@@ -104,6 +107,14 @@ class Closure:
             self._artefact(body.version)
         elif isinstance(body, RunCompleted):
             self._run(body.run, leaf_index)
+
+    def _erasure(self, subject: str) -> None:
+        """Take the entry that says that the person was erased, if one does."""
+        if not subject:
+            return
+        for index, data, body in self._search(SubjectErased, type="subject.erased"):
+            if body.subject == subject and index < self._size:
+                self._take(index, data)
 
     def _version(self, transition: VersionTransition, until: int) -> None:
         for index, data, _ in self._search(

@@ -55,6 +55,8 @@ def list_entries(
     site: Annotated[str | None, typer.Option(help="Site.")] = None,
     model: Annotated[str | None, typer.Option(help="Model.")] = None,
     principal: Annotated[str | None, typer.Option(help="The pseudonym that an entry names.")] = None,
+    subject: Annotated[str | None, typer.Option(help="About this person, by your own id.")] = None,
+    pseudonym: Annotated[str | None, typer.Option(help="About the person of this pseudonym.")] = None,
     decision: Annotated[str | None, typer.Option(help="allowed or denied.")] = None,
     since: Annotated[str | None, typer.Option(help="From this time on (RFC 3339, UTC).")] = None,
     until: Annotated[str | None, typer.Option(help="Before this time.")] = None,
@@ -74,15 +76,20 @@ def list_entries(
         "principal": principal, "decision": decision,
         "since": since, "until": until, "after": after, "limit": limit,
     }  # fmt: skip
+    if subject is not None:
+        if pseudonym is not None:
+            raise typer.BadParameter("give --subject or --pseudonym, not both")
+        pseudonym = _pseudonym(home, url, key_file, subject)
     if url:
         from urllib.parse import urlencode
 
+        filters["pseudonym"] = pseudonym
         query = urlencode({name: value for name, value in filters.items() if value is not None})
         found = json.loads(ask_api(url, f"/v1/audit/entries?{query}", key=read_key(None, key_file)))
     else:
         from audit.service import SearchRequest, search_entries
 
-        asked = SearchRequest(**filters)  # type: ignore[arg-type]
+        asked = SearchRequest(**filters, subject=pseudonym)  # type: ignore[arg-type]
         with _ledger(home) as ledger:
             rows = search_entries(ledger, _owner(), LocalOwner(), asked)
         listed = [{"leaf_index": row.leaf_index, "entry": json.loads(row.body)} for row in rows]
@@ -249,6 +256,30 @@ def _place(home: Path | None) -> Location:
     from audit.location import log_location
 
     return log_location(base_home(home) / "coordinator")
+
+
+def _pseudonym(home: Path | None, url: str | None, key_file: Path | None, subject: str) -> str:
+    """Return a person's pseudonym, or nobody's; the id is sent in a body, which no proxy keeps."""
+    from audit.subjects import NOBODY, find_subject
+    from audit.vault_home import open_vault
+    from audit.vault_records import SubjectUnknownError
+
+    try:
+        if url:
+            answer = ask_api(
+                url,
+                "/v1/subjects/find",
+                key=read_key(None, key_file),
+                method="POST",
+                body={"subject": subject},
+            )
+            return str(json.loads(answer)["pseudonym"])
+        with _ledger(home) as ledger, open_vault(base_home(home) / "coordinator", ledger.origin) as vault:
+            return find_subject(vault, _owner(), LocalOwner(), subject)
+    except (SubjectUnknownError, CommandError) as error:
+        if error.code != SubjectUnknownError.code:
+            raise
+        return NOBODY
 
 
 def _owner() -> Principal:

@@ -4,6 +4,8 @@ An entry is an envelope (version, type, event id, nonce, time, actor) around one
 `encode_entry(entry)`, RFC 8785 JSON made once, at write time; readers call `decode_entry` on the stored bytes
 and never write them again. A body that somebody signs carries the signature in a field of its own;
 `signing_payload(body)` gives the domain and the bytes that were signed: the body without those fields.
+A field that a later release added has a default and is left out where it has that value, so that one body
+has one form and older leaves are read as they were written.
 
 Bodies hold strings, integers, and tuples of strings or of smaller frozen parts: nothing else can be a leaf.
 """
@@ -13,11 +15,14 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import itertools
+import json
 import re
 import secrets
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
+from audit._codec import ODD, reader_of, writer_of
 from audit.bodies import (
     REFUSAL_CODES,
     RUN_FAILURE_CODES,
@@ -54,12 +59,14 @@ from audit.bodies import (
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
+    SubjectErased,
+    SubjectExported,
     VersionRegistered,
     VersionTransition,
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
-from audit.membership import SiteJoined, SiteKeysRotated, SiteLeft
+from audit.membership import MEMBERSHIP_DOMAINS
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -101,6 +108,8 @@ __all__ = [
     "SiteRefused",
     "SiteStatement",
     "SiteUndelivered",
+    "SubjectErased",
+    "SubjectExported",
     "VersionRegistered",
     "VersionTransition",
     "body_document",
@@ -109,6 +118,7 @@ __all__ = [
     "decode_signature",
     "encode_entry",
     "event_hash",
+    "index_columns",
     "new_entry",
     "parse_body",
     "run_digest",
@@ -141,20 +151,24 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     VersionTransition: "transition",
     KeyRotated: "rotation",
     LogCompromised: "compromise",
-    SiteJoined: "joining",
-    SiteLeft: "leaving",
-    SiteKeysRotated: "node-key",
+    **MEMBERSHIP_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
+_defaults: dict[type[Any], dict[str, Any]] = {}
+_columns_in: dict[type[Any], tuple[str, ...]] = {}
+_BODY_COLUMNS: Final = ("model", "version", "run", "site", "round", "principal", "subject")
 _HEX32 = re.compile(r"[0-9a-f]{32}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
+_ONLY_DIGITS = str.maketrans("", "", "-T:Z")
+_ids_made = itertools.count()
 _ACTOR = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,95}")
 _DIGEST_FIELDS: Final = frozenset(
     {
         "base_model",
         "charter",
+        "context",
         "dataset",
         "digest",
         "gate_results",
@@ -168,6 +182,7 @@ _DIGEST_FIELDS: Final = frozenset(
         "previous_round",
         "previous_transition",
         "schema_digest",
+        "sealed",
         "start",
         "transition",
         "update",
@@ -217,17 +232,24 @@ class IndexColumns:
     site: str | None = None
     round: int | None = None
     principal: str | None = None
+    subject: str | None = None
 
 
 def new_entry(body: Body, *, actor: str, time: str, event_id: str | None = None) -> Entry:
-    """Return `body` in a fresh envelope with a random nonce (and a random event id, when none is given)."""
+    """Return `body` in a fresh envelope with a random nonce (and a new event id, when none is given)."""
     return Entry(
-        event_id=event_id or secrets.token_hex(16),
+        event_id=event_id or _new_event_id(time),
         nonce=secrets.token_hex(16),
         time=time,
         actor=actor,
         body=body,
     )
+
+
+def _new_event_id(time: str) -> str:
+    """Ids that begin with the time and a count lie together in an index; 56 bits are random."""
+    moment = time.translate(_ONLY_DIGITS)[2:] if _TIME.fullmatch(time) else "0" * 12
+    return f"{moment}{next(_ids_made) & 0xFFFFFF:06x}{secrets.token_hex(7)}"
 
 
 def encode_entry(entry: Entry) -> bytes:
@@ -236,7 +258,27 @@ def encode_entry(entry: Entry) -> bytes:
     Raises:
         EntryError: a field breaks its rule, or the entry is too large.
     """
-    document: dict[str, Any] = {
+    try:
+        data = _write(entry)
+    except ODD:
+        data = canonical_bytes(_document(entry))
+    if len(data) > MAX_ENTRY_BYTES:
+        raise EntryError("entry", f"{len(data)} bytes; at most {MAX_ENTRY_BYTES} fit in a leaf")
+    return data
+
+
+def _write(entry: Entry) -> bytes:
+    kind = type(entry.body)
+    body = writer_of(kind, _DIGEST_FIELDS)(entry.body)
+    # what the envelope's patterns allow needs no escape
+    return (
+        f'{{"actor":"{entry.actor}","body":{body},"event_id":"{entry.event_id}","nonce":"{entry.nonce}",'
+        f'"time":"{entry.time}","type":"{TYPE_OF[kind]}","v":1}}'
+    ).encode()
+
+
+def _document(entry: Entry) -> dict[str, Any]:
+    return {
         "v": 1,
         "type": entry.type,
         "event_id": entry.event_id,
@@ -245,10 +287,6 @@ def encode_entry(entry: Entry) -> bytes:
         "actor": entry.actor,
         "body": body_document(entry.body),
     }
-    data = canonical_bytes(document)
-    if len(data) > MAX_ENTRY_BYTES:
-        raise EntryError("entry", f"{len(data)} bytes; at most {MAX_ENTRY_BYTES} fit in a leaf")
-    return data
 
 
 def decode_entry(data: bytes) -> Entry:
@@ -259,6 +297,27 @@ def decode_entry(data: bytes) -> Entry:
     """
     if len(data) > MAX_ENTRY_BYTES:
         raise EntryError("entry", f"{len(data)} bytes; at most {MAX_ENTRY_BYTES} fit in a leaf")
+    try:
+        entry = _read_entry(json.loads(data.decode()))
+        if _write(entry) == data:  # one value has one canonical form, so nothing else needs a look
+            return entry
+    except (*ODD, EntryError):
+        pass  # the long way says what is wrong, and where
+    return _decode_slowly(data)
+
+
+def _read_entry(document: dict[str, Any]) -> Entry:
+    body = reader_of(TYPES[document["type"]])(document["body"])
+    return Entry(
+        event_id=document["event_id"],
+        nonce=document["nonce"],
+        time=document["time"],
+        actor=document["actor"],
+        body=body,
+    )
+
+
+def _decode_slowly(data: bytes) -> Entry:
     try:
         document = parse_canonical(data)
     except AuditError as error:
@@ -298,11 +357,21 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
     """
     if not isinstance(value, dict):
         raise EntryError(path, "is not an object")
-    types = _types(kind)
-    unknown, missing = sorted(set(value) - set(types)), sorted(set(types) - set(value))
+    types, later = _types(kind), _later(kind)
+    unknown = sorted(set(value) - set(types))
+    missing = sorted(set(types) - set(value) - set(later))
     if unknown or missing:
         raise EntryError(path, f"unknown fields {unknown}, missing fields {missing}")
-    return kind(**{name: _read(hint, value[name], f"{path}.{name}", name) for name, hint in types.items()})
+    for name, default in later.items():
+        if name in value and value[name] == default:
+            raise EntryError(f"{path}.{name}", "is left out where it is empty")
+    return kind(
+        **{
+            name: _read(hint, value[name], f"{path}.{name}", name)
+            for name, hint in types.items()
+            if name in value
+        }
+    )
 
 
 def signing_payload(body: Any) -> tuple[str, bytes]:
@@ -346,27 +415,28 @@ def run_digest(started: RunStarted) -> str:
 
 
 def columns_of(data: bytes) -> IndexColumns:
-    """Derive the ledger's search columns from a leaf's bytes; the only way they are ever made."""
-    entry = decode_entry(data)
+    """Derive the ledger's search columns from a leaf's bytes."""
+    return index_columns(decode_entry(data))
+
+
+def index_columns(entry: Entry) -> IndexColumns:
+    """Return what `columns_of` derives from this entry's leaf."""
     body: Any = entry.body
     source = body.statement if isinstance(body, SiteUndelivered) else body
+    columns: dict[str, Any] = {name: getattr(source, name) or None for name in _searched(type(source))}
+    if "round" in columns:
+        columns["round"] = source.round
+    return IndexColumns(type=entry.type, actor=entry.actor, time=entry.time, **columns)
 
-    def text(name: str) -> str | None:
-        value = getattr(source, name, None)
-        return value if isinstance(value, str) and value else None
 
-    number = getattr(source, "round", None)
-    return IndexColumns(
-        type=entry.type,
-        actor=entry.actor,
-        time=entry.time,
-        model=text("model"),
-        version=text("version"),
-        run=text("run"),
-        site=text("site"),
-        round=number if isinstance(number, int) else None,
-        principal=text("principal"),
-    )
+def _searched(kind: type[Any]) -> tuple[str, ...]:
+    """The fields of `kind` that are columns too, and hold what the column does."""
+    names = _columns_in.get(kind)
+    if names is None:
+        kinds = {name: int if name == "round" else str for name in _BODY_COLUMNS}
+        names = tuple(name for name, held in kinds.items() if _types(kind).get(name) is held)
+        _columns_in[kind] = names
+    return names
 
 
 def _types(kind: type[Any]) -> dict[str, Any]:
@@ -376,6 +446,16 @@ def _types(kind: type[Any]) -> dict[str, Any]:
     return hints
 
 
+def _later(kind: type[Any]) -> dict[str, Any]:
+    """Return the fields that a later release added, with the value for which they are left out."""
+    found = _defaults.get(kind)
+    if found is None:
+        fields = dataclasses.fields(kind)
+        found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        _defaults[kind] = found
+    return found
+
+
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else canonical_bytes(value).decode()
     return text if len(text) <= 120 else f"{text[:120]}…"
@@ -383,7 +463,12 @@ def _shown(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        later = _later(type(value))
+        return {
+            field.name: _plain(item)
+            for field in dataclasses.fields(value)
+            if (item := getattr(value, field.name)) != later.get(field.name, dataclasses.MISSING)
+        }
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
@@ -395,6 +480,8 @@ def _read(hint: Any, value: object, path: str, name: str) -> Any:
             raise EntryError(path, "is not a string")
         if name in _DIGEST_FIELDS and not _HEX64.fullmatch(value):
             raise EntryError(path, f"{value!r} is not a lower-case hex SHA-256")
+        if name == "subject" and not _HEX32.fullmatch(value):
+            raise EntryError(path, "is not a pseudonym of 32 hex digits; a leaf never names a person")
         return value
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, int):

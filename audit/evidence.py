@@ -6,7 +6,7 @@ what it read gives the same bytes: no second directory, no hidden member, no bom
 open the file.
 
     manifest.json  checkpoint  proofs.json  entries/<index>.json  artefacts/<sha256>
-    receipt.json  opened.json  policy.txt (for display only; nothing in it is believed)
+    receipt.json  opened.json  disclosed.json  policy.txt (for display only; nothing in it is believed)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from audit.canonical import canonical_bytes, parse_canonical
+from audit.disclosure import Disclosed, DisclosureError, disclosed_document, parse_disclosed
 from audit.errors import AuditError
 from audit.merkle import hash_leaf
 
@@ -42,7 +43,7 @@ _END: Final = struct.Struct("<4sHHHHLLH")
 _DATE: Final = 0x21  # 1980-01-01
 _NAME = re.compile(
     r"manifest\.json|checkpoint|proofs\.json|receipt\.json|opened\.json|policy\.txt"
-    r"|entries/(?:0|[1-9][0-9]{0,15})\.json|artefacts/[0-9a-f]{64}"
+    r"|disclosed\.json|entries/(?:0|[1-9][0-9]{0,15})\.json|artefacts/[0-9a-f]{64}"
 )
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,15}")
@@ -82,6 +83,7 @@ class Evidence:
     receipt: bytes | None = None
     opened: tuple[Mapping[str, str], ...] | None = None
     policy: str | None = None
+    disclosed: Disclosed | None = None
 
 
 def scope_of(entry_type: str) -> str:
@@ -110,6 +112,8 @@ def write_evidence(evidence: Evidence) -> bytes:
         files["receipt.json"] = evidence.receipt
     if evidence.opened is not None:
         files["opened.json"] = canonical_bytes({"rows": [dict(row) for row in evidence.opened]})
+    if evidence.disclosed is not None:
+        files["disclosed.json"] = canonical_bytes(disclosed_document(evidence.disclosed))
     if evidence.policy is not None:
         files["policy.txt"] = evidence.policy.encode()
     files["manifest.json"] = canonical_bytes(
@@ -171,6 +175,7 @@ def read_evidence(data: bytes) -> Evidence:
         receipt=files.get("receipt.json"),
         opened=_opened(files) if "opened.json" in files else None,
         policy=files["policy.txt"].decode("utf-8", "replace") if "policy.txt" in files else None,
+        disclosed=_disclosed(files, entries) if "disclosed.json" in files else None,
     )
 
 
@@ -284,6 +289,18 @@ def _hash(text: Any, key: str) -> bytes:
     if len(raw) != 32 or base64.b64encode(raw).decode() != text:
         raise EvidenceError("proofs.json", f"{key}: holds what is not the base64 of 32 bytes")
     return raw
+
+
+def _disclosed(files: Mapping[str, bytes], entries: Mapping[int, bytes]) -> Disclosed:
+    document = _json(files, "disclosed.json", None)
+    try:
+        disclosed = parse_disclosed(document)
+    except DisclosureError as error:
+        raise EvidenceError("disclosed.json", str(error)) from error
+    for index in disclosed:
+        if index not in entries:
+            raise EvidenceError("disclosed.json", f"opens leaf {index}, which is not in the file")
+    return disclosed
 
 
 def _opened(files: Mapping[str, bytes]) -> tuple[Mapping[str, str], ...]:

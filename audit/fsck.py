@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from audit import entries
 from audit._fsck_rows import FoundError, LogRows, Text
 from audit._fsck_sqlite import examining_file
 from audit.canonical import parse_strict
@@ -21,7 +22,7 @@ from audit.errors import AuditError
 from audit.location import Location
 from audit.merkle import CompactRange, hash_leaf
 from audit.notes import NoteVerifier
-from audit.tables import REVISION, SCHEMA_VERSION, TILE_HEIGHT
+from audit.tables import REVISION, SCHEMA_VERSION, TILE_HEIGHT, TILE_WIDTH
 
 ColumnsOf = Callable[[bytes], IndexColumns]
 EventIdOf = Callable[[bytes], str]
@@ -45,6 +46,9 @@ def event_id_of(body: bytes) -> str:
     document = parse_strict(body)
     value = document.get("event_id") if isinstance(document, dict) else None
     return value if isinstance(value, str) else ""
+
+
+_stated_event_id = event_id_of
 
 
 def fsck(
@@ -78,11 +82,22 @@ def fsck(
     return FsckReport(True, "", "", "", examination.entries)
 
 
+def _deriving(columns_of: ColumnsOf, event_id_of: EventIdOf) -> Callable[[bytes], tuple[str, IndexColumns]]:
+    if columns_of is not entries.columns_of or event_id_of is not _stated_event_id:
+        return lambda body: (event_id_of(body), columns_of(body))
+
+    def both(body: bytes) -> tuple[str, IndexColumns]:
+        entry = entries.decode_entry(body)
+        return entry.event_id, entries.index_columns(entry)
+
+    return both
+
+
 class _Examination:
     def __init__(
         self, columns_of: ColumnsOf, event_id_of: EventIdOf, origin: str | None, log: NoteVerifier | None
     ) -> None:
-        self.columns_of, self.event_id_of, self.log = columns_of, event_id_of, log
+        self.derive, self.log = _deriving(columns_of, event_id_of), log
         self.origin = origin
         self.entries = 0
         self.edge = CompactRange()
@@ -135,22 +150,38 @@ class _Examination:
 
     def leaves(self, rows: LogRows) -> None:
         stored = {(level, index): node for level, index, node in rows.nodes()}
+        waiting: list[bytes] = []  # joins the tree where a node is due, or a checkpoint
         for index, event_id, leaf_hash, body, *columns in rows.leaves(_COLUMNS):
             where = f"leaf {index!r}"
-            if index != self.edge.size:
-                raise FoundError("leaf_order", where, f"expected leaf {self.edge.size}")
+            if index != self.entries:
+                raise FoundError("leaf_order", where, f"expected leaf {self.entries}")
             if type(body) is not bytes or type(leaf_hash) is not bytes or hash_leaf(body) != leaf_hash:
                 raise FoundError("leaf_hash", where, "the body does not have the stored leaf hash")
             self.derived(where, body, event_id, columns)
-            self.edge.append(hash_leaf(body), lambda *node: self.node(stored, *node))
-            self.root_matches()
-            self.entries += 1
+            waiting.append(leaf_hash)
+            size = index + 1
+            if size % TILE_WIDTH == 0 or size in self.checkpoints:
+                self.grow(waiting, stored)
+                waiting = []
+            self.entries = size
+        self.grow(waiting, stored)
         for level, index in stored:
             raise FoundError("node", f"node {level}/{index}", "stands for no complete subtree")
 
+    def grow(self, leaf_hashes: list[bytes], stored: dict[tuple[int, int], object]) -> None:
+        def due(level: int, first: int, nodes: list[bytes]) -> None:
+            if level % TILE_HEIGHT == 0:
+                for index, node in enumerate(nodes, first):
+                    found = stored.pop((level, index), None)
+                    if found != node or type(found) is not bytes:
+                        raise FoundError("node", f"node {level}/{index}", "is not the hash of its leaves")
+
+        self.edge.extend(leaf_hashes, due)
+        self.root_matches()
+
     def derived(self, where: str, body: bytes, event_id: object, columns: list[object]) -> None:
         try:
-            expected_id, expected = self.event_id_of(body), self.columns_of(body)
+            expected_id, expected = self.derive(body)
         except AuditError as error:
             raise FoundError("columns", where, f"the body is no entry: {error}") from error
         if event_id != Text(expected_id.encode()) or type(event_id) is not Text:
@@ -160,13 +191,6 @@ class _Examination:
             stored = Text(derived.encode()) if isinstance(derived, str) else derived
             if value != stored or type(value) is not type(stored):
                 raise FoundError("columns", f"{where}.{name}", f"is not {derived!r}, which the body states")
-
-    def node(self, stored: dict[tuple[int, int], object], level: int, index: int, node: bytes) -> None:
-        if level % TILE_HEIGHT:
-            return
-        found = stored.pop((level, index), None)
-        if found != node or type(found) is not bytes:
-            raise FoundError("node", f"node {level}/{index}", "is not the hash of its leaves")
 
     def root_matches(self) -> None:
         checkpoint = self.checkpoints.pop(self.edge.size, None)

@@ -9,12 +9,14 @@ tree with it (`wait_checkpointed`), *witnessed* once others signed that too (`wa
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,8 @@ MAX_COLUMN_BYTES = 1024
 
 _EVENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _COLUMNS = tuple(field.name for field in fields(IndexColumns))
+_column_values = attrgetter(*_COLUMNS)
+_SHORT = MAX_COLUMN_BYTES // 4  # characters: no UTF-8 is longer; a surrogate or U+0000 is not printable
 _open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 _left_to_parent: list[Engine] = []
 
@@ -147,13 +151,13 @@ class Ledger:
             LedgerBusyError: the queue is full.
             LedgerClosedError: after `close`.
         """
-        if not 0 < len(entry_bytes) <= MAX_ENTRY_BYTES:
-            raise EntrySizeError(size_bytes=len(entry_bytes), limit_bytes=MAX_ENTRY_BYTES)
-        if not _EVENT_ID.fullmatch(event_id):
-            raise EventIdError(f"event_id {event_id[:130]!r} is not 1 to 128 printable ASCII characters")
-        _check_columns(index_columns)
-        body = bytes(entry_bytes)
-        return self._sequencer.submit(AppendRequest(body, hash_leaf(body), event_id, index_columns))
+        return self._sequencer.submit(_request(entry_bytes, event_id, index_columns))
+
+    def append_from_loop(
+        self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns
+    ) -> asyncio.Future[Sequenced]:
+        """`append` for coroutines: a future of the running loop, which is woken once for a whole batch."""
+        return self._sequencer.submit_from_loop(_request(entry_bytes, event_id, index_columns))
 
     def append_wait(
         self,
@@ -257,6 +261,12 @@ class Ledger:
         found = self._select(select(LEAF).where(LEAF.c.event_id == event_id))
         return found[0] if found else None
 
+    def logged_events(self, event_ids: Sequence[str]) -> set[str]:
+        """Return which of these event ids, at most a few hundred, are in the log."""
+        query = select(LEAF.c.event_id).where(LEAF.c.event_id.in_(list(event_ids)))
+        with _store.reading(self._engine) as connection:
+            return {row.event_id for row in connection.execute(query)}
+
     def search(
         self,
         *,
@@ -268,6 +278,7 @@ class Ledger:
         site: str | None = None,
         round: int | None = None,
         principal: str | None = None,
+        subject: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,
@@ -288,7 +299,7 @@ class Ledger:
         query = matching(
             select(LEAF),
             type=type, actor=actor, model=model, version=version, run=run, site=site,
-            round=round, principal=principal, since=since, until=until,
+            round=round, principal=principal, subject=subject, since=since, until=until,
         )  # fmt: skip
         if after is not None:
             query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)
@@ -328,8 +339,16 @@ class Ledger:
         return self._checkpoints.at(tree_size)
 
     def checkpoints(self) -> list[bytes]:
-        """Return every stored note, smallest tree first."""
+        """Return every stored note, smallest tree first; older ones thin out to one an hour."""
         return self._checkpoints.all()
+
+    def prune_checkpoints(self) -> int:
+        """Delete notes beyond the newest thousand that others make superfluous; return how many.
+
+        Publishing does this by itself. One note an hour stays for each set of cosigners, so that the largest
+        note that a policy accepts is never touched.
+        """
+        return self._checkpoints.prune()
 
     def wait_checkpointed(self, leaf_index: int, timeout_s: float = 10.0) -> bytes:
         """Return the note of a tree that holds this leaf, as soon as the log has signed one.
@@ -405,6 +424,21 @@ def _check_kind(connection: Connection, location: Location) -> None:
     if not found:
         what = "the file" if location.path is not None else "what the database holds"
         raise LedgerMissingError(str(location), f"{what} is not an Affidavit log")
+
+
+def _request(entry_bytes: bytes, event_id: str, columns: IndexColumns) -> AppendRequest:
+    if not 0 < len(entry_bytes) <= MAX_ENTRY_BYTES:
+        raise EntrySizeError(size_bytes=len(entry_bytes), limit_bytes=MAX_ENTRY_BYTES)
+    if not _EVENT_ID.fullmatch(event_id):
+        raise EventIdError(f"event_id {event_id[:130]!r} is not 1 to 128 printable ASCII characters")
+    values = _column_values(columns)
+    for value in values:
+        if value is None or (type(value) is str and len(value) <= _SHORT and value.isprintable()):
+            continue
+        _check_columns(columns)
+        break
+    body = bytes(entry_bytes)
+    return AppendRequest(event_id, hash_leaf(body), body, values)
 
 
 def _check_columns(columns: IndexColumns) -> None:

@@ -19,8 +19,10 @@ from sqlalchemy.exc import ArgumentError
 from audit.errors import LocationError
 
 LOG_FILE: Final = "log.db"
+VAULT_FILE: Final = "vault.db"
 CONFIG: Final = "config.yaml"
 DATABASE: Final = "AFFIDAVIT_DATABASE"
+VAULT: Final = "AFFIDAVIT_VAULT"
 PASSWORD: Final = "AFFIDAVIT_DATABASE_PASSWORD"  # noqa: S105 - the name of a variable
 
 
@@ -93,25 +95,44 @@ def log_location(home: Path, environ: Mapping[str, str] | None = None) -> Locati
         LocationError: the configuration cannot be read, or holds a password.
     """
     environ = os.environ if environ is None else environ
-    place: Any = environ.get(DATABASE) or _configured(home / CONFIG)
+    place = environ.get(DATABASE) or _configured(home / CONFIG, "database")
     if place is None:
         return Location(path=home / LOG_FILE)
+    return _located(home, place, "database", environ, from_file=not environ.get(DATABASE))
+
+
+def vault_location(home: Path, environ: Mapping[str, str] | None = None) -> Location:
+    """Return where the vault of a coordinator's home is: key `vault` of `config.yaml`, AFFIDAVIT_VAULT, else
+    `vault.db` beside a log that is a file, or tables of its own beside one in PostgreSQL.
+
+    Raises:
+        LocationError: as `log_location`.
+    """
+    environ = os.environ if environ is None else environ
+    place = environ.get(VAULT) or _configured(home / CONFIG, "vault")
+    if place is not None:
+        return _located(home, place, "vault", environ, from_file=not environ.get(VAULT))
+    log = log_location(home, environ)
+    return log if log.url is not None else Location(path=home / VAULT_FILE)
+
+
+def _located(home: Path, place: Any, key: str, environ: Mapping[str, str], *, from_file: bool) -> Location:
     if not isinstance(place, str) or not place:
-        raise LocationError(f"{home / CONFIG}: `database` must be a path or a URL")
+        raise LocationError(f"{home / CONFIG}: `{key}` must be a path or a URL")
     location = Location.parse(place)
     if location.path is not None:
         return Location(path=home / location.path)
     url = location.url
     assert url is not None  # noqa: S101 - the other half of Location
-    if url.password and not environ.get(DATABASE):
+    if url.password and from_file:
         raise LocationError(
-            f"{home / CONFIG}: `database` holds a password; give it by {PASSWORD}_FILE or {PASSWORD}"
+            f"{home / CONFIG}: `{key}` holds a password; give it by {PASSWORD}_FILE or {PASSWORD}"
         )
     password = read_secret(PASSWORD, environ)
     return Location(url=url.set(password=password) if password else url)
 
 
-def _configured(path: Path) -> Any:
+def _configured(path: Path, key: str) -> Any:
     if not path.is_file():
         return None
     import yaml
@@ -120,4 +141,4 @@ def _configured(path: Path) -> Any:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LocationError(f"{path}: is not readable YAML; correct it") from error
-    return document.get("database") if isinstance(document, dict) else None
+    return document.get(key) if isinstance(document, dict) else None

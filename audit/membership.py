@@ -118,3 +118,10 @@ MEMBERSHIP_TYPES: Final[dict[str, type[MembershipBody]]] = {
     "join.refused": JoinRefused,
     "node.refused": NodeRefused,
 }
+
+MEMBERSHIP_DOMAINS: Final[dict[type[MembershipBody], str]] = {
+    SiteJoined: "joining",
+    SiteLeft: "leaving",
+    SiteKeysRotated: "node-key",
+}
+"""Which of them a site signs, always with its identity key, and the domain of the signature."""

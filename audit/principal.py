@@ -34,6 +34,10 @@ ACTIONS: Final = frozenset(
         "keys.create",
         "keys.revoke",
         "metrics.read",
+        "subjects.erase",
+        "subjects.export",
+        "subjects.find",
+        "subjects.open",
     }
 )
 

@@ -38,6 +38,8 @@ PRIVATE_TYPES: Final = frozenset(
         "site.refused",
         "site.statement",
         "site.undelivered",
+        "subject.erased",
+        "subject.exported",
     }
 )
 PUBLIC_TYPES: Final = frozenset(TYPES) - PRIVATE_TYPES  # charters, runs, rounds, versions, enrolments, rules
@@ -48,7 +50,7 @@ DECISIONS: Final = {
 
 CSV_COLUMNS: Final = (
     "leaf_index", "leaf_hash", "time", "type", "actor", "model", "version", "run", "site", "round",
-    "principal", "entry",
+    "principal", "subject", "entry",
 )  # fmt: skip
 
 
@@ -69,6 +71,7 @@ class SearchRequest:
     run: str | None = None
     site: str | None = None
     principal: str | None = None  # the pseudonym that an entry names
+    subject: str | None = None  # the pseudonym of the person that an entry is about
     decision: str | None = None  # "allowed" or "denied"
     since: str | None = None
     until: str | None = None
@@ -92,7 +95,7 @@ class SearchRequest:
 
     def columns(self) -> dict[str, Any]:
         """The ledger's filters, without cursor and limit."""
-        names = ("actor", "model", "version", "run", "site", "principal", "since", "until")
+        names = ("actor", "model", "version", "run", "site", "principal", "subject", "since", "until")
         return {"type": self.types(), **{name: getattr(self, name) for name in names}}
 
     def terms(self) -> bytes:
@@ -117,6 +120,7 @@ class SearchableLog(Protocol):
         run: str | None = None,
         site: str | None = None,
         principal: str | None = None,
+        subject: str | None = None,
         since: str | None = None,
         until: str | None = None,
         after: int | None = None,

@@ -8,6 +8,7 @@ charter, and nothing more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from audit.canonical import canonical_bytes
@@ -267,15 +268,8 @@ def _with_answer(
     evidence: Evidence, receipt: Mapping[str, Any] | bytes | None, opened: Sequence[Mapping[str, str]] | None
 ) -> Evidence:
     encoded = receipt if receipt is None or isinstance(receipt, bytes) else canonical_bytes(receipt)
-    return Evidence(
-        scope=evidence.scope,
-        leaf_index=evidence.leaf_index,
-        leaf_hash=evidence.leaf_hash,
-        checkpoint=evidence.checkpoint,
-        entries=evidence.entries,
-        proofs=evidence.proofs,
-        artefacts=evidence.artefacts,
+    return replace(
+        evidence,
         receipt=encoded if encoded is not None else evidence.receipt,
         opened=tuple(opened) if opened is not None else evidence.opened,
-        policy=evidence.policy,
     )

@@ -3,7 +3,7 @@
 `leaf` is level 0 of the tree; `node` holds one row per 256 leaves, at levels 8, 16 and so on; `head` is the
 right edge. Every column but `leaf.body` and the notes is derived, and `audit.fsck` derives all of them again.
 `lease` says which process publishes; it is no part of what the log says. A change here needs a migration in
-`audit/migrations` that leads to the same schema, character for character in SQLite's own record of it.
+`audit/migrations` that leads to the same schema, but for white space in SQLite's own record of it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from sqlalchemy import BigInteger, Column, Integer, LargeBinary, PrimaryKeyConst
 from sqlalchemy.orm import registry
 from sqlmodel import AutoString, Field, SQLModel
 
-SCHEMA_VERSION: Final = 2
-REVISION: Final = "0002"  # the migration that leads to this schema
+SCHEMA_VERSION: Final = 3
+REVISION: Final = "0003"  # the migration that leads to this schema
 APPLICATION_ID: Final = 0x41464649  # "AFFI" in SQLite's file header
 TILE_HEIGHT: Final = 8
 TILE_WIDTH: Final = 1 << TILE_HEIGHT
@@ -46,6 +46,7 @@ class Leaf(LedgerTable, table=True):
     site: str | None = Field(default=None, index=True, sa_type=TEXT)
     round: int | None = Field(default=None, sa_type=WHOLE)
     principal: str | None = Field(default=None, index=True, sa_type=TEXT)
+    subject: str | None = Field(default=None, index=True, sa_type=TEXT)
 
 
 class Node(LedgerTable, table=True):

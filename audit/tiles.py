@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Final
 
 from audit.errors import AuditError
-from audit.merkle import HASH_SIZE, MAX_TREE_SIZE, hash_node
+from audit.merkle import HASH_SIZE, MAX_TREE_SIZE, CompactRange, hash_leaves, hash_node
 
 WIDTH: Final = 256
 HEIGHT: Final = 8
@@ -126,6 +126,21 @@ def encode_bundle(entries: Sequence[bytes]) -> bytes:
     return b"".join(len(entry).to_bytes(2, "big") + entry for entry in entries)
 
 
+def root_of_bundles(fetch: Callable[[str], bytes], tree_size: int) -> bytes:
+    """Return the root over every entry of a tree of `tree_size`, read from its bundles, one at a time.
+
+    Holds one bundle and one hash a level, whatever the size. Believes no tile: hashes come from the entries.
+
+    Raises:
+        TileError: a bundle is cut short, or goes on.
+    """
+    edge = CompactRange()
+    for index in range(-(-tree_size // WIDTH)):
+        tile = tile_at(ENTRIES, index, tree_size)
+        edge.extend(hash_leaves(decode_bundle(fetch(tile.path), tile.width)))
+    return edge.root()
+
+
 def decode_bundle(data: bytes, width: int) -> list[bytes]:
     """Return the `width` entries of a bundle.
 
@@ -133,14 +148,16 @@ def decode_bundle(data: bytes, width: int) -> list[bytes]:
         TileError: the bytes are cut short, or go on.
     """
     entries: list[bytes] = []
-    position = 0
+    position, end = 0, len(data)
     for _ in range(width):
         start = position + 2
-        position = start + int.from_bytes(data[position:start], "big")
-        if start > len(data) or position > len(data):
+        if start > end:
+            raise TileError(f"the bundle ends within entry {len(entries)}")
+        position = start + (data[position] << 8 | data[position + 1])
+        if position > end:
             raise TileError(f"the bundle ends within entry {len(entries)}")
         entries.append(data[start:position])
-    if position != len(data):
+    if position != end:
         raise TileError(f"the bundle goes on after its {width} entries")
     return entries
 

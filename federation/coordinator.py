@@ -28,9 +28,9 @@ from audit.entries import (
     LogCreated,
     SiteEnrolled,
     body_document,
-    columns_of,
     decode_entry,
     encode_entry,
+    index_columns,
     new_entry,
     signing_payload,
 )
@@ -186,8 +186,8 @@ class Coordinator:
                 return Sequenced(found.leaf_index, found.leaf_hash, event_id, self.ledger.tree_size)
         time = self.clock.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         entry = new_entry(body, actor=actor, time=time, event_id=event_id)
-        data = encode_entry(entry)
-        return self.ledger.append_wait(data, event_id=entry.event_id, index_columns=columns_of(data))
+        data, columns = encode_entry(entry), index_columns(entry)
+        return self.ledger.append_wait(data, event_id=entry.event_id, index_columns=columns)
 
     def publish(self) -> bytes:
         """Return a checkpoint of the log as it is now, signed here or by the process that holds the lease."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -14,14 +15,25 @@ from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from audit.subjects import ORPHAN_AGE_S, reconcile
+from audit.vault_home import open_vault
 from federation.coordinator import Coordinator
 from federation.registry import LIVE
-from server import errors, openapi, routes_audit, routes_keys, routes_models, routes_officer, routes_tiles
+from server import (
+    errors,
+    openapi,
+    routes_audit,
+    routes_keys,
+    routes_models,
+    routes_officer,
+    routes_subjects,
+    routes_tiles,
+)
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError
 from server.guard import Guard
-from server.journal import Clock, Journal, utc_now
+from server.journal import Clock, Journal, time_text, utc_now
 from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import CONTENT_TYPE, Monitoring
@@ -29,6 +41,7 @@ from server.publishing import Publisher
 from server.reading_log import ReadingLog
 from server.receipting import Receipting
 from server.schemas import problems
+from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
 from server.warm import WarmModels
@@ -66,12 +79,14 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.state.context = context
         try:
             await record_policies(context)
+            await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
             context.publisher.start()
             yield
         finally:
             await context.publisher.stop()
             context.keys.close()
+            context.vault.close()
             context.coordinator.close()
 
     app = FastAPI(
@@ -83,13 +98,14 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         openapi_tags=[
             {"name": "models", "description": "What is registered, and answers from what is live."},
             {"name": "audit", "description": "The log: entries, proofs, checkpoints, evidence."},
+            {"name": "subjects", "description": "A person: everything about them, or nothing any more."},
             {"name": "keys", "description": "API keys, for operators."},
             {"name": "service", "description": "Health and metrics."},
         ],
         redirect_slashes=False,
     )
     errors.install(app)
-    officer = (routes_officer.router, routes_tiles.router)
+    officer = (routes_officer.router, routes_tiles.router, routes_subjects.router)
     for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
         app.include_router(router)
     _service_routes(app)
@@ -109,6 +125,8 @@ def build_context(
     coordinator = Coordinator.open(settings.coordinator_home, settings.signer_home)
     journal = Journal(coordinator.ledger, clock, monitoring, timeout_s=settings.request_timeout_s / 2)
     live = LiveModels(coordinator.ledger)
+    vault = open_vault(settings.coordinator_home, coordinator.ledger.origin)
+    sealing = Sealing(vault, journal, settings.request_timeout_s / 2)
     receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
     return Context(
         settings=settings,
@@ -124,11 +142,13 @@ def build_context(
             journal=journal,
             receipting=receipting,
             monitoring=monitoring,
+            sealing=sealing,
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         monitoring=monitoring,
         clock=clock,
-        reading=ReadingLog(settings.coordinator_home, journal),
+        reading=ReadingLog(sealing, journal),
+        vault=vault,
     )
 
 
@@ -141,6 +161,14 @@ async def record_policies(context: Context) -> None:
     body = decode_entry(last[0].body).body if last else None
     if not isinstance(body, PolicyApplied) or body != applied:
         await context.journal.append(applied)
+
+
+def reconcile_vault(context: Context) -> None:
+    """Finish erasures that a crash cut off, and apply the log's to a vault that came from a backup."""
+    before = time_text(context.clock() - timedelta(seconds=ORPHAN_AGE_S))
+    done = reconcile(context.coordinator.ledger, context.vault, before=before)
+    if done.finished or done.forgotten or done.swept:
+        _logger.warning("vault: finished=%d forgotten=%d swept=%d", done.finished, done.forgotten, done.swept)
 
 
 def warm_up(context: Context) -> None:

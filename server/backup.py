@@ -1,9 +1,9 @@
 """Backup and restore of a coordinator's home, so that a restore can never make the log say two things.
 
-A backup is one tar file: consistent copies of the SQLite databases, then every other file. The signer's
-home is never in it: its state is what tells an old backup from the present. A backup whose log is shorter
-than the last signed checkpoint, or differs under it, is refused: signing on from there would be a second
-history.
+A backup is one tar file: consistent copies of the SQLite databases, then every other file. The vault and its
+key are never in it, because erasure must reach every copy (`affidavit vault backup`), nor is the signer's
+home: its state is what tells an old backup from the present. A backup whose log is shorter than the last
+signed checkpoint, or differs under it, is refused: signing on from there would be a second history.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from audit.ledger import Ledger
-from audit.location import log_location
+from audit.location import log_location, vault_location
 from audit.signer import Signer
+from audit.vault_home import KEY_FILE
 from federation.coordinator import signer_passphrase
 from server.errors import ServerError
 
@@ -151,10 +152,12 @@ def _check_against_signer(ledger: Ledger, signer_home: Path) -> None:
 
 
 def _copy(home: Path, target: Path) -> list[str]:
-    names = []
+    names, vault = [], vault_location(home).path
     for path in sorted(home.rglob("*")):
         name = path.relative_to(home).as_posix()
         if path.is_symlink() or not path.is_file() or name.endswith(_SKIPPED):
+            continue
+        if path == vault or name.startswith(KEY_FILE):
             continue
         destination = target / name
         destination.parent.mkdir(parents=True, exist_ok=True)

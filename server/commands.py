@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
+from server import subject_commands
 
 if TYPE_CHECKING:
     import socket
@@ -43,6 +44,7 @@ def register(application: typer.Typer) -> None:
     application.command("doctor")(doctor)
     application.command("backup")(backup)
     application.command("restore")(restore)
+    subject_commands.register(application)
 
 
 @guarded
@@ -230,7 +232,8 @@ def backup(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Back up the coordinator's home while it runs. The signer's home is never in it: keep that apart.
+    """Back up the coordinator's home while it runs. The signer's home is never in it, nor the vault with what
+    may be erased (`affidavit vault backup`) and its key: keep those apart.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage.
     """

@@ -13,6 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from audit.entries import AccessDenied
 from audit.principal import AccessDeniedError, Decision, Principal, Question, require
+from audit.vault import Vault
 from federation.coordinator import Coordinator
 from server.access import CedarAuthorizer
 from server.errors import UnauthenticatedError, request_id_of
@@ -47,6 +48,7 @@ class Context:
     monitoring: Monitoring
     clock: Clock
     reading: ReadingLog
+    vault: Vault
 
 
 def context_of(request: Request) -> Context:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
 
-from audit.entries import Body, columns_of, encode_entry, new_entry
+from audit.entries import Body, IndexColumns, encode_entry, index_columns, new_entry
 from audit.errors import AuditError
 from audit.ledger import Ledger, Sequenced
 from server.errors import LedgerUnavailableError
@@ -39,17 +39,17 @@ class Journal:
         self._ledger, self._clock, self._monitoring = ledger, clock, monitoring
         self._timeout_s = timeout_s
 
-    async def append(self, body: Body) -> Sequenced:
-        """Append `body` and wait until it is durable.
+    async def append(self, body: Body, *, event_id: str | None = None) -> Sequenced:
+        """Append `body` and wait until it is durable; `event_id` where the vault already bears it.
 
         Raises:
             LedgerUnavailableError: it is not, or not known to be, durable.
         """
-        data, event_id = self._encode(body)
+        data, event_id, columns = self._encode(body, event_id)
         begun = time.perf_counter()
         try:
-            future = self._ledger.append(data, event_id=event_id, index_columns=columns_of(data))
-            sequenced = await asyncio.wait_for(asyncio.wrap_future(future), self._timeout_s)
+            future = self._ledger.append_from_loop(data, event_id=event_id, index_columns=columns)
+            sequenced = await asyncio.wait_for(future, self._timeout_s)
         except (AuditError, OSError, TimeoutError) as error:
             raise self._failed(error) from error
         self._monitoring.append_seconds.observe(time.perf_counter() - begun)
@@ -57,16 +57,20 @@ class Journal:
 
     def append_now(self, body: Body) -> Sequenced:
         """The same, for callers without an event loop."""
-        data, event_id = self._encode(body)
+        data, event_id, columns = self._encode(body)
         try:
-            future = self._ledger.append(data, event_id=event_id, index_columns=columns_of(data))
+            future = self._ledger.append(data, event_id=event_id, index_columns=columns)
             return future.result(self._timeout_s)
         except (AuditError, OSError, TimeoutError) as error:
             raise self._failed(error) from error
 
-    def _encode(self, body: Body) -> tuple[bytes, str]:
-        entry = new_entry(body, actor=ACTOR, time=time_text(self._clock()))
-        return encode_entry(entry), entry.event_id
+    def now_text(self) -> str:
+        """Return the time as entries bear it."""
+        return time_text(self._clock())
+
+    def _encode(self, body: Body, event_id: str | None = None) -> tuple[bytes, str, IndexColumns]:
+        entry = new_entry(body, actor=ACTOR, time=self.now_text(), event_id=event_id)
+        return encode_entry(entry), entry.event_id, index_columns(entry)
 
     def _failed(self, error: Exception) -> LedgerUnavailableError:
         self._monitoring.append_failures.inc()

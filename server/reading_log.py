@@ -1,31 +1,27 @@
 """Reading the log is an entry too: who read, what kind of question, how much was shown.
 
-The terms may name a person, so the entry holds only their HMAC under a key in the coordinator's home: whoever
-holds the key can confirm what was asked, and destroying it ends that. A page of nothing but such entries is
-recorded at most once a minute for each reader, so that watching the readers does not feed itself.
+The terms may name a person, so they are sealed in the vault under the reader's own key, and the entry holds
+the root of their commitments: without the vault nothing of them can be guessed. A page of nothing but such
+entries is recorded at most once a minute for each reader, so that watching the readers does not feed itself.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hmac
-import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from audit._files import write_durably
+from audit.canonical import parse_canonical
+from audit.disclosure import TERMS, new_part
 from audit.entries import AuditRead
 from audit.principal import Principal
-from server.errors import SettingsError
+from audit.vault_records import READER
 from server.journal import Journal
+from server.sealing import Sealing
 
-KEY_FILE: Final = "reading.key"
 QUIET_S: Final = 60.0
-_KEY_BYTES: Final = 32
 _READERS: Final = 4096
 
 
@@ -33,21 +29,11 @@ class ReadingLog:
     """Writes `audit.read` before what was read leaves."""
 
     def __init__(
-        self, home: Path, journal: Journal, *, monotonic: Callable[[], float] = time.monotonic
+        self, sealing: Sealing, journal: Journal, *, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
-        """Open the key of the terms; made at first use.
-
-        Raises:
-            SettingsError: the key file cannot be made or is not 32 bytes.
-        """
-        self._key = _key(home / KEY_FILE)
-        self._journal, self._monotonic = journal, monotonic
+        self._sealing, self._journal, self._monotonic = sealing, journal, monotonic
         self._lock = threading.Lock()
         self._quiet_until: dict[str, float] = {}
-
-    def digest(self, terms: bytes) -> str:
-        """Return the hex HMAC-SHA256 of the terms, as it stands in the entries."""
-        return hmac.digest(self._key, terms, "sha256").hex()
 
     async def record(
         self, principal: Principal, action: str, terms: bytes, count: int, *, only_reads: bool = False
@@ -63,14 +49,22 @@ class ReadingLog:
         """
         if only_reads and self._is_quiet(principal.id):
             return
+        asked: Any = parse_canonical(terms)
+        part, event_id = new_part(asked), secrets.token_hex(16)
+        sealed = await self._sealing.seal(
+            kind=READER, name=principal.id, event_id=event_id, type="audit.read", parts={TERMS: part}
+        )
         await self._journal.append(
             AuditRead(
                 principal=principal.id,
                 role=principal.role,
                 action=action,
-                query=self.digest(terms),
+                query=part.root(TERMS),
                 count=count,
-            )
+                subject=sealed.pseudonym,
+                sealed=sealed.digest,
+            ),
+            event_id=event_id,
         )
 
     def _is_quiet(self, reader: str) -> bool:
@@ -83,16 +77,3 @@ class ReadingLog:
                 self._quiet_until = {name: until for name, until in self._quiet_until.items() if until > now}
             self._quiet_until[reader] = now + QUIET_S
             return False
-
-
-def _key(path: Path) -> bytes:
-    try:
-        if not path.exists():
-            with contextlib.suppress(FileExistsError):  # another process was first
-                write_durably(path, secrets.token_bytes(_KEY_BYTES), replace=False)
-        data = path.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be made or read: {error.strerror}") from error
-    if len(data) != _KEY_BYTES or os.stat(path).st_mode & 0o077:
-        raise SettingsError(f"{path}: is not {_KEY_BYTES} bytes that only their owner may read; restore it")
-    return data

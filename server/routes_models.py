@@ -39,6 +39,9 @@ async def predict(request: Request, principal: Caller, name: ModelName) -> Predi
     you see the answer. Keep `receipt` and `opened`: with them and the evidence file anybody can later prove
     what was answered, by which version, trained how. A refusal (`predict.denied`) names the policies and
     its own entry.
+
+    With `subject`, the entry holds a random pseudonym in place of the person, and the row, the answer, the
+    purpose and the salts are kept in the vault, where an officer can export them or erase them for good.
     """
     context = context_of(request)
     asked = _parse(await request.body(), max_rows=context.settings.max_rows)
@@ -50,6 +53,7 @@ async def predict(request: Request, principal: Caller, name: ModelName) -> Predi
             rows=asked.rows,
             site=asked.site,
             version=asked.version,
+            subject=asked.subject,
             request_id=request_id_of(request),
         ),
     )
@@ -136,6 +140,7 @@ def render_answer(answered: Answered) -> PredictResponse:
             "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
             "receipt": answered.receipt,
             "opened": list(answered.opened),
+            "sealed": answered.sealed,
         }
     )
 

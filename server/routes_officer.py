@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
 from anyio import to_thread
@@ -20,6 +21,8 @@ from audit.reading import (
     export_text,
     with_limit,
 )
+from audit.subjects import NOBODY, find_subject
+from audit.vault_records import SubjectUnknownError
 from server.context import Caller, context_of, denials_recorded, require_whole_log
 from server.errors import MalformedRequestError
 from server.schemas import DIGEST_PATTERN, problems
@@ -40,6 +43,9 @@ def asked(
     run: Name = None,
     site: Name = None,
     principal: Annotated[Name, Query(description="The pseudonym that an entry names.")] = None,
+    pseudonym: Annotated[
+        str | None, Query(pattern=r"^[0-9a-f]{32}$", description="Of the person that an entry is about.")
+    ] = None,
     decision: Annotated[
         Literal["allowed", "denied"] | None, Query(description="What was decided: predictions and refusals.")
     ] = None,
@@ -57,11 +63,40 @@ def asked(
         )
     return SearchRequest(
         type=type, actor=actor, model=model, version=version, run=run, site=site, principal=principal,
-        decision=decision, since=since, until=until, after=after,
+        decision=decision, since=since, until=until, after=after, subject=pseudonym,
     )  # fmt: skip
 
 
-Terms = Annotated[SearchRequest, Depends(asked)]
+async def resolved(
+    request: Request,
+    principal: Caller,
+    terms: Annotated[SearchRequest, Depends(asked)],
+    subject: Annotated[
+        str | None,
+        Query(
+            max_length=256,
+            description="A person's id, for officers. It stays in the logs of proxies: where there are any, "
+            "ask `POST /v1/subjects/find` and search by `pseudonym`.",
+        ),
+    ] = None,
+) -> SearchRequest:
+    """The terms, with a person's id replaced by the pseudonym; nobody's, where none is known."""
+    if subject is None:
+        return terms
+    context = context_of(request)
+    async with denials_recorded(request):
+        try:
+            found = await to_thread.run_sync(
+                find_subject, context.vault, principal, context.authorizer, subject
+            )
+        except SubjectUnknownError:
+            found = NOBODY
+    if terms.subject not in (None, found):
+        raise MalformedRequestError("give subject or pseudonym, not both")
+    return replace(terms, subject=found)
+
+
+Terms = Annotated[SearchRequest, Depends(resolved)]
 
 
 @router.get("/count", summary="Count entries", responses=problems(401, 403, 422))

@@ -45,6 +45,17 @@ class PredictRequest(_Strict):
         ),
     ]
 
+    subject: Annotated[
+        str | None,
+        Field(
+            default=None,
+            min_length=1,
+            max_length=256,
+            description="Your own id for the person that the rows are about. It never enters the log: the "
+            "entry holds a random pseudonym, and what it says of the person can be exported and erased.",
+        ),
+    ]
+
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -79,6 +90,14 @@ class Opened(BaseModel):
     output: str
 
 
+class SealedView(BaseModel):
+    """Of a request that names a person: the pseudonym in the entry, and what opens the entry's context."""
+
+    subject: str
+    context_salt: str
+    context: str
+
+
 class PredictResponse(BaseModel):
     """Answers in the order of the rows, and all that is needed to prove them later."""
 
@@ -89,6 +108,7 @@ class PredictResponse(BaseModel):
     entry: EntryRef
     receipt: dict[str, Any]
     opened: list[Opened]
+    sealed: SealedView | None = None
 
 
 class Problem(BaseModel):
@@ -103,6 +123,8 @@ class Problem(BaseModel):
     policies: list[str] | None = None
     entry: EntryRef | None = None
     fields: list[dict[str, Any]] | None = None
+    erasure: EntryRef | None = None
+    proof: dict[str, Any] | None = None
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -133,6 +155,32 @@ class KeyRequest(_Strict):
     ]
 
 
+Subject = Annotated[
+    str, Field(min_length=1, max_length=256, description="The person's id, as predictions named it.")
+]
+
+
+class SubjectRequest(_Strict):
+    """A person, in the body: an id in a path or a query would stay in the logs of every proxy."""
+
+    subject: Subject
+
+
+class ErasureRequest(_Strict):
+    """A person to erase."""
+
+    subject: Subject
+    request_id: Annotated[
+        str | None,
+        Field(
+            default=None,
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+            description="Your file number for the request; it goes into the log, so it must name nobody. The "
+            "same one again gives the same answer.",
+        ),
+    ]
+
+
 class CosignatureRequest(_Strict):
     """One signature line of a C2SP signed note, made by an enrolled site's witness key."""
 
@@ -145,7 +193,8 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
     for status, text in {
         401: "`access.unauthenticated`: no key, or one that is unknown, revoked or expired",
         403: "`access.denied`: `policies` names what decided, `entry` the log's record of it",
-        404: "the thing named in the path does not exist",
+        404: "the thing that was named does not exist",
+        410: "`vault.erased`: it was erased; `erasure` names the entry that says so, `proof` proves yours",
         422: "`request.malformed`: `fields` names each field and the fix",
         503: "the log could not record the request, so there is no answer; come back after `Retry-After`",
     }.items()

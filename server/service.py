@@ -2,7 +2,8 @@
 
 Order: the version that would answer (`server.live`) - the decision (`audit.principal`) - the rows
 (`server.warm`) - the entry (`server.journal`) - the receipt (`server.receipting`). A refusal by policy is
-an entry too.
+an entry too. Where the request names a person, what it says of them goes to the vault before the entry is
+written, and the entry holds a pseudonym and roots of commitments (`audit.disclosure`).
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from audit.canonical import canonical_bytes
 from audit.commitments import commit
+from audit.disclosure import CONTEXT, new_part
 from audit.encoding import EncodingError, plain_row
 from audit.entries import Prediction, PredictionDenied, RowCommitment
 from audit.ledger import Sequenced
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
+from audit.vault_records import PERSON
 from server.errors import RowContractError
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
 from server.monitoring import Monitoring
 from server.receipting import Receipting
+from server.sealing import Sealing
 from server.warm import WarmModel, WarmModels
 
 _INLINE_ROWS: Final = 16  # more rows than this are computed beside the event loop
@@ -48,6 +52,7 @@ class Asked:
     rows: Sequence[Mapping[str, Any]]
     site: str | None = None
     version: str | None = None
+    subject: str | None = None  # the caller's own id for the person that the rows are about
     request_id: str
 
 
@@ -64,6 +69,7 @@ class Answered:
     leaf_hash: str
     receipt: dict[str, Any]
     opened: tuple[dict[str, str], ...]
+    sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class PredictService:
     journal: Journal
     receipting: Receipting
     monitoring: Monitoring
+    sealing: Sealing
 
     async def predict(self, principal: Principal, asked: Asked) -> Answered:
         """Answer, or refuse.
@@ -94,23 +101,26 @@ class PredictService:
             plain, answers = await asyncio.to_thread(_answer, warm, asked)
         else:
             plain, answers = _answer(warm, asked)
-        commitments, opened = _commit(plain, answers)
-        sequenced = await self.journal.append(
-            Prediction(
-                request_id=asked.request_id,
-                model=served.model,
-                version=served.version,
-                charter=served.charter_digest,
-                transition=served.transition,
-                purpose=asked.purpose,
-                principal=principal.id,
-                role=principal.role,
-                site=asked.site or "",
-                policies=decision.policies,
-                policy_set=decision.policy_set,
-                rows=commitments,
-            )
+        body = Prediction(
+            request_id=asked.request_id,
+            model=served.model,
+            version=served.version,
+            charter=served.charter_digest,
+            transition=served.transition,
+            purpose=asked.purpose,
+            principal=principal.id,
+            role=principal.role,
+            site=asked.site or "",
+            policies=decision.policies,
+            policy_set=decision.policy_set,
+            rows=(),
         )
+        sealed = None
+        if asked.subject is None:
+            commitments, opened = _commit(plain, answers)
+            sequenced = await self.journal.append(replace(body, rows=commitments))
+        else:
+            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, answers)
         receipt = await self.receipting.receipt(sequenced)
         self.monitoring.predicted_rows.labels(served.model).inc(len(answers))
         return Answered(
@@ -123,7 +133,61 @@ class PredictService:
             leaf_hash=sequenced.leaf_hash.hex(),
             receipt=receipt,
             opened=opened,
+            sealed=sealed,
         )
+
+    async def _sealed(
+        self,
+        body: Prediction,
+        subject: str,
+        plain: Sequence[Mapping[str, Any]],
+        answers: Sequence[Mapping[str, Any]],
+    ) -> tuple[Sequenced, tuple[dict[str, str], ...], dict[str, str]]:
+        """Seal what the answer says of a person, then append the entry that commits to it.
+
+        In this order an acknowledged entry never lacks its record. What a failed append leaves in the vault
+        has no entry, was told to nobody, and is swept.
+        """
+        event_id = secrets.token_hex(16)
+        context = new_part({"purpose": body.purpose, "request_id": body.request_id})
+        rows = [
+            (new_part(dict(row)), new_part(dict(answer))) for row, answer in zip(plain, answers, strict=True)
+        ]
+        parts = {CONTEXT: context}
+        for number, (given, answered) in enumerate(rows):
+            parts[f"row.{number}.input"], parts[f"row.{number}.output"] = given, answered
+        sealed = await self.sealing.seal(
+            kind=PERSON, name=subject, event_id=event_id, type="prediction", parts=parts
+        )
+        commitments = tuple(
+            RowCommitment(input=given.root(f"row.{n}.input"), output=answered.root(f"row.{n}.output"))
+            for n, (given, answered) in enumerate(rows)
+        )
+        entry = replace(
+            body,
+            purpose="",
+            request_id="",
+            rows=commitments,
+            subject=sealed.pseudonym,
+            context=context.root(CONTEXT),
+            sealed=sealed.digest,
+        )
+        sequenced = await self.journal.append(entry, event_id=event_id)
+        opened = tuple(
+            {
+                "input_salt": given.salt.hex(),
+                "output_salt": answered.salt.hex(),
+                "input": canonical_bytes(dict(given.values)).decode(),
+                "output": canonical_bytes(dict(answered.values)).decode(),
+            }
+            for given, answered in rows
+        )
+        told = {
+            "subject": sealed.pseudonym,
+            "context_salt": context.salt.hex(),
+            "context": canonical_bytes(dict(context.values)).decode(),
+        }
+        return sequenced, opened, told
 
     async def _decide(self, principal: Principal, asked: Asked, served: ServedVersion) -> Decision:
         question = Question(

@@ -88,8 +88,15 @@ def why_not() -> str:
         return "psycopg is not installed; install affidavit[postgresql]"
     if _binaries() is None:
         return "no PostgreSQL server binaries (initdb, pg_ctl) are installed here"
-    if os.geteuid() == 0 and _account() is None:
+    if os.geteuid() != 0:
+        return ""
+    account = _account()
+    if account is None:
         return "PostgreSQL refuses to run as root, and there is no user 'postgres' or 'nobody' to run it as"
+    try:
+        subprocess.run(["true"], user=account.pw_uid, group=account.pw_gid, extra_groups=[], check=True)
+    except (OSError, subprocess.SubprocessError):
+        return f"PostgreSQL refuses to run as root, and this root may not become {account.pw_name!r}"
     return ""
 
 

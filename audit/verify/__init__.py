@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from audit.errors import AuditError
 from audit.evidence import EvidenceError, read_evidence
 from audit.tlog_policy import Policy
-from audit.verify import aggregation, answer, approval, budget, history, members, training
+from audit.verify import aggregation, answer, approval, budget, disclosed, history, members, training
 from audit.verify.chain import Chain, FailError, GapError, Outcome
 from audit.verify.report import EXIT_CODES, EpsilonLine, Report, Step, Verdict, Word
 
@@ -104,6 +104,8 @@ def _checks(chain: Chain) -> tuple[tuple[str, Check], ...]:
         checks += ((approval.GATES, approval.check_gates), (approval.APPROVALS, approval.check_approvals))
     if scope == "prediction":
         checks += _PREDICTION
+    if chain.evidence.disclosed is not None:
+        checks += ((disclosed.DISCLOSED, disclosed.check_disclosed),)
     if chain.receipt is not None:
         checks += ((answer.RECEIPT, answer.check_receipt),)
     return checks

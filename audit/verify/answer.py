@@ -9,14 +9,16 @@ from typing import Any, Final
 from audit.canonical import parse_canonical
 from audit.commitments import verify_opening
 from audit.decimals import parse_decimal
+from audit.disclosure import DisclosureError, opened_row, verify_disclosed
 from audit.encoding import RowEncoder
-from audit.entries import RowCommitment, VersionTransition
+from audit.entries import Prediction, RowCommitment, VersionTransition
 from audit.errors import AuditError, LogKeyError
 from audit.forward import forward
 from audit.models import answer_of
 from audit.receipts import Receipt, find_signer, verify_kept
 from audit.verify.aggregation import CHEAP_WORK, WEIGHTS
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
+from audit.verify.disclosed import opened_purpose, opened_rows
 from audit.verify.history import CHECKPOINT, INCLUSION, LINKS
 from audit.verify.members import CHARTER
 from audit.verify.report import Word
@@ -36,8 +38,9 @@ def check_decision(chain: Chain) -> Outcome:
         field="to_state",
         entry=leaf.index,
     )
-    if body.purpose not in charter.purposes:
-        raise FailError("prediction.purpose", f"purpose {body.purpose!r} is not in the charter", leaf.index)
+    purpose = opened_purpose(chain, leaf) if body.sealed else body.purpose
+    if purpose is not None and purpose not in charter.purposes:
+        raise FailError("prediction.purpose", f"purpose {purpose!r} is not in the charter", leaf.index)
     if not body.policies or not all(body.policies):
         raise FailError("prediction.policies", "the entry names no policy that allowed it", leaf.index)
     if body.site and charter.site(body.site) is None:
@@ -45,10 +48,11 @@ def check_decision(chain: Chain) -> Outcome:
     for later in chain.leaves(VersionTransition):
         if later.body.model == body.model and transition.index < later.index < leaf.index:
             _check_still_live(later, body.version, leaf.index)
-    allowed = f"logged as allowed by {', '.join(body.policies)} to role {body.role} for {body.purpose}"
+    asked = "a purpose that stays closed" if purpose is None else purpose
+    allowed = f"logged as allowed by {', '.join(body.policies)} to role {body.role} for {asked}"
     registered = need(chain.registered, LINKS)
     since = range(registered.index + 1, leaf.index)  # an old signature may have been logged a second time
-    if all(index in chain.located for index in since):
+    if purpose is not None and all(index in chain.located for index in since):
         return Outcome(word=Word.PROVED, detail=f"{allowed}; the version was live when it answered")
     return Outcome(
         word=Word.ATTESTED,
@@ -59,7 +63,8 @@ def check_decision(chain: Chain) -> Outcome:
 
 def check_answer(chain: Chain) -> Outcome:
     """Open the rows, encode them, run the version, compare."""
-    leaf, opened = need(chain.prediction, LINKS), chain.evidence.opened
+    leaf = need(chain.prediction, LINKS)
+    opened = _opened_rows(chain, leaf)
     if opened is None:
         return Outcome(
             word=Word.ATTESTED,
@@ -68,9 +73,6 @@ def check_answer(chain: Chain) -> Outcome:
             "open them",
         )
     charter, weights = need(chain.charter, CHARTER), need(chain.weights, WEIGHTS)
-    expect(
-        len(opened), len(leaf.body.rows), code="answer.rows", field="number of opened rows", entry=leaf.index
-    )
     if not opened:
         raise FailError("answer.rows", "the entry answers no row", leaf.index)
     if len(opened) * charter.work > CHEAP_WORK and not chain.replay:
@@ -80,8 +82,7 @@ def check_answer(chain: Chain) -> Outcome:
     encoder = RowEncoder(charter.features)
     names = charter.site_names
     site = names.index(leaf.body.site) if leaf.body.site else None
-    for number, (row, commitment) in enumerate(zip(opened, leaf.body.rows, strict=True), start=1):
-        given, answered = _open(row, commitment, number, leaf.index)
+    for number, (given, answered) in enumerate(opened, start=1):
         try:
             outputs = forward(charter.layers, weights, encoder.encode(given), site)
             computed = answer_of(charter.task, charter.label, outputs)
@@ -140,21 +141,56 @@ def _check_still_live(later: Leaf[VersionTransition], version: str, entry: int) 
         )
 
 
+def _opened_rows(chain: Chain, leaf: Leaf[Prediction]) -> list[tuple[dict[str, Any], dict[str, Any]]] | None:
+    """Return (input, output) of each row that the file opens, proved to be the entry's; None: none."""
+    given = chain.evidence.opened
+    if given is None:
+        rows = opened_rows(chain, leaf) if leaf.body.sealed else None
+        if rows is not None:
+            _check_parts(chain, leaf)
+        return rows
+    expect(
+        len(given), len(leaf.body.rows), code="answer.rows", field="number of opened rows", entry=leaf.index
+    )
+    sealed = bool(leaf.body.sealed)
+    return [
+        _open(row, commitment, number, leaf.index, sealed)
+        for number, (row, commitment) in enumerate(zip(given, leaf.body.rows, strict=True), start=1)
+    ]
+
+
+def _check_parts(chain: Chain, leaf: Leaf[Prediction]) -> None:
+    try:
+        verify_disclosed(leaf.body, (chain.evidence.disclosed or {}).get(leaf.index, {}))
+    except AuditError as error:
+        raise FailError("answer.commitment", str(error), leaf.index) from error
+
+
 def _open(
-    row: Mapping[str, str], commitment: RowCommitment, number: int, entry: int
+    row: Mapping[str, str], commitment: RowCommitment, number: int, entry: int, sealed: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     opened: list[dict[str, Any]] = []
     for field in ("input", "output"):
         try:
-            salt, value = bytes.fromhex(row[f"{field}_salt"]), row[field].encode()
-            verify_opening(getattr(commitment, field), field=field, salt=salt, value=value)
-            document = parse_canonical(value)
+            document = _value(row, getattr(commitment, field), field, number - 1, sealed)
         except (AuditError, ValueError) as error:
             raise FailError("answer.commitment", f"row {number}, {field}: {error}", entry) from error
         if not isinstance(document, dict):
             raise FailError("answer.commitment", f"row {number}, {field}: is not an object", entry)
         opened.append(document)
     return opened[0], opened[1]
+
+
+def _value(row: Mapping[str, str], commitment: str, field: str, number: int, sealed: bool) -> Any:
+    if sealed:
+        part = f"row.{number}.{field}"
+        root, values = opened_row(part, row[f"{field}_salt"], row[field])
+        if root != commitment:
+            raise DisclosureError(part, "salt and values do not open what the entry commits to")
+        return values
+    salt, value = bytes.fromhex(row[f"{field}_salt"]), row[field].encode()
+    verify_opening(commitment, field=field, salt=salt, value=value)
+    return parse_canonical(value)
 
 
 def _difference(answered: Mapping[str, Any], computed: Mapping[str, Any], label: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from audit.entries import IndexColumns
 from audit.keys import SigningKey
 from audit.ledger import Ledger, Sequenced
 from audit.notes import KeyType, NoteSigner
+from audit.vault import Vault
 
 ORIGIN = "hospital.example/log"
 TIME = "2026-11-23T22:23:12Z"
@@ -110,3 +111,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
         return tmp_path / "log.db"
     url: str = request.getfixturevalue("postgresql_server").new_schema()
     return url
+
+
+@pytest.fixture
+def vault(place: Path | str, tmp_path: Path) -> Iterator[Vault]:
+    where = place.with_name("vault.db") if isinstance(place, Path) else place
+    with Vault.create(where, tmp_path / "vault.key", ORIGIN) as made:
+        yield made
+
+
+@pytest.fixture
+def on_file(tmp_path: Path) -> Iterator[Vault]:
+    with Vault.create(tmp_path / "vault.db", tmp_path / "vault.key", ORIGIN) as made:
+        yield made

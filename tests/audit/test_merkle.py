@@ -20,6 +20,7 @@ from audit.merkle import (
     consistency_proof,
     consistency_proof_of,
     hash_leaf,
+    hash_leaves,
     hash_node,
     inclusion_proof,
     inclusion_proof_of,
@@ -274,3 +275,30 @@ def test_proof_of_a_leaf_outside_the_tree_is_refused(index: int, size: int) -> N
 def test_proof_between_impossible_sizes_is_refused(size1: int, size2: int) -> None:
     with pytest.raises(TreeRangeError):
         consistency_proof(source_of(LEAVES), size1, size2)
+
+
+@given(st.lists(st.lists(st.binary(max_size=4), max_size=70), max_size=8))
+def test_extending_closes_the_same_subtrees_as_appending_one_by_one(batches: list[list[bytes]]) -> None:
+    one, many = CompactRange(), CompactRange()
+    singly: set[tuple[int, int, bytes]] = set()
+    together: set[tuple[int, int, bytes]] = set()
+    for batch in batches:
+        hashes = hash_leaves(batch)
+        assert hashes == [hash_leaf(entry) for entry in batch]
+        first = one.size
+        for leaf_hash in hashes:
+            one.append(leaf_hash, lambda *node: singly.add(node))
+        assert first == many.extend(
+            hashes, lambda level, at, row: together.update((level, at + i, n) for i, n in enumerate(row))
+        )
+        assert (many.size, many.hashes, many.root()) == (one.size, one.hashes, one.root())
+        assert singly == together
+
+
+def test_extending_by_something_else_than_hashes_changes_nothing() -> None:
+    edge = CompactRange()
+    edge.extend([hash_leaf(b"a")] * 3)
+    before = edge.hashes
+    with pytest.raises(TreeRangeError):
+        edge.extend([hash_leaf(b"b"), b"short"])
+    assert (edge.size, edge.hashes) == (3, before)

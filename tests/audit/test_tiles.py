@@ -25,6 +25,7 @@ from audit.tiles import (
     decode_bundle,
     decode_tile,
     encode_bundle,
+    root_of_bundles,
     tile_at,
     tiles_of,
 )
@@ -147,3 +148,32 @@ def test_tile_of_another_length_is_refused() -> None:
         decode_tile(b"x" * 33, 1)
     with pytest.raises(AuditError):
         tile_at(0, 1, 256)
+
+
+@given(st.lists(st.binary(max_size=4), max_size=600), st.data())
+def test_root_of_bundles_is_the_root_of_the_entries_and_of_no_others(
+    entries: list[bytes], data: st.DataObject
+) -> None:
+    def fetch(path: str) -> bytes:
+        tile = Tile.parse(path)
+        assert tile.level == ENTRIES
+        return encode_bundle(entries[tile.start : tile.start + tile.width])
+
+    root = root_of(hash_leaf(entry) for entry in entries)
+    assert root_of_bundles(fetch, len(entries)) == root
+    if entries:
+        entries[data.draw(st.integers(0, len(entries) - 1))] += b"x"
+        assert root_of_bundles(fetch, len(entries)) != root
+
+
+def test_root_of_bundles_refuses_a_bundle_of_another_width() -> None:
+    for held in (2, 4):
+        with pytest.raises(TileError):
+            root_of_bundles(lambda path, held=held: encode_bundle([b"a"] * held), 3)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 7])
+def test_bundle_cut_short_names_the_entry_it_ends_in(cut: int) -> None:
+    whole = encode_bundle([b"abc", b"de"])
+    with pytest.raises(TileError, match=f"within entry {0 if cut >= 5 else 1}"):
+        decode_bundle(whole[:-cut], 2)

@@ -82,7 +82,7 @@ def test_retry_of_an_event_gets_its_place_and_another_body_is_refused(
         made, other = log_tools.make_entry(1), log_tools.make_entry(1, text="changed")
         first = ledger.append(made.body, event_id=made.event_id, index_columns=made.columns)
         again = ledger.append(made.body, event_id=made.event_id, index_columns=made.columns)
-        assert again.result(30) == replace(first.result(30), tree_size=again.result(30).tree_size)
+        assert again.result(30)[:3] == first.result(30)[:3]
         with pytest.raises(EventIdConflictError):
             ledger.append_wait(other.body, event_id=made.event_id, index_columns=other.columns)
         assert ledger.tree_size == 1

@@ -19,7 +19,6 @@ from audit.epsilon import (
     recompute,
 )
 
-
 SENSITIVITY = 1 << 30
 RELATIONS = {
     "add_remove": NeighboringRelation.ADD_OR_REMOVE_ONE,

@@ -19,7 +19,6 @@ from federation.charter import Charter
 from federation.errors import CharterError, RunFailedError
 from federation.service import TrainRequest, train
 
-
 CHARTER = """
 name: toy
 task: binary

@@ -15,6 +15,7 @@ import uvicorn
 
 from audit.console import call_api
 from audit.errors import AuditError
+from audit.evidence import read_evidence
 from audit.principal import Principal
 from audit.service import SearchRequest, prove_entry, read_entry, search_entries
 from federation.errors import FederationError
@@ -268,3 +269,43 @@ def test_python_asks_the_same_policies(served):
     )
     assert code == "access.denied"
     assert error.decision.policies == ("default-deny",)
+
+
+def test_one_persons_story_is_the_same_from_every_side(served, tmp_path):
+    body = {"purpose": "triage", "rows": [{"age": 40, "dose": 4.5}], "subject": "MRN-1"}
+    code, answer = served.http("consumer", "POST", "/v1/models/own/predict", body)
+    assert code == "ok", answer
+    index, asked = answer["entry"]["leaf_index"], {"subject": "MRN-1"}
+
+    def found() -> list[tuple[str, Any]]:
+        sides = [
+            served.http("officer", "POST", "/v1/subjects/find", asked),
+            served.command("subject", "find", "MRN-1"),
+            served.remote("officer", "subject", "find", "MRN-1"),
+        ]
+        return [(code, document.get("pseudonym")) for code, document in sides]
+
+    assert found() == [("ok", answer["sealed"]["subject"])] * 3
+    for side in (served.command, lambda *a: served.remote("officer", *a)):
+        code, listed = side("log", "list", "--subject", "MRN-1", "--type", "prediction")
+        assert (code, [item["leaf_index"] for item in listed["entries"]]) == ("ok", [index])
+        for number, arguments in enumerate(
+            (("subject", "export", "MRN-1"), ("evidence", "disclose", index, "--field", "age"))
+        ):
+            file = tmp_path / f"{number}.zip"
+            assert side(*arguments, "-o", file)[0] == "ok"
+            assert list(read_evidence(file.read_bytes()).disclosed) == [index]
+    for refused in ("find", "export", "erase"):
+        assert served.remote("consumer", "subject", refused, "MRN-1")[0] == "access.denied"
+    code, erased = served.remote("officer", "subject", "erase", "MRN-1", "--request-id", "case-1")
+    assert (code, erased["records"]) == ("ok", 1)
+    assert served.command("subject", "erase", "MRN-1", "--request-id", "case-1") == ("ok", erased)
+    assert found() == [("vault.subject_unknown", None)] * 3
+    codes = {
+        served.http("officer", "GET", f"/v1/audit/entries/{index}/opened")[0],
+        served.command("evidence", "disclose", index, "--all")[0],
+        served.remote("officer", "evidence", "disclose", index, "--all")[0],
+    }
+    assert codes == {"vault.erased"}
+    code, listed = served.remote("officer", "log", "list", "--subject", "MRN-1")
+    assert (code, listed["entries"]) == ("ok", [])

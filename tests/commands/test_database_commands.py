@@ -42,7 +42,7 @@ def test_log_in_postgresql_is_made_examined_and_given_a_new_key(server: Any, aff
     assert affidavit("log", "fsck") == (0, {"ok": True, "entries": 1})
     code, found = affidavit("log", "rotate-key", "--overlap", "5")
     assert (code, found["leaf_index"], found["retire_at"]) == (0, 1, 6)
-    assert affidavit("db", "upgrade")[1]["after"] == 2
+    assert affidavit("db", "upgrade")[1]["after"] == 3
     server.execute("UPDATE leaf SET actor = 'nobody' WHERE idx = 1", url)
     code, said = affidavit("log", "fsck")
     assert code == 1
@@ -55,16 +55,17 @@ def test_older_log_says_which_command_it_needs(affidavit: Affidavit, tmp_path: P
     connection = sqlite3.connect(tmp_path / "coordinator" / "log.db")
     with connection:
         connection.executescript(
-            "DROP TABLE lease; DROP TABLE ledger_migration; UPDATE head SET schema_version=1"
+            "DROP TABLE lease; DROP TABLE ledger_migration; UPDATE head SET schema_version=1;"
+            "DROP INDEX ix_leaf_subject; ALTER TABLE leaf DROP COLUMN subject"
         )
     connection.close()
     code, said = affidavit("log", "list")
     assert code == 1
     assert "affidavit db upgrade" in str(said)
     code, report = affidavit("db", "upgrade")
-    assert (code, report["before"], report["after"]) == (0, 1, 2)
+    assert (code, report["before"], report["after"]) == (0, 1, 3)
     assert affidavit("log", "fsck") == (0, {"ok": True, "entries": 1})
-    assert affidavit("db", "upgrade")[1]["before"] == 2
+    assert affidavit("db", "upgrade")[1]["before"] == 3
 
 
 @pytest.mark.parametrize(

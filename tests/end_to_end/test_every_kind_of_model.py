@@ -15,7 +15,6 @@ import pytest
 from audit.verify import verify_evidence
 from clients.simulation import simulate
 
-
 PIXELS = [f"p{i:02}" for i in range(16)]
 
 

@@ -18,7 +18,6 @@ from clients.simulation import run_federation, simulate
 from federation.registry import statements
 from federation.service import RegisterRequest, register
 
-
 CHARTER = """
 name: twice
 task: binary

@@ -23,7 +23,6 @@ from federation.charter import Charter
 from federation.errors import AccountingError
 from federation.mechanism import planned_event, release_event, sensitivity_grid
 
-
 FINE = 30  # grid bits: rounding then adds nothing to these values
 
 

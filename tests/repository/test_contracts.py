@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 MODULES = (
     "audit/verify/__init__.py",
     "audit/verify/steps.py",

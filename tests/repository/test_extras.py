@@ -14,7 +14,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-
 ENTRY_MODULES = {
     "": ["affidavit", "audit.verify", "audit.verify.cli", "audit.entries", "audit.epsilon", "audit.replay"],
     "cli": ["affidavit", "audit.commands"],

@@ -26,7 +26,6 @@ from audit.tiles import TileTree, decode_bundle
 from audit.verify import verify_evidence
 from audit.verify.report import Verdict
 from server.app import create_app
-from server.errors import SettingsError
 from server.reading_log import ReadingLog
 
 PREDICT = {"purpose": "triage", "rows": [{"age": 51, "fever": True, "ward": "north"}]}
@@ -211,17 +210,29 @@ def test_every_reading_is_an_entry_before_it_is_answered(client, lab, as_role):
     assert reads[-1]["count"] == 2
 
 
-def test_terms_are_in_the_log_only_as_a_keyed_hash(client, lab, as_role):
+def test_terms_are_in_the_log_only_as_a_salted_root_and_in_the_vault_sealed(client, lab, as_role):
     who = "p-" + secrets.token_hex(16)
     get(client, as_role("officer"), "entries", principal=who)
     stored = lab.coordinator.ledger.entries(0, 1000)
     assert not [data for data in stored if who.encode() in data]
     (read,) = lab.entries("audit.read")
     terms = b'{"limit":100,"principal":"%s"}' % who.encode()
-    assert read["body"]["query"] == ReadingLog(lab.folder / "coordinator", None).digest(terms)
-    assert read["body"]["query"] != hashlib.sha256(terms).hexdigest(), (
-        "without the key nothing can be guessed"
-    )
+    assert read["body"]["query"] != hashlib.sha256(terms).hexdigest(), "without the salt none can be guessed"
+    vault = client.app.state.context.vault
+    sealed = vault.parts(read["event_id"], type="audit.read", pseudonym=read["body"]["subject"])["terms"]
+    assert sealed.values == json.loads(terms)
+    assert sealed.root("terms") == read["body"]["query"]
+    assert vault.identify(read["body"]["subject"]) == ("reader", read["body"]["principal"])
+    files = [path.read_bytes() for path in (lab.folder / "coordinator").glob("vault.db*")]
+    assert not [data for data in files if who.encode() in data]
+
+
+def test_equal_searches_cannot_be_linked_by_what_the_log_holds(client, lab, as_role):
+    for _ in range(2):
+        get(client, as_role("officer"), "entries", type="prediction")
+    first, second = lab.entries("audit.read")
+    assert first["body"]["query"] != second["body"]["query"]
+    assert first["body"]["sealed"] != second["body"]["sealed"]
 
 
 def test_watching_the_readers_does_not_feed_itself(client, lab, as_role):
@@ -244,22 +255,12 @@ def test_paging_one_by_one_to_the_end_ends(client, lab, as_role):
     assert pages >= lab.coordinator.ledger.tree_size // 2
 
 
-def test_minute_of_quiet_ends(tmp_path):
+def test_minute_of_quiet_ends():
     now = [100.0]
-    log = ReadingLog(tmp_path, None, monotonic=lambda: now[0])
+    log = ReadingLog(None, None, monotonic=lambda: now[0])
     assert [log._is_quiet("p"), log._is_quiet("p"), log._is_quiet("q")] == [False, True, False]
     now[0] += 60.5
     assert log._is_quiet("p") is False
-
-
-def test_key_of_the_terms_is_kept_to_its_owner_and_never_replaced(tmp_path):
-    first = ReadingLog(tmp_path, None).digest(b"x")
-    assert ReadingLog(tmp_path, None).digest(b"x") == first
-    path = tmp_path / "reading.key"
-    assert path.stat().st_mode & 0o777 == 0o600
-    path.write_bytes(b"short")
-    with pytest.raises(SettingsError):
-        ReadingLog(tmp_path, None)
 
 
 # tiles

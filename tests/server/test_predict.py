@@ -282,7 +282,7 @@ def test_without_a_durable_entry_there_is_no_answer(client, lab, as_role, row, e
     real = context.coordinator.ledger
 
     class Broken:
-        def append(self, *_: object, **__: object) -> None:
+        def append_from_loop(self, *_: object, **__: object) -> None:
             raise error
 
     context.journal._ledger = Broken()
@@ -297,10 +297,8 @@ def test_without_a_durable_entry_there_is_no_answer(client, lab, as_role, row, e
 
 def test_entry_that_never_becomes_durable_means_no_answer(lab, as_role, row):
     class Silent:
-        def append(self, *_: object, **__: object):
-            import concurrent.futures
-
-            return concurrent.futures.Future()
+        def append_from_loop(self, *_: object, **__: object):
+            return asyncio.get_running_loop().create_future()
 
     settings = lab.settings(request_timeout_s=0.4)
     with TestClient(create_app(settings, clock=lab.clock), raise_server_exceptions=False) as client:
@@ -312,7 +310,7 @@ def test_entry_that_never_becomes_durable_means_no_answer(lab, as_role, row):
 
 def test_denial_that_cannot_be_logged_is_still_no_answer(client, as_role, row):
     class Broken:
-        def append(self, *_: object, **__: object) -> None:
+        def append_from_loop(self, *_: object, **__: object) -> None:
             raise LedgerWriteError("disk full")
 
     client.app.state.context.journal._ledger = Broken()

@@ -1,0 +1,182 @@
+"""Coroutines that append: each gets its own place, whatever the others do; a batch with retries is exact."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from audit._sequencer import Sequencer
+from audit.errors import (
+    EntrySizeError,
+    EventIdConflictError,
+    LedgerBusyError,
+    LedgerClosedError,
+    LedgerWriteError,
+)
+from audit.fsck import fsck
+from audit.ledger import Ledger, Sequenced
+
+
+def held(max_pending: int = 100) -> tuple[Sequencer[Any, Any], threading.Event, list[list[Any]]]:
+    """A sequencer whose first batch waits for the event; it echoes what it is given, and keeps it."""
+    gate, seen = threading.Event(), []
+
+    def commit(batch: list[Any]) -> list[Any]:
+        seen.append(batch)
+        assert gate.wait(20)
+        return batch
+
+    return Sequencer(commit, max_batch=4, max_pending=max_pending), gate, seen
+
+
+def test_crowd_in_one_loop_gets_each_its_own_place(ledger: Ledger, log_tools: SimpleNamespace) -> None:
+    async def one(number: int) -> Sequenced:
+        made = log_tools.make_entry(number)
+        placed = await ledger.append_from_loop(made.body, event_id=made.event_id, index_columns=made.columns)
+        assert ledger.entry(placed.leaf_index) == made.body  # durable when it is told
+        return placed
+
+    async def crowd() -> list[Sequenced]:
+        return await asyncio.gather(*(one(number) for number in range(600)))
+
+    placed = asyncio.run(crowd())
+    assert sorted(each.leaf_index for each in placed) == list(range(600))
+
+
+def test_batch_of_new_known_and_contradicting_events_is_sorted_out(
+    place: Path | str, log_tools: SimpleNamespace
+) -> None:
+    with Ledger.create(place, log_tools.ORIGIN) as ledger:
+        log_tools.fill(ledger, range(5))
+        pause = threading.Event()
+        commit = ledger._sequencer._commit
+        ledger._sequencer._commit = lambda batch: (pause.wait(20), commit(batch))[1]
+        numbers = [7, 3, 8, 3, 7, 4]
+        futures = [
+            ledger.append(made.body, event_id=made.event_id, index_columns=made.columns)
+            for made in map(log_tools.make_entry, numbers)
+        ]
+        other = log_tools.make_entry(2, text="changed")
+        refused = ledger.append(other.body, event_id=other.event_id, index_columns=other.columns)
+        pause.set()
+        assert [future.result(30).leaf_index for future in futures] == [5, 3, 6, 3, 5, 4]
+        with pytest.raises(EventIdConflictError):
+            refused.result(30)
+        assert ledger.tree_size == 7
+    report = fsck(place, columns_of=log_tools.columns_of)
+    assert report.ok, report
+
+
+def test_every_fault_reaches_the_coroutine_that_waits(ledger: Ledger, log_tools: SimpleNamespace) -> None:
+    first, other = log_tools.make_entry(1), log_tools.make_entry(1, text="changed")
+    log_tools.fill(ledger, range(1, 2))
+
+    async def ask() -> None:
+        with pytest.raises(EventIdConflictError):
+            await ledger.append_from_loop(other.body, event_id=other.event_id, index_columns=other.columns)
+        with pytest.raises(EntrySizeError):
+            ledger.append_from_loop(b"", event_id="a", index_columns=first.columns)
+        ledger.close()
+        with pytest.raises(LedgerClosedError):
+            ledger.append_from_loop(first.body, event_id=first.event_id, index_columns=first.columns)
+
+    asyncio.run(ask())
+
+
+def test_fault_of_the_database_fails_the_whole_batch_and_no_more() -> None:
+    answers: list[Any] = [RuntimeError("disk"), ["fine"]]
+
+    def commit(batch: list[str]) -> list[str]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    sequencer: Sequencer[str, str] = Sequencer(commit, max_batch=4, max_pending=10)
+
+    async def ask() -> None:
+        with pytest.raises(LedgerWriteError, match="disk"):
+            await sequencer.submit_from_loop("a")
+        assert await sequencer.submit_from_loop("b") == "fine"
+
+    asyncio.run(ask())
+    sequencer.close()
+
+
+def test_given_up_before_its_batch_is_never_written() -> None:
+    sequencer, gate, seen = held()
+
+    async def ask() -> None:
+        first = sequencer.submit_from_loop("first")
+        while not seen:
+            await asyncio.sleep(0.001)
+        second, third = sequencer.submit_from_loop("second"), sequencer.submit_from_loop("third")
+        second.cancel()
+        gate.set()
+        assert (await first, await third) == ("first", "third")
+
+    asyncio.run(ask())
+    sequencer.close()
+    assert seen == [["first"], ["third"]]
+
+
+def test_given_up_during_its_batch_harms_no_neighbour() -> None:
+    sequencer, gate, seen = held()
+
+    async def ask() -> None:
+        futures = [sequencer.submit_from_loop(name) for name in "ab"]
+        while not seen:
+            await asyncio.sleep(0.001)
+        futures[0].cancel()
+        gate.set()
+        assert await futures[1] == "b"
+
+    asyncio.run(ask())
+    sequencer.close()
+
+
+def test_loop_that_died_does_not_stop_the_others() -> None:
+    sequencer, gate, seen = held()
+
+    async def leave() -> None:
+        sequencer.submit_from_loop("orphan")
+        while not seen:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(leave())
+    thread = sequencer.submit("thread")
+    gate.set()
+    assert thread.result(20) == "thread"
+    assert [request for batch in seen for request in batch] == ["orphan", "thread"]
+    sequencer.close()
+
+
+def test_full_queue_says_when_to_come_back() -> None:
+    sequencer, gate, seen = held(max_pending=2)
+
+    async def ask() -> None:
+        first = sequencer.submit_from_loop("first")
+        while not seen:
+            await asyncio.sleep(0.001)
+        waiting = [sequencer.submit_from_loop(name) for name in "ab"]
+        with pytest.raises(LedgerBusyError) as caught:
+            sequencer.submit_from_loop("c")
+        assert caught.value.retry_after_s > 0
+        gate.set()
+        assert [await first, *[await each for each in waiting]] == ["first", "a", "b"]
+
+    asyncio.run(ask())
+    sequencer.close()
+
+
+def test_no_loop_is_said_at_once() -> None:
+    sequencer, _, seen = held()
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        sequencer.submit_from_loop("a")
+    sequencer.close()
+    assert seen == []
