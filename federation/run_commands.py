@@ -44,7 +44,9 @@ def start(
     public_set: Annotated[
         Path | None, typer.Option(help="The public set's file; without it no gate can pass.")
     ] = None,
-    follow: Annotated[bool, typer.Option(help="Show the run until it ends, then register its version.")] = True,
+    follow: Annotated[
+        bool, typer.Option(help="Show the run until it ends, then register its version.")
+    ] = True,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -85,7 +87,9 @@ def start(
         "gates_passed": version.gates_passed,
         "epsilon": max((item.run_epsilon for item in version.registered.epsilons), key=float, default=None),
     }
-    emit(document, f"version {version.digest} of {version.model} is registered as a candidate", as_json=as_json)
+    emit(
+        document, f"version {version.digest} of {version.model} is registered as a candidate", as_json=as_json
+    )
 
 
 @runs.command("list")
@@ -196,9 +200,9 @@ def plot(
     Exit codes: 0 done, 1 there is no such run, or it has no round yet, 2 wrong usage.
     """
     from audit.console import CommandError
+    from federation.charter import Charter
     from federation.plots import save_history
     from federation.registry import charter_text
-    from federation.charter import Charter
     from federation.run_journal import RunJournal
     from federation.runs import find_run
 
@@ -229,14 +233,17 @@ def _live(read: Any, every_s: float) -> RunView:
 
 
 def _screen(view: RunView) -> str:
+    reason = f" ({view.reason})" if view.reason else ""
     head = [
         f"run      {view.run}",
         f"model    {view.model}   charter {view.charter[:16]}",
-        f"state    {view.state}{f' ({view.reason})' if view.reason else ''}, round {view.round} of {view.rounds}",
+        f"state    {view.state}{reason}, round {view.round} of {view.rounds}",
         f"awaited  {', '.join(view.awaited) or '-'}",
     ]
     if view.metrics:
-        head.append("metrics  " + "  ".join(f"{name} {value:.4f}" for name, value in sorted(view.metrics.items())))
+        head.append(
+            "metrics  " + "  ".join(f"{name} {value:.4f}" for name, value in sorted(view.metrics.items()))
+        )
     rows = [
         [
             name,

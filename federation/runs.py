@@ -78,8 +78,7 @@ def list_runs(ledger: Ledger, *, delta: float = 1e-5, run: str | None = None) ->
     found: dict[str, RunView] = {}
     events: dict[tuple[str, str], list[Any]] = {}
     after = -1
-    terms = {} if run is None else {"run": run}
-    while page := ledger.search(type=_TYPES, after=after, limit=500, **terms):
+    while page := ledger.search(type=_TYPES, after=after, limit=500, run=run):
         for row in page:
             after = row.leaf_index
             entry = decode_entry(row.body)

@@ -22,7 +22,9 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     agent = Agent.open(home)
     try:
-        (sockets / f"{agent.name}.sock").unlink(missing_ok=True)  # a killed agent's; the ledger's lock is ours
+        (sockets / f"{agent.name}.sock").unlink(
+            missing_ok=True
+        )  # a killed agent's; the ledger's lock is ours
         with served_agents(sockets, {agent.name: agent}):
             stop.wait()
     finally:

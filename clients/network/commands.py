@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,7 +38,9 @@ def register(site: typer.Typer) -> None:
 
 @guarded
 def join(
-    invitation: Annotated[str, typer.Argument(help="The line that the operator sent; - reads it from stdin.")],
+    invitation: Annotated[
+        str, typer.Argument(help="The line that the operator sent; - reads it from stdin.")
+    ],
     data: Annotated[Path | None, typer.Option(help="The data file (CSV or Parquet). It stays here.")] = None,
     population: Annotated[
         str | None, typer.Option(help="Who the people behind the data are; new files keep counting.")
@@ -46,7 +49,9 @@ def join(
         str | None, typer.Option(help="All that this population may ever spend.")
     ] = None,
     lifetime_delta: Annotated[str, typer.Option(help="Fixed for life.")] = "0.00001",
-    wait_s: Annotated[float, typer.Option(min=0, help="For so long wait for the operator's approval.")] = 86_400,
+    wait_s: Annotated[
+        float, typer.Option(min=0, help="For so long wait for the operator's approval.")
+    ] = 86_400,
     start: Annotated[bool, typer.Option(help="Then stay in the foreground as `site up` does.")] = True,
     systemd: Annotated[
         Path | None, typer.Option(help="Write a systemd unit into this folder instead of starting.")
@@ -82,7 +87,13 @@ def join(
         path = write_unit(systemd, joined.site, base, user)
         typer.echo(f"wrote {path}; systemctl enable --now {path.stem}", err=True)
     elif start:
-        _stay_up(place, base, as_json=as_json)
+        sys.stdout.flush()
+        rest = ["--json"] if as_json else []
+        # a fresh process: this one has read the data and holds what that took
+        os.execv(  # noqa: S606 - our own interpreter
+            sys.executable,
+            [sys.executable, "-P", "-m", "affidavit", "site", "up", joined.site, "--home", str(base), *rest],
+        )
 
 
 @guarded
@@ -106,7 +117,11 @@ def down(name: Name, home: Home = None, as_json: AsJson = False) -> None:
     from clients.network.starting import stop
 
     stopped = stop(_open(base_home(home), name))
-    emit({"site": name, "stopped": stopped}, f"{name} {'stopped' if stopped else 'was not up'}", as_json=as_json)
+    emit(
+        {"site": name, "stopped": stopped},
+        f"{name} {'stopped' if stopped else 'was not up'}",
+        as_json=as_json,
+    )
 
 
 @guarded
@@ -188,7 +203,9 @@ def _stay_up(place: SiteHome, base: Path, *, as_json: bool) -> None:
         elif event.kind == "waiting":
             typer.echo(f"{event.name:<10} waits until a charter is signed: affidavit charter sign")
         else:
-            more = f" with status {event.status}, again in {event.wait_s:g} s" if event.kind == "exited" else ""
+            more = (
+                f" with status {event.status}, again in {event.wait_s:g} s" if event.kind == "exited" else ""
+            )
             typer.echo(f"{event.name:<10} {event.kind}{more}")
         sys.stdout.flush()
 

@@ -80,7 +80,9 @@ def join(home: SiteHome, invitation: Invitation, *, clock: Clock = utc_now) -> J
     )
     known = folder.read() if folder.exists() else None
     fresh = known is None or known.invitation != invitation.digest
-    expires = format_time(clock() + timedelta(days=NODE_DAYS)) if fresh or known is None else known.node_expires
+    expires = (
+        format_time(clock() + timedelta(days=NODE_DAYS)) if fresh or known is None else known.node_expires
+    )
     membership = SiteMembership(
         address=invitation.address,
         log=invitation.log,

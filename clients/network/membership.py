@@ -1,8 +1,8 @@
 """What a site keeps of its membership: `<home>/network/`.
 
-    membership.json   where the coordinator is, its log's key, the invitation's hash, the node key's end
-    ca.pem            the CA that the invitation pinned
-    node.key          the key that the SuperNode authenticates with (P-384, OpenSSH)
+membership.json   where the coordinator is, its log's key, the invitation's hash, the node key's end
+ca.pem            the CA that the invitation pinned
+node.key          the key that the SuperNode authenticates with (P-384, OpenSSH)
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class NetworkFolder:
                 f"{self.folder.parent}: belongs to no federation; run `affidavit site join INVITATION`"
             ) from error
         except (OSError, ValueError, TypeError) as error:
-            raise HomeError(path, f"cannot be read: {error}", "restore it from the site's own backup") from error
+            raise HomeError(
+                path, f"cannot be read: {error}", "restore it from the site's own backup"
+            ) from error
         return membership
 
     def node_public_key(self) -> str:

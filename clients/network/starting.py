@@ -155,7 +155,9 @@ def running_pid(path: Path) -> int | None:
 def _claim(folder: NetworkFolder) -> None:
     pid = running_pid(folder.pid_file)
     if pid is not None and pid != os.getpid():
-        raise HomeError(folder.pid_file, f"the site is up already, as process {pid}", "`affidavit site down` first")
+        raise HomeError(
+            folder.pid_file, f"the site is up already, as process {pid}", "`affidavit site down` first"
+        )
     write_durably(folder.pid_file, str(os.getpid()).encode())
 
 

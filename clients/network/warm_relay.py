@@ -39,7 +39,7 @@ _STUB_TEXT: Final = """\
 # Made by affidavit: hands a message's process over to the warm relay, or starts it cold.
 exec {python} -I -S {client} {socket} {cold} "$@"
 """
-_CLIENT_TEXT: Final = '''\
+_CLIENT_TEXT: Final = """\
 import json, os, signal, socket, sys
 target, cold, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
 link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -51,7 +51,7 @@ except OSError:
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 status = link.recv(16)
 sys.exit(int(status) if status else 1)
-'''
+"""
 
 
 def write_stub(folder: Path, socket_path: Path, cold: Path) -> Path:
@@ -60,7 +60,12 @@ def write_stub(folder: Path, socket_path: Path, cold: Path) -> Path:
     client = folder / "hand_over.py"
     client.write_text(_CLIENT_TEXT, encoding="utf-8")
     stub = folder / STUB
-    names = {"python": sys.executable, "client": client, "socket": socket_path, "cold": cold}
+    names: dict[str, str | Path] = {
+        "python": sys.executable,
+        "client": client,
+        "socket": socket_path,
+        "cold": cold,
+    }
     stub.write_text(
         _STUB_TEXT.format(**{key: shlex.quote(str(Path(value).absolute())) for key, value in names.items()}),
         encoding="utf-8",
@@ -134,7 +139,9 @@ class WarmRelay:
             for _, other in self._forks.values():
                 other.close()
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+                signal.signal(
+                    number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+                )
             random.seed()
             numpy: Any = sys.modules.get("numpy")
             if numpy is not None:
@@ -144,7 +151,7 @@ class WarmRelay:
         except SystemExit as left:
             status = left.code if isinstance(left.code, int) else int(left.code is not None)
         except BaseException:  # noqa: BLE001 - a fork must never return into the server's loop
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
         finally:
             with contextlib.suppress(Exception):
                 importlib.import_module("atexit")._run_exitfuncs()
@@ -200,7 +207,9 @@ def flower_itself(arguments: list[str]) -> None:
 
     root = str(Path(__file__).resolve().parents[2])
     sys.path[:] = [entry for entry in sys.path if entry != root or "site-packages" in root]
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("audit", "clients", "federation")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("audit", "clients", "federation")
+    ]:
         del sys.modules[name]
     sys.argv = [STUB, *arguments]
     flwr_clientapp()

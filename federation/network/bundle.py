@@ -50,7 +50,9 @@ def bundle_files() -> dict[str, bytes]:
         try:
             files[f"clients/{name}"] = (relay / name).read_bytes()
         except FileNotFoundError as error:
-            raise RunControlError(f"{relay / name} is not installed; install affidavit[relay] here") from error
+            raise RunControlError(
+                f"{relay / name} is not installed; install affidavit[relay] here"
+            ) from error
     return files
 
 

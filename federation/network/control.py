@@ -55,9 +55,7 @@ class SuperLinkControl:
         with self._client() as client:
             answer = client.ListNodes(ListNodesRequest())
         return tuple(
-            Node(
-                node_id=node.node_id, public_key=bytes(node.public_key), name=node.name, status=node.status
-            )
+            Node(node_id=node.node_id, public_key=bytes(node.public_key), name=node.name, status=node.status)
             for node in answer.nodes_info
             if node.status != "unregistered"
         )
@@ -109,7 +107,8 @@ class SuperLinkControl:
             raise RunControlError(f"SuperLink refuses ({error.response.status_code}): {text}") from error
         except httpx.HTTPError as error:
             raise RunControlError(
-                f"SuperLink at {self.address} does not answer ({error}); is `affidavit coordinator up` running?"
+                f"SuperLink at {self.address} does not answer ({error}); "
+                "is `affidavit coordinator up` running?"
             ) from error
         finally:
             client.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from federation.errors import FederationError
 
@@ -34,11 +35,13 @@ class JoinRefusedError(NetworkError):
 
     code = "network.join_refused"
 
-    _TEXTS = {
-        "expired": "the invitation is no longer valid; ask the operator for a new one",
+    _TEXTS: ClassVar[dict[str, str]] = {
+        "expired": "the invitation or the node key is past its time; ask the operator for an invitation",
         "identity_taken": "this identity key belongs to another site; add a site of your own",
         "key_taken": "this node key is registered already; make new keys with `affidavit site add`",
         "not_invited": "the coordinator knows no such invitation; check that the line is whole",
+        "left": "the site has left; it comes back with a new invitation",
+        "replaced": "the site has joined anew with another invitation",
         "revoked": "the operator has shut this site out; talk to them",
         "signature": "a signature of the request does not verify",
         "site_mismatch": "the invitation is for another site",

@@ -99,7 +99,9 @@ class Membership:
         if present is not None and present.standing(self._clock()) == "approved":
             raise MembershipError(f"site {site} belongs already; `affidavit site revoke {site}` first")
         if not 1 <= request.valid_hours <= 24 * 90:
-            raise InvitationError(f"an invitation is valid for 1 hour to 90 days, not {request.valid_hours} hours")
+            raise InvitationError(
+                f"an invitation is valid for 1 hour to 90 days, not {request.valid_hours} hours"
+            )
         invitation = Invitation(
             address=address,
             ca=ca,
@@ -227,7 +229,9 @@ class Membership:
         if member.node_key == body.node_key and body.previous_key in member.past_keys:
             return member
         if member.node_key != body.previous_key:
-            raise MembershipError(f"site {body.site} has another node key by now; this exchange is an old one")
+            raise MembershipError(
+                f"site {body.site} has another node key by now; this exchange is an old one"
+            )
         if self.roster.of_node_key(body.node_key) is not None:
             self._refuse(member, "key_taken")
         self._check_node(member, body.node_key, body.expires, self._clock())
@@ -322,8 +326,8 @@ class Membership:
 
     def _bodies(self, kind: type[Any], name: str, site: str | None = None) -> list[tuple[int, Any]]:
         found: list[tuple[int, Any]] = []
-        after, terms = -1, {"site": site} if site else {}
-        while page := self._ledger.search(type=name, after=after, limit=500, **terms):
+        after = -1
+        while page := self._ledger.search(type=name, after=after, limit=500, site=site):
             for row in page:
                 body = decode_entry(row.body).body
                 if isinstance(body, kind):
@@ -341,7 +345,9 @@ class Membership:
         try:
             enrolled = parse_body(SiteEnrolled, json.loads(path.read_bytes()))
         except (OSError, ValueError, AuditError) as error:
-            raise MembershipError(f"{path}: the request is not here ({error}); ask the site to join again") from error
+            raise MembershipError(
+                f"{path}: the request is not here ({error}); ask the site to join again"
+            ) from error
         if enrolment_digest(enrolled) != member.enrolment:
             raise MembershipError(f"{path}: is not what the site signed; ask the site to join again")
         return enrolled

@@ -154,9 +154,7 @@ class Pki:
         """Return the names that the gateway's certificate is for."""
         certificate = x509.load_pem_x509_certificate(_read(self.folder / "server.pem"))
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return tuple(
-            str(name.value) for name in names if isinstance(name, (x509.DNSName, x509.IPAddress))
-        )
+        return tuple(str(name.value) for name in names if isinstance(name, (x509.DNSName, x509.IPAddress)))
 
     def renew(self, *, now: datetime | None = None) -> tuple[str, ...]:
         """Renew what our own CA signed and what ends within 30 days; return the names of those renewed."""
@@ -177,9 +175,7 @@ class Pki:
             path = self.folder / f"{stem}.pem"
             end = x509.load_pem_x509_certificate(_read(path)).not_valid_after_utc
             left = (end - now) // timedelta(days=1)
-            found.append(
-                CertificateState(name=stem, path=path, not_after=end, days_left=left, renews=renews)
-            )
+            found.append(CertificateState(name=stem, path=path, not_after=end, days_left=left, renews=renews))
         return tuple(found)
 
 
@@ -300,7 +296,9 @@ def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.DNSName(host)
     except ValueError as error:
-        raise PkiError(Path(host), "is no host name or address", "give --host a name sites can reach") from error
+        raise PkiError(
+            Path(host), "is no host name or address", "give --host a name sites can reach"
+        ) from error
 
 
 def _check_fit(cert: Path, chain: bytes, key: Path, private: bytes, ca: Path, root: bytes) -> None:
@@ -328,7 +326,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise PkiError(path, f"cannot be read: {error.strerror}", "run `affidavit coordinator init`") from error
+        raise PkiError(
+            path, f"cannot be read: {error.strerror}", "run `affidavit coordinator init`"
+        ) from error
 
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -58,7 +58,9 @@ class NetworkHome:
         """
         home = cls(coordinator_home / "network")
         if (home.folder / FILE).exists():
-            raise NetworkError(f"{home.folder / FILE} exists; edit it, and start `affidavit coordinator up` anew")
+            raise NetworkError(
+                f"{home.folder / FILE} exists; edit it, and start `affidavit coordinator up` anew"
+            )
         home.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_durably(home.superexec_secret, secrets.token_hex(32).encode())
         text = yaml.safe_dump(settings.model_dump(), sort_keys=False)
@@ -70,7 +72,9 @@ class NetworkHome:
         """Raises NetworkError when `coordinator init` was not run."""
         home = cls(coordinator_home / "network")
         if not (home.folder / FILE).is_file():
-            raise NetworkError(f"{coordinator_home}: has no network part; run `affidavit coordinator init` first")
+            raise NetworkError(
+                f"{coordinator_home}: has no network part; run `affidavit coordinator init` first"
+            )
         return home
 
     def settings(self) -> NetworkSettings:

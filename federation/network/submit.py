@@ -43,9 +43,7 @@ def submit(coordinator: Coordinator, config: RunConfig) -> int:
     return number
 
 
-def network_launch(
-    coordinator: Coordinator, on_event: Listener | None = None
-) -> Callable[[RunConfig], None]:
+def network_launch(coordinator: Coordinator, on_event: Listener | None = None) -> Callable[[RunConfig], None]:
     """Return what `federation.service.train` calls to carry a run out over the network."""
 
     def launch(config: RunConfig) -> None:
@@ -106,7 +104,9 @@ def stop_run(coordinator: Coordinator, run: str, *, now: bool, grace_s: float = 
         try:
             control_of(coordinator).stop_run(number)
         except NetworkError as error:
-            raise RunControlError(f"run {run} was asked to stop; SuperLink does not answer: {error}") from error
+            raise RunControlError(
+                f"run {run} was asked to stop; SuperLink does not answer: {error}"
+            ) from error
     from federation.runs import find_run
 
     view = find_run(coordinator.ledger, run)

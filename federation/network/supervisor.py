@@ -6,6 +6,7 @@ supervisor even when that is killed. Output goes to one file a process, kept bet
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -153,10 +154,12 @@ class Supervisor:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **part.environment},
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl call, no lock taken
+                    preexec_fn=_die_with_parent,
                 )
             except OSError as error:
-                raise ProcessError(f"{part.name}: cannot start {part.command[0]}: {error.strerror}") from error
+                raise ProcessError(
+                    f"{part.name}: cannot start {part.command[0]}: {error.strerror}"
+                ) from error
         running.started, running.is_ready = time.monotonic(), False
         self._on_event(PartEvent(kind="started", name=part.name, pid=running.process.pid))
 
@@ -167,19 +170,15 @@ class Supervisor:
         running.wait_s = first if now - running.started > 60 else min(running.wait_s * 2, longest)
         running.due = now + running.wait_s
         running.process, running.is_ready = None, False
-        self._on_event(
-            PartEvent(kind="exited", name=running.part.name, status=status, wait_s=running.wait_s)
-        )
+        self._on_event(PartEvent(kind="exited", name=running.part.name, status=status, wait_s=running.wait_s))
 
     def _terminate(self, running: _Running) -> None:
         process = running.process
         if process is None:
             return
         _signal_group(process, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            pass
         _signal_group(process, signal.SIGKILL)
         process.wait()
         running.process, running.is_ready = None, False

@@ -43,7 +43,9 @@ def register(application: typer.Typer) -> None:
 def init(
     origin: Annotated[str, typer.Argument(help="The log's name for life, such as log.example.org/oncology.")],
     host: Annotated[str, typer.Option(help="Name or address under which the sites reach this machine.")],
-    port: Annotated[int, typer.Option(min=1, max=65_535, help="The gateway's port: the only one to open.")] = 8443,
+    port: Annotated[
+        int, typer.Option(min=1, max=65_535, help="The gateway's port: the only one to open.")
+    ] = 8443,
     bind: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = "0.0.0.0",  # noqa: S104
     superlink_port: Annotated[int, typer.Option(min=1, max=65_535, help="SuperLink's, on loopback.")] = 18443,
     api_port: Annotated[int, typer.Option(min=1, max=65_535, help="The API's, on loopback.")] = 8000,
@@ -199,9 +201,7 @@ def approve(name: SiteName, home: Home = None, as_json: AsJson = False) -> None:
     """
     with _membership(base_home(home)) as membership:
         member = membership.approve(name)
-    emit(
-        _shown(member), f"{name} belongs now; identity {member.identity_key}", as_json=as_json
-    )
+    emit(_shown(member), f"{name} belongs now; identity {member.identity_key}", as_json=as_json)
 
 
 @guarded

@@ -32,7 +32,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.run_pb2 import GetRunRequest
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from audit.membership import NODE_REFUSALS
 from federation.network.pki import node_fingerprint, node_key_text
@@ -115,7 +115,8 @@ class FleetGate:
             key.verify(signature, timestamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
             node_key = node_key_text(key)
         except (
-            KeyError, ValueError, TypeError, UnicodeError, binascii.Error, InvalidSignature, UnsupportedAlgorithm,
+            KeyError, ValueError, TypeError, UnicodeError, binascii.Error,
+            InvalidSignature, UnsupportedAlgorithm,
         ) as error:  # fmt: skip
             raise NodeRefusedError("") from error
         member, fingerprint = self._roster.of_node_key(node_key), node_fingerprint(node_key)

@@ -32,7 +32,7 @@ from server.network.limits import RateLimit
 
 _logger = logging.getLogger(__name__)
 
-PASSED_HEADERS: Final = ("accept", "content-type", "user-agent")
+PASSED_HEADERS: Final[tuple[str, ...]] = ("accept", "content-type", "user-agent")
 RETURNED_HEADERS: Final = ("content-type", "cache-control")
 LOG_READS: Final = frozenset({"/v1/audit/checkpoint", "/v1/audit/consistency"})
 LOG_TILES: Final = "/v1/audit/tile/"

@@ -1,10 +1,10 @@
 """The join routes: strict JSON in, strict JSON out; what a message is worth is its signature.
 
-    GET  /v1/join/ca                       the CA certificate; a site compares it with its invitation
-    POST /v1/join/request                  {secret, joined, enrolment}
-    GET  /v1/join/sites/<identity>         where a site's request stands; <identity> is SHA-256 of the key
-    GET  /v1/join/sites/<identity>/members the enrolments of all members, for an approved site
-    POST /v1/join/leave, /v1/join/keys     a signed site.left, site.keys_rotated
+GET  /v1/join/ca                       the CA certificate; a site compares it with its invitation
+POST /v1/join/request                  {secret, joined, enrolment}
+GET  /v1/join/sites/<identity>         where a site's request stands; <identity> is SHA-256 of the key
+GET  /v1/join/sites/<identity>/members the enrolments of all members, for an approved site
+POST /v1/join/leave, /v1/join/keys     a signed site.left, site.keys_rotated
 """
 
 from __future__ import annotations

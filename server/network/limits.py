@@ -13,9 +13,7 @@ MAX_BUCKETS: Final = 10_000
 class RateLimit:
     """A token bucket for each name; the oldest are forgotten when there are too many."""
 
-    def __init__(
-        self, per_s: float, burst: int, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, per_s: float, burst: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_s, self._burst, self._clock = per_s, burst, clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 

@@ -109,7 +109,9 @@ def warn_of_expiry(network: NetworkHome, on_warning: Callable[[str], None]) -> N
     for state in network.pki.states():
         limit = WARN_CA_DAYS if state.name == "ca" else 30
         if not state.renews and state.days_left < limit:
-            on_warning(f"{state.path} ends in {state.days_left} days; see docs/network.md, section Certificates")
+            on_warning(
+                f"{state.path} ends in {state.days_left} days; see docs/network.md, section Certificates"
+            )
 
 
 def tls_answers(host: str, port: int, ca: Path, *, check_name: bool = True) -> Callable[[], bool]:
@@ -149,7 +151,11 @@ def certificate_rows(base: Path) -> list[dict[str, str | int]]:
     if not (folder / "network" / "network.yaml").is_file():
         return []
     return [
-        {"name": state.name, "days_left": state.days_left, "ends": state.not_after.astimezone(UTC).date().isoformat()}
+        {
+            "name": state.name,
+            "days_left": state.days_left,
+            "ends": state.not_after.astimezone(UTC).date().isoformat(),
+        }
         for state in NetworkHome.open(folder).pki.states(now=datetime.now(UTC))
     ]
 

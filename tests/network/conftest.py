@@ -60,9 +60,7 @@ class Hospital:
 
     def signed(self, body, by: SigningKey | None = None):
         domain, payload = signing_payload(body)
-        return dataclasses.replace(
-            body, signature=signature_text(by or self.keys.identity, domain, payload)
-        )
+        return dataclasses.replace(body, signature=signature_text(by or self.keys.identity, domain, payload))
 
     def joined(self, asked_with, /, *, now: datetime = NOW, by: SigningKey | None = None, **changes) -> dict:
         body = SiteJoined(

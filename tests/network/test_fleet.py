@@ -6,7 +6,12 @@ import base64
 from datetime import timedelta
 
 import pytest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 
@@ -48,7 +53,9 @@ def test_a_members_request_passes(gate, member, office):
     assert node.site == "st-mary"
     gate.check_body("/v1/fleet/push-messages", node, push(OWN, OWN))
     gate.check_body("/v1/fleet/deactivate-node", node, DeactivateNodeRequest(node_id=OWN).SerializeToString())
-    gate.check_body("/v1/fleet/activate-node", node, ActivateNodeRequest(public_key=node.pem).SerializeToString())
+    gate.check_body(
+        "/v1/fleet/activate-node", node, ActivateNodeRequest(public_key=node.pem).SerializeToString()
+    )
 
 
 def test_a_captured_request_passes_no_second_time(gate, member, office):
@@ -112,7 +119,10 @@ def test_damaged_headers_are_noise(gate, member, office, name, value):
 
 def test_one_sites_key_with_anothers_signature_is_noise(gate, member, office):
     other = office.hospital("st-olaf")
-    headers = {**member.headers(office.clock()), "flwr-signature": other.headers(office.clock())["flwr-signature"]}
+    headers = {
+        **member.headers(office.clock()),
+        "flwr-signature": other.headers(office.clock())["flwr-signature"],
+    }
     assert refusal(gate.authenticate, headers) == ("", 401)
 
 

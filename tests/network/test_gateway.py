@@ -249,7 +249,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(door):
 
 
 def test_a_node_that_floods_is_told_to_wait(door):
-    gateway, superlink, hospital, directory = door
+    gateway, _superlink, hospital, directory = door
     own = directory.node_id_of(hospital.node_key)
     body = PullMessagesRequest(node=Node(node_id=own)).SerializeToString()
 

@@ -15,7 +15,6 @@ from federation.network.roster import Roster
 JOINING = ["site.invited", "site.joined", "site.enrolled", "site.approved"]
 
 
-
 def test_joining_leaves_every_step_in_the_log(office):
     hospital, invitation = office.hospital(), office.invite()
     assert office.ask(hospital, invitation).state == "requested"

@@ -106,7 +106,10 @@ def test_own_certificates_are_adopted_and_never_renewed(pki, tmp_path):
 @pytest.mark.parametrize("wrong", ["key", "ca", "cert"])
 def test_certificates_that_do_not_fit_are_refused(pki, tmp_path, wrong):
     other = Pki.create(tmp_path / "other", HOSTS, name="y")
-    files = {name: pki.folder / file for name, file in (("cert", "server.pem"), ("key", "server.key"), ("ca", "ca.pem"))}
+    files = {
+        name: pki.folder / file
+        for name, file in (("cert", "server.pem"), ("key", "server.key"), ("ca", "ca.pem"))
+    }
     files[wrong] = other.folder / files[wrong].name
     with pytest.raises(PkiError):
         Pki.adopt(tmp_path / "own", **files, name="x")
