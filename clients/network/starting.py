@@ -97,8 +97,10 @@ def carry_out(
 
     Raises:
         HomeError: the site is up already.
+        NotJoinedError: it belongs nowhere.
     """
     folder = network_folder(home.path)
+    folder.read()
     _claim(folder)
     due, seen = time.monotonic(), _stamp(home)
 

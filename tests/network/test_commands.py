@@ -8,6 +8,7 @@ import os
 import pytest
 
 import affidavit
+from clients.home import SiteHome
 from clients.network.joining import needs_rotation
 from clients.network.membership import NetworkFolder, SiteMembership
 from clients.network.systemd import unit_text
@@ -93,9 +94,10 @@ def test_join_decides_nothing_for_the_site(coordinator, home, capsys, tmp_path):
 
 @pytest.mark.parametrize("command", ["up", "standing", "leave", "rotate-keys"])
 def test_a_site_that_belongs_nowhere_is_told_so(home, capsys, tmp_path, command):
-    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
-    made = ("site", "add", "st-mary", "--data", str(tmp_path / "data.csv"), "--population", "p")
-    assert run(capsys, *made, "--lifetime-epsilon", "1", "--home", str(home))[0] == 0
+    SiteHome.create(
+        home / "sites" / "st-mary", name="st-mary", data=tmp_path / "data.csv", population="p",
+        lifetime_epsilon="1", lifetime_delta="0.00001", auto_approve=False,
+    )  # fmt: skip
     code, said = run(capsys, "site", command, "st-mary", "--home", str(home))
     assert (code, said["error"]["code"]) == (1, "site.not_joined")
 
