@@ -298,14 +298,14 @@ def test_answer_waits_for_the_vault_and_no_entry_is_written_without_it(client, l
 def test_record_without_an_entry_is_swept_and_told_to_nobody(client, lab, as_role, row):
     context = client.app.state.context
     ledger = context.coordinator.ledger
-    real = ledger.append
+    real = ledger.append_from_loop
 
     def full(*_args, **_kwargs):
         raise LedgerBusyError(retry_after_s=1, pending=4096)
 
-    ledger.append = full
+    ledger.append_from_loop = full
     answer = ask(client, as_role("consumer"), row)
-    ledger.append = real
+    ledger.append_from_loop = real
     assert answer.status_code == 503
     pseudonym = context.vault.pseudonym(MRN)
     assert len(context.vault.records(pseudonym)) == 1
