@@ -98,7 +98,7 @@ class SuperLinkControl:
     @contextmanager
     def _client(self) -> Iterator[ControlHttpClient]:
         client = ControlHttpClient.from_server_address(
-            self.address, insecure=False, root_certificates=str(self.ca), interceptors=()
+            self.address, insecure=False, root_certificates=self.ca.read_bytes(), interceptors=()
         )
         try:
             yield client

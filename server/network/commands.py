@@ -211,7 +211,7 @@ def revoke(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Shut a site out at once: its invitation, its request, its node key.
+    """Shut a site out, within half a second: its invitation, its request, its node key.
 
     Exit codes: 0 done, 1 there is nothing to revoke, 2 wrong usage.
     """
