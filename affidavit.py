@@ -45,6 +45,7 @@ Site engineer: your rows stay with you
   site rotate-keys NAME   a new key for the network; site standing asks where you stand
   site add NAME           make the site's home: keys, population, lifetime budget
   site status NAME        what this site has spent, and what it agreed to
+  site follow NAME        begin to witness a log, under the policy you compared with the others
   site witness NAME       check that the log only grew, and cosign it
   site serve-witness NAME answer the log's add-checkpoint requests (C2SP tlog-witness)
   charter sign            read a charter, agree to it with the site's key
@@ -54,7 +55,10 @@ Compliance officer: believe nothing, check everything
   log list | show | proof search the log, read an entry, prove it is there
   log fsck                recompute the whole log from its bytes
   log export TARGET       the log as tlog-tiles, in a folder or an object store
+  log policy              the log's keys, witnesses and quorum, to compare and then believe
   log prove-fork A B      a file that convicts a log of two histories; verify judges it
+                          --receipt FILE: of a promise that it broke
+  log publish             sign a checkpoint now; a running server does so by itself
   log rotate-key | compromise
                           give the log a new key; end a stolen one
   db upgrade              bring an older log's database to this release
@@ -122,6 +126,10 @@ def _run(application: click.Command, given: list[str]) -> int:
     import click
     import typer
 
+    if "--help" in given:
+        from audit.console import show_argument_help
+
+        show_argument_help(application)
     try:
         outcome = application.main(given, prog_name="affidavit", standalone_mode=False)
     except click.exceptions.Abort:

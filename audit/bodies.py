@@ -74,6 +74,7 @@ class SiteEnrolled:
     signature: str
     statement_proof: str
     witness_proof: str
+    operator: str = ""  # who runs the site's machines, where they run other sites too; as it says itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,7 +151,9 @@ class Agent:
             raise RefusedError("bad_request", "the request is larger than any this agent answers")
         if kind == "hello":
             parse_header(header, frozenset())
-            enrolment = self._keys.enrolment(self.name, self.population, self._origin)
+            enrolment = self._keys.enrolment(
+                self.name, self.population, self._origin, self.home.config.operator
+            )
             return {"enrolment": body_document(enrolment)}, {}
         if kind == "charter.sign":
             asked = parse_charter_request(header)

@@ -1,5 +1,5 @@
-"""Commands for sites and data scientists: `demo`, `train`, `identity new`, `site add | status | witness |
-serve-witness`, `charter sign`.
+"""Commands for sites and data scientists: `demo`, `train`, `identity new`, `site add | status | follow |
+witness | serve-witness`, `charter sign`.
 """
 
 from __future__ import annotations
@@ -192,6 +192,10 @@ def add(
     lifetime_delta: Annotated[
         str, typer.Option(help="Fixed for life; below one in the number of people.")
     ] = "0.00001",
+    operator: Annotated[
+        str,
+        typer.Option(help="Who runs this site's machines, if they run other sites too: those count once."),
+    ] = "",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -209,6 +213,7 @@ def add(
             population=population,
             lifetime_epsilon=lifetime_epsilon,
             lifetime_delta=lifetime_delta,
+            operator=operator,
         )
     )
     key = made.keys().identity.text
@@ -232,12 +237,45 @@ def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
     from clients.service import status
 
     found = status(_open_site(base_home(home), name))
-    document = dataclasses.asdict(found)
     rows = [
-        [field.replace("_", " "), ", ".join(value) if isinstance(value, tuple) else value]
-        for field, value in document.items()
+        ("site", f"{found.name}, machines run by {found.operator}" if found.operator else found.name),
+        ("people", f"{found.population} (in the log: {found.pseudonym})"),
+        ("data", found.data),
+        ("budget for life", f"epsilon {found.cap_epsilon} at delta {found.cap_delta}"),
+        ("spent", f"epsilon {found.lifetime_epsilon:.4f} in {found.releases} releases"),
+        ("spent or reserved", f"epsilon {found.committed_epsilon:.4f}"),
+        ("not delivered", found.undelivered or "none"),
+        ("open runs", "\n".join(found.open_runs) or "none"),
+        ("agreed charters", "\n".join(found.approved_charters) or "none"),
+        ("cosigned the log", _followed(found.witnessed_size, name)),
     ]
-    emit(document, table("", ("", ""), rows), as_json=as_json)
+    emit(dataclasses.asdict(found), table("", ("", ""), rows), as_json=as_json)
+
+
+@site.command("follow")
+@guarded
+def follow(
+    name: Name,
+    policy: Annotated[
+        Path, typer.Option(help="The policy file, compared with the other members (`affidavit log policy`).")
+    ],
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="The log has a wholly new key, and you compared it.")
+    ] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Follow a log as its witness, under this policy; again, when the log has changed its key.
+
+    Exit codes: 0 done, 1 it is another log or shares no key with the policy believed so far, 2 wrong usage.
+    """
+    from audit.tlog_policy import Policy
+
+    place = _open_site(base_home(home), name)
+    place.join(Policy.parse(policy.read_text(encoding="utf-8")), new_key=new_key)
+    witness = place.witness()
+    document = {"site": name, "origin": witness.log.name, "keys": [key.vkey for key in witness.log_keys]}
+    emit(document, f"{name} follows {witness.log.name} ({len(witness.log_keys)} keys)", as_json=as_json)
 
 
 @site.command("witness")
@@ -332,6 +370,10 @@ def sign_charter(
         "problems": [str(problem) for problem in found.problems],
     }
     emit(document, f"{name} agrees to {found.charter}", as_json=as_json)
+
+
+def _followed(size: int | None, name: str) -> str:
+    return f"{size} entries" if size is not None else f"not yet; affidavit site follow {name} --policy FILE"
 
 
 def _open_site(base: Path, name: str) -> SiteHome:

@@ -27,7 +27,7 @@ from clients.demo_data import LABEL, demo_charter, write_demo_files
 from clients.demo_screen import Screen
 from clients.home import SiteHome
 from clients.identity import Identity
-from clients.service import AddSiteRequest, add_site, approve_charter, federation_policy, witness_once
+from clients.service import AddSiteRequest, add_site, approve_charter, witness_once
 from clients.simulation import Engine, run_federation
 from federation.accounting import plan_report
 from federation.charter import Charter
@@ -35,6 +35,7 @@ from federation.coordinator import Coordinator
 from federation.progress import RunEvent
 from federation.registry import LIVE
 from federation.service import ApproveRequest, RegisterRequest, approve, register
+from federation.trust import federation_policy
 
 ORIGIN: Final = "demo.invalid/four-hospitals"
 PURPOSE: Final = "diagnosis-support"

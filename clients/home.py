@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, field
 from audit._files import write_durably
 from audit.decimals import decimal_text
 from audit.errors import AuditError
+from audit.notes import NoteVerifier
 from audit.tlog_policy import Policy
 from audit.witness import Witness
 from clients.errors import HomeError
@@ -66,6 +67,7 @@ class Rules(BaseModel, frozen=True, extra="forbid"):
 
 class SiteConfig(BaseModel, frozen=True, extra="forbid"):
     name: Annotated[str, StringConstraints(pattern=rf"^{SITE_NAME.pattern}$")]
+    operator: Annotated[str, StringConstraints(pattern=rf"^({SITE_NAME.pattern})?$")] = ""
     population: Population
     data: Path
     lifetime: LifetimeBudget
@@ -89,6 +91,7 @@ class SiteHome:
         lifetime_delta: str,
         auto_approve: bool,
         purposes: tuple[str, ...] = (),
+        operator: str = "",
     ) -> SiteHome:
         """Make a site's home with new keys and a new population pseudonym.
 
@@ -100,6 +103,7 @@ class SiteHome:
             raise HomeError(path, "is a site's home already", "choose another folder; a site is added once")
         document = {
             "name": name,
+            "operator": operator,
             "population": {"name": population, "pseudonym": secrets.token_hex(16)},
             "data": str(data.resolve()),
             "lifetime": {"epsilon": lifetime_epsilon, "delta": lifetime_delta},
@@ -173,24 +177,30 @@ class SiteHome:
         except (AuditError, UnicodeDecodeError) as error:
             raise HomeError(path, str(error), "mend the file") from error
 
-    def join(self, policy: Policy) -> None:
-        """Believe this policy, and begin to follow its log as a witness.
+    def join(self, policy: Policy, *, new_key: bool = False) -> None:
+        """Believe this policy, and begin to follow its log as a witness, or go on under its newer keys.
+
+        `new_key` is its people's word that a log which shares no key with the present policy is the same:
+        they compared it, as after a theft.
 
         Raises:
-            HomeError: the site follows another log already.
+            HomeError: the site follows another log already, or the log has none of the keys believed so far.
         """
-        if len(policy.logs) != 1:
-            raise HomeError(
-                self.path, f"the policy names {len(policy.logs)} logs", "a site follows exactly one"
-            )
-        log = policy.logs[0].verifier
+        keys = self._log_keys(policy)
         if self.witness_path.exists():
-            if self.policy().logs[0].verifier != log:
+            before = self._log_keys(self.policy())
+            if before[0].name != keys[0].name:
                 raise HomeError(
                     self.path, "follows another log already", "keep its policy, or add a new site"
                 )
+            if not new_key and not set(before) & set(keys):
+                raise HomeError(
+                    self.path,
+                    "believes none of this policy's keys of the log",
+                    "compare the new key with the other members, then say so with --new-key",
+                )
         else:
-            Witness.create(self.witness_path, self.keys().witness_signer(self.name), log)
+            Witness.create(self.witness_path, self.keys().witness_signer(self.name), keys)
         write_durably(self.path / "policy.txt", policy.format().encode())
 
     def witness(self) -> Witness:
@@ -199,11 +209,17 @@ class SiteHome:
         Raises:
             HomeError: the site follows no log yet, or the witness's state is gone or damaged.
         """
-        log = self.policy().logs[0].verifier
+        keys = self._log_keys(self.policy())
         try:
-            return Witness(self.witness_path, self.keys().witness_signer(self.name), log)
+            return Witness(self.witness_path, self.keys().witness_signer(self.name), keys)
         except AuditError as error:
             raise HomeError(self.witness_path, str(error), "restore it from the site's own backup") from error
+
+    def _log_keys(self, policy: Policy) -> tuple[NoteVerifier, ...]:
+        origins = sorted({log.origin for log in policy.logs})
+        if len(origins) != 1:
+            raise HomeError(self.path, f"the policy names {len(origins)} logs", "a site follows exactly one")
+        return policy.keys_of(origins[0])
 
     def _write(self) -> None:
         document = self.config.model_dump(mode="json")

@@ -137,13 +137,17 @@ class SiteKeys:
         """The cosigner that bears the site's name."""
         return NoteSigner(site, self.witness, KeyType.COSIGNATURE)
 
-    def enrolment(self, site: str, population: str, origin: str) -> SiteEnrolled:
-        """Return the enrolment in log `origin`, signed by the identity and by both delegated signing keys."""
+    def enrolment(self, site: str, population: str, origin: str, operator: str = "") -> SiteEnrolled:
+        """Return the enrolment in log `origin`, signed by the identity and by both delegated signing keys.
+
+        `operator` is whoever runs the machines of this site and of others; such sites are one voice.
+        """
         agreement = self.agreement.public_key().public_bytes(
             serialization.Encoding.Raw, serialization.PublicFormat.Raw
         )
         unsigned = SiteEnrolled(
             site=site,
+            operator=operator,
             origin=origin,
             population=population,
             identity_key=self.identity.text,

@@ -19,7 +19,6 @@ from audit.entries import SiteStatement, decode_entry
 from audit.epsilon import recompute
 from audit.errors import AuditError, WitnessError, WitnessProofError
 from audit.merkle import NodeSource
-from audit.tlog_policy import Policy
 from clients.accusations import keep_accusation
 from clients.errors import DataProblem, LinkError
 from clients.home import SiteHome
@@ -45,6 +44,7 @@ class AddSiteRequest:
     lifetime_delta: str
     auto_approve: bool = False
     purposes: tuple[str, ...] = ()
+    operator: str = ""  # who runs this site's machines, where the same people run other sites too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,7 @@ class SiteStatus:
     """What a site's own people see of it."""
 
     name: str
+    operator: str
     population: str
     pseudonym: str
     data: Path
@@ -97,31 +98,8 @@ def add_site(request: AddSiteRequest) -> SiteHome:
         lifetime_delta=request.lifetime_delta,
         auto_approve=request.auto_approve,
         purposes=request.purposes,
+        operator=request.operator,
     )
-
-
-def federation_policy(
-    log_key: str, witnesses: Mapping[str, str], *, operators: Mapping[str, str] | None = None
-) -> Policy:
-    """Return the policy of a log whose n sites are its witnesses: w of n, 2w > n + f, f = (n - 1) / 3.
-
-    Args:
-        log_key: the log's vkey. witnesses: each site's witness vkey.
-        operators: who runs a site's machines, where several sites share an operator. Sites under one
-            operator count once, as `group <operator> any`, because whoever runs both can make both sign.
-    """
-    shared: dict[str, list[str]] = {}
-    for name in sorted(witnesses):
-        shared.setdefault((operators or {}).get(name, name), []).append(name)
-    voices = {operator if len(sites) > 1 else sites[0]: sites for operator, sites in shared.items()}
-    count = len(voices)
-    need = (count + (count - 1) // 3) // 2 + 1
-    lines = [f"log {log_key}", *(f"witness {site} {key}" for site, key in sorted(witnesses.items()))]
-    lines += [
-        f"group {name} any {' '.join(sites)}" for name, sites in sorted(voices.items()) if len(sites) > 1
-    ]
-    lines += [f"group members {need} {' '.join(sorted(voices))}", "quorum members"]
-    return Policy.parse("\n".join(lines) + "\n")
 
 
 def review(home: SiteHome, charter: str) -> Review:
@@ -190,6 +168,7 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
         witnessed = home.witness().tree_size
     return SiteStatus(
         name=home.name,
+        operator=home.config.operator,
         population=population.name,
         pseudonym=population.pseudonym,
         data=home.config.data,

@@ -29,7 +29,6 @@ from clients.errors import SimulationError
 from clients.home import SiteHome
 from clients.identity import Identity
 from clients.inprocess import live_agents
-from clients.service import federation_policy
 from clients.simulated import (
     SimulatedFederation,
     SimulatedRun,
@@ -45,6 +44,7 @@ from federation.evaluation import PublicData, metrics_of
 from federation.progress import Listener, RunEvent
 from federation.registry import statements
 from federation.service import Launch, RunConfig, TrainedRun, TrainRequest, train
+from federation.trust import federation_policy
 
 if TYPE_CHECKING:
     from federation.grid import Fault
@@ -106,7 +106,8 @@ def run_federation(
 def join_all(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> None:
     """Let every site that follows no log yet follow this one."""
     witnesses = {name: home.keys().witness_signer(name).vkey for name, home in homes.items()}
-    policy = federation_policy(coordinator.log_key, witnesses)
+    operators = {name: home.config.operator for name, home in homes.items()}
+    policy = federation_policy(coordinator.log_key, witnesses, operators=operators)
     for home in homes.values():
         if not home.witness_path.exists():
             home.join(policy)

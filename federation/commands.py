@@ -1,5 +1,5 @@
 """Commands about agreements and models: `init`, `charter new | check`, `models list | show | card | approve
-| rollback`.
+| rollback`; those on the log's keys and policy are in `federation.log_commands`.
 
 With --url the reading commands ask a running server; signing ones work on the coordinator's home, with the
 person's own key.
@@ -17,6 +17,7 @@ import typer
 
 from audit.commands import log
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
+from federation import log_commands
 
 if TYPE_CHECKING:
     from audit.keys import SigningKey
@@ -49,8 +50,7 @@ def register(application: typer.Typer) -> None:
     application.add_typer(charter)
     application.add_typer(models)
     register_runs(application)
-    log.command("rotate-key")(rotate_key)
-    log.command("compromise")(declare_compromised)
+    log_commands.register(log)
 
 
 @guarded
@@ -85,59 +85,6 @@ def init(
         f"log key  {document['log_key']}   (give it to the sites; it goes into every policy)",
         f"homes    {document['coordinator']}, {document['signer']}",
         "keep the signer's home out of every backup of the log",
-    ]
-    emit(document, lines, as_json=as_json)
-
-
-@guarded
-def rotate_key(
-    overlap: Annotated[
-        int, typer.Option(min=0, help="For so many more entries both keys sign; then the new one alone.")
-    ] = 10_000,
-    home: Home = None,
-    as_json: AsJson = False,
-) -> None:
-    """Give the log a new key. Readers add its line to their policy before the old key retires.
-
-    Exit codes: 0 done, 1 refused (the last change is not over) or failed, 2 wrong usage.
-    """
-    with _coordinator(home) as coordinator:
-        placed = coordinator.rotate_log_key(overlap)
-        coordinator.publish()
-        document = {
-            "log_key": coordinator.log_key,
-            "retire_at": coordinator.signer.ring.retire_at,
-            "leaf_index": placed.leaf_index,
-        }
-    lines = [
-        f"new log key  {document['log_key']}",
-        f"entry {document['leaf_index']} says so; the old key retires at size {document['retire_at']}",
-        f"every policy needs a second line: log {document['log_key']}",
-    ]
-    emit(document, lines, as_json=as_json)
-
-
-@guarded
-def declare_compromised(
-    reason: Reason,
-    valid_size: Annotated[
-        int | None,
-        typer.Option(min=0, help="The last size whose checkpoint was ours; default: the one signed last."),
-    ] = None,
-    home: Home = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say in the log that somebody else may have its key, and sign with a new one from now on.
-
-    Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
-    """
-    with _coordinator(home) as coordinator:
-        placed = coordinator.declare_compromised(reason, valid_size=valid_size)
-        coordinator.publish()
-        document = {"log_key": coordinator.log_key, "leaf_index": placed.leaf_index}
-    lines = [
-        f"new log key  {document['log_key']}",
-        f"entry {document['leaf_index']} ends the old one; every policy needs the new line at once",
     ]
     emit(document, lines, as_json=as_json)
 

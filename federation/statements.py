@@ -27,6 +27,7 @@ from audit.keys import VerifyKey, parse_public_key
 from audit.notes import NoteVerifier
 from audit.weights import decode_update
 from federation.errors import StatementError
+from federation.trust import OPERATOR
 
 T = TypeVar("T")
 
@@ -120,6 +121,8 @@ def verify_enrolment(site: str, identity: str, origin: str, document: object) ->
         raise StatementError(site, "identity_key", "is not the one in the charter")
     if body.origin != origin:
         raise StatementError(site, "origin", f"is {_short(body.origin)}, must be {_short(origin)}")
+    if body.operator and not OPERATOR.fullmatch(body.operator):
+        raise StatementError(site, "operator", "is not lower-case letters, digits and hyphens")
     if witness.name != site:
         raise StatementError(site, "witness_key", f"bears the name {witness.name!r}")
     domain, payload = signing_payload(body)

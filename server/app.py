@@ -45,6 +45,7 @@ from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
 from server.warm import WarmModels
+from server.watching import Watching
 
 _logger = logging.getLogger(__name__)
 
@@ -81,9 +82,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             await record_policies(context)
             await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
-            context.publisher.start()
+            await context.publisher.start()
+            context.watching.start()
             yield
         finally:
+            await context.watching.stop()
             await context.publisher.stop()
             context.keys.close()
             context.vault.close()
@@ -145,6 +148,7 @@ def build_context(
             sealing=sealing,
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
+        watching=Watching(coordinator, clock),
         monitoring=monitoring,
         clock=clock,
         reading=ReadingLog(sealing, journal),

@@ -96,7 +96,7 @@ def _signer(base: Path) -> Check:
     from audit.ledger import Ledger
     from audit.location import log_location
     from audit.signer import Signer
-    from federation.coordinator import signer_passphrase
+    from audit.signing_home import signer_passphrase
 
     try:
         signed = Signer.open(base / "signer", signer_passphrase()).state().checkpoint
