@@ -5,6 +5,8 @@ All connections go out. The agent is reached by a Unix socket in a folder of the
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import signal
 import socket
@@ -42,17 +44,18 @@ def site_parts(home: SiteHome, base: Path) -> list[Part]:
     return [
         Part(
             name="agent",
-            command=[
-                *(sys.executable, "-P", "-m", "clients.network.agent_process"),
-                *(str(home.path), str(folder.sockets)),
-            ],
+            command=_agent_command(home, base, folder),
             ready=(folder.sockets / f"{home.name}.sock").exists,
             begin=policy.is_file,
         ),
         Part(
             name="relay",
-            command=[sys.executable, "-P", "-m", "clients.network.warm_relay", str(folder.relay)],
-            environment=relay_environment(folder),
+            command=[
+                *(sys.executable, "-P", "-m", "clients.network.warm_relay", str(folder.relay)),
+                *("--agent", f"unix:{folder.sockets.absolute()}", "--site", home.name),
+                *("--scratch", str(folder.folder / "scratch")),
+            ],
+            environment=relay_environment(folder, home.name),
             ready=folder.relay.exists,
         ),
         Part(
@@ -64,7 +67,7 @@ def site_parts(home: SiteHome, base: Path) -> list[Part]:
                 *("--host", "127.0.0.1", "--port", str(_free_port())),
                 *("--node-config", f'site="{home.name}" agent="unix:{folder.sockets.absolute()}"'),
             ],
-            environment=relay_environment(folder),
+            environment=relay_environment(folder, home.name),
             backoff_s=SUPERNODE_WAITS_S,
         ),
         Part(
@@ -75,11 +78,30 @@ def site_parts(home: SiteHome, base: Path) -> list[Part]:
     ]
 
 
-def relay_environment(folder: NetworkFolder) -> dict[str, str]:
-    """Return what the SuperNode's process sees; nothing of it is secret."""
+def _agent_command(home: SiteHome, base: Path, folder: NetworkFolder) -> list[str]:
+    """The guarded agent where this installation has one, else the plain one."""
+    if importlib.util.find_spec("clients.agent_server") is not None:
+        affidavit = [sys.executable, "-P", "-m", "affidavit"]
+        return [*affidavit, "site", "agent", home.name, "--run", str(folder.sockets), "--home", str(base)]
+    plain = [sys.executable, "-P", "-m", "clients.network.agent_process"]
+    return [*plain, str(home.path), str(folder.sockets)]
+
+
+def relay_environment(folder: NetworkFolder, site: str) -> dict[str, str]:
+    """Return what the SuperNode's process sees; nothing of it is secret.
+
+    Where this installation confines bundles (`clients.launcher`), a cold start does so too.
+    """
     flower, own = folder.folder / "flower", Path(sys.executable).parent
     flower.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stub = write_stub(folder.folder / "bin", folder.relay, own / STUB)
+    cold = own / STUB
+    if importlib.util.find_spec("clients.launcher") is not None:
+        launcher = importlib.import_module("clients.launcher")
+        agent = f"unix:{folder.sockets.absolute()}"
+        cold = launcher.install_stub(
+            folder.folder / "bin" / "cold", agent=agent, site=site, scratch=folder.folder / "scratch"
+        )
+    stub = write_stub(folder.folder / "bin", folder.relay, cold)
     return {
         "PATH": os.pathsep.join((str(stub.parent.absolute()), str(own), os.environ.get("PATH", ""))),
         "FLWR_HOME": str(flower.absolute()),

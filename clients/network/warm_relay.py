@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -32,6 +33,10 @@ PRELOAD: Final = (
     "flwr.clientapp",
     "flwr.app",
 )
+KEPT_ENVIRONMENT: Final = (
+    "PATH", "LANG", "FLWR_HOME", "FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION",
+)  # fmt: skip
 MAX_REQUEST_BYTES: Final = 1 << 16
 
 _STUB_TEXT: Final = """\
@@ -215,13 +220,34 @@ def flower_itself(arguments: list[str]) -> None:
     flwr_clientapp()
 
 
+def confined(options: list[str]) -> Callable[[list[str]], None]:
+    """Return what runs a message's bundle under `clients.launcher`: only if approved, and confined."""
+    launcher = importlib.import_module("clients.launcher")
+
+    def start(arguments: list[str]) -> None:
+        launcher.main([*options, "--", *arguments])
+
+    return start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="affidavit-relay")
     parser.add_argument("socket", type=Path)
-    path: Path = parser.parse_args().socket
+    for name in ("--agent", "--site", "--scratch"):
+        parser.add_argument(name, required=True)
+    given = parser.parse_args()
+    Path(given.scratch).mkdir(parents=True, exist_ok=True, mode=0o700)
+    kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+    os.environ.clear()
+    os.environ.update(kept)
     for name in PRELOAD:
         importlib.import_module(name)
-    WarmRelay(path, flower_itself).serve()
+    start = flower_itself
+    if importlib.util.find_spec("clients.launcher") is not None:
+        options = ["--agent", given.agent, "--site", given.site, "--scratch", given.scratch]
+        start = confined(options)
+    os.environ["AFFIDAVIT_AGENT"] = given.agent
+    WarmRelay(given.socket, start).serve()
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_two_supernodes_come_online_through_the_gateway_and_go(world):
                 *("--auth-supernode-private-key", str(folder.node_key), "--port", str(port)),
             ],
             folder.folder / "supernode.log",
-            **relay_environment(folder),
+            **relay_environment(folder, home.name),
         )
     for home in homes:
         world.until(lambda home=home: world.node_id(home, status="online"))
