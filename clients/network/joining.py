@@ -92,7 +92,9 @@ def join(home: SiteHome, invitation: Invitation, *, clock: Clock = utc_now) -> J
         approved=False if known is None or fresh else known.approved,
     )
     folder.write(membership)
-    enrolment = keys.enrolment(home.name, home.config.population.pseudonym, invitation.origin)
+    enrolment = keys.enrolment(
+        home.name, home.config.population.pseudonym, invitation.origin, home.config.operator
+    )
     body = _signed(
         keys,
         SiteJoined(
@@ -238,7 +240,8 @@ def follow_members(home: SiteHome, charter: Any) -> SiteHome:
                 "site.members_differ",
             ) from error
     witnesses = {name: body.witness_key for name, body in proved.items()}
-    home.join(federation_policy(membership.log, witnesses))
+    operators = {name: body.operator for name, body in proved.items() if body.operator}
+    home.join(federation_policy(_log_line(home, membership.log), witnesses, operators=operators))
     return SiteHome.open(home.path)
 
 
@@ -246,8 +249,17 @@ def _document(body: SiteEnrolled) -> dict[str, Any]:
     return dataclasses.asdict(body)
 
 
+def _log_line(home: SiteHome, invited: str) -> str:
+    """The key that this site believes: the invitation's, or what its people have followed since."""
+    if not (home.path / "policy.txt").exists():
+        return invited
+    return home.policy().logs[-1].verifier.vkey
+
+
 def _check_log(home: SiteHome, log: str) -> None:
-    if (home.path / "policy.txt").exists() and home.policy().logs[0].verifier != NoteVerifier.parse(log):
+    if not (home.path / "policy.txt").exists():
+        return
+    if NoteVerifier.parse(log).name not in {known.origin for known in home.policy().logs}:
         raise HomeError(home.path, "follows another log already", "add a new site for another federation")
 
 

@@ -242,7 +242,7 @@ def main() -> None:
     os.environ.update(kept)
     for name in PRELOAD:
         importlib.import_module(name)
-    start = flower_itself
+    start: Callable[[list[str]], None] = flower_itself
     if importlib.util.find_spec("clients.launcher") is not None:
         options = ["--agent", given.agent, "--site", given.site, "--scratch", given.scratch]
         start = confined(options)
