@@ -213,7 +213,7 @@ def follow_members(home: SiteHome, charter: Any) -> SiteHome:
     Raises:
         CoordinatorError: a member of the charter has not joined yet, or is shown with other keys.
     """
-    from clients.service import federation_policy
+    from federation.trust import federation_policy
 
     folder = network_folder(home.path)
     membership = folder.read()
