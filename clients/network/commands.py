@@ -33,7 +33,6 @@ def register(site: typer.Typer) -> None:
     site.command("standing")(standing)
     site.command("leave")(leave)
     site.command("rotate-keys")(rotate_keys)
-    site.command("watch", hidden=True)(watch)
 
 
 @guarded
@@ -170,26 +169,6 @@ def rotate_keys(name: Name, home: Home = None, as_json: AsJson = False) -> None:
     expires = network_folder(place.path).read().node_expires
     shown = f"{name} has a new node key until {expires}; restart it with `site down` and `site up`"
     emit({"site": name, "node_key": key, "node_expires": expires}, shown, as_json=as_json)
-
-
-@guarded
-def watch(name: Name, home: Home = None) -> None:
-    """Cosign the log now and then; `site up` starts it.
-
-    Exit codes: 0 stopped, 1 the log was rewritten: keep everything and tell the members, 2 wrong usage.
-    """
-    import logging
-    import signal
-    import threading
-
-    from clients.network.watching import watch as run
-
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    run(_open(base_home(home), name), stop)
 
 
 def _stay_up(place: SiteHome, base: Path, *, as_json: bool) -> None:

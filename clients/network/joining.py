@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from audit._files import write_durably
-from audit.entries import SiteEnrolled, signing_payload
+from audit.entries import SiteEnrolled, body_document, signing_payload
 from audit.membership import SiteJoined, SiteKeysRotated, SiteLeft
 from audit.notes import NoteVerifier
 from clients.errors import HomeError
@@ -232,7 +232,7 @@ def follow_members(home: SiteHome, charter: Any) -> SiteHome:
     for name in charter.site_names:
         try:
             proved[name] = verify_enrolment(
-                name, charter.site(name).identity, origin, _document(listed[name])
+                name, charter.site(name).identity, origin, body_document(listed[name])
             )
         except StatementError as error:
             raise CoordinatorError(
@@ -243,10 +243,6 @@ def follow_members(home: SiteHome, charter: Any) -> SiteHome:
     operators = {name: body.operator for name, body in proved.items() if body.operator}
     home.join(federation_policy(_log_line(home, membership.log), witnesses, operators=operators))
     return SiteHome.open(home.path)
-
-
-def _document(body: SiteEnrolled) -> dict[str, Any]:
-    return dataclasses.asdict(body)
 
 
 def _log_line(home: SiteHome, invited: str) -> str:

@@ -39,7 +39,6 @@ def site_parts(home: SiteHome, base: Path) -> list[Part]:
     folder = network_folder(home.path)
     membership = folder.read()
     folder.sockets.mkdir(parents=True, exist_ok=True, mode=0o700)
-    affidavit = [sys.executable, "-P", "-m", "affidavit"]
     policy = home.path / "policy.txt"
     return [
         Part(
@@ -72,7 +71,7 @@ def site_parts(home: SiteHome, base: Path) -> list[Part]:
         ),
         Part(
             name="watch",
-            command=[*affidavit, "site", "watch", home.name, "--home", str(base)],
+            command=[sys.executable, "-P", "-m", "clients.network.watching", str(home.path)],
             begin=policy.is_file,
         ),
     ]

@@ -1,9 +1,14 @@
-"""The witness's watch: pull the newest checkpoint now and then, prove that the log only grew, cosign."""
+"""The witness's watch, a process of `site up`: pull the newest checkpoint now and then, prove that the log
+only grew, cosign.
+"""
 
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 import threading
+from pathlib import Path
 from typing import Final
 
 import httpx
@@ -41,3 +46,16 @@ def watch(home: SiteHome, stop: threading.Event, *, every_s: float = EVERY_S) ->
             except LinkError as error:
                 _logger.warning("%s", error)
             stop.wait(every_s)
+
+
+def main() -> None:
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    watch(SiteHome.open(Path(sys.argv[1])), stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -123,22 +123,6 @@ def up(home: Home = None, as_json: AsJson = False) -> None:
     carry_out(base_home(home), show, warn)
 
 
-@coordinator.command("gateway", hidden=True)
-@guarded
-def gateway(home: Home = None) -> None:
-    """Serve the gateway alone; `coordinator up` starts it.
-
-    Exit codes: 0 stopped, 1 it could not start, 2 wrong usage.
-    """
-    import logging
-
-    from server.network.serving import serve_gateway
-
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    serve_gateway(base_home(home) / "coordinator")
-
-
 @coordinator.command("status")
 @guarded
 def status(home: Home = None, as_json: AsJson = False) -> None:

@@ -1,4 +1,4 @@
-"""The gateway as a process: `affidavit coordinator gateway`, which `coordinator up` starts.
+"""The gateway as a process: `python -P -m server.network.serving HOME`, which `coordinator up` starts.
 
 It holds the log open to write who came and went, and no signing key: the log's signer lives in the API.
 """
@@ -6,7 +6,9 @@ It holds the log open to write who came and went, and no signing key: the log's 
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
+import sys
 from pathlib import Path
 
 import httpx
@@ -67,3 +69,13 @@ def serve_gateway(home: Path) -> None:
             h11_max_incomplete_event_size=32 << 10,
         )
         asyncio.run(uvicorn.Server(config).serve())
+
+
+def main() -> None:
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    serve_gateway(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

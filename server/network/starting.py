@@ -77,7 +77,10 @@ def coordinator_parts(base: Path) -> list[Part]:
         ),
         Part(
             name="gateway",
-            command=[*affidavit, "coordinator", "gateway", *home],
+            command=[
+                *(sys.executable, "-P", "-m", "server.network.serving"),
+                str(base / "coordinator"),
+            ],
             ready=tls_answers(_reach(settings.bind), settings.port, network.pki.ca, check_name=False),
         ),
     ]
