@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from audit._files import write_durably
 from audit.entries import SiteEnrolled, body_document, signing_payload
 from audit.membership import SiteJoined, SiteKeysRotated, SiteLeft
 from audit.notes import NoteVerifier
+from audit.tlog_policy import Policy
 from clients.errors import HomeError
 from clients.home import SiteHome
 from clients.identity import SiteKeys, signature_text
@@ -213,36 +214,45 @@ def follow_members(home: SiteHome, charter: Any) -> SiteHome:
     Raises:
         CoordinatorError: a member of the charter has not joined yet, or is shown with other keys.
     """
-    from federation.trust import federation_policy
-
     folder = network_folder(home.path)
     membership = folder.read()
-    origin = NoteVerifier.parse(membership.log).name
-    listed = {
-        body.site: body
-        for body in CoordinatorLink(membership.address, folder.ca).members(home.keys().identity.text)
-    }
-    missing = sorted(set(charter.site_names) - set(listed))
+    listed = CoordinatorLink(membership.address, folder.ca).members(home.keys().identity.text)
+    home.join(members_policy(charter, listed, _log_line(home, membership.log)))
+    return SiteHome.open(home.path)
+
+
+def members_policy(charter: Any, listed: Sequence[SiteEnrolled], log: str) -> Policy:
+    """Return the policy in which the charter's members are the witnesses of `log` (a vkey).
+
+    Args:
+        listed: enrolments as the coordinator shows them; one is taken only for a member of the charter, and
+            only when the charter's identity of that member has signed it, for this log.
+
+    Raises:
+        CoordinatorError: a member is missing, or shown with other keys.
+    """
+    from federation.trust import federation_policy
+
+    origin, by_name = NoteVerifier.parse(log).name, {body.site: body for body in listed}
+    missing = sorted(set(charter.site_names) - set(by_name))
     if missing:
         raise CoordinatorError(
             f"{', '.join(missing)} of this charter have not joined yet; sign again when they have",
             "site.members_missing",
         )
-    proved: dict[str, SiteEnrolled] = {}
+    witnesses, operators = {}, {}
     for name in charter.site_names:
         try:
-            proved[name] = verify_enrolment(
-                name, charter.site(name).identity, origin, body_document(listed[name])
-            )
+            proved = verify_enrolment(name, charter.site(name).identity, origin, body_document(by_name[name]))
         except StatementError as error:
             raise CoordinatorError(
                 f"the coordinator shows other keys for {name} than the charter: {error}; call both",
                 "site.members_differ",
             ) from error
-    witnesses = {name: body.witness_key for name, body in proved.items()}
-    operators = {name: body.operator for name, body in proved.items() if body.operator}
-    home.join(federation_policy(_log_line(home, membership.log), witnesses, operators=operators))
-    return SiteHome.open(home.path)
+        witnesses[name] = proved.witness_key
+        if proved.operator:
+            operators[name] = proved.operator
+    return federation_policy(log, witnesses, operators=operators)
 
 
 def _log_line(home: SiteHome, invited: str) -> str:
