@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from audit.membership import MEMBERSHIP_TYPES, MembershipBody
 from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
@@ -432,6 +433,7 @@ Body = (
     | RunEvaluated
     | SubjectExported
     | SubjectErased
+    | MembershipBody
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -470,5 +472,6 @@ TYPES: Final[dict[str, type[Any]]] = {
     "run.evaluated": RunEvaluated,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
+    **MEMBERSHIP_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

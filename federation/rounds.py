@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,10 +96,11 @@ class RoundLoop:
         *,
         exchange: Exchange | None = None,
         patience_s: float = PATIENCE_S,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """`patience_s`: how long to wait for sites whose people have to decide."""
         self._coordinator, self._charter, self._run = coordinator, charter, run_started
-        self._grid, self._patience_s = grid, patience_s
+        self._grid, self._patience_s, self._stop = grid, patience_s, stop
         self._exchange = exchange or Exchange(grid)
         self._witnessing = Witnessing(coordinator, self._exchange)
         self._event = planned_event(charter)
@@ -120,6 +121,8 @@ class RoundLoop:
         self._coordinator.blobs.put(base)
         state = _Progress(participants=prepared.sites, base_model=base)
         for number in range(1, self._charter.plan.rounds + 1):
+            if self._stop():
+                raise self._fail(number, "stopped", "somebody asked it to stop", state)
             self._round(number, strategy, prepared, state)
         return self._complete(prepared, state)
 
@@ -158,8 +161,13 @@ class RoundLoop:
         )
         arrays: ArrayRecord = strategy.arrays()
         addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
+        self._emit("asked", number=number, sites=state.participants)
         replies = self._exchange.collect(
-            addressed, requests, timeout_s=float(self._charter.plan.round_timeout_s), group_id=str(number)
+            addressed,
+            requests,
+            timeout_s=float(self._charter.plan.round_timeout_s),
+            group_id=str(number),
+            on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
         output, _ = strategy.aggregate_train(number, replies)
         self._record_refusals(number, replies, strategy, prepared)
