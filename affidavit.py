@@ -41,6 +41,8 @@ Begin here
   doctor                  is everything installed and in order?
 
 Site engineer: your rows stay with you
+  site join INVITATION    join a federation over the network; then site up | down | leave
+  site rotate-keys NAME   a new key for the network; site standing asks where you stand
   site add NAME           make the site's home: keys, population, lifetime budget
   site status NAME        what this site has spent, what it agreed to, and what waits for you
   site agent NAME         run the site's agent: rows, keys and budget in one process
@@ -80,6 +82,9 @@ Data scientist: train on what you may not see
   models list | show | card   versions, gates, epsilon, who approved
 
 Operator: keep it running
+  coordinator init | up   a coordinator for sites on other machines, kept up
+  site invite | approve | revoke | list   who may come
+  runs start | list | show | follow | stop | plot   runs over the network
   init                    a coordinator's home and a signer's
   serve                   the HTTP API
   keys create | list | revoke   API keys and their roles

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from audit.membership import MEMBERSHIP_TYPES, MembershipBody
+from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
 ZERO_DIGEST: Final = "0" * 64
@@ -178,14 +180,6 @@ class SiteUndelivered:
     """A release that was debited and never reached its round; it stays debited."""
 
     statement: SiteStatement
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    name: str
-    value: str
-    source: str  # "public_set"
-    dataset: str  # digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,7 +368,7 @@ class AuditRead:
 
     principal: str
     role: str
-    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "opened"
+    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "opened" | "updates"
     query: str  # root of the terms' fields (`audit.disclosure`); unsealed: hex HMAC-SHA256 of the terms
     count: int  # entries that were shown
     subject: str = ""  # the reader's pseudonym in the vault
@@ -434,8 +428,12 @@ Body = (
     | SiteDecided
     | RequestRefused
     | BundleDecided
+    | UpdateRefused
+    | RoundExamined
+    | RunEvaluated
     | SubjectExported
     | SubjectErased
+    | MembershipBody
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -469,7 +467,11 @@ TYPES: Final[dict[str, type[Any]]] = {
     "site.decided": SiteDecided,
     "request.refused": RequestRefused,
     "bundle.decided": BundleDecided,
+    "update.refused": UpdateRefused,
+    "round.examined": RoundExamined,
+    "run.evaluated": RunEvaluated,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
+    **MEMBERSHIP_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -38,6 +38,9 @@ DOMAINS = frozenset(
         "decision",
         "request",
         "bundle",
+        "joining",
+        "leaving",
+        "node-key",
     }
 )
 

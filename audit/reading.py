@@ -35,9 +35,11 @@ PRIVATE_TYPES: Final = frozenset(
         "key.revoked",
         "prediction",
         "prediction.denied",
+        "round.examined",
         "site.refused",
         "site.statement",
         "site.undelivered",
+        "update.refused",
         "subject.erased",
         "subject.exported",
     }

@@ -151,7 +151,7 @@ class Admission:
 
     def _reserve(self, run: RunStarted, terms: Terms, canonical: str) -> Reservation:
         population, lifetime = self.home.config.population.pseudonym, self.home.config.lifetime
-        planned = (terms.event,) * terms.rounds
+        planned = terms.planned
         committed = self._ledger.committed_events(population)
         if not self.admits(committed, planned):
             raise RefusedError(
@@ -191,7 +191,7 @@ def check_promise(terms: Terms) -> None:
     Raises:
         RefusedError: the plan with this noise costs more.
     """
-    planned, delta = (terms.event,) * terms.rounds, float(terms.delta)
+    planned, delta = terms.planned, float(terms.delta)
     bound = recompute(planned, delta)
     cost = bound.value
     if cost > terms.epsilon and not bound.exact:

@@ -39,6 +39,7 @@ from clients.history import Clock, History
 from clients.home import SiteHome
 from clients.ledger import Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
+from clients.local_layers import LocalLayers
 from clients.refusal_book import RefusalBook
 from clients.requests import (
     LoggedEntry,
@@ -80,7 +81,7 @@ class Agent:
         self._ledger, self._log = ledger, log
         self._keys = home.keys()
         self._clock = clock
-        self._trainer = Trainer(home.config.data)
+        self._trainer = Trainer(home.config.data, LocalLayers(home.local_layers_path))
         policy = home.policy()
         self._origin = policy.logs[0].origin
         self.refusals = RefusalBook(home.name, self._note, self._keys.signed)
@@ -304,10 +305,10 @@ class Agent:
         if request.charter != terms.digest:
             raise RefusedError("charter_not_approved", "the round names another charter than its run")
         self.admission.check_participants(request.participants, terms)
-        if not 1 <= request.round <= terms.rounds:
-            raise RefusedError("round_out_of_order", f"the charter has {terms.rounds} rounds")
+        if not 1 <= request.round <= len(terms.planned):
+            raise RefusedError("round_out_of_order", f"the charter has {len(terms.planned)} releases a run")
         previous_round = self._check_past(request, terms)
-        self._check_budget(reservation, terms)
+        self._check_budget(reservation, terms, request.round)
         released = self._release(request, terms, previous_round, digest)
         self._story.released(released)
         return _answer(released)
@@ -324,7 +325,8 @@ class Agent:
             request.previous_round, run=request.run, number=number
         )
         self._check_own(request, completed.statements)
-        if base != completed.output_model:
+        # the averaged weights are no round's output; any model's counts have the same cost
+        if request.round <= terms.rounds and base != completed.output_model:
             raise RefusedError("base_model_mismatch", f"the base model is not the output of round {number}")
         return leaf_hash
 
@@ -350,17 +352,20 @@ class Agent:
         if (statement.site, statement.population) == (self.name, self.population):
             self._ledger.mark_delivered(statement.run, statement.round)
 
-    def _check_budget(self, reservation: Reservation, terms: Terms) -> None:
+    def _check_budget(self, reservation: Reservation, terms: Terms, number: int) -> None:
         releases = self._ledger.releases(self.population)
         used = sum(release.statement.run == reservation.run for release in releases)
         spent = [release.statement.event for release in releases]
-        if used >= len(reservation.planned) or reservation.planned[used] != terms.event:
+        event = terms.planned[number - 1]
+        if used >= len(reservation.planned) or reservation.planned[used] != event:
             raise RefusedError("budget_exhausted", f"run {reservation.run} has used its whole reservation")
-        if not self.admission.admits(spent, (terms.event,)):
+        if not self.admission.admits(spent, (event,)):
             raise RefusedError("budget_exhausted", "this site's lifetime cap is reached")
 
     def _release(self, request: RoundRequest, terms: Terms, previous_round: str, digest: str) -> Release:
-        update_file = self._trainer.update(terms, request.base_model)
+        update_file = self._trainer.update(
+            terms, request.base_model, run=request.run, server_round=request.round
+        )
         head = self._ledger.head(self.population)
         unsigned = SiteStatement(
             run=request.run,
@@ -372,7 +377,7 @@ class Agent:
             participants=request.participants,
             agent_code=agent_code(),
             previous_round=previous_round,
-            event=terms.event,
+            event=terms.planned[request.round - 1],
             sequence=head.sequence + 1,
             previous_event=head.event_hash,
             update=hashlib.sha256(update_file).hexdigest(),

@@ -27,6 +27,9 @@ Name = Annotated[str, typer.Argument(help="The site's name: lower-case letters, 
 
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
+    from clients.network.commands import register as register_network
+
+    register_network(site)
     application.command("demo")(demo)
     application.command("train")(train)
     from clients import site_commands
@@ -45,6 +48,9 @@ def demo(
         Path, typer.Option(help="Where to put everything; replaced when it is the demo's.")
     ] = Path("affidavit-demo"),
     engine: Annotated[str, typer.Option(help="inprocess, or ray (an extra).")] = "inprocess",
+    network: Annotated[
+        bool, typer.Option("--network", help="Over real network connections, each hospital a machine.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Four hospitals train a model with privacy, an officer approves it, the API answers, a stranger
@@ -60,7 +66,15 @@ def demo(
     from clients.demo_screen import Screen
 
     _quiet()
-    outcome = run_demo(folder, Screen(quiet=as_json), engine=_engine(engine))
+    outcome: Any
+    if network:
+        from clients.demo_network import run_network_demo
+
+        outcome = run_network_demo(folder, Screen(quiet=as_json))
+        if not as_json:
+            typer.echo(f"{outcome.verdict} in {outcome.seconds:.0f} s; everything is in {folder}")
+    else:
+        outcome = run_demo(folder, Screen(quiet=as_json), engine=_engine(engine))
     if as_json:
         emit(dataclasses.asdict(outcome), "", as_json=True)
 
@@ -350,7 +364,11 @@ def sign_charter(
     if not yes and not as_json:
         typer.echo("\n".join(lines))
         typer.confirm("agree?", abort=True)
-    approve_charter(place, text)
+    place = approve_charter(place, text)
+    if (place.path / "network" / "membership.json").exists():
+        from clients.network.joining import follow_members
+
+        follow_members(place, Charter.load(file))
     document = {
         "charter": found.charter,
         "site": name,

@@ -133,6 +133,11 @@ class SiteHome:
         return self.config.name
 
     @property
+    def local_layers_path(self) -> Path:
+        """Parameters of layers that stay at this site."""
+        return self.path / "local_layers"
+
+    @property
     def ledger_path(self) -> Path:
         return self.path / "ledger.db"
 

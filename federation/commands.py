@@ -45,8 +45,11 @@ Reason = Annotated[str, typer.Option(help="Why; it goes into the log.")]
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
     application.command("init")(init)
+    from federation.run_commands import register as register_runs
+
     application.add_typer(charter)
     application.add_typer(models)
+    register_runs(application)
     log_commands.register(log)
 
 
@@ -262,7 +265,7 @@ def approve_model(
     from federation.registry import APPROVED, LIVE
     from federation.service import ApproveRequest, approve
 
-    key = _identity(officer)
+    key = read_identity(officer)
     request = ApproveRequest(version=version, to_state=LIVE if live else APPROVED, reason=reason)
     with _coordinator(home) as coordinator:
         moved = approve(coordinator, _person(key), LocalOwner(), request, key)
@@ -286,7 +289,7 @@ def roll_back(
     from audit.principal import LocalOwner
     from federation.service import RollbackRequest, rollback
 
-    key = _identity(officer)
+    key = read_identity(officer)
     with _coordinator(home) as coordinator:
         request = RollbackRequest(model=model, version=version, reason=reason)
         moved = rollback(coordinator, _person(key), LocalOwner(), request, key)
@@ -302,7 +305,8 @@ def _coordinator(home: Path | None) -> Iterator[Coordinator]:
         yield coordinator
 
 
-def _identity(path: Path) -> SigningKey:
+def read_identity(path: Path) -> SigningKey:
+    """Return a person's own key, from its home or its file."""
     import os
 
     from audit.keys import SigningKey

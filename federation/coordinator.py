@@ -252,7 +252,7 @@ class Coordinator:
         good: list[bytes] = []
         for site, lines in collect(note).items():
             good += [line for line in lines if site in keys and self._is_cosigned(note, line, keys[site])]
-        return self.ledger.store_checkpoint(add_signatures(note, good)) if good else note
+        return self.ledger.store_checkpoint(add_signatures(note, good) if good else note)
 
     def witness_keys(self) -> dict[str, NoteVerifier]:
         """Return each enrolled site's latest witness key."""

@@ -26,6 +26,7 @@ from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import FederationError, ReplyError, SiteRefusedError, StatementError
 from federation.exchange import Answer, Exchange, Request
+from federation.mechanism import planned_events
 from federation.patience import PATIENCE_S, WAITING, ask_patiently, is_waiting
 from federation.statements import (
     OdometerHead,
@@ -179,7 +180,7 @@ def propose_run(
     for name in sorted(requests):
         enrolment, answer = prepared.enrolments[name], answers[name][0]
         try:
-            head = _accept(coordinator, run_started, enrolment, answer, history)
+            head = _accept(coordinator, charter, run_started, enrolment, answer, history)
         except FederationError as error:
             prepared.failed[name] = error
             continue
@@ -189,6 +190,7 @@ def propose_run(
 
 def _accept(
     coordinator: Coordinator,
+    charter: Charter,
     run_started: RunStarted,
     enrolment: SiteEnrolled,
     answer: Answer,
@@ -203,7 +205,8 @@ def _accept(
         raise SiteRefusedError(site, WAITING)
     if answer.failure or "acceptance" not in answer.header:
         raise ReplyError(site, answer.failure or "sent no acceptance")
-    acceptance = verify_acceptance(site, enrolment, run_started, answer.header["acceptance"])
+    releases = len(planned_events(charter))
+    acceptance = verify_acceptance(site, enrolment, run_started, releases, answer.header["acceptance"])
     key = (site, enrolment.population)
     undelivered = answer.header.get("undelivered", [])
     if not isinstance(undelivered, list):

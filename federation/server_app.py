@@ -19,7 +19,9 @@ from federation.coordinator import Coordinator
 from federation.errors import HomeError
 from federation.exchange import Exchange
 from federation.patience import PATIENCE_S
+from federation.progress import listening
 from federation.rounds import RoundLoop, RunOutcome
+from federation.run_journal import RunJournal
 
 DEFAULT_POLL_S: Final = 0.01
 DEFAULT_DISCOVERY_S: Final = 30.0
@@ -67,5 +69,15 @@ def carry_out(
     kept = coordinator.kept_run(run)
     charter = Charter.from_canonical(kept["charter"])
     run_started = parse_body(RunStarted, kept["run_started"])
-    loop = RoundLoop(coordinator, grid, charter, run_started, exchange=exchange, patience_s=patience_s)
-    return loop.carry_out(kept["charter_author"])
+    journal = RunJournal(coordinator.home, run)
+    loop = RoundLoop(
+        coordinator,
+        grid,
+        charter,
+        run_started,
+        exchange=exchange,
+        patience_s=patience_s,
+        stop=lambda: journal.is_asked_to_stop,
+    )
+    with listening(run, journal.write):
+        return loop.carry_out(kept["charter_author"])

@@ -26,6 +26,7 @@ from server import (
     routes_keys,
     routes_models,
     routes_officer,
+    routes_runs,
     routes_subjects,
     routes_tiles,
 )
@@ -108,7 +109,12 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    officer = (routes_officer.router, routes_tiles.router, routes_subjects.router)
+    officer = (
+        routes_officer.router,
+        routes_tiles.router,
+        routes_subjects.router,
+        routes_runs.router,
+    )
     for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
         app.include_router(router)
     _service_routes(app)

@@ -35,6 +35,9 @@ KeyFile = Annotated[
 
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
+    from server.network.commands import register as register_network
+
+    register_network(application)
     application.command("serve")(serve)
     application.add_typer(keys)
     application.command("status")(status)

@@ -26,6 +26,7 @@ from audit.vault_records import (
 )
 from audit.vault_tables import RECORD, SUBJECT
 from tests.audit.vaults import ORIGIN, PLAIN, TIME, again, erase, event, put, scan, traces
+from tests.soak_report import Report
 
 # erasure
 
@@ -120,7 +121,8 @@ def test_erasing_while_sealing_leaves_nothing_of_who_was_erased(vault: Vault, tm
     assert sum(erasure.records for erasure in erased) + kept == count[0] + 1
 
 
-def test_raw_scan_finds_nothing_of_the_erased(on_file: Vault, tmp_path: Path) -> None:
+@pytest.mark.reported
+def test_raw_scan_finds_nothing_of_the_erased(on_file: Vault, tmp_path: Path, report: Report) -> None:
     for number in range(400):  # enough for pages to fill, split and be joined again
         put(
             on_file,
@@ -140,6 +142,12 @@ def test_raw_scan_finds_nothing_of_the_erased(on_file: Vault, tmp_path: Path) ->
     assert before["person-number-1"][5] in living, "the scan does find what is still there"
     assert not [path for path in files if PLAIN.encode() in path.read_bytes()], "never in the clear"
     assert all(not erasure.leaf_index for erasure in on_file.pending())
+    sought = sum(len(before[name]) for name in names)
+    report(
+        "erasure",
+        size=f"{len(names)} of 40 people erased; {sought:,} keys, salts, ciphertexts and values sought",
+        result="0 found in the database and its logs; those of who stayed are found",
+    )
 
 
 def test_scrub_says_when_a_reader_stands_in_its_way(on_file: Vault, tmp_path: Path) -> None:
