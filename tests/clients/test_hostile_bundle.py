@@ -1,7 +1,8 @@
 """A hostile bundle under the launcher's confinement, beside a real agent in a process of its own.
 
 The bundle is a real ClientApp object; the agent is `affidavit site agent`. Everything happens once, in the
-fixture; each test looks at one thing that was tried.
+fixture; each test looks at one thing that was tried. The fixture takes over five seconds: a process with
+torch, one with Flower.
 """
 
 from __future__ import annotations
