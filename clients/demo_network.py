@@ -158,6 +158,7 @@ def _agree(demo: _Demo) -> Charter:
     path.write_text(text, encoding="utf-8")
     for site in demo.sites:
         signed = demo.at_site(site, "charter", "sign", str(path), "--site", site)
+        demo.at_site(site, "site", "bundle", "approve", "own", "--site", site)
         demo.screen.note(f"{site} agrees: epsilon {signed['epsilon']:.3f} of 10 for life")
     return Charter.load(path)
 

@@ -171,7 +171,10 @@ def launcher(
 @bundle.command("approve")
 @guarded
 def approve_bundle(
-    digest: Annotated[str, typer.Argument(help="SHA-256 of the bundle, or its file (.fab).")],
+    digest: Annotated[
+        str,
+        typer.Argument(help="SHA-256 of the bundle, its file (.fab), or own: what this installation makes."),
+    ],
     name: SiteName = "",
     home: Home = None,
     as_json: AsJson = False,
@@ -183,9 +186,16 @@ def approve_bundle(
     from clients.reviewing import approve_bundle as approve_it
     from clients.reviewing import bundle_digest
 
-    place, found = _site(home, name), bundle_digest(digest)
+    place, found = _site(home, name), _own_bundle() if digest == "own" else bundle_digest(digest)
     approve_it(place, found)
     emit({"site": place.name, "bundle": found}, f"{place.name} approves bundle {found}", as_json=as_json)
+
+
+def _own_bundle() -> str:
+    from federation.network.bundle import build_bundle
+    from federation.network.bundle import bundle_digest as digest_of
+
+    return digest_of(build_bundle())
 
 
 @bundle.command("withdraw")
