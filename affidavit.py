@@ -85,7 +85,7 @@ Data scientist: train on what you may not see
 Operator: keep it running
   coordinator init | up   a coordinator for sites on other machines, kept up
   site invite | approve | revoke | list   who may come
-  runs start | list | show | follow | stop | plot   runs over the network
+  runs start | list | show | follow | stop | plot | updates   runs over the network
   init                    a coordinator's home and a signer's
   serve                   the HTTP API
   keys create | list | revoke   API keys and their roles

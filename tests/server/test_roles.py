@@ -32,6 +32,7 @@ TABLE = {
     "POST /v1/subjects/export": ({"json": {"subject": "MRN-1"}}, {"officer"}),
     "POST /v1/subjects/erase": ({"json": {"subject": "nobody"}}, {"officer"}),
     "GET /v1/audit/count": ({}, MEMBERS),
+    "GET /v1/audit/runs/{run}/updates": ({"run": "no-such-run"}, MEMBERS),
     "GET /v1/audit/export": ({}, MEMBERS),
     "GET /v1/audit/evidence": ({"params": {"type": "log.created"}}, KEYED - {"operator"}),  # of what it sees
     "GET /v1/audit/tile/{place:path}": ({"place": "0/000.p/1"}, MEMBERS | {"node"}),
