@@ -25,7 +25,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check soak bench bench-dp bench-log results clean
+.PHONY: help install demo demo-network test check soak bench bench-dp bench-log results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -53,6 +53,9 @@ $(STAMP):
 demo: $(STAMP)  ## four hospitals train with privacy, the log proves it, a stranger verifies
 	@$(BIN)/affidavit demo
 
+demo-network: $(STAMP)  ## the same over TLS and authentication, each hospital in a network namespace of its own
+	@$(BIN)/affidavit demo --network --folder affidavit-demo-network
+
 test: $(STAMP)  ## every test but the soak, with a coverage report
 	$(BIN)/python $(COVERAGE) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
@@ -78,11 +81,13 @@ bench-dp: $(STAMP)  ## the cost of a private training step beside other implemen
 bench-log: $(STAMP)  ## the log beside a commit an entry, pymerkle and Go's judge
 	@$(BIN)/python benchmarks/bench_log.py
 
-results: $(STAMP)  ## utility at each epsilon and the log's speed, written to docs/results (long)
+results: $(STAMP)  ## utility, robustness, gains by site, the log's speed, written to docs/results (long)
 	@$(BIN)/python benchmarks/results_utility.py
+	@$(BIN)/python benchmarks/results_robustness.py
+	@$(BIN)/python benchmarks/results_personal.py
 	@$(BIN)/python benchmarks/bench_log.py --write
 
 clean:  ## remove the virtual environment, caches, builds and the demo's folder
-	rm -rf $(VENV) build dist *.egg-info affidavit-demo htmlcov .coverage .coverage.* \
+	rm -rf $(VENV) build dist *.egg-info affidavit-demo affidavit-demo-network htmlcov .coverage .coverage.* \
 	    .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

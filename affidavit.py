@@ -41,8 +41,18 @@ Begin here
   doctor                  is everything installed and in order?
 
 Site engineer: your rows stay with you
+  site join INVITATION    join a federation over the network; then site up | down | leave
+  site rotate-keys NAME   a new key for the network; site standing asks where you stand
   site add NAME           make the site's home: keys, population, lifetime budget
-  site status NAME        what this site has spent, and what it agreed to
+  site status NAME        what this site has spent, what it agreed to, and what waits for you
+  site agent NAME         run the site's agent: rows, keys and budget in one process
+  site review | accept | refuse RUN
+                          a charter or a run: its cost, its code, your rules; say yes or no
+  site bundle approve | withdraw FILE
+                          which Flower bundles the relay may run
+  site launcher FOLDER    the flwr-clientapp that confines them, for the SuperNode's PATH
+  site log export FILE    the site's own story, to compare with the federation's
+  site follow NAME        begin to witness a log, under the policy you compared with the others
   site witness NAME       check that the log only grew, and cosign it
   site serve-witness NAME answer the log's add-checkpoint requests (C2SP tlog-witness)
   charter sign            read a charter, agree to it with the site's key
@@ -52,7 +62,10 @@ Compliance officer: believe nothing, check everything
   log list | show | proof search the log, read an entry, prove it is there
   log fsck                recompute the whole log from its bytes
   log export TARGET       the log as tlog-tiles, in a folder or an object store
+  log policy              the log's keys, witnesses and quorum, to compare and then believe
   log prove-fork A B      a file that convicts a log of two histories; verify judges it
+                          --receipt FILE: of a promise that it broke
+  log publish             sign a checkpoint now; a running server does so by itself
   log rotate-key | compromise
                           give the log a new key; end a stolen one
   db upgrade              bring an older log's database to this release
@@ -61,6 +74,7 @@ Compliance officer: believe nothing, check everything
   subject find | export | erase   one person: their pseudonym, all about them, or nothing any more
   identity new            your own key, with which you approve
   models approve | rollback   sign a version into or out of use
+  runs updates RUN        how the sites' updates agree, and who stands apart
 
 Data scientist: train on what you may not see
   charter new             a charter to fill in from a file's header; bounds are yours to say
@@ -69,6 +83,9 @@ Data scientist: train on what you may not see
   models list | show | card   versions, gates, epsilon, who approved
 
 Operator: keep it running
+  coordinator init | up   a coordinator for sites on other machines, kept up
+  site invite | approve | revoke | list   who may come
+  runs start | list | show | follow | stop | plot | updates   runs over the network
   init                    a coordinator's home and a signer's
   serve                   the HTTP API
   keys create | list | revoke   API keys and their roles
@@ -117,6 +134,10 @@ def _run(application: click.Command, given: list[str]) -> int:
     import click
     import typer
 
+    if "--help" in given:
+        from audit.console import show_argument_help
+
+        show_argument_help(application)
     try:
         outcome = application.main(given, prog_name="affidavit", standalone_mode=False)
     except click.exceptions.Abort:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from audit.membership import MEMBERSHIP_TYPES, MembershipBody
+from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
+from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
+
 ZERO_DIGEST: Final = "0" * 64
 
 REFUSAL_CODES: Final = frozenset(
@@ -23,6 +27,13 @@ REFUSAL_CODES: Final = frozenset(
         "run_not_accepted",
         "site_closed",
         "unwitnessed_history",
+        # the site's own decisions, and its agent's door
+        "bundle_not_approved",
+        "model_not_allowed",
+        "peer_not_allowed",
+        "rate_limited",
+        "refused_by_site",
+        "waiting_for_site",
     }
 )
 """All that a site ever says about why it did not answer; file, row and reason stay on its own console."""
@@ -72,6 +83,7 @@ class SiteEnrolled:
     signature: str
     statement_proof: str
     witness_proof: str
+    operator: str = ""  # who runs the site's machines, where they run other sites too; as it says itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,14 +180,6 @@ class SiteUndelivered:
     """A release that was debited and never reached its round; it stays debited."""
 
     statement: SiteStatement
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    name: str
-    value: str
-    source: str  # "public_set"
-    dataset: str  # digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,7 +368,7 @@ class AuditRead:
 
     principal: str
     role: str
-    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "opened"
+    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "opened" | "updates"
     query: str  # root of the terms' fields (`audit.disclosure`); unsealed: hex HMAC-SHA256 of the terms
     count: int  # entries that were shown
     subject: str = ""  # the reader's pseudonym in the vault
@@ -420,8 +424,16 @@ Body = (
     | EvidenceExported
     | KeyBound
     | AuditRead
+    | SiteLogOpened
+    | SiteDecided
+    | RequestRefused
+    | BundleDecided
+    | UpdateRefused
+    | RoundExamined
+    | RunEvaluated
     | SubjectExported
     | SubjectErased
+    | MembershipBody
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -451,7 +463,15 @@ TYPES: Final[dict[str, type[Any]]] = {
     "evidence.exported": EvidenceExported,
     "key.bound": KeyBound,
     "audit.read": AuditRead,
+    "site.log_opened": SiteLogOpened,
+    "site.decided": SiteDecided,
+    "request.refused": RequestRefused,
+    "bundle.decided": BundleDecided,
+    "update.refused": UpdateRefused,
+    "round.examined": RoundExamined,
+    "run.evaluated": RunEvaluated,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
+    **MEMBERSHIP_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

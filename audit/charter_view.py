@@ -7,7 +7,6 @@ everything that followed from it. Whatever is malformed is one typed error that 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +21,15 @@ from audit.entries import MechanismEvent
 from audit.epsilon import RELATIONS
 from audit.errors import AuditError
 from audit.keys import parse_public_key
-from audit.layers import check_layers, dimension, output_shape, work
+from audit.layers import check_layers, check_local_layers, dimension, output_shape, work
 from audit.metrics import METRICS_OF_TASK
 from audit.models import outputs_of
+from audit.private_evaluation import METRIC, SOURCE, Evaluation
 from audit.replay import STRATEGIES, AggregationPlan
+from audit.robust import RULES, AggregationRule, check_rule
+from audit.update_bounds import GRID_SLACK, UpdateTerms, planned_sensitivity
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-GRID_SLACK: Final = {"float64": Fraction(1, 10**6), "float32": Fraction(1, 2**8)}
-"""Relative excess of a float sum's sensitivity over the clipping norm; derived in `clients.dp.grid`."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -77,11 +77,14 @@ class CharterView:
     label: Mapping[str, Any]
     layers: tuple[Mapping[str, Any], ...]
     dimension: int
+    released: int  # numbers in an update: all but those of layers that stay at the site
     work: int  # multiplications for one example
     rounds: int
     local_steps: int
     minimum_sites: int
     aggregation: AggregationPlan
+    evaluation: Evaluation | None
+    updates: Mapping[str, UpdateTerms]  # by site
     privacy: CharterPrivacy
     sites: tuple[CharterSite, ...]
     public_set: str  # digest; "" when the charter declares none
@@ -89,6 +92,11 @@ class CharterView:
     gates: tuple[Mapping[str, Any], ...]
     purposes: tuple[str, ...]
     officers: Mapping[str, str]  # public key to name
+
+    @property
+    def releases(self) -> int:
+        """How many releases a run asks of each site: its rounds, and the evaluation if there is one."""
+        return self.rounds + (self.evaluation is not None)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -118,9 +126,12 @@ class CharterView:
         for name, value in agreed.items():
             if getattr(event, name) != value:
                 return f"event.{name} is {getattr(event, name)!r}, the charter says {value!r}"
-        clipped = math.ceil((1 << privacy.grid_bits) * (1 + GRID_SLACK[privacy.precision]))
-        rounding = math.isqrt(self.dimension - 1) + 1  # each coordinate moves by at most one unit more
-        least = (2 if privacy.relation == "replace_one" else 1) * (clipped + rounding)
+        least = planned_sensitivity(
+            grid_bits=privacy.grid_bits,
+            dimension=self.dimension,
+            relation=privacy.relation,
+            precision=privacy.precision,
+        )
         if event.sensitivity_grid < least:
             return f"event.sensitivity_grid is {event.sensitivity_grid}, the charter's least is {least}"
         if event.sigma_grid < Fraction(privacy.noise_multiplier) * event.sensitivity_grid:
@@ -141,11 +152,11 @@ def read_charter(canonical: bytes) -> CharterView:
         document = parse_canonical(canonical)
     except AuditError as error:
         raise CharterFormError("bytes", str(error)) from error
-    top = _Part(document, "", optional=("public_set",), fields=_TOP)
+    top = _Part(document, "", optional=("public_set", "aggregation", "evaluation"), fields=_TOP)
     if top.value["affidavit"] != 1:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
-    plan = _Part(top.value["plan"], "plan", fields=_PLAN)
+    plan = _Part(top.value["plan"], "plan", fields=_PLAN, optional=("proximal",))
     privacy = _Part(top.value["privacy"], "privacy", fields=_PRIVACY)
     sites = tuple(_site(value, f"sites[{i}]") for i, value in enumerate(top.items("sites")))
     names = [site.name for site in sites]
@@ -168,6 +179,23 @@ def read_charter(canonical: bytes) -> CharterView:
         raise CharterFormError("privacy.grid_bits", "is more than an integer update can hold")
     _check_numbers(plan, privacy)
     layers, cost = _layers(top, features, label, task)
+    size = dimension(layers)
+    _check_aggregation(top, minimum_sites)
+    aggregation = AggregationPlan.of_charter(top.value)
+    released = sum(stop - start for start, stop in aggregation.spans) or size
+    terms = CharterPrivacy(
+        unit=privacy.choice("unit", ("row", "subject")),
+        relation=privacy.choice("relation", RELATIONS),
+        epsilon=privacy.decimal("epsilon"),
+        delta=privacy.decimal("delta"),
+        sample_rate=privacy.text("sample_rate"),
+        max_grad_norm=privacy.text("max_grad_norm"),
+        noise_multiplier=privacy.decimal("noise_multiplier"),
+        accountant=privacy.text("accountant"),
+        grid_bits=privacy.count("grid_bits", least=1),
+        precision=privacy.choice("precision", tuple(GRID_SLACK)),
+        subject_id=privacy.text("subject_id"),
+    )
     view = CharterView(
         digest=hashlib.sha256(canonical).hexdigest(),
         name=top.text("name"),
@@ -175,25 +203,18 @@ def read_charter(canonical: bytes) -> CharterView:
         features=features,
         label=label,
         layers=layers,
-        dimension=dimension(layers),
+        dimension=size,
+        released=released,
         work=cost,
         rounds=rounds,
         local_steps=plan.count("local_steps", least=1),
         minimum_sites=minimum_sites,
-        aggregation=AggregationPlan.of_charter(top.value),
-        privacy=CharterPrivacy(
-            unit=privacy.choice("unit", ("row", "subject")),
-            relation=privacy.choice("relation", RELATIONS),
-            epsilon=privacy.decimal("epsilon"),
-            delta=privacy.decimal("delta"),
-            sample_rate=privacy.text("sample_rate"),
-            max_grad_norm=privacy.text("max_grad_norm"),
-            noise_multiplier=privacy.decimal("noise_multiplier"),
-            accountant=privacy.text("accountant"),
-            grid_bits=privacy.count("grid_bits", least=1),
-            precision=privacy.choice("precision", tuple(GRID_SLACK)),
-            subject_id=privacy.text("subject_id"),
-        ),
+        aggregation=aggregation,
+        evaluation=_evaluation(top),
+        updates={
+            name: UpdateTerms.of_charter(top.value, name, dimension=size, released=released) for name in names
+        },
+        privacy=terms,
         sites=sites,
         public_set=digest,
         public_rows=rows,
@@ -286,6 +307,10 @@ def _check_numbers(plan: _Part, privacy: _Part) -> None:
     for key in ("beta1", "beta2"):
         if plan.decimal(key, least=zero) >= one:
             raise plan.fail(key, "is not below 1")
+    if "proximal" in plan.value:
+        drawn = plan.decimal("proximal", above=zero) * plan.decimal("local_learning_rate", above=zero)
+        if plan.value["local_steps"] == 1 or drawn > one:
+            raise plan.fail("proximal", "needs local steps, and at most 1 with the local learning rate")
     plan.count("round_timeout_s", least=1)
     for key in ("epsilon", "max_grad_norm", "noise_multiplier"):
         privacy.decimal(key, above=zero)
@@ -296,6 +321,32 @@ def _check_numbers(plan: _Part, privacy: _Part) -> None:
     several = privacy.count("max_rows_per_subject", least=1) > 1
     if several and privacy.decimal("sample_rate", above=zero) < one:
         raise privacy.fail("sample_rate", "is below 1, while a subject may have several rows")
+
+
+def _evaluation(top: _Part) -> Evaluation | None:
+    if "evaluation" not in top.value:
+        return None
+    part = _Part(top.value["evaluation"], "evaluation", fields=("share", "noise_multiplier"))
+    part.decimal("share", above=Decimal(0)), part.decimal("noise_multiplier", above=Decimal(0))
+    try:
+        return Evaluation.of_charter(top.value)
+    except AuditError as error:
+        raise CharterFormError("evaluation", str(error)) from error
+
+
+def _check_aggregation(top: _Part, minimum_sites: int) -> None:
+    if "aggregation" not in top.value:
+        return
+    fields = ("rule", "byzantine", "keep", "norm_bound")
+    part = _Part(top.value["aggregation"], "aggregation", fields=fields)
+    part.choice("rule", RULES)
+    part.count("byzantine"), part.count("keep")
+    if part.count("norm_bound") > 1:
+        raise part.fail("norm_bound", "is 0 or 1")
+    try:
+        check_rule(AggregationRule.of_charter(top.value), minimum_sites)
+    except AuditError as error:
+        raise CharterFormError("aggregation", str(error)) from error
 
 
 def _site(value: Any, path: str) -> CharterSite:
@@ -353,7 +404,9 @@ def _label(value: Any, task: str) -> Mapping[str, Any]:
 def _layers(
     top: _Part, features: tuple[Mapping[str, Any], ...], label: Mapping[str, Any], task: str
 ) -> tuple[tuple[Mapping[str, Any], ...], int]:
-    model = _Part(top.value["model"], "model", fields=("family", "site_intercept", "layers"))
+    model = _Part(
+        top.value["model"], "model", fields=("family", "site_intercept", "layers"), optional=("local_layers",)
+    )
     model.text("family"), model.count("site_intercept")
     layers = model.items("layers")
     try:
@@ -367,6 +420,11 @@ def _layers(
     for index, layer in enumerate(layers):
         if layer["layer"] == "site_intercept" and layer["sites"] != len(top.items("sites")):
             raise CharterFormError(f"model.layers[{index}].sites", "is not the number of sites")
+    if "local_layers" in model.value:
+        try:
+            check_local_layers(layers, model.items("local_layers"))
+        except AuditError as error:
+            raise CharterFormError("model.local_layers", str(error)) from error
     return tuple(layers), cost
 
 
@@ -380,7 +438,8 @@ def _public_set(value: Any) -> tuple[str, int]:
 def _gate(value: Any, path: str, task: str) -> Mapping[str, Any]:
     part = _Part(value, path, fields=("metric", "source"), optional=("floor", "margin_over_baseline"))
     part.choice("metric", METRICS_OF_TASK[task])
-    part.choice("source", ("public_set",))
+    if part.choice("source", ("public_set", SOURCE)) == SOURCE and part.value["metric"] != METRIC:
+        raise part.fail("metric", f"of a private release is {METRIC}")
     for key in ("floor", "margin_over_baseline"):
         if key in part.value:
             part.decimal(key)

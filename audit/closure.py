@@ -26,10 +26,22 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
+from audit.round_bodies import RoundExamined, RunEvaluated, UpdateRefused
 
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
 _PAGE: Final = 500
+_OF_RUN: Final = (
+    RunStarted,
+    RunAccepted,
+    RunCompleted,
+    RoundCompleted,
+    SiteStatement,
+    SiteUndelivered,
+    UpdateRefused,
+    RoundExamined,
+    RunEvaluated,
+)
 
 
 class EvidenceGapError(AuditError):
@@ -131,16 +143,16 @@ class Closure:
         populations: set[tuple[str, str]] = set()
         charter = ""
         for index, data, body in self._search(object, run=run):
-            if isinstance(
-                body, (RunStarted, RunAccepted, RunCompleted, RoundCompleted, SiteStatement, SiteUndelivered)
-            ):
+            if isinstance(body, _OF_RUN):
                 self._take(index, data)
             if isinstance(body, RunStarted):
                 charter = body.charter
             if isinstance(body, RunAccepted):
                 populations.add((body.site, body.population))
-            if isinstance(body, SiteStatement):
+            if isinstance(body, (SiteStatement, UpdateRefused)):
                 self._artefact(body.update)
+            if isinstance(body, RoundExamined):
+                self._artefact(body.digest)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):

@@ -16,6 +16,7 @@ import typer
 
 from audit import file_commands
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
+from audit.file_commands import cover_here
 from audit.principal import LocalOwner, Principal
 
 if TYPE_CHECKING:
@@ -149,7 +150,10 @@ def prove_entry(
 ) -> None:
     """Prove that an entry is in the log, under its newest checkpoint (C2SP tlog-proof).
 
-    Exit codes: 0 done, 1 refused, no such entry, or no checkpoint covers it yet, 2 wrong usage.
+    On the log's own machine a checkpoint is signed first where none covers the entry yet.
+
+    Exit codes: 0 done, 1 refused, no such entry, or no checkpoint covers it and none can be signed here, 2
+    wrong usage.
     """
     from audit.tlog_proof import TlogProof
 
@@ -170,12 +174,15 @@ def prove_entry(
 @log.command("fsck")
 @guarded
 def check_log(home: Home = None, as_json: AsJson = False) -> None:
-    """Recompute every hash, column and tree node of the log from its entries' bytes.
+    """Recompute every hash, column and tree node of the log from its entries' bytes, and check that every
+    stored checkpoint is signed by a key of the log.
 
     Exit codes: 0 the log is whole, 1 it is not (the first bad thing is named), 2 wrong usage.
     """
     from audit.entries import columns_of
+    from audit.errors import LedgerSchemaError
     from audit.fsck import fsck
+    from audit.ledger_keys import UnsignedCheckpointError, check_notes
 
     place = _place(home)
     if place.path is not None and not place.path.is_file():
@@ -186,11 +193,18 @@ def check_log(home: Home = None, as_json: AsJson = False) -> None:
             f"{report.where}: {report.detail} ({report.entries} entries before it are good)",
             code=f"fsck.{report.problem}",
         )
-    emit(
-        {"ok": True, "entries": report.entries},
-        f"the log is whole: {report.entries} entries",
-        as_json=as_json,
-    )
+    signed: int | None = None
+    try:
+        with _ledger(home) as ledger:
+            signed = check_notes(ledger)
+    except UnsignedCheckpointError as error:
+        raise CommandError(str(error), code="fsck.checkpoint") from error
+    except LedgerSchemaError:
+        told = "its checkpoints' signatures are read after `affidavit db upgrade`"
+    else:
+        told = f"{signed} signed checkpoints"
+    document = {"ok": True, "entries": report.entries, "checkpoints": signed}
+    emit(document, f"the log is whole: {report.entries} entries, {told}", as_json=as_json)
 
 
 @db.command("upgrade")
@@ -215,7 +229,13 @@ def upgrade_database(home: Home = None, as_json: AsJson = False) -> None:
 @evidence.command("export")
 @guarded
 def export(
-    index: Index,
+    index: Annotated[int | None, typer.Argument(help="The entry's place in the log, from 0.", min=0)] = None,
+    version: Annotated[str | None, typer.Option(help="A model version's whole story, by its digest.")] = None,
+    run: Annotated[str | None, typer.Option(help="A training run's whole story.")] = None,
+    since: Annotated[str | None, typer.Option(help="Every entry from this time on (RFC 3339, UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="Every entry before this time.")] = None,
+    type: Annotated[str | None, typer.Option(help="Every entry of this type.")] = None,
+    principal: Annotated[str | None, typer.Option(help="Every entry that names this pseudonym.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write the zip.")] = Path("evidence.zip"),
     answer: Annotated[
         Path | None, typer.Option(help="The answer you were given (JSON): adds its receipt and opened rows.")
@@ -227,13 +247,25 @@ def export(
 ) -> None:
     """Write a zip that proves an entry, and all that led to it, to a stranger.
 
+    Or a version, or a run; or every entry that matches a time, a type or a pseudonym, each proved to be in
+    the log. On the log's own machine a checkpoint is signed first where none covers the entries yet.
+
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
     """
+    terms = {
+        "version": version, "run": run, "since": since, "until": until, "type": type, "principal": principal,
+    }  # fmt: skip
+    asked = {name: value for name, value in terms.items() if value is not None}
+    if (index is None) == (not asked):
+        raise CommandError("give an entry's index, or terms such as --version", code="command.usage")
     receipt, opened = _answer_parts(answer)
     if url:
-        data = ask_api(url, f"/v1/audit/evidence/{index}", key=read_key(None, key_file))
+        from urllib.parse import urlencode
+
+        path = f"?{urlencode(asked)}" if index is None else f"/{index}"
+        data = ask_api(url, f"/v1/audit/evidence{path}", key=read_key(None, key_file))
     else:
-        data = _export_here(base_home(home), index)
+        data = _export_here(base_home(home), index, asked)
     if receipt is not None or opened is not None:
         from audit.service import add_answer
 
@@ -292,6 +324,7 @@ def _prove_here(home: Path | None, index: int) -> dict[str, Any]:
     from audit.service import prove_entry as prove
 
     with _ledger(home) as ledger:
+        cover_here(ledger, base_home(home) / "coordinator", index)
         proof = prove(ledger, _owner(), LocalOwner(), index)
         leaf_hash = hash_leaf(ledger.entry(index)).hex()
     return {
@@ -303,8 +336,8 @@ def _prove_here(home: Path | None, index: int) -> dict[str, Any]:
     }
 
 
-def _export_here(base: Path, index: int) -> bytes:
-    from audit.service import export_entry
+def _export_here(base: Path, index: int | None, asked: dict[str, str]) -> bytes:
+    from audit.service import SearchRequest, export_asked, export_entry
 
     def blob(digest: str) -> bytes | None:
         path = base / "coordinator" / "blobs" / digest[:2] / digest
@@ -316,7 +349,10 @@ def _export_here(base: Path, index: int) -> bytes:
         return data
 
     with _ledger(base) as ledger:
-        return export_entry(ledger, blob, _owner(), LocalOwner(), index)
+        cover_here(ledger, base / "coordinator", ledger.tree_size - 1 if index is None else index)
+        if index is not None:
+            return export_entry(ledger, blob, _owner(), LocalOwner(), index)
+        return export_asked(ledger, blob, _owner(), LocalOwner(), SearchRequest(**asked))  # type: ignore[arg-type]
 
 
 def _answer_parts(path: Path | None) -> tuple[Any, Any]:

@@ -124,6 +124,21 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
+def show_argument_help(command: Any) -> None:
+    """Give every argument its help text back, which Click 8.5 drops of what Typer 0.20 hands it."""
+    import inspect
+
+    for inner in getattr(command, "commands", {}).values():
+        show_argument_help(inner)
+    if command.callback is None:
+        return
+    signature = inspect.signature(inspect.unwrap(command.callback), eval_str=True)
+    for param in command.params:
+        if getattr(param, "help", "") is None and param.name in signature.parameters:
+            found = getattr(signature.parameters[param.name].annotation, "__metadata__", ())
+            param.help = next((info.help for info in found if getattr(info, "help", None)), None)
+
+
 def call_api(
     url: str, path: str, *, key: str, method: str = "GET", body: Mapping[str, Any] | None = None
 ) -> tuple[int, bytes, str]:

@@ -43,7 +43,6 @@ from audit.bodies import (
     LogCompromised,
     LogCreated,
     MechanismEvent,
-    Metric,
     PolicyApplied,
     Prediction,
     PredictionDenied,
@@ -66,6 +65,9 @@ from audit.bodies import (
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
+from audit.membership import MEMBERSHIP_DOMAINS
+from audit.round_bodies import Metric
+from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -150,6 +152,8 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     VersionTransition: "transition",
     KeyRotated: "rotation",
     LogCompromised: "compromise",
+    **SITE_DOMAINS,
+    **MEMBERSHIP_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
@@ -170,7 +174,9 @@ _DIGEST_FIELDS: Final = frozenset(
         "dataset",
         "digest",
         "gate_results",
+        "enrolment",
         "initial_model",
+        "invitation",
         "last_round",
         "output_model",
         "policy_set",

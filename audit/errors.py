@@ -153,6 +153,12 @@ class MalformedPolicyError(AuditError):
         self.line = line
 
 
+class PolicyFileError(AuditError):
+    """A home's own policy file cannot be read, or does not believe the home's log."""
+
+    code = "audit.policy_file"
+
+
 # ledger
 
 
@@ -304,6 +310,20 @@ class SignerBusyError(SignerError):
     """Another process holds the signer's home: exactly one may sign."""
 
     code = "audit.signer_busy"
+
+
+class WitnessesUnreachableError(SignerError):
+    """Witnesses that must be asked before anything is signed do not answer."""
+
+    code = "audit.witnesses_unreachable"
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(
+            f"witnesses {', '.join(names)} do not answer, and without them a tree may be witnessed that this "
+            "signer does not know: nothing is signed until they do. Start them, or correct policy.txt in the "
+            "coordinator's home"
+        )
+        self.names = names
 
 
 class SignerStateError(SignerError):

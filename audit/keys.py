@@ -34,6 +34,13 @@ DOMAINS = frozenset(
         "receipt",
         "rotation",
         "compromise",
+        "site-log",
+        "decision",
+        "request",
+        "bundle",
+        "joining",
+        "leaving",
+        "node-key",
     }
 )
 

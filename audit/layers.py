@@ -116,6 +116,39 @@ def dimension(layers: Sequence[Layer]) -> int:
     return sum(math.prod(shape) for _, shape in parameter_specs(layers))
 
 
+def check_local_layers(layers: Sequence[Layer], local: Sequence[object]) -> None:
+    """Check a list of layers that stay at the sites: their indices, ascending, each with parameters.
+
+    Raises:
+        ModelError: says what is wrong; a model of which nothing is shared is no federation's.
+    """
+    if not local or any(type(index) is not int for index in local):
+        raise ModelError("are one or more layer indices, whole numbers")
+    indices = [index for index in local if isinstance(index, int)]
+    if indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= len(layers):
+        raise ModelError(f"{indices} are not indices of the {len(layers)} layers, each once, ascending")
+    for index in indices:
+        if not parameters_of(layers[index]):
+            raise ModelError(f"layer {index} ({layers[index]['layer']}) has no parameters that could stay")
+    if not shared_spans(layers, indices):
+        raise ModelError("hold every parameter, so nothing would be shared")
+
+
+def shared_spans(layers: Sequence[Layer], local: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return the (start, stop) ranges of the flat vector that are not of a local layer, ascending."""
+    spans: list[tuple[int, int]] = []
+    offset = 0
+    for index, layer in enumerate(layers):
+        end = offset + sum(math.prod(shape) for _, shape in parameters_of(layer))
+        if index not in local and end > offset:
+            if spans and spans[-1][1] == offset:
+                spans[-1] = (spans[-1][0], end)
+            else:
+                spans.append((offset, end))
+        offset = end
+    return tuple(spans)
+
+
 def output_shape(layers: Sequence[Layer], input_shape: Shape) -> Shape:
     """Follow one example's shape through the model.
 

@@ -63,7 +63,7 @@ class Location:
 
     def __str__(self) -> str:
         if self.url is not None:
-            return self.url.render_as_string(hide_password=True)
+            return self.url.set(drivername="postgresql").render_as_string(hide_password=True)
         return str(self.path)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from audit.checkpoints import parse_checkpoint_note
-from audit.errors import AuditError, SignerBusyError, SignerError
+from audit.errors import AuditError, LogKeyError, SignerBusyError, SignerError
 from audit.lease import Lease
 from audit.ledger import Ledger
 from audit.notes import open_note
@@ -45,6 +45,7 @@ class Publisher:
         policy: Policy | None = None,
         views: Iterable[Notes] = (),
         announce: Callable[[bytes], None] | None = None,
+        counts: Callable[[str, int], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Prepare; nothing is taken yet.
@@ -52,16 +53,19 @@ class Publisher:
         Args:
             ttl_s: how long a silent holder keeps the lease. policy: with it, fail-over looks for the largest
             checkpoint that its witnesses cosigned, not only for the largest that the log signed.
-            views: notes from outside the database, such as what witnesses last cosigned.
+            views: notes from outside the database, such as what witnesses last cosigned; one that raises
+            stops the fail-over.
             announce: told of every checkpoint that is published or republished.
+            counts: raises `LogKeyError` for a key (vkey) that does not count on a tree of this size: what a
+            thief signed with an ended key is not ours.
         """
         self.ledger, self.signer = ledger, signer
         self._ttl_s, self._republish_s = ttl_s, republish_s
         self._policy, self._views, self._announce = policy, tuple(views), announce
-        self._clock = clock
+        self._clock, self._counts = clock, counts
         self._turn = threading.Lock()
         self._lease: tuple[int, Lease] | None = None
-        self._keeps = False
+        self._keeps = self._held = False
 
     @property
     def lease(self) -> Lease:
@@ -113,6 +117,11 @@ class Publisher:
                 raise SignerBusyError(f"another process signs for the log, but not within {timeout_s} s")
             time.sleep(_POLL_S)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process held the lease at its last turn."""
+        return self._keeps and self._lease is not None and self._lease[0] == os.getpid() and self._held
+
     def close(self) -> None:
         """Give the lease back, so that the next process need not wait for its end."""
         with self._turn:
@@ -122,14 +131,15 @@ class Publisher:
 
     def _lead(self) -> bool:
         before = self.lease.token
-        if not self.lease.acquire():
+        self._held = self.lease.acquire()
+        if not self._held:
             return False
         if self.lease.token != before:
             try:
                 self._take_over()
             except BaseException:
                 self.lease.release()
-                self.lease.token = 0
+                self.lease.token, self._held = 0, False
                 raise
         return True
 
@@ -149,10 +159,21 @@ class Publisher:
 
     def _is_ours(self, note: bytes) -> bool:
         try:
-            open_note(note, self.signer.verifiers)
-            return parse_checkpoint_note(note).origin == self.ledger.origin
+            opened = open_note(note, self.signer.verifiers)
+            checkpoint = parse_checkpoint_note(note)
         except AuditError:
             return False
+        if checkpoint.origin != self.ledger.origin:
+            return False
+        return any(self._does_count(line.verifier.vkey, checkpoint.tree_size) for line in opened.signatures)
+
+    def _does_count(self, vkey: str, tree_size: int) -> bool:
+        try:
+            if self._counts is not None:
+                self._counts(vkey, tree_size)
+        except LogKeyError as error:
+            return error.code == "log.key_unknown"  # its entry is not written yet
+        return True
 
     def _is_witnessed(self, note: bytes) -> bool:
         assert self._policy is not None  # noqa: S101 - asked for only with one
@@ -163,7 +184,7 @@ class Publisher:
         return quorum.satisfied and quorum.need > 0
 
     def _publish(self, *, idle_too: bool = False) -> bytes | None:
-        last = self.ledger.latest_checkpoint()
+        last = self.ledger.latest_checkpoint(self._is_ours)
         grew = last is None or parse_checkpoint_note(last).tree_size < self.ledger.tree_size
         if not grew and not (idle_too and self._is_due()):
             return None

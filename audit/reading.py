@@ -35,9 +35,11 @@ PRIVATE_TYPES: Final = frozenset(
         "key.revoked",
         "prediction",
         "prediction.denied",
+        "round.examined",
         "site.refused",
         "site.statement",
         "site.undelivered",
+        "update.refused",
         "subject.erased",
         "subject.exported",
     }
@@ -265,4 +267,8 @@ def _csv_line(values: Sequence[object]) -> bytes:
 
 
 def _harmless(value: object) -> object:
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    return (
+        f"'{value}"
+        if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r", "\n")
+        else value
+    )

@@ -9,12 +9,14 @@ d.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from audit.decimals import parse_decimal
 from audit.errors import AuditError
+from audit.layers import shared_spans
+from audit.robust import MEAN, AggregationRule, combine
 
 STRATEGIES: Final = ("fedavg", "fedadam", "fedyogi")
 
@@ -38,11 +40,14 @@ class AggregationPlan:
     scale: float  # grid units for one unit of gradient: 2**grid_bits / max_grad_norm
     sample_rate: float
     average_last: int
+    rule: AggregationRule = MEAN
+    spans: tuple[tuple[int, int], ...] = ()  # of the flat vector, what sites release; empty: all of it
 
     @classmethod
     def of_charter(cls, charter: Any) -> AggregationPlan:
         """Read the plan from a charter's canonical JSON values."""
-        plan, privacy = charter["plan"], charter["privacy"]
+        plan, privacy, model = charter["plan"], charter["privacy"], charter["model"]
+        local = model.get("local_layers", ())
         return cls(
             strategy=plan["strategy"],
             is_gradient=plan["local_steps"] == 1,
@@ -53,7 +58,17 @@ class AggregationPlan:
             scale=grid_scale(privacy["grid_bits"], privacy["max_grad_norm"]),
             sample_rate=float(parse_decimal(privacy["sample_rate"])),
             average_last=plan["average_last"],
+            rule=AggregationRule.of_charter(charter),
+            spans=shared_spans(model["layers"], local) if local else (),
         )
+
+    def released(self, dimension: int) -> int:
+        """Return how many numbers an update has for a model of `dimension` parameters."""
+        return sum(stop - start for start, stop in self.spans) or dimension
+
+    def divisor(self, nominal_rows: int) -> float:
+        """Return what a site's integers are divided by before they are combined."""
+        return self.scale * (nominal_rows * self.sample_rate) if self.is_gradient else self.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,21 +132,54 @@ class Aggregator:
 
 
 def pseudo_gradient(plan: AggregationPlan, updates: Sequence[SiteUpdate], *, dimension: int) -> list[float]:
-    """Return d, the direction of ascent that the sites' updates give together, shape (dimension,)."""
+    """Return d, the direction of ascent that the sites' updates give together, shape (dimension,).
+
+    Coordinates of layers that stay at the sites are 0.0. Under a mean the sites' shares are added as they
+    come; under every other rule `audit.robust` combines what each site's share would be added from.
+    """
     names = [update.site for update in updates]
     if not names or names != sorted(set(names)):
         raise ReplayError(f"updates must come once a site, in the order of the sites' names: {names}")
+    released = plan.released(dimension)
+    for update in updates:
+        if len(update.values) != released:
+            raise ReplayError(f"{update.site}: {len(update.values)} values for {released} parameters")
+    vectors = (
+        [float(s) / divisor for s in update.values]
+        for update in updates
+        for divisor in (plan.divisor(update.nominal_rows),)
+    )
+    weights = [update.weight for update in updates]
+    acc = (
+        _mean(vectors, weights, released)
+        if plan.rule.name == "mean"
+        else combine(plan.rule, list(vectors), weights)
+    )
+    if plan.is_gradient:
+        acc = [-a for a in acc]
+    return spread(plan.spans, acc, dimension)
+
+
+def spread(spans: Sequence[tuple[int, int]], shared: Sequence[float], dimension: int) -> list[float]:
+    """Return the flat vector that has `shared` in the ranges of `spans` and 0.0 elsewhere."""
+    if not spans:
+        return list(shared)
+    flat, offset = [0.0] * dimension, 0
+    for start, stop in spans:
+        flat[start:stop] = shared[offset : offset + stop - start]
+        offset += stop - start
+    return flat
+
+
+def _mean(vectors: Iterable[Sequence[float]], weights: Sequence[float], size: int) -> list[float]:
     total = 0.0
-    for update in updates:
-        total = total + update.weight
-    acc = [0.0] * dimension
-    for update in updates:
-        if len(update.values) != dimension:
-            raise ReplayError(f"{update.site}: {len(update.values)} values for {dimension} parameters")
-        share = update.weight / total
-        divisor = plan.scale * (update.nominal_rows * plan.sample_rate) if plan.is_gradient else plan.scale
-        acc = [a + share * (float(s) / divisor) for a, s in zip(acc, update.values, strict=True)]
-    return [-a for a in acc] if plan.is_gradient else acc
+    for weight in weights:
+        total = total + weight
+    acc = [0.0] * size
+    for weight, vector in zip(weights, vectors, strict=True):
+        share = weight / total
+        acc = [a + share * v for a, v in zip(acc, vector, strict=True)]
+    return acc
 
 
 def average(models: Sequence[Sequence[float]]) -> list[float]:

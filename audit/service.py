@@ -14,8 +14,9 @@ from typing import Any, Final
 from audit.canonical import canonical_bytes
 from audit.checkpoints import parse_checkpoint_note
 from audit.closure import BlobSource, Closure, EvidenceGapError, EvidenceLog, StoredLeaf
+from audit.entries import columns_of
 from audit.errors import AuditError
-from audit.evidence import Evidence, EvidenceTooLargeError, read_evidence, write_evidence
+from audit.evidence import Evidence, EvidenceTooLargeError, read_evidence, scope_of, write_evidence
 from audit.merkle import hash_leaf
 from audit.notes import parse_note
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, require
@@ -32,6 +33,7 @@ __all__ = [
     "Principal",
     "SearchRequest",
     "add_answer",
+    "export_asked",
     "export_entry",
     "export_evidence",
     "export_matching",
@@ -125,10 +127,12 @@ def export_matching(
     *,
     limit: int = MAX_MATCHING,
 ) -> bytes:
-    """Return one evidence file with every entry that matches: its subject is the last, all are proved.
+    """Return one evidence file with every entry that matches, all proved to be in the log.
 
-    It says that these entries are in the log, under one checkpoint; what they claim of each other is for the
-    file of one version, run or prediction (`export_entry`). Leaf indices show what lies between them.
+    Its subject is the last of them that tells no story of its own (a prediction, a version and a run do), or
+    else the log's first entry. It says that these entries are in the log, under one checkpoint; what they
+    claim of each other is for the file of one version, run or prediction (`export_entry`). Leaf indices show
+    what lies between them.
 
     Raises:
         AccessDeniedError: the caller may not read or export one of them.
@@ -146,20 +150,45 @@ def export_matching(
         raise NoCheckpointError(page.rows[0].leaf_index)
     for index, data in entries.items():
         require(authorizer, principal, about_entry(data, index, "evidence.export"))
-    last = max(entries)
-    entries.setdefault(0, ledger.entry(0))
-    note = best_checkpoint(ledger, last)
+    note = best_checkpoint(ledger, max(entries))
     size = parse_checkpoint_note(note).tree_size
+    alone = [index for index, data in entries.items() if scope_of(columns_of(data).type) == "entry"]
+    subject = max(alone, default=0)
+    for index, data in [(0, ledger.entry(0)), *_key_entries(ledger, size)]:
+        entries.setdefault(index, data)
     return write_evidence(
         Evidence(
             scope="entry",
-            leaf_index=last,
-            leaf_hash=hash_leaf(entries[last]).hex(),
+            leaf_index=subject,
+            leaf_hash=hash_leaf(entries[subject]).hex(),
             checkpoint=note,
             entries=dict(sorted(entries.items())),
             proofs={index: tuple(ledger.inclusion_proof(index, size)) for index in sorted(entries)},
         )
     )
+
+
+def export_asked(
+    ledger: EvidenceLog, blobs: BlobSource, principal: Principal, authorizer: Authorizer, asked: SearchRequest
+) -> bytes:
+    """Return a version's or a run's whole story when that alone is asked for, else all that matches.
+
+    Raises:
+        AuditError: as `export_entry` and `export_matching`.
+    """
+    if asked != SearchRequest() and asked in (
+        SearchRequest(version=asked.version),
+        SearchRequest(run=asked.run),
+    ):
+        index = subject_of(ledger, version=asked.version, run=asked.run)
+        return export_entry(ledger, blobs, principal, authorizer, index)
+    return export_matching(ledger, principal, authorizer, asked)
+
+
+def _key_entries(ledger: EvidenceLog, size: int) -> list[tuple[int, bytes]]:
+    """The entries on the log's keys that a tree of this size holds; without them an ended key looks good."""
+    rows = ledger.search(type=("key.rotated", "log.compromise"), limit=500)
+    return [(row.leaf_index, row.body) for row in rows if row.leaf_index < size]
 
 
 def subject_of(ledger: EvidenceLog, *, version: str | None = None, run: str | None = None) -> int:

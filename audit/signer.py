@@ -50,6 +50,7 @@ class SignableLog(Protocol):
     @property
     def origin(self) -> str: ...
     def edge(self) -> CompactRange: ...
+    def root_at(self, size: int) -> bytes: ...
     def consistency_proof(self, size1: int, size2: int) -> list[bytes]: ...
     def store_checkpoint(self, note: bytes, *, lease: Lease | None = None) -> bytes: ...
 
@@ -237,6 +238,27 @@ class Signer:
                 self._write(SignerState(found, note))
             else:
                 _check_extends(found, last, lambda start: prove(start, last.tree_size))
+
+    def check_extended_by(self, log: SignableLog) -> None:
+        """Return if the log holds all that was signed last: it was not put back, and not changed.
+
+        Raises:
+            SignerRollbackError, SignerSplitError: it is an old copy, or says something else.
+            SignerStateError: the state cannot be believed, or is another log's.
+        """
+        signed = self.state().checkpoint  # read before the log, which never shrinks
+        if log.origin != self.origin:
+            raise SignerStateError(f"this signer signs for {self.origin!r}, not {log.origin!r}")
+        size = log.edge().size
+        if size < signed.tree_size:
+            raise SignerRollbackError(
+                signed_size=signed.tree_size, signed_root=signed.root_hash, offered_size=size
+            )
+        found = log.root_at(signed.tree_size)
+        if found != signed.root_hash:
+            raise SignerSplitError(
+                tree_size=signed.tree_size, signed_root=signed.root_hash, offered_root=found
+            )
 
     def rotate(self, retire_at: int, *, service: KeyService | None = None) -> tuple[NoteSigner, NoteSigner]:
         """Let a new key sign beside the present one, alone on trees of more than `retire_at` entries.

@@ -13,8 +13,8 @@ Stricter than C2SP where leniency could lend one key two voices: no key occurs i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from audit.checkpoints import OpenedCheckpoint, open_checkpoint, parse_checkpoint_note
@@ -98,6 +98,15 @@ class Policy:
         lines += [f"witness {w.name} {w.verifier.vkey} {w.url}".rstrip() for w in self.witnesses]
         lines += [f"group {g.name} {g.rule} {' '.join(g.members)}" for g in self.groups]
         return "\n".join([*lines, f"quorum {self.quorum}", ""])
+
+    def with_urls(self, urls: Mapping[str, str]) -> Policy:
+        """Return the policy with these addresses of witnesses, by name; the other ones keep theirs.
+
+        Raises:
+            MalformedPolicyError: an address is no single word of printable ASCII.
+        """
+        changed = tuple(replace(w, url=urls.get(w.name, w.url)) for w in self.witnesses)
+        return Policy.parse(replace(self, witnesses=changed).format())
 
     def log_for(self, origin: str) -> PolicyLog:
         """Return the log of that name.

@@ -32,6 +32,8 @@ from audit.errors import (
 from audit.merkle import EMPTY_ROOT, verify_consistency
 from audit.notes import KeyType, NoteSigner, NoteVerifier, open_note
 
+Log = NoteVerifier | str | Sequence[NoteVerifier]
+
 MAX_PROOF_HASHES = 63
 LOCK_TIMEOUT_S = 10.0
 
@@ -59,28 +61,29 @@ class WitnessState:
 class Witness:
     """One witness of one log: `create` once, then construct. A lost state is never taken for a new start."""
 
-    def __init__(self, path: Path | str, key: NoteSigner, log: NoteVerifier | str) -> None:
-        """Open the state at `path`.
+    def __init__(self, path: Path | str, key: NoteSigner, log: Log) -> None:
+        """Open the state at `path`. `log` is the log's key; several while one takes over from another.
 
         Raises:
             WitnessStateError: it is missing, damaged, or another log's.
-            KeyFormatError: `key` is not of cosigner type, or `log` not a log's vkey.
+            KeyFormatError: `key` is not of cosigner type, or `log` not the vkeys of one log.
         """
         self.path = Path(path)
         self.key = key
-        self.log = NoteVerifier.parse(log) if isinstance(log, str) else log
-        if key.kind is not KeyType.COSIGNATURE or self.log.kind is not KeyType.ED25519:
-            raise KeyFormatError("a witness has a key of type 0x04 and follows a log key of type 0x01")
+        self.log_keys = _keys_of(log)
+        self.log = self.log_keys[0]
+        if key.kind is not KeyType.COSIGNATURE:
+            raise KeyFormatError("a witness has a key of type 0x04")
         self.state()
 
     @classmethod
-    def create(cls, path: Path | str, key: NoteSigner, log: NoteVerifier | str) -> Witness:
+    def create(cls, path: Path | str, key: NoteSigner, log: Log) -> Witness:
         """Write the state of a witness that has seen nothing yet.
 
         Raises:
             WitnessStateError: there is a state already, or it cannot be written.
         """
-        origin = (NoteVerifier.parse(log) if isinstance(log, str) else log).name
+        origin = _keys_of(log)[0].name
         state = WitnessState(Checkpoint(origin, 0, EMPTY_ROOT), None, 0)
         try:
             write_durably(Path(path), state.encode(), replace=False)
@@ -132,7 +135,7 @@ class Witness:
                 f"this witness follows {self.log.name!r}, not {checkpoint.origin!r}"
             )
         try:
-            open_note(note, [self.log])
+            open_note(note, self.log_keys)
         except AuditError as error:
             raise WitnessSignatureError(f"the log has not signed this checkpoint: {error}") from error
         if not 0 <= old_size <= checkpoint.tree_size or len(consistency_proof) > MAX_PROOF_HASHES:
@@ -194,6 +197,16 @@ def status_of(error: WitnessError) -> tuple[int, str, bytes]:
     if isinstance(error, WitnessConflictError):
         return error.status, "text/x.tlog.size", b"%d\n" % error.recorded_size
     return error.status, "text/plain; charset=utf-8", f"{error}\n".encode()
+
+
+def _keys_of(log: Log) -> tuple[NoteVerifier, ...]:
+    """The keys of one log, at least one."""
+    if isinstance(log, str):
+        log = NoteVerifier.parse(log)
+    keys = (log,) if isinstance(log, NoteVerifier) else tuple(log)
+    if not keys or len({key.name for key in keys}) != 1 or any(k.kind is not KeyType.ED25519 for k in keys):
+        raise KeyFormatError("a witness follows one log, whose keys are of type 0x01")
+    return keys
 
 
 def _read_state(path: Path) -> WitnessState:

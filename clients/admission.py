@@ -21,6 +21,7 @@ from audit.entries import (
 from audit.epsilon import epsilon_floor, recompute
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
+from clients.decisions import Decisions
 from clients.errors import DataFileError, RefusedError
 from clients.home import SiteHome
 from clients.identity import SiteKeys
@@ -35,11 +36,30 @@ class Admission:
     """One site's yes or no; every method raises `RefusedError` for a no."""
 
     def __init__(
-        self, home: SiteHome, keys: SiteKeys, ledger: SiteLedger, trainer: Trainer, *, origin: str
+        self,
+        home: SiteHome,
+        keys: SiteKeys,
+        ledger: SiteLedger,
+        trainer: Trainer,
+        decisions: Decisions,
+        *,
+        origin: str,
     ) -> None:
         self.home, self._origin = home, origin
         self._keys, self._ledger, self._trainer = keys, ledger, trainer
+        self._decisions = decisions
         self._terms: dict[str, Terms] = {}
+        self._read = _stamp(home)
+
+    def refresh(self) -> None:
+        """Take the rules of `site.yaml` as they are now, when the file was written since.
+
+        Raises:
+            HomeError: the file breaks a rule; names the key and the fix.
+        """
+        stamp = _stamp(self.home)
+        if stamp != self._read:
+            self.home, self._read = self.home.refreshed(), stamp
 
     def sign_charter(self, canonical: str, author: str) -> CharterSigned:
         """Return the identity key's signature of a charter that this site's people approved.
@@ -47,15 +67,10 @@ class Admission:
         `author` is who is said to have drawn it up; the signature binds it, so that all are told the same.
         """
         terms = read_terms(canonical, site=self.home.name)
-        self._check_membership(terms)
+        self._check_identity(terms)
         check_promise(terms)
         if terms.digest not in self.home.config.rules.approved_charters:
-            if not self.home.config.rules.auto_approve:
-                raise RefusedError(
-                    "charter_not_approved",
-                    f"charter {terms.digest} waits for this site's people; see `affidavit charter sign`",
-                )
-            self.home = self.home.approve(terms.digest)
+            self.home = self._decisions.on_charter(self.home, canonical, self._foreign_purposes(terms))
         return self._keys.signed(
             CharterSigned(digest=terms.digest, author=author, site=self.home.name, signature="")
         )
@@ -67,7 +82,7 @@ class Admission:
             raise RefusedError("charter_not_approved", f"this site has not signed charter {digest}")
         if digest not in self._terms:
             terms = read_terms(canonical, site=self.home.name)
-            self._check_membership(terms)
+            self._check_identity(terms)
             check_promise(terms)
             self._terms[digest] = terms
         return self._terms[digest]
@@ -94,6 +109,9 @@ class Admission:
             )
         return reservation
 
+    def check_not_withdrawn(self, run: str) -> None:
+        self._decisions.check_not_withdrawn(run)
+
     def check_participants(self, names: Sequence[str], terms: Terms) -> None:
         allowed = set(names) <= set(terms.sites) and list(names) == sorted(set(names))
         if not allowed or self.home.name not in names or len(names) < terms.minimum_sites:
@@ -111,15 +129,13 @@ class Admission:
         except AccountingError as error:
             raise RefusedError("budget_exhausted", str(error)) from error
 
-    def _check_membership(self, terms: Terms) -> None:
+    def _check_identity(self, terms: Terms) -> None:
         if terms.identities[self.home.name] != self._keys.identity.text:
             raise RefusedError("charter_not_approved", "the charter gives this site another identity key")
+
+    def _foreign_purposes(self, terms: Terms) -> tuple[str, ...]:
         allowed = self.home.config.rules.purposes
-        foreign = sorted(set(terms.purposes) - set(allowed)) if allowed else []
-        if foreign:
-            raise RefusedError(
-                "purpose_not_allowed", f"the charter serves {foreign}, site.yaml allows {allowed}"
-            )
+        return tuple(sorted(set(terms.purposes) - set(allowed))) if allowed else ()
 
     def _check_run(self, run: RunStarted, terms: Terms) -> None:
         domain, payload = signing_payload(run)
@@ -135,7 +151,7 @@ class Admission:
 
     def _reserve(self, run: RunStarted, terms: Terms, canonical: str) -> Reservation:
         population, lifetime = self.home.config.population.pseudonym, self.home.config.lifetime
-        planned = (terms.event,) * terms.rounds
+        planned = terms.planned
         committed = self._ledger.committed_events(population)
         if not self.admits(committed, planned):
             raise RefusedError(
@@ -143,6 +159,7 @@ class Admission:
                 f"{len(planned)} more releases after {len(committed)} would pass this site's lifetime cap "
                 f"of epsilon {lifetime.epsilon} at delta {lifetime.delta}",
             )
+        self._decisions.on_run(self.home, run, terms, canonical)
         head = self._ledger.head(population)
         body = RunAccepted(
             run=run.run,
@@ -163,13 +180,18 @@ class Admission:
         return reservation
 
 
+def _stamp(home: SiteHome) -> tuple[int, int, int]:
+    found = (home.path / "site.yaml").stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def check_promise(terms: Terms) -> None:
     """Hold a charter to its own epsilon: people who read it agreed to that number.
 
     Raises:
         RefusedError: the plan with this noise costs more.
     """
-    planned, delta = (terms.event,) * terms.rounds, float(terms.delta)
+    planned, delta = terms.planned, float(terms.delta)
     bound = recompute(planned, delta)
     cost = bound.value
     if cost > terms.epsilon and not bound.exact:

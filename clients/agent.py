@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,30 @@ from typing import Any
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import (
     ZERO_DIGEST,
+    Body,
     SiteRefused,
     SiteStatement,
     body_document,
     event_hash,
 )
-from audit.errors import WitnessConflictError, WitnessError
+from audit.errors import AuditError, WitnessConflictError, WitnessError
+from audit.site_bodies import BundleDecided
 from clients.admission import Admission
 from clients.code_digest import agent_code
-from clients.errors import HomeError, LedgerBehindError, RefusedError
+from clients.decisions import Decisions
+from clients.errors import HomeError, LedgerBehindError, RefusedError, WaitingError
 from clients.high_water import Head
 from clients.history import Clock, History
 from clients.home import SiteHome
 from clients.ledger import Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
+from clients.local_layers import LocalLayers
+from clients.refusal_book import RefusalBook
 from clients.requests import (
     LoggedEntry,
     ProposeRequest,
     RoundRequest,
+    parse_bundle,
     parse_charter_request,
     parse_cosign,
     parse_finished,
@@ -47,12 +53,15 @@ from clients.requests import (
     parse_propose,
     parse_round,
 )
+from clients.site_log import SiteLog
+from clients.story import SiteStory
 from clients.terms import Terms
 from clients.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 
 Answer = tuple[dict[str, Any], dict[str, bytes]]
+Handler = Callable[[bytes, Mapping[str, bytes]], Answer]
 
 
 def _utc_now() -> datetime:
@@ -62,24 +71,38 @@ def _utc_now() -> datetime:
 class Agent:
     """One site's agent. Thread-safe: requests are answered one after the other."""
 
-    def __init__(self, home: SiteHome, ledger: SiteLedger, *, clock: Clock = _utc_now) -> None:
-        """Take the home and its open ledger.
+    def __init__(self, home: SiteHome, ledger: SiteLedger, log: SiteLog, *, clock: Clock = _utc_now) -> None:
+        """Take the home, its open ledger and its open log.
 
         Raises:
             ClientsError: the home's policy or keys are missing, or its population is not the ledger's.
         """
         _check_population(home, ledger)
-        self._ledger = ledger
+        self._ledger, self._log = ledger, log
         self._keys = home.keys()
         self._clock = clock
-        self._trainer = Trainer(home.config.data)
+        self._trainer = Trainer(home.config.data, LocalLayers(home.local_layers_path))
         policy = home.policy()
         self._origin = policy.logs[0].origin
-        self.admission = Admission(home, self._keys, ledger, self._trainer, origin=self._origin)
+        self.refusals = RefusalBook(home.name, self._note, self._keys.signed)
+        decisions = Decisions(home, self._keys, ledger, log, self.refusals, clock)
+        self.admission = Admission(home, self._keys, ledger, self._trainer, decisions, origin=self._origin)
         self._history = History(policy, self._keys.statement.verify_key, clock)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
+        self._closed = False
         self._witness = home.witness()
+        self._answers: dict[str, Handler] = {
+            "hello": self._hello,
+            "charter.sign": self._sign_charter,
+            "cosign": self._cosign,
+            "run.propose": self._propose,
+            "round": self._ask_round,
+            "run.finished": self._finished,
+            "bundle.check": self._check_bundle,
+        }
+        self._story = SiteStory(log, ledger)
+        self._story.catch_up(self.population)
 
     @classmethod
     def open(cls, home: Path | SiteHome, *, clock: Clock = _utc_now) -> Agent:
@@ -92,8 +115,14 @@ class Agent:
         site_home = SiteHome.open(home.path if isinstance(home, SiteHome) else home)
         ledger = SiteLedger(site_home.ledger_path, site_home.high_water_path)
         try:
-            return cls(site_home, ledger, clock=clock)
+            log = SiteLog.open(site_home.path, site_home.name, clock=clock)
         except BaseException:
+            ledger.close()
+            raise
+        try:
+            return cls(site_home, ledger, log, clock=clock)
+        except BaseException:
+            log.close()
             ledger.close()
             raise
 
@@ -113,8 +142,21 @@ class Agent:
     def ledger(self) -> SiteLedger:
         return self._ledger
 
+    @property
+    def log(self) -> SiteLog:
+        return self._log
+
+    def settle(self) -> None:
+        """Write what was only counted, and sign the site's log as it stands; once in a while, and idle."""
+        self.refusals.settle()
+        self._log.publish()
+
     def close(self) -> None:
         with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.refusals.settle(now=True)
+                self._log.close()
             self._ledger.close()
 
     def handle(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
@@ -122,12 +164,15 @@ class Agent:
         with self._lock:
             try:
                 document, answer_blobs = self._dispatch(kind, header, blobs)
-            except RefusedError as error:
-                _logger.warning("site %s refuses %s: %s", self.name, kind, error)
+            except WaitingError as error:
+                _logger.warning("site %s: %s", self.name, error)
                 document, answer_blobs = {"error": error.refusal}, {}
+            except RefusedError as error:
+                _logger.warning("site %s refuses %s: %s", self.name, kind[:40], error)
+                document, answer_blobs = self._declined(kind, error.refusal), {}
             except Exception:
-                _logger.exception("site %s could not answer %s", self.name, kind)
-                document, answer_blobs = {"error": "internal_error"}, {}
+                _logger.exception("site %s could not answer %s", self.name, kind[:40])
+                document, answer_blobs = self._declined(kind, "internal_error"), {}
         return canonical_bytes(document), answer_blobs
 
     def observe(self, statement: SiteStatement) -> None:
@@ -149,35 +194,67 @@ class Agent:
     def _dispatch(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> Answer:
         if len(header) > MAX_HEADER_BYTES or any(len(blob) > MAX_BLOB_BYTES for blob in blobs.values()):
             raise RefusedError("bad_request", "the request is larger than any this agent answers")
-        if kind == "hello":
-            parse_header(header, frozenset())
-            enrolment = self._keys.enrolment(self.name, self.population, self._origin)
-            return {"enrolment": body_document(enrolment)}, {}
-        if kind == "charter.sign":
-            asked = parse_charter_request(header)
-            signed = self.admission.sign_charter(asked.charter, asked.author)
-            return {"signature": body_document(signed)}, {}
-        if kind == "cosign":
-            return self._cosign(header)
-        if kind == "run.propose":
-            proposal = parse_propose(header)
-            return self._signed_refusal(proposal.run.run, proposal.run.charter, 0, self._accept, proposal)
-        if kind == "round":
-            request = parse_round(header, blobs)
-            return self._signed_refusal(request.run, request.charter, request.round, self._round, request)
-        if kind == "run.finished":
-            finished = parse_finished(header)
-            if finished.own_statement is not None:
-                self._note_own(finished.own_statement)
-            self._ledger.close_run(finished.run)
-            return {}, {}
-        raise RefusedError("bad_request", f"there is no request {kind[:40]!r}")
+        answer = self._answers.get(kind)
+        if answer is None:
+            raise RefusedError("bad_request", f"there is no request {kind[:40]!r}")
+        return answer(header, blobs)
+
+    def _declined(self, kind: str, code: str) -> dict[str, Any]:
+        """Enter an unsigned refusal; a log that cannot be written changes nothing about the answer."""
+        try:
+            self.refusals.refused(kind, code)
+        except AuditError:
+            _logger.exception("site %s cannot write its own log", self.name)
+        return {"error": code}
+
+    def _note(self, body: Body, event_id: str | None) -> None:
+        self._log.append(body, event_id=event_id)
+
+    def _hello(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        parse_header(header, frozenset())
+        enrolment = self._keys.enrolment(self.name, self.population, self._origin, self.home.config.operator)
+        self._story.enrolled(enrolment)
+        return {"enrolment": body_document(enrolment)}, {}
+
+    def _sign_charter(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        asked = parse_charter_request(header)
+        self.admission.refresh()
+        signed = self.admission.sign_charter(asked.charter, asked.author)
+        self._story.signed(signed)
+        return {"signature": body_document(signed)}, {}
+
+    def _propose(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        proposal = parse_propose(header)
+        return self._signed_refusal(proposal.run.run, proposal.run.charter, 0, self._accept, proposal)
+
+    def _ask_round(self, header: bytes, blobs: Mapping[str, bytes]) -> Answer:
+        request = parse_round(header, blobs)
+        return self._signed_refusal(request.run, request.charter, request.round, self._round, request)
+
+    def _check_bundle(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        digest = parse_bundle(header)
+        self.admission.refresh()
+        approved = digest in self.home.config.rules.approved_bundles
+        if not approved:
+            _logger.warning("site %s: bundle %s is not approved", self.name, digest)
+            body = BundleDecided(site=self.name, digest=digest, decision="refused", signature="")
+            self.refusals.enter(self._keys.signed(body), kind="bundle.check", reason="bundle_not_approved")
+        return {"approved": approved}, {}
+
+    def _finished(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        finished = parse_finished(header)
+        if finished.own_statement is not None:
+            self._note_own(finished.own_statement)
+        self._ledger.close_run(finished.run)
+        return {}, {}
 
     def _signed_refusal(self, run: str, charter: str, number: int, act: Any, request: Any) -> Answer:
         try:
             if self._closed_by is not None:
                 raise self._closed_by
             answer: Answer = act(request)
+        except WaitingError:
+            raise
         except LedgerBehindError as error:
             return self._refuse(run, charter, number, RefusedError("ledger_behind_log", str(error)))
         except RefusedError as error:
@@ -189,12 +266,17 @@ class Agent:
         body = SiteRefused(
             run=run, charter=charter, site=self.name, round=number, reason=error.refusal, signature=""
         )
-        return {"refusal": body_document(self._keys.signed(body))}, {}
+        signed = self._keys.signed(body)
+        kind = "round" if number else "run.propose"
+        self.refusals.enter(signed, kind=kind, reason=signed.reason)
+        return {"refusal": body_document(signed)}, {}
 
     def _accept(self, request: ProposeRequest) -> Answer:
         if request.own_statement is not None:
             self._note_own(request.own_statement)
+        self.admission.refresh()
         reservation = self.admission.accept(request.run, request.charter)
+        self._story.accepted(reservation)
         undelivered = [
             body_document(statement)
             for statement in self._ledger.undelivered(self.population)
@@ -211,21 +293,25 @@ class Agent:
                     "already_released",
                     f"run {request.run} round {request.round} was answered to another request",
                 )
+            self._story.released(released)
             return _answer(released)
         reservation = self._ledger.reservation(request.run)
         if reservation is None or reservation.closed:
             raise RefusedError(
                 "run_not_accepted", f"this site has not accepted run {request.run}, or it is over"
             )
+        self.admission.check_not_withdrawn(request.run)
         terms = self.admission.approved_terms(reservation.charter)
         if request.charter != terms.digest:
             raise RefusedError("charter_not_approved", "the round names another charter than its run")
         self.admission.check_participants(request.participants, terms)
-        if not 1 <= request.round <= terms.rounds:
-            raise RefusedError("round_out_of_order", f"the charter has {terms.rounds} rounds")
+        if not 1 <= request.round <= len(terms.planned):
+            raise RefusedError("round_out_of_order", f"the charter has {len(terms.planned)} releases a run")
         previous_round = self._check_past(request, terms)
-        self._check_budget(reservation, terms)
-        return _answer(self._release(request, terms, previous_round, digest))
+        self._check_budget(reservation, terms, request.round)
+        released = self._release(request, terms, previous_round, digest)
+        self._story.released(released)
+        return _answer(released)
 
     def _check_past(self, request: RoundRequest, terms: Terms) -> str:
         """Return the leaf hash of the previous round, once the base model is proved to be its output."""
@@ -239,7 +325,8 @@ class Agent:
             request.previous_round, run=request.run, number=number
         )
         self._check_own(request, completed.statements)
-        if base != completed.output_model:
+        # the averaged weights are no round's output; any model's counts have the same cost
+        if request.round <= terms.rounds and base != completed.output_model:
             raise RefusedError("base_model_mismatch", f"the base model is not the output of round {number}")
         return leaf_hash
 
@@ -265,17 +352,20 @@ class Agent:
         if (statement.site, statement.population) == (self.name, self.population):
             self._ledger.mark_delivered(statement.run, statement.round)
 
-    def _check_budget(self, reservation: Reservation, terms: Terms) -> None:
+    def _check_budget(self, reservation: Reservation, terms: Terms, number: int) -> None:
         releases = self._ledger.releases(self.population)
         used = sum(release.statement.run == reservation.run for release in releases)
         spent = [release.statement.event for release in releases]
-        if used >= len(reservation.planned) or reservation.planned[used] != terms.event:
+        event = terms.planned[number - 1]
+        if used >= len(reservation.planned) or reservation.planned[used] != event:
             raise RefusedError("budget_exhausted", f"run {reservation.run} has used its whole reservation")
-        if not self.admission.admits(spent, (terms.event,)):
+        if not self.admission.admits(spent, (event,)):
             raise RefusedError("budget_exhausted", "this site's lifetime cap is reached")
 
     def _release(self, request: RoundRequest, terms: Terms, previous_round: str, digest: str) -> Release:
-        update_file = self._trainer.update(terms, request.base_model)
+        update_file = self._trainer.update(
+            terms, request.base_model, run=request.run, server_round=request.round
+        )
         head = self._ledger.head(self.population)
         unsigned = SiteStatement(
             run=request.run,
@@ -287,7 +377,7 @@ class Agent:
             participants=request.participants,
             agent_code=agent_code(),
             previous_round=previous_round,
-            event=terms.event,
+            event=terms.planned[request.round - 1],
             sequence=head.sequence + 1,
             previous_event=head.event_hash,
             update=hashlib.sha256(update_file).hexdigest(),
@@ -295,7 +385,7 @@ class Agent:
         )
         return self._ledger.commit_release(self._keys.signed(unsigned), update_file, digest)
 
-    def _cosign(self, header: bytes) -> Answer:
+    def _cosign(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
         request = parse_cosign(header)
         try:
             line = self._witness.cosign(
@@ -305,6 +395,8 @@ class Agent:
             stale = isinstance(error, WitnessConflictError)  # how a coordinator learns where to start from
             level = logging.DEBUG if stale else logging.WARNING
             _logger.log(level, "site %s does not cosign: %s", self.name, error)
+            if not stale:
+                self._declined("cosign", error.code)
             return _witness_error(error), {}
         return {"cosignature": line.decode()}, {}
 

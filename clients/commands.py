@@ -1,5 +1,5 @@
-"""Commands for sites and data scientists: `demo`, `train`, `identity new`, `site add | status | witness |
-serve-witness`, `charter sign`.
+"""Commands for sites and data scientists: `demo`, `train`, `identity new`, `site add | status | follow |
+witness | serve-witness`, `charter sign`; those of a site's agent and people are in `clients.site_commands`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ Name = Annotated[str, typer.Argument(help="The site's name: lower-case letters, 
 
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
+    from clients.network.commands import register as register_network
+
+    register_network(site)
     application.command("demo")(demo)
     application.command("train")(train)
+    from clients import site_commands
+
+    site_commands.register(site)
     application.add_typer(identity)
     application.add_typer(site)
     for group in application.registered_groups:
@@ -42,6 +48,9 @@ def demo(
         Path, typer.Option(help="Where to put everything; replaced when it is the demo's.")
     ] = Path("affidavit-demo"),
     engine: Annotated[str, typer.Option(help="inprocess, or ray (an extra).")] = "inprocess",
+    network: Annotated[
+        bool, typer.Option("--network", help="Over real network connections, each hospital a machine.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Four hospitals train a model with privacy, an officer approves it, the API answers, a stranger
@@ -57,7 +66,15 @@ def demo(
     from clients.demo_screen import Screen
 
     _quiet()
-    outcome = run_demo(folder, Screen(quiet=as_json), engine=_engine(engine))
+    outcome: Any
+    if network:
+        from clients.demo_network import run_network_demo
+
+        outcome = run_network_demo(folder, Screen(quiet=as_json))
+        if not as_json:
+            typer.echo(f"{outcome.verdict} in {outcome.seconds:.0f} s; everything is in {folder}")
+    else:
+        outcome = run_demo(folder, Screen(quiet=as_json), engine=_engine(engine))
     if as_json:
         emit(dataclasses.asdict(outcome), "", as_json=True)
 
@@ -178,6 +195,10 @@ def add(
     lifetime_delta: Annotated[
         str, typer.Option(help="Fixed for life; below one in the number of people.")
     ] = "0.00001",
+    operator: Annotated[
+        str,
+        typer.Option(help="Who runs this site's machines, if they run other sites too: those count once."),
+    ] = "",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -195,6 +216,7 @@ def add(
             population=population,
             lifetime_epsilon=lifetime_epsilon,
             lifetime_delta=lifetime_delta,
+            operator=operator,
         )
     )
     key = made.keys().identity.text
@@ -209,21 +231,58 @@ def add(
 @site.command("status")
 @guarded
 def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
-    """Show what a site has spent for life, what it agreed to, and how far it follows the log.
+    """Show what a site has spent for life, what it agreed to, what waits for you, and how its agent is.
 
-    Exit codes: 0 done, 1 no such site, its agent is running, or its ledger was put back, 2 wrong usage.
+    Exit codes: 0 done, 1 no such site, or its ledger was put back, 2 wrong usage.
     """
     import dataclasses
 
+    from clients.agent_place import running
     from clients.service import status
 
-    found = status(_open_site(base_home(home), name))
-    document = dataclasses.asdict(found)
+    place = _open_site(base_home(home), name)
+    found, agent = status(place), running(place)
     rows = [
-        [field.replace("_", " "), ", ".join(value) if isinstance(value, tuple) else value]
-        for field, value in document.items()
+        ("site", f"{found.name}, machines run by {found.operator}" if found.operator else found.name),
+        ("people", f"{found.population} (in the log: {found.pseudonym})"),
+        ("data", found.data),
+        ("budget for life", f"epsilon {found.cap_epsilon} at delta {found.cap_delta}"),
+        ("spent", f"epsilon {found.lifetime_epsilon:.4f} in {found.releases} releases"),
+        ("spent or reserved", f"epsilon {found.committed_epsilon:.4f}"),
+        ("not delivered", found.undelivered or "none"),
+        ("open runs", "\n".join(found.open_runs) or "none"),
+        ("agreed charters", "\n".join(found.approved_charters) or "none"),
+        ("cosigned the log", _followed(found.witnessed_size, name)),
+        ("waits for you", "\n".join(found.waiting) or "nothing"),
+        ("agent", "not running" if agent is None else f"since {agent['since']}, on {agent['socket']}"),
     ]
-    emit(document, table("", ("", ""), rows), as_json=as_json)
+    emit(dataclasses.asdict(found) | {"agent": agent}, table("", ("", ""), rows), as_json=as_json)
+
+
+@site.command("follow")
+@guarded
+def follow(
+    name: Name,
+    policy: Annotated[
+        Path, typer.Option(help="The policy file, compared with the other members (`affidavit log policy`).")
+    ],
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="The log has a wholly new key, and you compared it.")
+    ] = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Follow a log as its witness, under this policy; again, when the log has changed its key.
+
+    Exit codes: 0 done, 1 it is another log or shares no key with the policy believed so far, 2 wrong usage.
+    """
+    from audit.tlog_policy import Policy
+
+    place = _open_site(base_home(home), name)
+    place.join(Policy.parse(policy.read_text(encoding="utf-8")), new_key=new_key)
+    witness = place.witness()
+    document = {"site": name, "origin": witness.log.name, "keys": [key.vkey for key in witness.log_keys]}
+    emit(document, f"{name} follows {witness.log.name} ({len(witness.log_keys)} keys)", as_json=as_json)
 
 
 @site.command("witness")
@@ -305,7 +364,11 @@ def sign_charter(
     if not yes and not as_json:
         typer.echo("\n".join(lines))
         typer.confirm("agree?", abort=True)
-    approve_charter(place, text)
+    place = approve_charter(place, text)
+    if (place.path / "network" / "membership.json").exists():
+        from clients.network.joining import follow_members
+
+        follow_members(place, Charter.load(file))
     document = {
         "charter": found.charter,
         "site": name,
@@ -314,6 +377,10 @@ def sign_charter(
         "problems": [str(problem) for problem in found.problems],
     }
     emit(document, f"{name} agrees to {found.charter}", as_json=as_json)
+
+
+def _followed(size: int | None, name: str) -> str:
+    return f"{size} entries" if size is not None else f"not yet; affidavit site follow {name} --policy FILE"
 
 
 def _open_site(base: Path, name: str) -> SiteHome:

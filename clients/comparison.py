@@ -17,13 +17,14 @@ from audit.models import initial_weights
 from audit.replay import AggregationPlan, Aggregator, SiteUpdate
 from clients.dp.bookkeeping import ClippedGradient
 from clients.loader import load_training_data
+from clients.local_layers import moved_locally, overlaid, shared_values
 from clients.terms import Terms, read_terms
 from clients.trainer import targets_of
 from federation.charter import Charter
 from federation.torch_models import build_model, set_weights
 
 
-class _UnprotectedSite:
+class UnprotectedSite:
     """One site's rows, clipped and summed, without noise."""
 
     def __init__(self, terms: Terms, path: Path) -> None:
@@ -34,9 +35,12 @@ class _UnprotectedSite:
         self._model = build_model([dict(layer) for layer in terms.layers], site=terms.site_index)
         self._gradient = ClippedGradient(self._model, terms.max_grad_norm, terms.loss)
         self._scale = 2.0**terms.event.grid_bits / terms.max_grad_norm
+        self.local: list[float] | None = None  # layers that stay here
 
     def update(self, weights: list[float]) -> list[int]:
         terms = self._terms
+        if self.local is not None:
+            weights = overlaid(terms.spans, weights, self.local)
         set_weights(self._model, weights)
         expected = float(terms.sample_rate)
         if terms.local_steps == 1:
@@ -45,11 +49,14 @@ class _UnprotectedSite:
             theta = torch.tensor(weights, dtype=torch.float64)
             for _ in range(terms.local_steps):
                 step = self._gradient(self._inputs, self._targets) * expected / terms.normaliser
-                theta = theta - terms.local_learning_rate * step
+                pull = terms.proximal * (theta - torch.tensor(weights, dtype=torch.float64))
+                theta = theta - terms.local_learning_rate * (step + pull)
                 set_weights(self._model, theta.tolist())
             moved = theta - torch.tensor(weights, dtype=torch.float64)
         grid: list[int] = np.rint(moved.numpy() * self._scale).astype(np.int64).tolist()
-        return grid
+        if terms.spans:
+            self.local = moved_locally(terms, self._scale, weights, grid)
+        return shared_values(terms.spans, grid)
 
 
 def train_without_privacy(charter: Charter, files: Mapping[str, Path]) -> list[list[float]]:
@@ -59,7 +66,7 @@ def train_without_privacy(charter: Charter, files: Mapping[str, Path]) -> list[l
         DataFileError: a file as a whole cannot serve.
     """
     canonical = charter.canonical().decode()
-    sites = {name: _UnprotectedSite(read_terms(canonical, site=name), files[name]) for name in sorted(files)}
+    sites = {name: UnprotectedSite(read_terms(canonical, site=name), files[name]) for name in sorted(files)}
     aggregator = Aggregator(AggregationPlan.of_charter(charter.document))
     members = {member["name"]: member for member in charter.document["sites"]}
     weights = initial_weights(list(charter.layers), charter.digest)

@@ -27,7 +27,7 @@ from clients.demo_data import LABEL, demo_charter, write_demo_files
 from clients.demo_screen import Screen
 from clients.home import SiteHome
 from clients.identity import Identity
-from clients.service import AddSiteRequest, add_site, approve_charter, federation_policy, witness_once
+from clients.service import AddSiteRequest, add_site, approve_charter, witness_once
 from clients.simulation import Engine, run_federation
 from federation.accounting import plan_report
 from federation.charter import Charter
@@ -35,6 +35,7 @@ from federation.coordinator import Coordinator
 from federation.progress import RunEvent
 from federation.registry import LIVE
 from federation.service import ApproveRequest, RegisterRequest, approve, register
+from federation.trust import federation_policy
 
 ORIGIN: Final = "demo.invalid/four-hospitals"
 PURPOSE: Final = "diagnosis-support"
@@ -67,7 +68,7 @@ def run_demo(folder: Path, screen: Screen, *, engine: Engine = "inprocess", roun
         CommandError: the folder holds something else, or a part did not do what it must.
     """
     begun = time.monotonic()
-    _make_folder(folder)
+    make_folder(folder)
     homes_folder, outcome = folder / "homes", Outcome(folder=str(folder))
 
     screen.step("Four hospitals, each with its own patients")
@@ -152,7 +153,7 @@ def _serve_and_verify(
     screen.step("The API answers, and says which policy let it")
     with _api(homes) as url:
         predict = f"/v1/models/{charter.name}/predict"
-        row = _first_row(public, charter)
+        row = first_row(public, charter)
         body = {"purpose": PURPOSE, "rows": [row]}
         screen.note(f"POST {url}{predict}  purpose {PURPOSE}, {len(row)} measurements of one patient")
         answer = json.loads(ask_api(url, predict, key=key, method="POST", body=body))
@@ -181,10 +182,10 @@ def _serve_and_verify(
 
     evidence = add_answer(evidence, receipt=answer["receipt"], opened=answer["opened"])
     (folder / "evidence.zip").write_bytes(evidence)
-    report = _verify(folder / "evidence.zip", folder / "policy.txt")
+    report = verify_alone(folder / "evidence.zip", folder / "policy.txt")
     (folder / "report.txt").write_text(report.stdout, encoding="utf-8")
     screen.text(report.stdout)
-    outcome.verdict = _verdict(report.stdout)
+    outcome.verdict = verdict_of(report.stdout)
     if report.returncode != 0:
         raise CommandError(f"the honest file is {outcome.verdict}: {report.stderr}", code="demo.failed")
 
@@ -192,14 +193,14 @@ def _serve_and_verify(
     altered = bytearray(evidence)
     altered[len(altered) // 2] ^= 1
     (folder / "evidence-altered.zip").write_bytes(bytes(altered))
-    caught = _verify(folder / "evidence-altered.zip", folder / "policy.txt")
+    caught = verify_alone(folder / "evidence-altered.zip", folder / "policy.txt")
     if caught.returncode == 0:
         raise CommandError("the altered file was not caught", code="demo.failed")
-    outcome.verdict_altered = _verdict(caught.stdout)
+    outcome.verdict_altered = verdict_of(caught.stdout)
     screen.caught(caught.stdout or caught.stderr, caught.returncode)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     if folder.exists() and not (folder / _MARK).exists() and any(folder.iterdir()):
         raise CommandError(
             f"{folder} holds something that is not this demo's; give --folder", code="demo.folder_taken"
@@ -224,7 +225,7 @@ def _plot(events: list[RunEvent], charter: Charter, path: Path, screen: Screen) 
     screen.note(f"AUC and epsilon by round: {path}")
 
 
-def _first_row(public: Path, charter: Charter) -> dict[str, float]:
+def first_row(public: Path, charter: Charter) -> dict[str, float]:
     with public.open(encoding="utf-8", newline="") as file:
         row = next(csv.DictReader(file))
     return {feature.name: float(row[feature.name]) for feature in charter.features}
@@ -301,7 +302,7 @@ def _await_checkpoint(url: str, leaf_index: int) -> None:
         time.sleep(0.1)
 
 
-def _verify(evidence: Path, policy: Path) -> subprocess.CompletedProcess[str]:
+def verify_alone(evidence: Path, policy: Path) -> subprocess.CompletedProcess[str]:
     """Run the verifier isolated: no environment, no user site, nothing but the file and the policy."""
     return subprocess.run(
         [sys.executable, "-I", "-m", "audit.verify", str(evidence), "--policy", str(policy)],
@@ -313,7 +314,7 @@ def _verify(evidence: Path, policy: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _verdict(report: str) -> str:
+def verdict_of(report: str) -> str:
     """Return the word that the verifier's report closes with."""
     closing = [line for line in report.splitlines() if line.partition(":")[0] in set(Verdict)]
     return closing[-1].partition(":")[0] if closing else "none"

@@ -109,3 +109,10 @@ class RefusedError(ClientsError):
             raise ValueError(f"{refusal!r} is not in the closed list audit.entries.REFUSAL_CODES")
         super().__init__(f"{refusal}: {reason}")
         self.refusal, self.reason = refusal, reason
+
+
+class WaitingError(RefusedError):
+    """The site's people have to decide first; the coordinator asks again."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("waiting_for_site", reason)

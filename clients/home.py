@@ -5,6 +5,9 @@
     keys/          the site's private keys
     ledger.db      the odometer; odometer.json is its high-water mark, kept apart
     witness.json   the last checkpoint this site cosigned
+    log.db         the site's own log, with its key in log-signer/ (`clients.site_log`)
+    proposals/     charters and runs that wait for this site's people
+    run/           the agent's socket, unless it is kept elsewhere
 
 The population is the name of the people behind the data. Its pseudonym is drawn once and stays: new files
 under the same population keep counting on the same odometer.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -22,19 +26,20 @@ from typing import Annotated, Any, Final
 import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator
 
-from audit._files import write_durably
-from audit.decimals import decimal_text
+from audit._files import locked, write_durably
 from audit.errors import AuditError
+from audit.notes import NoteVerifier
 from audit.tlog_policy import Policy
 from audit.witness import Witness
 from clients.errors import HomeError
 from clients.identity import SiteKeys
 from clients.ledger import SiteLedger
+from clients.rules import Rules, exact
+from clients.site_log import SiteLog
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _CONFIG: Final = "site.yaml"
-
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_FIXES: Final = {"extra_forbidden": "remove it, or correct its name", "missing": "add it"}
 
 
 class Population(BaseModel, frozen=True, extra="forbid"):
@@ -51,25 +56,17 @@ class LifetimeBudget(BaseModel, frozen=True, extra="forbid"):
     @field_validator("epsilon", "delta", mode="before")
     @classmethod
     def _decimals(cls, value: Any) -> Any:
-        return (
-            Decimal(decimal_text(value))
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-            else value
-        )
-
-
-class Rules(BaseModel, frozen=True, extra="forbid"):
-    auto_approve: bool  # sign any charter that names this site: for demos and simulations
-    approved_charters: tuple[Digest, ...] = ()
-    purposes: tuple[str, ...] = ()  # a charter may only serve these; empty: whatever its people approved
+        return exact(value)
 
 
 class SiteConfig(BaseModel, frozen=True, extra="forbid"):
     name: Annotated[str, StringConstraints(pattern=rf"^{SITE_NAME.pattern}$")]
+    operator: Annotated[str, StringConstraints(pattern=rf"^({SITE_NAME.pattern})?$")] = ""
     population: Population
     data: Path
     lifetime: LifetimeBudget
     rules: Rules
+    relay_uids: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = ()  # who may speak to the agent, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +86,7 @@ class SiteHome:
         lifetime_delta: str,
         auto_approve: bool,
         purposes: tuple[str, ...] = (),
+        operator: str = "",
     ) -> SiteHome:
         """Make a site's home with new keys and a new population pseudonym.
 
@@ -100,6 +98,7 @@ class SiteHome:
             raise HomeError(path, "is a site's home already", "choose another folder; a site is added once")
         document = {
             "name": name,
+            "operator": operator,
             "population": {"name": population, "pseudonym": secrets.token_hex(16)},
             "data": str(data.resolve()),
             "lifetime": {"epsilon": lifetime_epsilon, "delta": lifetime_delta},
@@ -107,8 +106,9 @@ class SiteHome:
         }
         home = cls(path, _validated(path / _CONFIG, document))
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        SiteKeys.create(path / "keys")
+        keys = SiteKeys.create(path / "keys")
         SiteLedger.create(home.ledger_path, home.high_water_path).close()
+        SiteLog.create(path, name, home.config.population.pseudonym, keys).close()
         home._write()
         return home
 
@@ -133,6 +133,11 @@ class SiteHome:
         return self.config.name
 
     @property
+    def local_layers_path(self) -> Path:
+        """Parameters of layers that stay at this site."""
+        return self.path / "local_layers"
+
+    @property
     def ledger_path(self) -> Path:
         return self.path / "ledger.db"
 
@@ -149,13 +154,28 @@ class SiteHome:
 
     def approve(self, digest: str) -> SiteHome:
         """Return the home with one more approved charter, added to `site.yaml` as it is now."""
-        config = SiteHome.open(self.path).config
-        approved = tuple(sorted({*config.rules.approved_charters, digest}))
-        rules = config.rules.model_dump() | {"approved_charters": approved}
-        document = config.model_dump(mode="json") | {"rules": rules}
-        home = SiteHome(self.path, _validated(self.path / _CONFIG, document))
-        home._write()
-        return home
+        return self._with_rules(lambda rules: {"approved_charters": _added(rules.approved_charters, digest)})
+
+    def disapprove(self, digest: str) -> SiteHome:
+        """Return the home with one approved charter less."""
+        return self._with_rules(
+            lambda rules: {"approved_charters": tuple(set(rules.approved_charters) - {digest})}
+        )
+
+    def approve_bundle(self, digest: str) -> SiteHome:
+        """Return the home with one more approved bundle."""
+        return self._with_rules(lambda rules: {"approved_bundles": _added(rules.approved_bundles, digest)})
+
+    def withdraw_bundle(self, digest: str) -> SiteHome:
+        """Return the home with one approved bundle less."""
+        return self._with_rules(
+            lambda rules: {"approved_bundles": tuple(set(rules.approved_bundles) - {digest})}
+        )
+
+    def refreshed(self) -> SiteHome:
+        """Return the home with the rules that `site.yaml` holds now, and everything else as it was read."""
+        rules = SiteHome.open(self.path).config.rules
+        return self if rules == self.config.rules else self._replaced(rules)
 
     def policy(self) -> Policy:
         """Read the site's own trust file.
@@ -173,24 +193,30 @@ class SiteHome:
         except (AuditError, UnicodeDecodeError) as error:
             raise HomeError(path, str(error), "mend the file") from error
 
-    def join(self, policy: Policy) -> None:
-        """Believe this policy, and begin to follow its log as a witness.
+    def join(self, policy: Policy, *, new_key: bool = False) -> None:
+        """Believe this policy, and begin to follow its log as a witness, or go on under its newer keys.
+
+        `new_key` is its people's word that a log which shares no key with the present policy is the same:
+        they compared it, as after a theft.
 
         Raises:
-            HomeError: the site follows another log already.
+            HomeError: the site follows another log already, or the log has none of the keys believed so far.
         """
-        if len(policy.logs) != 1:
-            raise HomeError(
-                self.path, f"the policy names {len(policy.logs)} logs", "a site follows exactly one"
-            )
-        log = policy.logs[0].verifier
+        keys = self._log_keys(policy)
         if self.witness_path.exists():
-            if self.policy().logs[0].verifier != log:
+            before = self._log_keys(self.policy())
+            if before[0].name != keys[0].name:
                 raise HomeError(
                     self.path, "follows another log already", "keep its policy, or add a new site"
                 )
+            if not new_key and not set(before) & set(keys):
+                raise HomeError(
+                    self.path,
+                    "believes none of this policy's keys of the log",
+                    "compare the new key with the other members, then say so with --new-key",
+                )
         else:
-            Witness.create(self.witness_path, self.keys().witness_signer(self.name), log)
+            Witness.create(self.witness_path, self.keys().witness_signer(self.name), keys)
         write_durably(self.path / "policy.txt", policy.format().encode())
 
     def witness(self) -> Witness:
@@ -199,16 +225,42 @@ class SiteHome:
         Raises:
             HomeError: the site follows no log yet, or the witness's state is gone or damaged.
         """
-        log = self.policy().logs[0].verifier
+        keys = self._log_keys(self.policy())
         try:
-            return Witness(self.witness_path, self.keys().witness_signer(self.name), log)
+            return Witness(self.witness_path, self.keys().witness_signer(self.name), keys)
         except AuditError as error:
             raise HomeError(self.witness_path, str(error), "restore it from the site's own backup") from error
 
+    def _with_rules(self, change: Callable[[Rules], dict[str, Any]]) -> SiteHome:
+        """Change the rules in the file as it is now; the agent and the site's people may both do so."""
+        with locked(self.path / ".site.lock", 10.0):
+            current = SiteHome.open(self.path).config
+            changed = current.rules.model_copy(update=change(current.rules))
+            home = SiteHome(self.path, current.model_copy(update={"rules": changed}))
+            _validated(self.path / _CONFIG, home._document())
+            home._write()
+        return home
+
+    def _replaced(self, rules: Rules) -> SiteHome:
+        return SiteHome(self.path, self.config.model_copy(update={"rules": rules}))
+
+    def _document(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def _log_keys(self, policy: Policy) -> tuple[NoteVerifier, ...]:
+        origins = sorted({log.origin for log in policy.logs})
+        if len(origins) != 1:
+            raise HomeError(self.path, f"the policy names {len(origins)} logs", "a site follows exactly one")
+        return policy.keys_of(origins[0])
+
     def _write(self) -> None:
-        document = self.config.model_dump(mode="json")
+        document = self._document()
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         write_durably(self.path / _CONFIG, text.encode())
+
+
+def _added(digests: tuple[str, ...], digest: str) -> tuple[str, ...]:
+    return tuple(sorted({*digests, digest}))
 
 
 def _validated(path: Path, document: object) -> SiteConfig:
@@ -217,4 +269,4 @@ def _validated(path: Path, document: object) -> SiteConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise HomeError(path, f"{key}: {first['msg']}", "mend this key") from error
+        raise HomeError(path, f"{key}: {first['msg']}", _FIXES.get(first["type"], "mend this key")) from error

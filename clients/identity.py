@@ -28,9 +28,20 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.keys import SigningKey
 from audit.notes import KeyType, NoteSigner
+from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 from clients.errors import IdentityError
 
-T = TypeVar("T", CharterSigned, RunAccepted, SiteRefused, SiteStatement)
+T = TypeVar(
+    "T",
+    CharterSigned,
+    RunAccepted,
+    SiteRefused,
+    SiteStatement,
+    SiteLogOpened,
+    SiteDecided,
+    RequestRefused,
+    BundleDecided,
+)
 
 IDENTITY_KEY: Final = "identity.pem"
 STATEMENT_KEY: Final = "statement.pem"
@@ -137,13 +148,17 @@ class SiteKeys:
         """The cosigner that bears the site's name."""
         return NoteSigner(site, self.witness, KeyType.COSIGNATURE)
 
-    def enrolment(self, site: str, population: str, origin: str) -> SiteEnrolled:
-        """Return the enrolment in log `origin`, signed by the identity and by both delegated signing keys."""
+    def enrolment(self, site: str, population: str, origin: str, operator: str = "") -> SiteEnrolled:
+        """Return the enrolment in log `origin`, signed by the identity and by both delegated signing keys.
+
+        `operator` is whoever runs the machines of this site and of others; such sites are one voice.
+        """
         agreement = self.agreement.public_key().public_bytes(
             serialization.Encoding.Raw, serialization.PublicFormat.Raw
         )
         unsigned = SiteEnrolled(
             site=site,
+            operator=operator,
             origin=origin,
             population=population,
             identity_key=self.identity.text,
@@ -163,9 +178,9 @@ class SiteKeys:
         )
 
     def signed(self, body: T) -> T:
-        """Return `body` with its signature: a charter by the identity key, all else by the statement key."""
+        """Return `body` signed: by the identity key what binds the site itself, else by the statement key."""
         domain, payload = signing_payload(body)
-        key = self.identity if domain == "charter" else self.statement
+        key = self.identity if domain in ("charter", "site-log") else self.statement
         return dataclasses.replace(body, signature=signature_text(key, domain, payload))
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from sqlalchemy import event, text
 from sqlalchemy.engine import URL, Connection, Engine
@@ -58,10 +59,12 @@ class Reservation:
 
 
 class SiteLedger:
-    """One site's ledger; exactly one process holds it at a time."""
+    """One site's ledger; exactly one process holds it at a time, others may look."""
 
-    def __init__(self, path: Path, high_water_path: Path) -> None:
+    def __init__(self, path: Path, high_water_path: Path, *, look: bool = False) -> None:
         """Open the ledger that `create` made; a lost one is never taken for a new start.
+
+        With `look` it is only read, also while an agent holds it.
 
         Raises:
             LedgerBehindError: the ledger ends below its high-water mark.
@@ -69,8 +72,8 @@ class SiteLedger:
         """
         self._path, self._marks = path, HighWaterMarks(high_water_path)
         self._mutex = threading.RLock()
-        self._lock = _exclusive_lock(path.with_suffix(".lock"))
-        self._engine = _engine(path)
+        self._lock = -1 if look else _exclusive_lock(path.with_suffix(".lock"))
+        self._engine = _engine(path, look=look)
         try:
             self._check_schema()
             for population, seen in self._marks.read().items():
@@ -98,8 +101,8 @@ class SiteLedger:
 
     def close(self) -> None:
         with self._mutex:
+            self._engine.dispose()
             if self._lock >= 0:
-                self._engine.dispose()
                 os.close(self._lock)
                 self._lock = -1
 
@@ -292,18 +295,24 @@ class SiteLedger:
             yield connection
 
 
-def _engine(path: Path) -> Engine:
-    engine = create_engine(URL.create("sqlite", database=str(path)))
+def _engine(path: Path, *, look: bool = False) -> Engine:
+    if look:
+        name = f"file:{quote(str(path.absolute()))}"
+        url = URL.create("sqlite", database=name, query={"mode": "ro", "uri": "true"})
+    else:
+        url = URL.create("sqlite", database=str(path))
+    engine = create_engine(url)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
+        if not look:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql("BEGIN" if look else "BEGIN IMMEDIATE")
 
     return engine
 

@@ -22,6 +22,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from audit.encoding import is_missing
+from audit.private_evaluation import Evaluation
 from clients.errors import DataFileError, DataProblem
 from clients.terms import Terms
 from federation.contract import check_frame
@@ -72,11 +73,23 @@ def read_table(path: Path) -> Table:
 
 
 def load_training_data(path: Path, terms: Terms) -> TrainingData:
-    """Return the file's usable rows for a round.
+    """Return the file's usable rows for a round: all but those that the charter keeps for evaluation.
 
     Raises:
         DataFileError: the file as a whole cannot serve; never because of a row.
     """
+    data, held_out = load_all_data(path, terms)
+    return TrainingData(data.inputs[~held_out], data.targets[~held_out])
+
+
+def load_evaluation_data(path: Path, terms: Terms) -> TrainingData:
+    """Return the file's usable rows that no round trains on; errors as `load_training_data`."""
+    data, held_out = load_all_data(path, terms)
+    return TrainingData(data.inputs[held_out], data.targets[held_out])
+
+
+def load_all_data(path: Path, terms: Terms) -> tuple[TrainingData, NDArray[np.bool_]]:
+    """Return the file's usable rows, and which of them are for evaluation; errors as `load_training_data`."""
     table = read_table(path)
     _require_columns(table, terms)
     inputs, usable = encode_frame(terms.features, _with_numeric_columns(table.frame, terms))
@@ -91,7 +104,11 @@ def load_training_data(path: Path, terms: Terms) -> TrainingData:
             path,
             left_out,
         )
-    return TrainingData(inputs[usable], targets[usable])
+    data = TrainingData(inputs[usable], targets[usable])
+    if terms.evaluation is None:
+        return data, np.zeros(len(data.targets), dtype=np.bool_)
+    subjects = table.frame[terms.subject_id][usable].tolist() if terms.subject_id else None
+    return data, _held_out(terms, terms.evaluation, data, subjects)
 
 
 def inspect_file(path: Path, terms: Terms) -> tuple[DataProblem, ...]:
@@ -221,6 +238,19 @@ def _within_subjects(table: Table, terms: Terms) -> NDArray[np.bool_]:
         seen[key] = seen.get(key, 0) + 1
         # a row of nobody could be anybody's, so it takes no part
         chosen.append(key != "" and seen[key] <= terms.max_rows_per_subject)
+    return np.asarray(chosen, dtype=np.bool_)
+
+
+def _held_out(
+    terms: Terms, evaluation: Evaluation, data: TrainingData, subjects: list[Any] | None
+) -> NDArray[np.bool_]:
+    """Which rows are for evaluation: each by its own content, or all of a subject by the subject's name."""
+    names = (
+        [str(subject).encode() for subject in subjects]
+        if subjects is not None
+        else [x.tobytes() + y.tobytes() for x, y in zip(data.inputs, data.targets, strict=True)]
+    )
+    chosen = [evaluation.holds_out(terms.digest, name) for name in names]
     return np.asarray(chosen, dtype=np.bool_)
 
 

@@ -156,6 +156,13 @@ def parse_finished(header: bytes) -> FinishedRequest:
     return FinishedRequest(run=_text(document, "run"), own_statement=_entry(document.get("own_statement")))
 
 
+def parse_bundle(header: bytes) -> str:
+    digest = _text(parse_header(header, frozenset({"digest"})), "digest")
+    if not _DIGEST.fullmatch(digest):
+        raise _bad("digest: is the SHA-256 of a bundle, in hex")
+    return digest
+
+
 def _entry(value: JsonValue) -> LoggedEntry | None:
     if value is None:
         return None

@@ -19,7 +19,6 @@ from audit.entries import SiteStatement, decode_entry
 from audit.epsilon import recompute
 from audit.errors import AuditError, WitnessError, WitnessProofError
 from audit.merkle import NodeSource
-from audit.tlog_policy import Policy
 from clients.accusations import keep_accusation
 from clients.errors import DataProblem, LinkError
 from clients.home import SiteHome
@@ -45,6 +44,7 @@ class AddSiteRequest:
     lifetime_delta: str
     auto_approve: bool = False
     purposes: tuple[str, ...] = ()
+    operator: str = ""  # who runs this site's machines, where the same people run other sites too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,7 @@ class SiteStatus:
     """What a site's own people see of it."""
 
     name: str
+    operator: str
     population: str
     pseudonym: str
     data: Path
@@ -64,6 +65,7 @@ class SiteStatus:
     cap_delta: str
     approved_charters: tuple[str, ...]
     witnessed_size: int | None  # None: the site follows no log yet
+    waiting: tuple[str, ...]  # runs and charters that this site's people have to decide about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,31 +99,8 @@ def add_site(request: AddSiteRequest) -> SiteHome:
         lifetime_delta=request.lifetime_delta,
         auto_approve=request.auto_approve,
         purposes=request.purposes,
+        operator=request.operator,
     )
-
-
-def federation_policy(
-    log_key: str, witnesses: Mapping[str, str], *, operators: Mapping[str, str] | None = None
-) -> Policy:
-    """Return the policy of a log whose n sites are its witnesses: w of n, 2w > n + f, f = (n - 1) / 3.
-
-    Args:
-        log_key: the log's vkey. witnesses: each site's witness vkey.
-        operators: who runs a site's machines, where several sites share an operator. Sites under one
-            operator count once, as `group <operator> any`, because whoever runs both can make both sign.
-    """
-    shared: dict[str, list[str]] = {}
-    for name in sorted(witnesses):
-        shared.setdefault((operators or {}).get(name, name), []).append(name)
-    voices = {operator if len(sites) > 1 else sites[0]: sites for operator, sites in shared.items()}
-    count = len(voices)
-    need = (count + (count - 1) // 3) // 2 + 1
-    lines = [f"log {log_key}", *(f"witness {site} {key}" for site, key in sorted(witnesses.items()))]
-    lines += [
-        f"group {name} any {' '.join(sites)}" for name, sites in sorted(voices.items()) if len(sites) > 1
-    ]
-    lines += [f"group members {need} {' '.join(sorted(voices))}", "quorum members"]
-    return Policy.parse("\n".join(lines) + "\n")
 
 
 def review(home: SiteHome, charter: str) -> Review:
@@ -136,7 +115,7 @@ def review(home: SiteHome, charter: str) -> Review:
 
     terms = read_terms(charter, site=home.name)
     lifetime = home.config.lifetime
-    ledger = SiteLedger(home.ledger_path, home.high_water_path)
+    ledger = SiteLedger(home.ledger_path, home.high_water_path, look=True)
     try:
         committed = ledger.committed_events(home.config.population.pseudonym)
     finally:
@@ -159,21 +138,22 @@ def approve_charter(home: SiteHome, charter: str) -> SiteHome:
     Raises:
         RefusedError: the charter is malformed, or not for this site.
     """
-    from clients.terms import read_terms
+    from clients.proposals import Proposal
+    from clients.reviewing import approve_charter_text
 
-    return home.approve(read_terms(charter, site=home.name).digest)
+    return approve_charter_text(home, Proposal(charter=charter, run=None))
 
 
 def status(home: SiteHome) -> SiteStatus:
-    """Read the site's home; fails while an agent holds the ledger.
+    """Read the site's home, also while its agent runs.
 
     Raises:
-        HomeError: another process holds the ledger.
+        HomeError: the ledger is missing or damaged.
         LedgerBehindError: an old copy of the ledger was put back.
     """
     from clients.ledger import SiteLedger
 
-    ledger = SiteLedger(home.ledger_path, home.high_water_path)
+    ledger = SiteLedger(home.ledger_path, home.high_water_path, look=True)
     try:
         return status_of(home, ledger)
     finally:
@@ -182,6 +162,8 @@ def status(home: SiteHome) -> SiteStatus:
 
 def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
     """Return the status of a site whose ledger is open here."""
+    from clients.proposals import Proposals
+
     population, lifetime = home.config.population, home.config.lifetime
     events = ledger.events(population.pseudonym)
     committed = ledger.committed_events(population.pseudonym)
@@ -190,6 +172,7 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
         witnessed = home.witness().tree_size
     return SiteStatus(
         name=home.name,
+        operator=home.config.operator,
         population=population.name,
         pseudonym=population.pseudonym,
         data=home.config.data,
@@ -202,6 +185,7 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
         cap_delta=format(lifetime.delta, "f"),
         approved_charters=home.config.rules.approved_charters,
         witnessed_size=witnessed,
+        waiting=Proposals(home.path).ids(),
     )
 
 

@@ -143,6 +143,23 @@ class SimulatedRun:
         cosign_here(self.federation.homes, log)
         return self.version
 
+    def by_site(self, held_out: Mapping[str, SiteData], *, metric: str | None = None) -> pd.DataFrame:
+        """Return what each site gains, on `held_out` rows of its own, by site.
+
+        Columns: the trivial baseline, `local_only` (the same recipe on the site's own rows, without noise),
+        `federated` (the version as anybody uses it), `personal` (with the site's intercept and the layers
+        that stayed there) and `gain` (personal over local only). Nothing is released or logged.
+
+        Raises:
+            SimulationError: a site is not the charter's, or the metric does not fit its task.
+            DataFileError: held-out rows cannot be read.
+        """
+        from clients.personal import by_site, kept_layers
+
+        folders = {name: home.local_layers_path for name, home in self.federation.homes.items()}
+        kept = kept_layers(self.charter, folders, self.id) if self.charter.model.local_layers else {}
+        return by_site(self.charter, self.weights, self.federation.files, held_out, kept, metric)
+
     @property
     def policy(self) -> str:
         """The trust file of the made-up sites: which log and which witnesses they believe."""

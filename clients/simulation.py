@@ -24,12 +24,12 @@ from audit.models import weights_of_file
 from audit.principal import LocalOwner, Principal
 from audit.replay import average
 from clients.agent import Agent
+from clients.agent_server import served_agents
 from clients.agreement import CharterSource, complete_charter, read_source
 from clients.errors import SimulationError
 from clients.home import SiteHome
 from clients.identity import Identity
 from clients.inprocess import live_agents
-from clients.service import federation_policy
 from clients.simulated import (
     SimulatedFederation,
     SimulatedRun,
@@ -38,13 +38,13 @@ from clients.simulated import (
     write_frame,
     write_site_files,
 )
-from clients.socket_link import served_agents
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.evaluation import PublicData, metrics_of
 from federation.progress import Listener, RunEvent
 from federation.registry import statements
 from federation.service import Launch, RunConfig, TrainedRun, TrainRequest, train
+from federation.trust import federation_policy
 
 if TYPE_CHECKING:
     from federation.grid import Fault
@@ -106,7 +106,8 @@ def run_federation(
 def join_all(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> None:
     """Let every site that follows no log yet follow this one."""
     witnesses = {name: home.keys().witness_signer(name).vkey for name, home in homes.items()}
-    policy = federation_policy(coordinator.log_key, witnesses)
+    operators = {name: home.config.operator for name, home in homes.items()}
+    policy = federation_policy(coordinator.log_key, witnesses, operators=operators)
     for home in homes.values():
         if not home.witness_path.exists():
             home.join(policy)

@@ -1,30 +1,31 @@
-"""The agent behind a Unix socket: the same calls and bytes as in-process, from a relay in another process.
+"""The relay's end of an agent's Unix socket, and the frames that both ends speak.
 
-The folder of sockets belongs to the site's user alone (mode 0700); whoever may open a socket may speak to
-the agent, which trusts no relay in any case. One request a connection: a line of JSON that gives kind and
-sizes, then the bytes.
+One request a connection: a line of JSON that gives kind and sizes, then the header's bytes, then each
+blob's. Everything has a cap, and a whole frame has one deadline, however slowly its bytes trickle in. The
+agent's end is `clients.agent_server`; this module is also in the Flower bundle, and needs no agent.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import socket
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from clients.errors import LinkError
-from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES, AgentLink
-
-_logger = logging.getLogger(__name__)
+from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 
 MAX_HEAD_BYTES: Final = 1 << 16
 MAX_BLOBS: Final = 8
+MAX_FRAME_BYTES: Final = 640 << 20  # header and blobs together
 ANSWER_TIMEOUT_S: Final = 600.0
-READ_TIMEOUT_S: Final = 30.0
+CONNECT_TIMEOUT_S: Final = 10.0
+FRAME_TIMEOUT_S: Final = 30.0
+SLOWEST_BYTES_PER_S: Final = 8 << 20  # what a frame may take beyond that
+_CHUNK: Final = 1 << 20
 
 
 class SocketLink:
@@ -42,99 +43,143 @@ class SocketLink:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(ANSWER_TIMEOUT_S)
             try:
-                connection.connect(str(self._path))
-                _send(connection, kind, header, blobs)
-                _, answer, answer_blobs = _receive(connection)
+                self._connect(connection)
+                try:
+                    send_frame(connection, kind, header, blobs)
+                except (BrokenPipeError, ConnectionResetError) as error:
+                    return _parting_word(connection, error)
+                frame = Frame(connection, ANSWER_TIMEOUT_S)
+                head = frame.head()
+                return frame.body(head)
             except OSError as error:
                 raise LinkError(f"no answer from the agent at {self._path}: {error}") from error
-        return answer, answer_blobs
+
+    def _connect(self, connection: socket.socket) -> None:
+        """Connect, and stand in line while others are let in."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while True:
+            try:
+                connection.connect(str(self._path))
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
 
-@contextmanager
-def served_agents(folder: Path, agents: Mapping[str, AgentLink]) -> Iterator[None]:
-    """Listen on `<folder>/<site>.sock` for each agent for the time of the block.
+@dataclass(frozen=True, slots=True)
+class FrameHead:
+    """What the first line of a frame announces."""
+
+    kind: str
+    header_size: int
+    blob_sizes: Mapping[str, int]
+
+    @property
+    def size_bytes(self) -> int:
+        return self.header_size + sum(self.blob_sizes.values())
+
+
+class Frame:
+    """One frame as it comes in. `head()` first, then `body(head)`; each has a deadline as a whole."""
+
+    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+        self._connection, self._timeout_s = connection, timeout_s
+        self._left = b""
+
+    def head(self) -> FrameHead:
+        """Read the first line.
+
+        Raises:
+            LinkError: it is of another protocol, announces too much, or comes too slowly.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        line = bytearray()
+        while b"\n" not in line:
+            if len(line) > MAX_HEAD_BYTES:
+                raise LinkError("the other end speaks another protocol")
+            piece = self._receive(deadline, 4096)
+            if not piece:
+                raise LinkError("the other end speaks another protocol")
+            line += piece
+        first, _, rest = bytes(line).partition(b"\n")
+        self._left = rest
+        return _head(first)
+
+    def body(self, head: FrameHead) -> tuple[bytes, dict[str, bytes]]:
+        """Read the header and the blobs that `head` announced.
+
+        Raises:
+            LinkError: they end early or come too slowly.
+        """
+        deadline = time.monotonic() + self._timeout_s + head.size_bytes / SLOWEST_BYTES_PER_S
+        header = self._exactly(head.header_size, deadline)
+        return header, {name: self._exactly(size, deadline) for name, size in head.blob_sizes.items()}
+
+    def within(self, timeout_s: float) -> Frame:
+        """Set the deadline of what is read next."""
+        self._timeout_s = timeout_s
+        return self
+
+    def _exactly(self, size: int, deadline: float) -> bytes:
+        data = bytearray(self._left[:size])
+        self._left = self._left[size:]
+        while len(data) < size:
+            piece = self._receive(deadline, min(_CHUNK, size - len(data)))
+            if not piece:
+                raise LinkError(f"the connection ended {size - len(data)} bytes early")
+            data += piece
+        return bytes(data)
+
+    def _receive(self, deadline: float, size: int) -> bytes:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise LinkError("the other end is too slow")
+        self._connection.settimeout(left)
+        try:
+            return self._connection.recv(size)
+        except TimeoutError as error:
+            raise LinkError("the other end is too slow") from error
+
+
+def send_frame(connection: socket.socket, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> None:
+    """Send one frame; the socket's own time-out holds for each part.
 
     Raises:
-        LinkError: a socket cannot be made there.
+        OSError: the other end is gone or takes nothing.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    listeners: list[tuple[socket.socket, threading.Thread]] = []
-    try:
-        for site, agent in agents.items():
-            path = folder / f"{site}.sock"
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                listener.bind(str(path))
-                listener.listen(16)
-            except OSError as error:
-                listener.close()
-                raise LinkError(f"cannot listen on {path}: {error}") from error
-            thread = threading.Thread(
-                target=_serve, args=(listener, agent), name=f"agent-{site}", daemon=True
-            )
-            thread.start()
-            listeners.append((listener, thread))
-        yield
-    finally:
-        for listener, thread in listeners:
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-            thread.join(timeout=5)
-        for site in agents:
-            (folder / f"{site}.sock").unlink(missing_ok=True)
-
-
-def _serve(listener: socket.socket, agent: AgentLink) -> None:
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except OSError:
-            return  # the listener was closed
-        with connection:
-            connection.settimeout(READ_TIMEOUT_S)
-            try:
-                kind, header, blobs = _receive(connection)
-                answer, answer_blobs = agent.handle(kind, header, blobs)
-                _send(connection, "answer", answer, answer_blobs)
-            except (OSError, LinkError) as error:
-                _logger.warning("a relay's connection failed: %s", error)
-
-
-def _send(connection: socket.socket, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> None:
-    head = {"kind": kind, "header": len(header), "blobs": {name: len(blob) for name, blob in blobs.items()}}
-    connection.sendall(json.dumps(head).encode() + b"\n" + header)
+    sizes = {name: len(blob) for name, blob in blobs.items()}
+    head = json.dumps({"kind": kind, "header": len(header), "blobs": sizes}).encode()
+    connection.sendall(head + b"\n" + header)
     for blob in blobs.values():
         connection.sendall(blob)
 
 
-def _receive(connection: socket.socket) -> tuple[str, bytes, dict[str, bytes]]:
-    with connection.makefile("rb") as stream:
-        line = stream.readline(MAX_HEAD_BYTES)
-        kind, size, sizes = _head(line)
-        header = _exactly(stream, size)
-        return kind, header, {name: _exactly(stream, length) for name, length in sizes.items()}
+def _parting_word(connection: socket.socket, error: OSError) -> tuple[bytes, dict[str, bytes]]:
+    """An agent that declines to read a request says why, then closes."""
+    try:
+        frame = Frame(connection, 1.0)
+        return frame.body(frame.head())
+    except (OSError, LinkError):
+        raise error from None
 
 
-def _head(line: bytes) -> tuple[str, int, dict[str, int]]:
+def _head(line: bytes) -> FrameHead:
     try:
         head = json.loads(line)
         kind, size, sizes = head["kind"], head["header"], head["blobs"]
         fits = (
             isinstance(kind, str)
+            and len(kind) <= 100
             and type(size) is int
             and 0 <= size <= MAX_HEADER_BYTES
             and len(sizes) <= MAX_BLOBS
             and all(type(length) is int and 0 <= length <= MAX_BLOB_BYTES for length in sizes.values())
+            and size + sum(sizes.values()) <= MAX_FRAME_BYTES
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LinkError("the other end speaks another protocol") from error
     if not fits:
         raise LinkError("the other end sends too much")
-    return kind, size, sizes
-
-
-def _exactly(stream: Any, size: int) -> bytes:
-    data: bytes = stream.read(size)
-    if len(data) != size:
-        raise LinkError(f"the connection ended {size - len(data)} bytes early")
-    return data
+    return FrameHead(kind, size, dict(sizes))

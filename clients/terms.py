@@ -16,7 +16,9 @@ from audit.encoding import RowEncoder
 from audit.entries import MechanismEvent
 from audit.epsilon import check_event
 from audit.errors import AuditError
+from audit.layers import shared_spans
 from audit.models import dimension, initial_weights, model_file
+from audit.private_evaluation import Evaluation
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.dp.losses import Loss
@@ -41,6 +43,9 @@ class Terms:
     rounds: int
     local_steps: int
     local_learning_rate: float
+    proximal: float
+    average_last: int
+    spans: tuple[tuple[int, int], ...]  # of the flat vector, what is released; empty: all of it
     minimum_sites: int
     epsilon: Decimal  # what a run may cost at `delta`, as the charter promises
     delta: Decimal
@@ -57,10 +62,17 @@ class Terms:
     nominal_rows: int  # of this site
     site_index: int
     event: MechanismEvent  # the same in every round
+    evaluation: Evaluation | None
 
     @property
     def loss(self) -> Loss:
         return LOSSES[self.task]
+
+    @property
+    def planned(self) -> tuple[MechanismEvent, ...]:
+        """Every release of a run, in order."""
+        rounds = (self.event,) * self.rounds
+        return rounds if self.evaluation is None else (*rounds, self.evaluation.event)
 
     @property
     def normaliser(self) -> float:
@@ -104,6 +116,7 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
     features = tuple(document["features"])
     RowEncoder(features)
     subject = privacy["unit"] == "subject"
+    local = document["model"].get("local_layers", ())
     rate = Fraction(parse_decimal(privacy["sample_rate"]))
     rows = int(privacy["max_rows_per_subject"]) if subject else 1
     if subject and not privacy["subject_id"]:
@@ -126,6 +139,9 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         rounds=int(plan["rounds"]),
         local_steps=int(plan["local_steps"]),
         local_learning_rate=float(parse_decimal(plan["local_learning_rate"])),
+        proximal=float(parse_decimal(plan.get("proximal", "0"))),
+        average_last=int(plan["average_last"]),
+        spans=shared_spans(layers, local) if local else (),
         minimum_sites=int(plan["minimum_sites"]),
         epsilon=parse_decimal(privacy["epsilon"]),
         delta=parse_decimal(privacy["delta"]),
@@ -142,6 +158,7 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         nominal_rows=int(members[site]["nominal_rows"]),
         site_index=sites.index(site),
         event=_event(plan, privacy, dimension(layers)),
+        evaluation=Evaluation.of_charter(document),
     )
 
 

@@ -11,7 +11,9 @@ from audit.models import weights_of_file
 from audit.weights import encode_update
 from clients.dp.mechanism import Mechanism, MechanismTerms
 from clients.errors import DataFileError, RefusedError
-from clients.loader import TrainingData, load_training_data
+from clients.evaluation import noisy_counts
+from clients.loader import TrainingData, load_evaluation_data, load_training_data
+from clients.local_layers import LocalLayers, moved_locally, overlaid, shared_values
 from clients.terms import Terms
 from federation.torch_models import build_model
 
@@ -19,8 +21,8 @@ from federation.torch_models import build_model
 class Trainer:
     """One site's data file and the mechanisms of the charters it serves."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, local_layers: LocalLayers) -> None:
+        self._path, self._local = path, local_layers
         self._mechanisms: dict[str, Mechanism] = {}
         self._data: tuple[tuple[str, int, int], TrainingData] | None = None
 
@@ -32,8 +34,12 @@ class Trainer:
         """
         self._load(terms)
 
-    def update(self, terms: Terms, base_model: bytes) -> bytes:
+    def update(self, terms: Terms, base_model: bytes, *, run: str, server_round: int) -> bytes:
         """Return the update file of one noised release from `base_model`.
+
+        Layers that the charter leaves at the site are taken from and kept in the site's own folder. They are
+        moved by the same noised sums as the rest: were they fitted to the rows without noise, the other
+        layers' gradients would tell of every row more than the clipping norm bounds.
 
         Raises:
             RefusedError: the base model is not of the charter, or the data file has gone.
@@ -42,18 +48,28 @@ class Trainer:
             weights = weights_of_file(list(terms.layers), base_model)
         except AuditError as error:
             raise RefusedError("base_model_mismatch", str(error)) from error
+        evaluation = terms.evaluation if server_round > terms.rounds else None
         try:
-            data = self._load(terms)
+            data = self._load(terms) if evaluation is None else load_evaluation_data(self._path, terms)
         except DataFileError as error:
             raise RefusedError("contract_not_met", str(error)) from error
+        if evaluation is not None:
+            return encode_update(noisy_counts(evaluation, terms, weights, data))
         mechanism = self._mechanism(terms)
+        kept = self._local.load(run, server_round - 1) if terms.spans else None
+        if kept is not None:
+            weights = overlaid(terms.spans, weights, kept)
         mechanism.load(torch.tensor(weights, dtype=torch.float64))
         release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
         if made != (event.sigma_grid, event.sensitivity_grid, event.dimension, event.steps):
             raise RefusedError("internal_error", f"the mechanism ran {made}, the charter asks for {event}")
-        return encode_update(release.update.tolist())
+        values: list[int] = release.update.tolist()
+        if terms.spans:
+            moved = moved_locally(terms, mechanism.terms.scale, weights, values)
+            self._local.save(run, server_round, moved, keep=terms.average_last)
+        return encode_update(shared_values(terms.spans, values))
 
     def _mechanism(self, terms: Terms) -> Mechanism:
         if terms.digest not in self._mechanisms:
@@ -87,6 +103,7 @@ def mechanism_terms(terms: Terms) -> MechanismTerms:
         rows_per_unit=terms.max_rows_per_subject,
         local_steps=terms.local_steps,
         local_learning_rate=terms.local_learning_rate if local else None,
+        proximal=terms.proximal,
         normaliser=terms.normaliser if local else None,
     )
 

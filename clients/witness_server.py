@@ -31,7 +31,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Answer = tuple[int, str, bytes]
 
+HEAD_TIMEOUT_S: Final = 10.0
 BODY_TIMEOUT_S: Final = 10.0
+MAX_CONNECTIONS: Final = 64
 PLAIN: Final = "text/plain; charset=utf-8"
 
 
@@ -136,6 +138,35 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
+def impatient_protocol(head_timeout_s: float = HEAD_TIMEOUT_S) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with a time limit on each request's head, which it has none for.
+
+    Otherwise a few connections that never finish their first line would use up `MAX_CONNECTIONS` for good.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._deadline = self.loop.call_later(head_timeout_s, self._give_up)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._deadline.cancel()
+            self._deadline = self.loop.call_later(head_timeout_s, self._give_up)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._deadline.cancel()
+            super().connection_lost(exc)
+
+        def _give_up(self) -> None:
+            cycle: Any = self.cycle  # none before the first request
+            if cycle is None or cycle.response_complete:
+                self.transport.close()
+
+    return Impatient
+
+
 def serve(server: WitnessServer, *, host: str, port: int) -> None:
     """Listen until stopped."""
     import uvicorn
@@ -146,7 +177,8 @@ def serve(server: WitnessServer, *, host: str, port: int) -> None:
         port=port,
         log_level="warning",
         access_log=False,
-        limit_concurrency=64,
+        http=impatient_protocol(),
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=5,
         server_header=False,
     )

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from audit.errors import AuditError
 from audit.keys import parse_public_key
 from audit.metrics import LOWER_IS_BETTER, METRICS_OF_TASK
+from audit.private_evaluation import SOURCE
+from federation._aggregation_checks import check_aggregation, check_local_training
+from federation._evaluation_checks import check_evaluation, check_private_gate
 from federation.errors import LayerError, Problem
 from federation.families import check_layers
 
@@ -34,8 +37,10 @@ def check_charter(charter: Charter) -> list[Problem]:
         *_privacy(charter),
         *_members(charter),
         *_gates(charter),
+        *check_aggregation(charter),
+        *check_evaluation(charter),
     ]
-    return found or list(_model(charter))
+    return found or [*_model(charter), *check_local_training(charter)]
 
 
 def warnings_of(charter: Charter) -> list[str]:
@@ -252,11 +257,13 @@ def _members(charter: Charter) -> Iterator[Problem]:
 def _gates(charter: Charter) -> Iterator[Problem]:
     for index, gate in enumerate(charter.gates):
         path = f"gates[{index}]"
-        if gate.source != "public_set":
+        if gate.source == SOURCE:
+            yield from check_private_gate(charter, index)
+        elif gate.source != "public_set":
             yield Problem(
                 path=f"{path}.source",
                 message=f"{gate.source!r} cannot be recomputed by anybody else",
-                fix="write source: public_set; nothing is approved on a private number",
+                fix="write source: public_set, or private_release with terms of evaluation",
             )
         elif charter.public_set is None:
             yield Problem(

@@ -67,6 +67,23 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
         "purposes": list(charter.purposes),
         "officers": [{"name": officer.name, "key": officer.key} for officer in charter.officers],
     }
+    if plan.proximal:
+        document["plan"]["proximal"] = decimal_text(plan.proximal)
+    if charter.model.local_layers:
+        document["model"]["local_layers"] = list(charter.model.local_layers)
+    if charter.evaluation is not None:
+        document["evaluation"] = {
+            "share": decimal_text(charter.evaluation.share),
+            "noise_multiplier": decimal_text(charter.evaluation.noise_multiplier),
+        }
+    if charter.aggregation is not None:
+        rule = charter.rule
+        document["aggregation"] = {
+            "rule": rule.name,
+            "byzantine": rule.byzantine,
+            "keep": rule.keep,
+            "norm_bound": int(rule.norm_bound),
+        }
     if charter.public_set is not None:
         document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
     return document
@@ -117,6 +134,8 @@ _DECIMALS = frozenset(
         "beta1",
         "beta2",
         "tau",
+        "proximal",
+        "share",
         "epsilon",
         "delta",
         "sample_rate",
@@ -154,6 +173,7 @@ def _model_fields(model: dict[str, Any]) -> dict[str, Any]:
     ]
     if family == "layers":
         fields["layers"] = layers
+    fields["local_layers"] = model.get("local_layers", ())
     if family in ("mlp", "cnn") and activations:
         fields["activation"] = activations[0]
     if family == "mlp":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from audit.entries import MechanismEvent
 from audit.epsilon import check_event, epsilon_with_discretisation, gaussian_epsilon, rdp_epsilon, recompute
 from federation.errors import AccountingError
-from federation.mechanism import planned_event, release_event
+from federation.mechanism import planned_event, planned_events, release_event
 
 if TYPE_CHECKING:
     from federation.charter import Charter
@@ -192,7 +192,7 @@ def plan_cost(charter: Charter) -> PlanCost:
     from federation._charter_checks import warnings_of
 
     event, privacy = planned_event(charter), charter.privacy
-    total = spent([event] * charter.plan.rounds, float(privacy.delta))
+    total = spent(planned_events(charter), float(privacy.delta))
     fits = Decimal(total.pld_text) <= privacy.epsilon if math.isfinite(total.pld) else False
     suggestion = None
     if not fits:
@@ -222,6 +222,7 @@ def noise_for(charter: Charter) -> Decimal:
         dimension=charter.dimension,
         grid_bits=privacy.grid_bits,
         precision=privacy.precision,
+        besides=planned_events(charter)[charter.plan.rounds :],
     )
 
 
@@ -236,9 +237,10 @@ def calibrate_noise(
     dimension: int = 1000,
     grid_bits: int = 20,
     precision: str = "float64",
+    besides: Sequence[MechanismEvent] = (),
 ) -> Decimal:
     """Return the least noise multiplier, to four significant digits upwards, whose certificate meets
-    `epsilon`.
+    `epsilon`, with the events `besides` in the same run.
 
     Raises:
         AccountingError: no noise multiplier up to 10^5 does.
@@ -255,10 +257,10 @@ def calibrate_noise(
             dimension=dimension,
             grid_bits=grid_bits,
             relation=relation,
-            unit="row",
+            unit=besides[0].unit if besides else "row",
             precision=precision,
         )
-        events = [event] * rounds
+        events = [*([event] * rounds), *besides]
         if sample_rate == 1 and grid == PLANNING_GRID:
             return recompute(events, float(delta)).value
         return pld_epsilon(events, float(delta), grid=grid)

@@ -17,7 +17,8 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, field
 
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
-from audit.layers import dimension
+from audit.layers import dimension, shared_spans
+from audit.robust import AggregationRule
 from federation._charter_checks import check_charter
 from federation._charter_errors import problems_of
 from federation._charter_form import canonical_document, fields_of_canonical, yaml_text
@@ -58,6 +59,25 @@ class Feature(_Part):
         return len(self.categories or ()) if self.type == "category" else 1
 
 
+class Aggregation(_Part):
+    """How updates become one: a weighted mean, or a rule that stands `byzantine` lying sites.
+
+    `keep` is for multi_krum; absent: all of a smallest round but the lying ones.
+    """
+
+    rule: Literal["mean", "krum", "multi_krum", "median", "trimmed_mean"] = "mean"
+    byzantine: Annotated[int, Field(strict=True, ge=0, le=499)] = 0
+    keep: Annotated[int, Field(strict=True, ge=0, le=1000)] | None = None
+    norm_bound: bool = True
+
+
+class Evaluation(_Part):
+    """Rows that each site keeps out of training, and the noise on how many of them are called right."""
+
+    share: Number = Field(gt=0, lt=1)
+    noise_multiplier: Number = Field(gt=0)
+
+
 class Label(_Part):
     name: FieldName
     classes: tuple[Text, ...] | None = None
@@ -73,6 +93,7 @@ class Model(_Part):
     image: tuple[Count, Count, Count] | None = None
     channels: tuple[Count, ...] | None = None
     layers: tuple[dict[str, Any], ...] | None = None
+    local_layers: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = ()  # stay at the site, in no version
 
 
 class Plan(_Part):
@@ -87,6 +108,7 @@ class Plan(_Part):
     beta1: Number = Field(default=Decimal("0.9"), ge=0, lt=1)
     beta2: Number = Field(default=Decimal("0.99"), ge=0, lt=1)
     tau: Number = Field(default=Decimal("0.001"), gt=0)
+    proximal: Number = Field(default=Decimal("0"), ge=0)  # FedProx's mu, for plans with local steps
     round_timeout_s: Count = 60
     minimum_sites: Count | None = None
 
@@ -145,6 +167,8 @@ class Charter(_Part):
     model: Model
     plan: Plan
     privacy: Privacy
+    evaluation: Evaluation | None = None
+    aggregation: Aggregation | None = None  # absent: the weighted mean, and no bound on an update's length
     sites: tuple[Site, ...] = Field(min_length=1, max_length=1000)
     public_set: PublicSet | None = None
     gates: tuple[Gate, ...] = ()
@@ -238,6 +262,25 @@ class Charter(_Part):
     def dimension(self) -> int:
         """How many numbers an update has."""
         return dimension(self.layers)
+
+    @cached_property
+    def released(self) -> int:
+        """How many numbers an update has: all but those of layers that stay at the site."""
+        return sum(stop - start for start, stop in shared_spans(self.layers, self.model.local_layers))
+
+    @property
+    def rule(self) -> AggregationRule:
+        """The aggregation rule with nothing left open."""
+        part = self.aggregation
+        if part is None:
+            return AggregationRule()
+        usual = {"krum": 1, "multi_krum": max(1, self.minimum_sites - part.byzantine)}.get(part.rule, 0)
+        return AggregationRule(
+            name=part.rule,
+            byzantine=part.byzantine,
+            keep=usual if not part.keep else part.keep,
+            norm_bound=part.norm_bound,
+        )
 
     @property
     def site_names(self) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 """Commands about agreements and models: `init`, `charter new | check`, `models list | show | card | approve
-| rollback`.
+| rollback`; those on the log's keys and policy are in `federation.log_commands`.
 
 With --url the reading commands ask a running server; signing ones work on the coordinator's home, with the
 person's own key.
@@ -17,6 +17,7 @@ import typer
 
 from audit.commands import log
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
+from federation import log_commands
 
 if TYPE_CHECKING:
     from audit.keys import SigningKey
@@ -44,10 +45,12 @@ Reason = Annotated[str, typer.Option(help="Why; it goes into the log.")]
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
     application.command("init")(init)
+    from federation.run_commands import register as register_runs
+
     application.add_typer(charter)
     application.add_typer(models)
-    log.command("rotate-key")(rotate_key)
-    log.command("compromise")(declare_compromised)
+    register_runs(application)
+    log_commands.register(log)
 
 
 @guarded
@@ -82,59 +85,6 @@ def init(
         f"log key  {document['log_key']}   (give it to the sites; it goes into every policy)",
         f"homes    {document['coordinator']}, {document['signer']}",
         "keep the signer's home out of every backup of the log",
-    ]
-    emit(document, lines, as_json=as_json)
-
-
-@guarded
-def rotate_key(
-    overlap: Annotated[
-        int, typer.Option(min=0, help="For so many more entries both keys sign; then the new one alone.")
-    ] = 10_000,
-    home: Home = None,
-    as_json: AsJson = False,
-) -> None:
-    """Give the log a new key. Readers add its line to their policy before the old key retires.
-
-    Exit codes: 0 done, 1 refused (the last change is not over) or failed, 2 wrong usage.
-    """
-    with _coordinator(home) as coordinator:
-        placed = coordinator.rotate_log_key(overlap)
-        coordinator.publish()
-        document = {
-            "log_key": coordinator.log_key,
-            "retire_at": coordinator.signer.ring.retire_at,
-            "leaf_index": placed.leaf_index,
-        }
-    lines = [
-        f"new log key  {document['log_key']}",
-        f"entry {document['leaf_index']} says so; the old key retires at size {document['retire_at']}",
-        f"every policy needs a second line: log {document['log_key']}",
-    ]
-    emit(document, lines, as_json=as_json)
-
-
-@guarded
-def declare_compromised(
-    reason: Reason,
-    valid_size: Annotated[
-        int | None,
-        typer.Option(min=0, help="The last size whose checkpoint was ours; default: the one signed last."),
-    ] = None,
-    home: Home = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say in the log that somebody else may have its key, and sign with a new one from now on.
-
-    Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
-    """
-    with _coordinator(home) as coordinator:
-        placed = coordinator.declare_compromised(reason, valid_size=valid_size)
-        coordinator.publish()
-        document = {"log_key": coordinator.log_key, "leaf_index": placed.leaf_index}
-    lines = [
-        f"new log key  {document['log_key']}",
-        f"entry {document['leaf_index']} ends the old one; every policy needs the new line at once",
     ]
     emit(document, lines, as_json=as_json)
 
@@ -315,7 +265,7 @@ def approve_model(
     from federation.registry import APPROVED, LIVE
     from federation.service import ApproveRequest, approve
 
-    key = _identity(officer)
+    key = read_identity(officer)
     request = ApproveRequest(version=version, to_state=LIVE if live else APPROVED, reason=reason)
     with _coordinator(home) as coordinator:
         moved = approve(coordinator, _person(key), LocalOwner(), request, key)
@@ -339,7 +289,7 @@ def roll_back(
     from audit.principal import LocalOwner
     from federation.service import RollbackRequest, rollback
 
-    key = _identity(officer)
+    key = read_identity(officer)
     with _coordinator(home) as coordinator:
         request = RollbackRequest(model=model, version=version, reason=reason)
         moved = rollback(coordinator, _person(key), LocalOwner(), request, key)
@@ -355,7 +305,8 @@ def _coordinator(home: Path | None) -> Iterator[Coordinator]:
         yield coordinator
 
 
-def _identity(path: Path) -> SigningKey:
+def read_identity(path: Path) -> SigningKey:
+    """Return a person's own key, from its home or its file."""
     import os
 
     from audit.keys import SigningKey

@@ -34,12 +34,12 @@ from audit.entries import (
     new_entry,
     signing_payload,
 )
-from audit.errors import AuditError
+from audit.errors import AuditError, LocationError
 from audit.ledger import Ledger, Sequenced, StoredEntry
-from audit.location import LOG_FILE, Location, log_location, read_secret
+from audit.location import LOG_FILE, Location, log_location
 from audit.notes import NoteSigner, NoteVerifier
-from audit.publisher import Publisher
 from audit.signer import Signer
+from audit.signing_home import publisher_of, signer_home_of, signer_passphrase, watchers_of
 from federation.blobs import BlobStore
 from federation.errors import HomeError
 
@@ -47,7 +47,6 @@ B = TypeVar("B")
 
 CONFIG = "config.yaml"
 LOG = LOG_FILE
-PASSPHRASE = "AFFIDAVIT_SIGNER_PASSPHRASE"  # noqa: S105 - the name of a variable
 
 
 class Clock(Protocol):
@@ -73,7 +72,8 @@ class Coordinator:
     ) -> None:
         self.home, self.signer_home = home, signer_home
         self.ledger, self.signer = ledger, signer
-        self.publisher = Publisher(ledger, signer)
+        self.watchers = watchers_of(home, ledger.origin)
+        self.publisher = publisher_of(ledger, signer, self.watchers)
         self.clock: Clock = clock or SystemClock()
         self.blobs = BlobStore(home / "blobs")
 
@@ -133,13 +133,13 @@ class Coordinator:
 
         Raises:
             HomeError: there is none, or its configuration cannot be read.
+            SignerRollbackError, SignerSplitError: the log is an old copy, or another than was signed.
             AuditError: the log or the signer's state is missing or contradicts itself.
         """
         home = Path(home)
         try:
-            config = yaml.safe_load((home / CONFIG).read_text(encoding="utf-8"))
-            configured = Path(config["signer_home"])
-        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+            configured = signer_home_of(home)
+        except LocationError as error:
             raise HomeError(
                 str(home), "is not a coordinator's home; make one with `affidavit init`"
             ) from error
@@ -147,10 +147,11 @@ class Coordinator:
         ledger = Ledger.open(log_location(home))
         try:
             signer = Signer.open(chosen, signer_passphrase())
+            signer.check_extended_by(ledger)
+            return cls(home, chosen, ledger, signer, clock)
         except AuditError:
             ledger.close()
             raise
-        return cls(home, chosen, ledger, signer, clock)
 
     def close(self) -> None:
         """Finish what was queued, give the lease back and let go of the files."""
@@ -251,7 +252,7 @@ class Coordinator:
         good: list[bytes] = []
         for site, lines in collect(note).items():
             good += [line for line in lines if site in keys and self._is_cosigned(note, line, keys[site])]
-        return self.ledger.store_checkpoint(add_signatures(note, good)) if good else note
+        return self.ledger.store_checkpoint(add_signatures(note, good) if good else note)
 
     def witness_keys(self) -> dict[str, NoteVerifier]:
         """Return each enrolled site's latest witness key."""
@@ -312,12 +313,6 @@ class Coordinator:
                 str(path), "no such run was prepared here; start it with `affidavit train`"
             ) from error
         return document
-
-
-def signer_passphrase() -> bytes | None:
-    """Return what encrypts the signer's keys at rest, from the environment or the file that it names."""
-    text = read_secret(PASSPHRASE)
-    return None if text is None else text.encode()
 
 
 def _signed(body: KeyRotated | LogCompromised, signer: NoteSigner) -> str:

@@ -158,6 +158,7 @@ class Exchange:
         *,
         timeout_s: float,
         group_id: str = "",
+        on_reply: Callable[[str], None] = lambda site: None,
     ) -> list[Message]:
         """Push `messages`, repeat those unanswered at half time, return at most one reply a site."""
         waiting = {site for message in messages if (site := self._addressee(message)) is not None}
@@ -169,9 +170,10 @@ class Exchange:
                 ids |= set(self._grid.push_messages(again))
             for reply in self._pull(ids, timeout_s / 2, lambda: len(waiting)):
                 site = self.site_of(reply)
-                if site in waiting:
+                if site is not None and site in waiting:
                     replies.append(reply)
                     waiting.discard(site)
+                    on_reply(site)
             if not waiting:
                 break
         return replies

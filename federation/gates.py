@@ -8,28 +8,39 @@ from decimal import Decimal
 from audit.entries import GateResult, SiteEpsilon, SiteStatement
 from audit.epsilon import needs_rdp
 from audit.metrics import gate_result
+from audit.private_evaluation import SOURCE, private_gate
+from audit.round_bodies import RunEvaluated
 from federation.accounting import spent
 from federation.charter import Charter
 from federation.errors import PublicSetError
 from federation.evaluation import PublicData, model_outputs
 
 
-def judge(charter: Charter, data: PublicData | None, weights: Sequence[float]) -> tuple[GateResult, ...]:
-    """Return the charter's gates for these weights, on the declared public set.
+def judge(
+    charter: Charter,
+    data: PublicData | None,
+    weights: Sequence[float],
+    evaluated: RunEvaluated | None = None,
+) -> tuple[GateResult, ...]:
+    """Return the charter's gates for these weights: on the public set, or by the sites' released counts.
 
     Raises:
-        PublicSetError: there are gates, and the public set is not here to judge them on.
+        PublicSetError: a gate counts on the public set, which is not here.
     """
     document = charter.document
     if not document["gates"]:
         return ()
+    if all(gate["source"] == SOURCE for gate in document["gates"]):
+        return tuple(private_gate(gate, evaluated) for gate in document["gates"])
     if data is None:
         raise PublicSetError(
             "the charter's gates count on its public set, which is not in this home; add the file"
         )
     outputs = model_outputs(charter.layers, weights, data.rows)
     return tuple(
-        gate_result(gate, data.digest, charter.task, document["label"], data.labels, outputs)
+        private_gate(gate, evaluated)
+        if gate["source"] == SOURCE
+        else gate_result(gate, data.digest, charter.task, document["label"], data.labels, outputs)
         for gate in document["gates"]
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from audit.decimals import decimal_text
 from audit.entries import MechanismEvent
+from audit.private_evaluation import Evaluation
 
 if TYPE_CHECKING:
     from federation.charter import Charter
@@ -60,6 +61,13 @@ def release_event(
         relation=relation,
         unit=unit,
     )
+
+
+def planned_events(charter: Charter) -> tuple[MechanismEvent, ...]:
+    """Return every event of a run at one site, in order: its rounds, and the evaluation if there is one."""
+    evaluation = Evaluation.of_charter(charter.document)
+    rounds = (planned_event(charter),) * charter.plan.rounds
+    return rounds if evaluation is None else (*rounds, evaluation.event)
 
 
 def planned_event(charter: Charter) -> MechanismEvent:

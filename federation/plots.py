@@ -1,11 +1,11 @@
-"""One picture of a run: what it learnt and what it cost, round by round."""
+"""Pictures of a run: what it learnt and what it cost, round by round, and how its updates agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from federation.progress import RunEvent
 
@@ -58,3 +58,47 @@ def save_history(
     target.parent.mkdir(parents=True, exist_ok=True)
     history_figure(events, budget=budget, title=title).savefig(target, dpi=120, format="png")
     return target
+
+
+def updates_figure(views: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return a figure of `audit.anomaly`'s documents: the last round's cosines, and distances by round."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    directions, distances = figure.subplots(1, 2)
+    if views:
+        last = views[-1]
+        cosines = [[float(value) for value in row] for row in last["cosines"]]
+        picture = directions.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu")
+        figure.colorbar(picture, ax=directions, shrink=0.8)
+        places = range(len(last["sites"]))
+        directions.set_xticks(places, last["sites"], rotation=45, ha="right")
+        directions.set_yticks(places, last["sites"])
+        directions.set(title=f"cosines of round {last['round']}'s updates")
+    for site in sorted({site for view in views for site in view["sites"]}):
+        seen = [
+            (view["round"], float(view["distance"][view["sites"].index(site)]), site in view["apart"])
+            for view in views
+            if site in view["sites"]
+        ]
+        (line,) = distances.plot([r for r, _, _ in seen], [d for _, d, _ in seen], marker=".", label=site)
+        marked = [(r, d) for r, d, apart in seen if apart]
+        distances.plot(
+            [r for r, _ in marked], [d for _, d in marked], "x", color=line.get_color(), markersize=9
+        )
+    distances.set(
+        xlabel="round", ylabel="distance / what noise makes", title="distance from the others (x: apart)"
+    )
+    distances.set_ylim(bottom=0)
+    if views:
+        distances.legend(fontsize="small")
+    return show_in_notebooks(figure)
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as PNG bytes."""
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    return buffer.getvalue()

@@ -8,7 +8,7 @@ not written twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import FederationError, ReplyError, SiteRefusedError, StatementError
 from federation.exchange import Answer, Exchange, Request
+from federation.mechanism import planned_events
+from federation.patience import PATIENCE_S, WAITING, ask_patiently, is_waiting
 from federation.statements import (
     OdometerHead,
     verify_acceptance,
@@ -38,6 +40,8 @@ from federation.witnessing import Witnessing
 
 ACTOR = "coordinator"
 PREPARE_TIMEOUT_S = 60.0
+
+Waiting = Callable[[tuple[str, ...]], None]
 
 
 @dataclass(slots=True)
@@ -102,11 +106,18 @@ def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter
 
 
 def gather_signatures(
-    coordinator: Coordinator, exchange: Exchange, charter: Charter, author: str, prepared: Prepared
+    coordinator: Coordinator,
+    exchange: Exchange,
+    charter: Charter,
+    author: str,
+    prepared: Prepared,
+    *,
+    patience_s: float = PATIENCE_S,
+    waiting: Waiting | None = None,
 ) -> None:
     """Let every member that has not yet signed the charter sign it, and that `author` drew it up.
 
-    Without all of them there is no charter.
+    Without all of them there is no charter. A member whose people decide is asked again for `patience_s`.
 
     Raises:
         SiteRefusedError: a member declined.
@@ -117,7 +128,13 @@ def gather_signatures(
         raise prepared.failed[name]
     header = {"charter": charter.canonical().decode(), "author": author}
     request = Request(kind="charter.sign", header=header)
-    answers = exchange.ask(dict.fromkeys(sorted(missing), request), timeout_s=PREPARE_TIMEOUT_S)
+    answers = ask_patiently(
+        exchange,
+        dict.fromkeys(sorted(missing), request),
+        timeout_s=PREPARE_TIMEOUT_S,
+        patience_s=patience_s,
+        waiting=waiting,
+    )
     for name in sorted(missing):
         answer = answers[name][0]
         if "signature" not in answer.header:
@@ -137,8 +154,11 @@ def propose_run(
     run_started: RunStarted,
     prepared: Prepared,
     witnessing: Witnessing,
+    *,
+    patience_s: float = PATIENCE_S,
+    waiting: Waiting | None = None,
 ) -> None:
-    """Ask every connected member to reserve the run's whole plan.
+    """Ask every connected member to reserve the run's whole plan, those whose people decide again and again.
 
     Acceptances, refusals and undelivered releases become entries; `prepared.sites` are those that accepted.
     """
@@ -154,11 +174,13 @@ def propose_run(
         if last is not None and witnessing.covers(last):
             header["own_statement"] = witnessing.logged(last)
         requests[name] = Request(kind="run.propose", header=header)
-    answers = exchange.ask(requests, timeout_s=PREPARE_TIMEOUT_S)
+    answers = ask_patiently(
+        exchange, requests, timeout_s=PREPARE_TIMEOUT_S, patience_s=patience_s, waiting=waiting
+    )
     for name in sorted(requests):
         enrolment, answer = prepared.enrolments[name], answers[name][0]
         try:
-            head = _accept(coordinator, run_started, enrolment, answer, history)
+            head = _accept(coordinator, charter, run_started, enrolment, answer, history)
         except FederationError as error:
             prepared.failed[name] = error
             continue
@@ -168,6 +190,7 @@ def propose_run(
 
 def _accept(
     coordinator: Coordinator,
+    charter: Charter,
     run_started: RunStarted,
     enrolment: SiteEnrolled,
     answer: Answer,
@@ -178,9 +201,12 @@ def _accept(
         refusal = verify_refusal(site, enrolment, answer.header["refusal"])
         coordinator.append(refusal, f"site:{site}", stable_event_id("site.refused", run, site, "0"))
         raise SiteRefusedError(site, refusal.reason)
+    if is_waiting(answer):
+        raise SiteRefusedError(site, WAITING)
     if answer.failure or "acceptance" not in answer.header:
         raise ReplyError(site, answer.failure or "sent no acceptance")
-    acceptance = verify_acceptance(site, enrolment, run_started, answer.header["acceptance"])
+    releases = len(planned_events(charter))
+    acceptance = verify_acceptance(site, enrolment, run_started, releases, answer.header["acceptance"])
     key = (site, enrolment.population)
     undelivered = answer.header.get("undelivered", [])
     if not isinstance(undelivered, list):

@@ -13,7 +13,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEvent:
-    """`kind` is enrolled, charter_signed, accepted, refused, round, abandoned, completed or failed."""
+    """`kind` is enrolled, waiting (for a site's people), charter_signed, accepted, asked, answered, refused,
+    round, abandoned, evaluated, completed or failed.
+    """
 
     kind: str
     run: str

@@ -23,6 +23,7 @@ from audit.entries import (
     decode_entry,
 )
 from audit.ledger import Ledger, StoredEntry
+from audit.round_bodies import RunEvaluated
 from federation.errors import NotFoundError
 
 B = TypeVar("B")
@@ -178,6 +179,13 @@ def run_completed(log: Ledger, run: str) -> RunCompleted:
     for _, body in bodies(log, RunCompleted, run=run):
         return body
     raise NotFoundError("completed run", run)
+
+
+def run_evaluated(log: Ledger, run: str) -> RunEvaluated | None:
+    """Return what the sites' released counts said of a run's weights, if its charter asked for that."""
+    for _, body in bodies(log, RunEvaluated, run=run):
+        return body
+    return None
 
 
 def statements(log: Ledger, *, site: str | None = None) -> list[SiteStatement]:

@@ -7,10 +7,11 @@ could not show its own release in witnessed history.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,13 +30,16 @@ from audit.entries import (
 )
 from audit.epsilon import recompute
 from audit.models import initial_weights, model_file
+from audit.private_evaluation import Evaluation
 from audit.replay import average
+from federation.anomaly import record_view
 from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import FederationError, RunFailedError, StatementError
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Exchange, Request, read_answer
-from federation.mechanism import planned_event
+from federation.mechanism import planned_event, planned_events
+from federation.patience import PATIENCE_S
 from federation.preparation import (
     ACTOR,
     Prepared,
@@ -45,7 +49,9 @@ from federation.preparation import (
     propose_run,
     record_charter,
 )
+from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
+from federation.refusals import record_too_long
 from federation.statements import RoundTerms, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
@@ -89,9 +95,12 @@ class RoundLoop:
         run_started: RunStarted,
         *,
         exchange: Exchange | None = None,
+        patience_s: float = PATIENCE_S,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`patience_s`: how long to wait for sites whose people have to decide."""
         self._coordinator, self._charter, self._run = coordinator, charter, run_started
-        self._grid = grid
+        self._grid, self._patience_s, self._stop = grid, patience_s, stop
         self._exchange = exchange or Exchange(grid)
         self._witnessing = Witnessing(coordinator, self._exchange)
         self._event = planned_event(charter)
@@ -112,8 +121,10 @@ class RoundLoop:
         self._coordinator.blobs.put(base)
         state = _Progress(participants=prepared.sites, base_model=base)
         for number in range(1, self._charter.plan.rounds + 1):
+            if self._stop():
+                raise self._fail(number, "stopped", "somebody asked it to stop", state)
             self._round(number, strategy, prepared, state)
-        return self._complete(state)
+        return self._complete(prepared, state)
 
     def _prepare(self, author: str) -> Prepared:
         coordinator, charter = self._coordinator, self._charter
@@ -121,10 +132,13 @@ class RoundLoop:
             prepared = connect_sites(coordinator, self._exchange, charter)
             self._emit("enrolled", sites=tuple(sorted(prepared.enrolments)))
             published_by = record_charter(coordinator, charter, author)
-            gather_signatures(coordinator, self._exchange, charter, published_by, prepared)
+            patience: dict[str, Any] = {"patience_s": self._patience_s, "waiting": self._tell_waiting}
+            gather_signatures(coordinator, self._exchange, charter, published_by, prepared, **patience)
             self._emit("charter_signed", sites=charter.site_names)
             self._witnessing.cosign(prepared.enrolments)
-            propose_run(coordinator, self._exchange, charter, self._run, prepared, self._witnessing)
+            propose_run(
+                coordinator, self._exchange, charter, self._run, prepared, self._witnessing, **patience
+            )
         except FederationError as error:
             coordinator.append(self._run, ACTOR, stable_event_id("run.started", self._run.run))
             raise self._fail(0, "site_refused", str(error)) from error
@@ -136,31 +150,30 @@ class RoundLoop:
         self._witnessing.cosign(prepared.sites)
         return prepared
 
+    def _tell_waiting(self, sites: tuple[str, ...]) -> None:
+        self._emit("waiting", sites=sites, detail="for the sites' people to decide")
+
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: _Progress) -> None:
-        terms = RoundTerms(
-            run=self._run.run,
-            round=number,
-            charter=self._charter.digest,
-            base_model=hashlib.sha256(state.base_model).hexdigest(),
-            participants=state.participants,
-            previous_round=state.previous_round,
-            event=self._event,
-            enrolments=prepared.enrolments,
-            heads=prepared.heads,
-        )
+        terms = self._terms(number, prepared, state)
         requests = {site: self._request(number, site, state) for site in state.participants}
         strategy.open_round(
             terms, {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()}
         )
         arrays: ArrayRecord = strategy.arrays()
         addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
+        self._emit("asked", number=number, sites=state.participants)
         replies = self._exchange.collect(
-            addressed, requests, timeout_s=float(self._charter.plan.round_timeout_s), group_id=str(number)
+            addressed,
+            requests,
+            timeout_s=float(self._charter.plan.round_timeout_s),
+            group_id=str(number),
+            on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
         output, _ = strategy.aggregate_train(number, replies)
         self._record_refusals(number, replies, strategy, prepared)
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
+        state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
         if output is None:
             self._abandon(number, accepted, missing, strategy.rejected, state)
         leaves: list[str] = []
@@ -177,19 +190,21 @@ class RoundLoop:
         weights: list[float] = strategy.weights.tolist()
         state.base_model = model_file(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
-        completed = self._coordinator.append(
-            RoundCompleted(
-                run=self._run.run,
-                round=number,
-                base_model=terms.base_model,
-                statements=tuple(leaves),
-                missing=missing,
-                output_model=self._coordinator.blobs.put(state.base_model),
-                metrics=metrics,
-            ),
-            ACTOR,
-            stable_event_id("round.completed", self._run.run, str(number)),
+        body = RoundCompleted(
+            run=self._run.run,
+            round=number,
+            base_model=terms.base_model,
+            statements=tuple(leaves),
+            missing=missing,
+            output_model=self._coordinator.blobs.put(state.base_model),
+            metrics=metrics,
         )
+        completed = self._coordinator.append(
+            body, ACTOR, stable_event_id("round.completed", self._run.run, str(number))
+        )
+        if self._charter.aggregation is not None:
+            seen = {site: update.values for site, update in (accepted | strategy.too_long).items()}
+            record_view(self._coordinator, self._charter, body, seen)
         state.previous_round, state.round_leaf = completed.leaf_hash.hex(), completed.leaf_index
         state.participants = tuple(accepted)
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]
@@ -204,6 +219,20 @@ class RoundLoop:
             metrics={metric.name: float(metric.value) for metric in metrics},
             epsilon=self._epsilon(number),
             witnesses=witnesses,
+        )
+
+    def _terms(self, number: int, prepared: Prepared, state: _Progress) -> RoundTerms:
+        return RoundTerms(
+            run=self._run.run,
+            round=number,
+            charter=self._charter.digest,
+            base_model=hashlib.sha256(state.base_model).hexdigest(),
+            participants=state.participants,
+            previous_round=state.previous_round,
+            event=self._event,
+            released=self._charter.released,
+            enrolments=prepared.enrolments,
+            heads=prepared.heads,
         )
 
     def _request(self, number: int, site: str, state: _Progress) -> Request:
@@ -264,8 +293,40 @@ class RoundLoop:
         self._emit("failed", number=number, detail=f"{reason}: {detail}")
         return RunFailedError(self._run.run, number, reason, detail)
 
-    def _complete(self, state: _Progress) -> RunOutcome:
-        weights = self._coordinator.blobs.put(model_file(self._charter.layers, average(state.outputs)))
+    def _evaluate(self, evaluation: Evaluation, prepared: Prepared, state: _Progress) -> None:
+        """Have the averaged weights counted at the sites; `state.base_model` holds them."""
+        number = self._charter.plan.rounds + 1
+        terms = dataclasses.replace(
+            self._terms(number, prepared, state),
+            event=evaluation.event,
+            released=evaluation.event.dimension,
+        )
+        evaluated = evaluate_privately(
+            self._coordinator,
+            self._exchange,
+            terms,
+            evaluation,
+            {site: self._request(number, site, state) for site in state.participants},
+            state.base_model,
+            timeout_s=float(self._charter.plan.round_timeout_s),
+            minimum_sites=self._charter.minimum_sites,
+        )
+        state.own_leaf |= evaluated.own_leaf
+        worth = evaluated.worth
+        self._emit(
+            "evaluated",
+            number=number,
+            sites=tuple(sorted(evaluated.own_leaf)),
+            metrics={} if worth is None else {"accuracy": float(worth.accuracy)},
+            detail="; ".join(str(error) for error in evaluated.rejected.values()),
+        )
+
+    def _complete(self, prepared: Prepared, state: _Progress) -> RunOutcome:
+        state.base_model = model_file(self._charter.layers, average(state.outputs))
+        weights = self._coordinator.blobs.put(state.base_model)
+        evaluation = Evaluation.of_charter(self._charter.document)
+        if evaluation is not None:
+            self._evaluate(evaluation, prepared, state)
         self._coordinator.append(
             RunCompleted(
                 run=self._run.run,
@@ -312,7 +373,9 @@ class RoundLoop:
         return witnesses
 
     def _epsilon(self, rounds: int) -> float:
-        return recompute([self._event] * rounds, float(self._charter.privacy.delta)).value
+        events = planned_events(self._charter)
+        done = events if rounds == self._charter.plan.rounds else events[:rounds]
+        return recompute(done, float(self._charter.privacy.delta)).value
 
     def _emit(self, kind: str, *, number: int = 0, **fields: Any) -> None:
         emit(

@@ -1,8 +1,9 @@
 """The Flower ServerApp. It opens the coordinator's home, reads the prepared run, and carries it out.
 
 Run config: `home` (the coordinator's home), `run` (the id that `federation.service.start_run` gave), and
-optionally `signer-home`, `poll-s` and `discovery-s` (how long to wait for sites to connect). The same
-object runs under the in-process grid, Flower's simulation and its deployment.
+optionally `signer-home`, `poll-s`, `discovery-s` (how long to wait for sites to connect) and `patience-s`
+(how long for sites whose people have to decide). The same object runs under the in-process grid, Flower's
+simulation and its deployment.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.errors import HomeError
 from federation.exchange import Exchange
+from federation.patience import PATIENCE_S
+from federation.progress import listening
 from federation.rounds import RoundLoop, RunOutcome
+from federation.run_journal import RunJournal
 
 DEFAULT_POLL_S: Final = 0.01
 DEFAULT_DISCOVERY_S: Final = 30.0
@@ -40,7 +44,8 @@ def main(grid: Grid, context: Context) -> None:
     )
     chosen = signer_home if isinstance(signer_home, str) and signer_home else None
     with Coordinator.open(home, chosen) as coordinator:
-        carry_out(grid, coordinator, run, exchange=exchange)
+        patience_s = _seconds(config.get("patience-s"), PATIENCE_S)
+        carry_out(grid, coordinator, run, exchange=exchange, patience_s=patience_s)
 
 
 def _seconds(value: object, default: float) -> float:
@@ -48,7 +53,12 @@ def _seconds(value: object, default: float) -> float:
 
 
 def carry_out(
-    grid: Grid, coordinator: Coordinator, run: str, *, exchange: Exchange | None = None
+    grid: Grid,
+    coordinator: Coordinator,
+    run: str,
+    *,
+    exchange: Exchange | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> RunOutcome:
     """Carry out the prepared run over `grid`.
 
@@ -59,5 +69,15 @@ def carry_out(
     kept = coordinator.kept_run(run)
     charter = Charter.from_canonical(kept["charter"])
     run_started = parse_body(RunStarted, kept["run_started"])
-    loop = RoundLoop(coordinator, grid, charter, run_started, exchange=exchange)
-    return loop.carry_out(kept["charter_author"])
+    journal = RunJournal(coordinator.home, run)
+    loop = RoundLoop(
+        coordinator,
+        grid,
+        charter,
+        run_started,
+        exchange=exchange,
+        patience_s=patience_s,
+        stop=lambda: journal.is_asked_to_stop,
+    )
+    with listening(run, journal.write):
+        return loop.carry_out(kept["charter_author"])

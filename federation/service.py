@@ -201,7 +201,9 @@ def register(
         author=started.author,
         averaged_from=completed.rounds - charter.average_last + 1,
         averaged_to=completed.rounds,
-        gates=judge(charter, public_data(coordinator, charter), weights),
+        gates=judge(
+            charter, public_data(coordinator, charter), weights, registry.run_evaluated(ledger, request.run)
+        ),
         epsilons=epsilons(charter, request.run, registry.statements(ledger)),
     )
     coordinator.append(body, "coordinator", stable_event_id("version.registered", request.run))

@@ -27,6 +27,7 @@ from audit.keys import VerifyKey, parse_public_key
 from audit.notes import NoteVerifier
 from audit.weights import decode_update
 from federation.errors import StatementError
+from federation.trust import OPERATOR
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ class RoundTerms:
     participants: tuple[str, ...]
     previous_round: str
     event: MechanismEvent
+    released: int  # numbers in an update; the event's dimension counts those that stay at the site too
     enrolments: Mapping[str, SiteEnrolled]
     heads: Mapping[str, OdometerHead]
 
@@ -100,8 +102,8 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
         values = tuple(decode_update(update))
     except AuditError as error:
         raise StatementError(site, "update", str(error)) from error
-    if len(values) != terms.event.dimension:
-        raise StatementError(site, "update", f"has {len(values)} numbers, the model {terms.event.dimension}")
+    if len(values) != terms.released:
+        raise StatementError(site, "update", f"has {len(values)} numbers, the model {terms.released}")
     return AcceptedUpdate(statement=statement, update=update, values=values)
 
 
@@ -120,6 +122,8 @@ def verify_enrolment(site: str, identity: str, origin: str, document: object) ->
         raise StatementError(site, "identity_key", "is not the one in the charter")
     if body.origin != origin:
         raise StatementError(site, "origin", f"is {_short(body.origin)}, must be {_short(origin)}")
+    if body.operator and not OPERATOR.fullmatch(body.operator):
+        raise StatementError(site, "operator", "is not lower-case letters, digits and hyphens")
     if witness.name != site:
         raise StatementError(site, "witness_key", f"bears the name {witness.name!r}")
     domain, payload = signing_payload(body)
@@ -149,9 +153,9 @@ def verify_charter_signature(
 
 
 def verify_acceptance(
-    site: str, enrolment: SiteEnrolled, started: RunStarted, document: object
+    site: str, enrolment: SiteEnrolled, started: RunStarted, releases: int, document: object
 ) -> RunAccepted:
-    """Prove that the site reserved the whole plan of this start of a run, in this log."""
+    """Prove that the site reserved the whole plan of this start of a run, `releases` events, in this log."""
     body = _parse(RunAccepted, site, document)
     wanted = {
         "run": started.run,
@@ -160,7 +164,7 @@ def verify_acceptance(
         "charter": started.charter,
         "site": site,
         "population": enrolment.population,
-        "planned_events": started.rounds,
+        "planned_events": releases,
     }
     for name, value in wanted.items():
         if getattr(body, name) != value:

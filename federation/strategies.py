@@ -20,9 +20,11 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
 
 from audit.layers import parameter_specs
 from audit.replay import AggregationPlan, ReplayError
+from audit.update_bounds import UpdateTerms, is_too_long
 from federation.charter import Charter
 from federation.errors import StatementError
 from federation.exchange import read_answer
+from federation.robust_rules import combine, spread
 from federation.statements import AcceptedUpdate, RoundTerms, verify_statement
 
 Vector: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
@@ -43,6 +45,13 @@ class ProvableAggregation:
         self.weights: Vector = np.array(weights, dtype=np.float64)
         self.accepted: dict[str, AcceptedUpdate] = {}
         self.rejected: dict[str, StatementError] = {}
+        self.too_long: dict[str, AcceptedUpdate] = {}
+        self.update_terms = {
+            name: UpdateTerms.of_charter(
+                charter.document, name, dimension=charter.dimension, released=charter.released
+            )
+            for name in charter.site_names
+        }
         self._specs = parameter_specs(charter.layers)
         self._m: Vector = np.zeros_like(self.weights)
         self._v: Vector = np.zeros_like(self.weights)
@@ -55,7 +64,7 @@ class ProvableAggregation:
         self._terms = terms
         self._requests = [requests[site] for site in sorted(requests)]
         self._nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
-        self.accepted, self.rejected = {}, {}
+        self.accepted, self.rejected, self.too_long = {}, {}, {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -68,7 +77,8 @@ class ProvableAggregation:
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Prove each reply, aggregate those that hold, and return the new weights by parameter name.
 
-        `accepted` and `rejected` say who counted and who did not, and why. With fewer statements than the
+        `accepted` and `rejected` say who counted and who did not, and why; `too_long` holds the proved
+        releases that pass the charter's norm bound and so count for nothing. With fewer statements than the
         charter's `minimum_sites` the weights stay as they were and nothing is returned.
         """
         terms = self._terms
@@ -76,7 +86,7 @@ class ProvableAggregation:
             raise ReplayError(f"round {server_round} was not opened")
         for reply in replies:
             site = self._nodes.get(reply.metadata.src_node_id)
-            if site is None or site in self.accepted:
+            if site is None or site in self.accepted or site in self.too_long:
                 continue
             answer = read_answer(site, reply)
             try:
@@ -85,12 +95,21 @@ class ProvableAggregation:
                 update = answer.blobs.get("update", b"")
                 self.accepted[site] = verify_statement(terms, site, answer.header["statement"], update)
                 self.rejected.pop(site, None)
+                self._check_length(site)
             except StatementError as error:
                 self.rejected[site] = error
         if len(self.accepted) < self.charter.minimum_sites:
             return None, None
         self.weights = self._step(server_round)
         return self.arrays(), MetricRecord({"sites": len(self.accepted)})
+
+    def _check_length(self, site: str) -> None:
+        terms = self.update_terms[site]
+        if self.plan.rule.norm_bound and is_too_long(terms, self.accepted[site].values):
+            self.too_long[site] = self.accepted.pop(site)
+            raise StatementError(
+                site, "update", f"is longer than {terms.norm_bound} grid units, as no honest one is"
+            )
 
     def arrays(self) -> ArrayRecord:
         """Return the current weights by parameter name."""
@@ -113,18 +132,14 @@ class ProvableAggregation:
 
     def _pseudo_gradient(self) -> Vector:
         plan, document = self.plan, {site["name"]: site for site in self.charter.document["sites"]}
-        total = 0.0
-        for site in sorted(self.accepted):
-            total = total + float(document[site]["weight"])
-        acc: Vector = np.zeros_like(self.weights)
-        for site in sorted(self.accepted):
-            values = np.array(self.accepted[site].values, dtype=np.int64).astype(np.float64)
-            share = float(document[site]["weight"]) / total
-            divisor = plan.scale
-            if plan.is_gradient:
-                divisor = plan.scale * (document[site]["nominal_rows"] * plan.sample_rate)
-            acc = acc + share * (values / divisor)
-        return -acc if plan.is_gradient else acc
+        names = sorted(self.accepted)
+        vectors = (
+            np.array(self.accepted[site].values, dtype=np.int64).astype(np.float64)
+            / plan.divisor(document[site]["nominal_rows"])
+            for site in names
+        )
+        acc = combine(plan.rule, vectors, [float(document[site]["weight"]) for site in names])
+        return spread(plan.spans, -acc if plan.is_gradient else acc, len(self.weights))
 
     def _adaptive(self, server_round: int, d: Vector) -> Vector:
         raise NotImplementedError

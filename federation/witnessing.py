@@ -12,7 +12,8 @@ from audit.tlog_proof import TlogProof
 from federation.coordinator import Coordinator
 from federation.exchange import Exchange, Request
 
-COSIGN_TIMEOUT_S = 20.0
+COSIGN_TIMEOUT_S = 60.0
+_MEETINGS = 3  # how often to publish again for a site that watched the log meanwhile and is ahead
 
 
 class Witnessing:
@@ -24,12 +25,17 @@ class Witnessing:
         self._coordinator, self._exchange, self._timeout_s = coordinator, exchange, timeout_s
         self._seen: dict[str, int] = {}  # tree size that each site cosigned last
         self._note: bytes | None = None
+        self._is_behind = False
 
     def cosign(self, sites: Iterable[str]) -> int:
         """Sign the log as it is, collect the sites' cosignatures, return how many there are."""
         wanted = sorted(set(sites))
-        note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted))
-        self._note = note
+        for _ in range(_MEETINGS):
+            self._is_behind = False
+            note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted))
+            self._note = note
+            if not self._is_behind:
+                break
         return len(parse_note(note).signatures) - 1
 
     @property
@@ -75,6 +81,8 @@ class Witnessing:
                 elif isinstance(size, int) and 0 <= size <= parse_checkpoint_note(note).tree_size:
                     self._seen[site] = size
                     stale.append(site)
+                elif isinstance(size, int):
+                    self._is_behind = True
             if not stale:
                 break
             waiting = stale

@@ -26,6 +26,7 @@ from server import (
     routes_keys,
     routes_models,
     routes_officer,
+    routes_runs,
     routes_subjects,
     routes_tiles,
 )
@@ -45,6 +46,7 @@ from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
 from server.warm import WarmModels
+from server.watching import Watching
 
 _logger = logging.getLogger(__name__)
 
@@ -81,9 +83,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             await record_policies(context)
             await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
-            context.publisher.start()
+            await context.publisher.start()
+            context.watching.start()
             yield
         finally:
+            await context.watching.stop()
             await context.publisher.stop()
             context.keys.close()
             context.vault.close()
@@ -105,7 +109,12 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         redirect_slashes=False,
     )
     errors.install(app)
-    officer = (routes_officer.router, routes_tiles.router, routes_subjects.router)
+    officer = (
+        routes_officer.router,
+        routes_tiles.router,
+        routes_subjects.router,
+        routes_runs.router,
+    )
     for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
         app.include_router(router)
     _service_routes(app)
@@ -145,6 +154,7 @@ def build_context(
             sealing=sealing,
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
+        watching=Watching(coordinator, clock),
         monitoring=monitoring,
         clock=clock,
         reading=ReadingLog(sealing, journal),

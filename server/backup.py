@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from audit.errors import SignerRollbackError, SignerSplitError
 from audit.ledger import Ledger
-from audit.location import log_location, vault_location
+from audit.location import Location, log_location, vault_location
 from audit.signer import Signer
+from audit.signing_home import signer_passphrase
 from audit.vault_home import KEY_FILE
-from federation.coordinator import signer_passphrase
 from server.errors import ServerError
 
 FORMAT: Final = "affidavit-backup/1"
@@ -78,8 +79,12 @@ def backup(home: Path, target: Path) -> BackupReport:
     place = log_location(home)
     if place.path is None:
         raise BackupError(
-            f"{home}: its log is in {place}; back that up with PostgreSQL's own tools (pg_basebackup and its "
-            "write-ahead log), and these files by any means"
+            f"{home}: its log is in {place}, which has tools of its own. One copy: pg_dump --format=custom "
+            f"--file=log.dump --dbname={_without_options(place)}   and the folder {home} by any means. Every "
+            "entry until a failure: pg_basebackup and an archive of the write-ahead log, or a synchronous "
+            "replica. Never in either: the signer's home, nor the vault, which `affidavit vault backup` "
+            "copies apart. Restored with pg_restore, the log is checked against the signer's state when the "
+            "home is next opened: an old copy is refused"
         )
     if place.path != home / "log.db" or not place.path.is_file():
         raise BackupError(f"{home}: is no coordinator's home with its log in it; give --home")
@@ -137,18 +142,26 @@ def restore(source: Path, home: Path, signer_home: Path) -> BackupReport:
     return BackupReport(path=str(home), files=len(files), tree_size=size, origin=origin)
 
 
+def _without_options(place: Location) -> str:
+    """A URL that PostgreSQL's own programs read, without a password."""
+    assert place.url is not None  # noqa: S101 - asked of PostgreSQL only
+    return place.url.set(drivername="postgresql", password=None).render_as_string(hide_password=True)
+
+
 def _check_against_signer(ledger: Ledger, signer_home: Path) -> None:
     signer = Signer.open(signer_home, signer_passphrase())
     if signer.origin != ledger.origin:
         raise RestoreForkError(f"the backup is of {ledger.origin}, the signer's log is {signer.origin}")
-    signed = signer.state().checkpoint
-    size = ledger.tree_size
-    if size < signed.tree_size:
-        raise RestoreBehindSignerError(backup_size=size, signed_size=signed.tree_size)
-    if signed.tree_size and ledger.root_at(signed.tree_size) != signed.root_hash:
+    try:
+        signer.check_extended_by(ledger)
+    except SignerRollbackError as error:
+        raise RestoreBehindSignerError(
+            backup_size=error.offered_size, signed_size=error.signed_size
+        ) from error
+    except SignerSplitError as error:
         raise RestoreForkError(
-            f"the backup's root of {signed.tree_size} entries is not the one that was signed; use another"
-        )
+            f"the backup's root of {error.tree_size} entries is not the one that was signed; use another"
+        ) from error
 
 
 def _copy(home: Path, target: Path) -> list[str]:

@@ -35,6 +35,9 @@ KeyFile = Annotated[
 
 def register(application: typer.Typer) -> None:
     """Add these commands to the front door."""
+    from server.network.commands import register as register_network
+
+    register_network(application)
     application.command("serve")(serve)
     application.add_typer(keys)
     application.command("status")(status)
@@ -83,7 +86,8 @@ def serve(
             f"{settings.coordinator_home}: no log here; make one with `affidavit init`, or give --home",
             code="audit.ledger_missing",
         )
-    Coordinator.open(settings.coordinator_home, settings.signer_home).close()
+    with Coordinator.open(settings.coordinator_home, settings.signer_home) as coordinator:
+        coordinator.publisher.step()  # who may not sign is told here, in one line
     app = create_app(settings)
     listener = _listen(settings.host, settings.port)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"

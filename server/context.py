@@ -25,6 +25,7 @@ from server.publishing import Publisher
 from server.reading_log import ReadingLog
 from server.service import PredictService
 from server.settings import Settings
+from server.watching import Watching
 
 bearer = HTTPBearer(
     auto_error=False,
@@ -45,6 +46,7 @@ class Context:
     live: LiveModels
     predicting: PredictService
     publisher: Publisher
+    watching: Watching
     monitoring: Monitoring
     clock: Clock
     reading: ReadingLog

@@ -40,7 +40,7 @@ def examine(base: Path) -> tuple[Check, ...]:
     checks = [_python(), _sqlite(), _cryptography(), *_extras(), _disk(base)]
     coordinator = base / "coordinator"
     if any((coordinator / name).is_file() for name in ("log.db", "config.yaml")):
-        checks += [_log(coordinator), _signer(base), _private(base)]
+        checks += [_log(coordinator), _signer(base), _private(base), *_certificates(coordinator)]
     else:
         detail = f"no coordinator's home in {base}; `affidavit init` makes one, or give --home"
         checks.append(Check(name="homes", ok=False, optional=True, detail=detail))
@@ -96,7 +96,7 @@ def _signer(base: Path) -> Check:
     from audit.ledger import Ledger
     from audit.location import log_location
     from audit.signer import Signer
-    from federation.coordinator import signer_passphrase
+    from audit.signing_home import signer_passphrase
 
     try:
         signed = Signer.open(base / "signer", signer_passphrase()).state().checkpoint
@@ -110,6 +110,27 @@ def _signer(base: Path) -> Check:
     said = f"signed {signed.tree_size} of {size} entries"
     fix = "" if ok else "; the log is not what was signed: stop, restore a newer backup, do not sign on"
     return Check(name="signer", ok=ok, detail=said + fix)
+
+
+def _certificates(coordinator: Path) -> list[Check]:
+    if not (coordinator / "network" / "network.yaml").is_file():
+        return []
+    from federation.network.errors import NetworkError
+    from federation.network.settings import NetworkHome
+
+    try:
+        states = NetworkHome.open(coordinator).pki.states()
+    except NetworkError as error:
+        return [Check(name="certificates", ok=False, detail=str(error))]
+    return [
+        Check(
+            name=f"certificate {state.name}",
+            ok=state.days_left > 0,
+            detail=f"{state.days_left} days left"
+            + ("; `coordinator up` renews it" if state.renews else "; see docs/network.md, Certificates"),
+        )
+        for state in states
+    ]
 
 
 def _private(base: Path) -> Check:

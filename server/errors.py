@@ -59,6 +59,16 @@ class TooBusyError(ServerError):
     code = "server.busy"
 
 
+class NoSuchRouteError(ServerError):
+    code = "request.no_such_route"
+
+
+class NotYetError(ServerError):
+    """The entry is durable, and not yet in a checkpoint of the level that was asked for."""
+
+    code = "audit.not_yet"
+
+
 class BodyTooLargeError(ServerError):
     code = "request.too_large"
 
@@ -110,6 +120,7 @@ STATUS: Final[dict[str, int]] = {
     "access.denied": 403,
     "predict.denied": 403,
     "request.malformed": 422,
+    "request.no_such_route": 404,
     "request.too_large": 413,
     "request.timeout": 408,
     "predict.row_outside_contract": 422,
@@ -126,6 +137,15 @@ STATUS: Final[dict[str, int]] = {
     "audit.ledger_corrupt": 503,
     "audit.ledger_unreachable": 503,
     "audit.signer_busy": 503,
+    "audit.signer_missing": 503,
+    "audit.signer_rewrite": 503,
+    "audit.signer_rollback": 503,
+    "audit.signer_split": 503,
+    "audit.signer_state": 503,
+    "audit.witnesses_unreachable": 503,
+    "audit.lease_lost": 503,
+    "audit.malformed_policy": 503,
+    "audit.not_yet": 503,
     "audit.entry_not_found": 404,
     "audit.tree_range": 404,
     "audit.no_such_tile": 404,

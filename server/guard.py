@@ -11,7 +11,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTimeoutError, BodyTooLargeError, TooBusyError, render
+from server.errors import BodyTimeoutError, BodyTooLargeError, NoSuchRouteError, TooBusyError, render
 from server.monitoring import Monitoring
 from server.settings import Settings
 
@@ -52,6 +52,11 @@ class Guard:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send, status: list[int]) -> None:
         request = Request(scope)
+        if any(ord(char) < 0x20 or char == "\x7f" for char in scope["path"]):
+            # the router's patterns end in $, for which a path and the same path with a newline are one
+            odd = NoSuchRouteError("the path holds a control character")
+            await render(request, odd)(scope, receive, send)
+            return
         try:
             body = await asyncio.wait_for(self._body(request, receive), self._settings.body_timeout_s)
         except BodyTooLargeError as error:

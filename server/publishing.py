@@ -16,7 +16,7 @@ from anyio import to_thread
 
 from audit.checkpoints import add_signatures, parse_checkpoint_note
 from audit.entries import SiteEnrolled, decode_entry
-from audit.errors import AuditError, BadSignatureError, LeaseLostError
+from audit.errors import AuditError, BadSignatureError, LeaseLostError, SignerBusyError
 from audit.notes import NoteVerifier, SignatureLine, open_note, parse_note
 from federation.coordinator import Coordinator
 from server.journal import Clock
@@ -39,9 +39,19 @@ class Publisher:
         self._interval_s = interval_s
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self._meeting: tuple[float, bytes] | None = None
+        self._meeting: tuple[float, int, bytes] | None = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Take the first turn, then go on by the timer.
+
+        Raises:
+            SignerError: this signer may not sign for this log, so no receipt may be given either.
+        """
+        try:
+            async with self._lock:
+                await to_thread.run_sync(self._step)
+        except (LeaseLostError, SignerBusyError) as error:
+            _logger.info("another process publishes: %s", error)
         self._task = asyncio.create_task(self._run(), name="publish checkpoints")
 
     async def stop(self) -> None:
@@ -61,11 +71,17 @@ class Publisher:
         return note if note is not None else await self.publish()
 
     async def meeting(self) -> bytes:
-        """Return a checkpoint that stays the same for a while, so that witnesses sign one and not many."""
+        """Return a checkpoint that stays the same for a while, so that witnesses sign one and not many.
+
+        It comes with the cosignatures that it has by now.
+        """
         now = time.monotonic()
         if self._meeting is None or now - self._meeting[0] >= _MEETING_S:
-            self._meeting = (now, await self.current())
-        return self._meeting[1]
+            note = await self.current()
+            self._meeting = (now, parse_checkpoint_note(note).tree_size, note)
+            return note
+        _, size, note = self._meeting
+        return await to_thread.run_sync(self._coordinator.ledger.checkpoint_at, size) or note
 
     async def cover(self, leaf_index: int) -> None:
         """Sign a checkpoint now, unless one holds `leaf_index` already or the log lacks that entry."""

@@ -22,14 +22,20 @@ from audit.errors import AuditError
 from audit.merkle import hash_leaf
 from audit.notes import open_note
 from audit.reading import search_page, with_limit
+from audit.tlog_proof import TlogProof
+from federation.trust import log_policy
 from server.context import Caller, context_of, denials_recorded
-from server.errors import MalformedRequestError
+from server.errors import MalformedRequestError, NotYetError
 from server.routes_officer import Terms
 from server.schemas import CosignatureRequest, body_of, problems
+from server.watching import MAX_WAIT_S, Level
 
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
 Index = Annotated[int, Path(ge=0, le=2**53 - 1, description="The entry's place in the log, from 0.")]
+Wait = Annotated[
+    Level, Query(description="Wait, ten seconds at most, for a signed or for a witnessed checkpoint with it.")
+]
 _MAX_PAGE: Final = 500
 
 
@@ -82,10 +88,12 @@ async def read_entry(request: Request, principal: Caller, index: Index) -> dict[
     summary="Prove an entry (JSON or tlog-proof)",
     responses={**problems(401, 403, 404), 200: {"content": {"text/plain": {}}}},
 )
-async def prove_entry(request: Request, principal: Caller, index: Index) -> Response:
+async def prove_entry(
+    request: Request, principal: Caller, index: Index, wait: Wait = "sequenced"
+) -> Response:
     """An inclusion proof under the newest checkpoint. `Accept: text/plain` gives a C2SP tlog-proof file."""
     text = "text/plain" in request.headers.get("accept", "")
-    return await _proof(request, principal, index, as_text=text)
+    return await _proof(request, principal, index, wait, as_text=text)
 
 
 @router.get(
@@ -94,9 +102,11 @@ async def prove_entry(request: Request, principal: Caller, index: Index) -> Resp
     response_class=PlainTextResponse,
     responses=problems(401, 403, 404),
 )
-async def prove_entry_file(request: Request, principal: Caller, index: Index) -> Response:
+async def prove_entry_file(
+    request: Request, principal: Caller, index: Index, wait: Wait = "sequenced"
+) -> Response:
     """The same as a C2SP tlog-proof file."""
-    return await _proof(request, principal, index, as_text=True)
+    return await _proof(request, principal, index, wait, as_text=True)
 
 
 @router.get(
@@ -148,6 +158,22 @@ async def read_checkpoint(
     return PlainTextResponse(
         note.decode(), media_type="text/plain; charset=utf-8", headers={"Cache-Control": "public, max-age=1"}
     )
+
+
+@router.get(
+    "/policy",
+    summary="Read the policy that the log proposes",
+    response_class=PlainTextResponse,
+    responses=problems(404),
+)
+async def read_policy(request: Request) -> PlainTextResponse:
+    """C2SP tlog-policy: the log's keys and its sites as witnesses. No key needed.
+
+    A proposal: whoever runs this server wrote it. Compare it with what the members hold before believing it.
+    """
+    policy = await to_thread.run_sync(log_policy, context_of(request).coordinator.ledger)
+    headers = {"Cache-Control": "public, max-age=60"}
+    return PlainTextResponse(policy.format(), media_type="text/plain; charset=utf-8", headers=headers)
 
 
 @router.get("/consistency", summary="Prove that the log only grew", responses=problems(404, 422))
@@ -222,13 +248,21 @@ async def export_evidence(request: Request, principal: Caller, index: Index) -> 
     )
 
 
-async def _proof(request: Request, principal: Caller, index: int, *, as_text: bool) -> Response:
+async def _proof(request: Request, principal: Caller, index: int, wait: Level, *, as_text: bool) -> Response:
     context = context_of(request)
     await context.publisher.cover(index)
     async with denials_recorded(request):
         proof = await to_thread.run_sync(
             service.prove_entry, context.coordinator.ledger, principal, context.authorizer, index
         )
+    if wait != "sequenced":
+        timeout_s = min(MAX_WAIT_S, context.settings.request_timeout_s / 2)
+        note = await context.watching.wait(index, wait, timeout_s)
+        if note is None:
+            raise NotYetError(f"leaf {index} is not {wait} after {timeout_s:g} s; ask again")
+        size = parse_checkpoint_note(note).tree_size
+        hashes = await to_thread.run_sync(context.coordinator.ledger.inclusion_proof, index, size)
+        proof = TlogProof(leaf_index=index, hashes=tuple(hashes), checkpoint_note=note)
     if as_text:
         return Response(proof.format(), media_type="text/plain; charset=utf-8")
     return JSONResponse(

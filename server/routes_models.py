@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
 
 from audit.canonical import parse_strict
+from audit.checkpoints import parse_checkpoint_note
 from audit.entries import body_document
 from audit.errors import AuditError
-from server.context import Caller, authorise, context_of
+from audit.tlog_proof import TlogProof
+from server.context import Caller, Context, authorise, context_of
 from server.errors import MalformedRequestError, request_id_of
 from server.live import ServedVersion
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
 from server.service import Answered, Asked
+from server.watching import MAX_WAIT_S, Level
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -32,13 +36,24 @@ Digest = Annotated[str, Path(pattern=DIGEST_PATTERN, description="SHA-256 of the
     responses=problems(401, 403, 404, 422, 503),
     openapi_extra=body_of(PredictRequest),
 )
-async def predict(request: Request, principal: Caller, name: ModelName) -> PredictResponse:
+async def predict(
+    request: Request,
+    principal: Caller,
+    name: ModelName,
+    wait: Annotated[
+        Level, Query(description="Answer only once the entry is in a signed, or in a witnessed, checkpoint.")
+    ] = "sequenced",
+) -> PredictResponse:
     """Send named features, get answers, the policies that allowed them, and a signed receipt.
 
     The decision and salted commitments to each row and each answer are one entry of the log, durable before
     you see the answer. Keep `receipt` and `opened`: with them and the evidence file anybody can later prove
     what was answered, by which version, trained how. A refusal (`predict.denied`) names the policies and
     its own entry.
+
+    With `wait` the answer brings a proof as well. `level` says how far the entry came within ten seconds: an
+    answer whose level is less than you asked for has its receipt, and its proof comes later from
+    `/v1/audit/entries/{index}/proof?wait=…`.
 
     With `subject`, the entry holds a random pseudonym in place of the person, and the row, the answer, the
     purpose and the salts are kept in the vault, where an officer can export them or erase them for good.
@@ -57,7 +72,7 @@ async def predict(request: Request, principal: Caller, name: ModelName) -> Predi
             request_id=request_id_of(request),
         ),
     )
-    return render_answer(answered)
+    return render_answer(await _proved(context, answered, wait))
 
 
 @router.get("", summary="List the models", responses=problems(401, 403))
@@ -123,6 +138,21 @@ async def show_card(
     return PlainTextResponse(card, media_type="text/markdown")
 
 
+async def _proved(context: Context, answered: Answered, wait: Level) -> Answered:
+    """The answer with a proof of the level asked for, or of the one below where that did not come in time."""
+    index, ledger = answered.leaf_index, context.coordinator.ledger
+    timeout_s = min(MAX_WAIT_S, context.settings.request_timeout_s / 2)
+    level, note = wait, await context.watching.wait(index, wait, timeout_s)
+    if note is None and wait == "witnessed":
+        level, note = "checkpointed", await context.watching.wait(index, "checkpointed", 0.2)
+    if note is None:
+        return answered
+    size = parse_checkpoint_note(note).tree_size
+    hashes = await to_thread.run_sync(ledger.inclusion_proof, index, size)
+    proof = TlogProof(leaf_index=index, hashes=tuple(hashes), checkpoint_note=note).format()
+    return replace(answered, level=level, proof=proof.decode())
+
+
 def render_answer(answered: Answered) -> PredictResponse:
     """Render the answers: probabilities and values as JSON numbers; `opened` holds the exact committed
     text.
@@ -139,6 +169,8 @@ def render_answer(answered: Answered) -> PredictResponse:
             },
             "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
             "receipt": answered.receipt,
+            "level": answered.level,
+            "proof": answered.proof,
             "opened": list(answered.opened),
             "sealed": answered.sealed,
         }

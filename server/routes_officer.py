@@ -162,20 +162,13 @@ async def evidence(request: Request, principal: Caller, terms: Terms) -> Respons
     """
     context = context_of(request)
     coordinator, ledger = context.coordinator, context.coordinator.ledger
-    whole = (
-        terms in (SearchRequest(version=terms.version), SearchRequest(run=terms.run))
-        and terms != SearchRequest()
-    )
     if terms == SearchRequest():
         raise MalformedRequestError("say what to prove: version, run, since and until, principal …")
 
     def collect() -> tuple[bytes, int, str]:
-        if whole:
-            index = service.subject_of(ledger, version=terms.version, run=terms.run)
-            data = service.export_entry(ledger, coordinator.blobs.find, principal, context.authorizer, index)
-            return data, index, "version" if terms.version else "run"
-        data = service.export_matching(ledger, principal, context.authorizer, terms)
-        return data, service.read_evidence(data).leaf_index, "matching"
+        data = service.export_asked(ledger, coordinator.blobs.find, principal, context.authorizer, terms)
+        found = service.read_evidence(data)
+        return data, found.leaf_index, "matching" if found.scope == "entry" else found.scope
 
     await context.publisher.cover(await to_thread.run_sync(lambda: ledger.tree_size) - 1)
     async with denials_recorded(request):

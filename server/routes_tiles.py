@@ -1,5 +1,6 @@
 """The log as tlog-tiles over HTTP, at the same paths as an export: `/v1/audit/tile/…` beside the checkpoint.
 
+Only what the newest checkpoint covers is served: a cache keeps it, so it must be signed.
 Full tiles never change and may be kept for good; partial ones are the widest a reader asks for and never
 change either, but are soon out of use. Bundles hold entries and are for those who may read the whole log.
 """
@@ -14,10 +15,11 @@ from fastapi.responses import Response
 from fastapi.security import HTTPAuthorizationCredentials
 
 from audit.canonical import canonical_bytes
+from audit.checkpoints import parse_checkpoint_note
 from audit.principal import Principal
 from audit.tiles import ENTRIES, Tile, TileError, level_width
 from audit.tiles_export import tile_bytes
-from server.context import authorise, bearer, context_of, denials_recorded, principal_of, require_whole_log
+from server.context import authorise, bearer, context_of, principal_of, require_whole_log
 from server.errors import NoSuchTileError
 from server.schemas import problems
 
@@ -69,11 +71,10 @@ async def read_tile(
         assert reader is not None  # noqa: S101 - `_reader` refused it
         await authorise(request, reader, "tiles.read")
     ledger = context.coordinator.ledger
-    async with denials_recorded(request):
-        size = await to_thread.run_sync(lambda: ledger.tree_size)
-        if tile.start + tile.width > level_width(tile.level, size):
-            raise NoSuchTileError(f"{tile.path} is beyond the log of {size} entries")
-        data = await to_thread.run_sync(tile_bytes, ledger, tile)
+    size = parse_checkpoint_note(await context.publisher.current()).tree_size
+    if tile.start + tile.width > level_width(tile.level, size):
+        raise NoSuchTileError(f"{tile.path} is beyond the checkpoint of {size} entries")
+    data = await to_thread.run_sync(tile_bytes, ledger, tile)
     if tile.level == ENTRIES and reader is not None:
         await context.reading.record(reader, "bundle", canonical_bytes({"tile": tile.path}), tile.width)
     scope = "public" if public else "private"

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.watching import Level
+
 PURPOSE_PATTERN: Final = r"^[a-z0-9][a-z0-9 ._-]{0,62}$"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 DIGEST_PATTERN: Final = r"^[0-9a-f]{64}$"
@@ -107,6 +109,10 @@ class PredictResponse(BaseModel):
     decision: DecisionView
     entry: EntryRef
     receipt: dict[str, Any]
+    level: Level
+    proof: Annotated[
+        str | None, Field(description="C2SP tlog-proof of the entry, when the level is above sequenced.")
+    ]
     opened: list[Opened]
     sealed: SealedView | None = None
 

@@ -29,6 +29,7 @@ from server.monitoring import Monitoring
 from server.receipting import Receipting
 from server.sealing import Sealing
 from server.warm import WarmModel, WarmModels
+from server.watching import Level
 
 _INLINE_ROWS: Final = 16  # more rows than this are computed beside the event loop
 
@@ -70,6 +71,8 @@ class Answered:
     receipt: dict[str, Any]
     opened: tuple[dict[str, str], ...]
     sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
+    level: Level = "sequenced"
+    proof: str | None = None  # C2SP tlog-proof, above "sequenced"
 
 
 @dataclass(frozen=True, slots=True)

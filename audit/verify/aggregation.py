@@ -8,9 +8,11 @@ from typing import Final
 from audit.errors import AuditError
 from audit.models import initial_weights, model_file, weights_of_file
 from audit.replay import Aggregator, SiteUpdate, average
+from audit.robust import MEAN
 from audit.verify.chain import Chain, FailError, GapError, Outcome, Round, expect, need
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
+from audit.verify.refused import check_examined, check_lengths, check_refused_updates
 from audit.verify.report import Word
 from audit.verify.training import ROUNDS
 from audit.weights import decode_update
@@ -30,16 +32,20 @@ def check_aggregation(chain: Chain) -> Outcome:
         why = "as you asked" if chain.replay is False else f"{additions:,} additions"
         why += "; run again with --replay"
         raise GapError("aggregation.not_replayed", f"the rounds were not replayed ({why})")
+    refused = check_refused_updates(chain, charter)
     aggregator = Aggregator(charter.aggregation)
     weights = initial_weights(charter.layers, charter.digest)
     outputs: list[list[float]] = []
     for found in chain.rounds:
         updates = [_update(chain, found, position) for position in range(len(found.statements))]
+        if charter.aggregation.rule.norm_bound:
+            check_lengths(charter, found, updates)
         try:
             weights = aggregator.step(found.leaf.body.round, weights, updates)
             digest = hashlib.sha256(model_file(charter.layers, weights)).hexdigest()
         except AuditError as error:
             raise FailError("replay.refused", str(error), found.leaf.index) from error
+        check_examined(chain, charter, found, updates)
         expect(
             found.leaf.body.output_model,
             digest,
@@ -49,9 +55,13 @@ def check_aggregation(chain: Chain) -> Outcome:
         )
         outputs.append(weights)
     chain.outputs = tuple(outputs)
+    rule = charter.aggregation.rule
+    said = "" if rule == MEAN else f" under {rule.name}, of {rule.byzantine} lying sites"
+    if rule.norm_bound:
+        said += f"; no update is longer than an honest one can be, {refused} were and are left out"
     return Outcome(
         word=Word.PROVED,
-        detail=f"{len(outputs)} rounds replayed from the sites' updates; every output model is rebuilt "
+        detail=f"{len(outputs)} rounds replayed from the sites' updates{said}; every output model is rebuilt "
         f"bit for bit",
     )
 
@@ -115,6 +125,6 @@ def _update(chain: Chain, found: Round, position: int) -> SiteUpdate:
     except AuditError as error:
         raise FailError("replay.update", f"site {body.site}: {error}", leaf.index) from error
     expect(
-        len(values), charter.dimension, code="replay.update", field="length of the update", entry=leaf.index
+        len(values), charter.released, code="replay.update", field="length of the update", entry=leaf.index
     )
     return SiteUpdate(site=site.name, nominal_rows=site.nominal_rows, weight=site.weight, values=values)

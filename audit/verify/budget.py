@@ -185,6 +185,8 @@ def _unanswered(chain: Chain) -> list[str]:
             history = chain.histories.get(site, ())
             if not any((event.run, event.round) == (body.run, body.round) for event in history):
                 unknown.append(f"{site} in round {body.round}")
+    if chain.evaluated is not None:
+        unknown += [f"{site} in the evaluation" for site in chain.evaluated.body.missing]
     return unknown
 
 

@@ -28,6 +28,7 @@ from audit.evidence import Evidence
 from audit.keys import VerifyKey, parse_public_key
 from audit.log_keys import LogKeys
 from audit.notes import NoteVerifier
+from audit.round_bodies import RunEvaluated
 from audit.tlog_policy import Policy
 from audit.verify.report import EpsilonLine, Word
 
@@ -124,6 +125,7 @@ class Chain:
     rounds: tuple[Round, ...] = ()
     outputs: tuple[list[float], ...] = ()  # replayed weights after each round
     weights: list[float] | None = None  # the version's
+    evaluated: Leaf[RunEvaluated] | None = None  # once its counts are added up again
     histories: dict[str, tuple[SiteStatement, ...]] = field(default_factory=dict)  # by site, in sequence
     epsilons: tuple[EpsilonLine, ...] = ()
 

@@ -14,6 +14,7 @@ from audit.evidence import MAX_BYTES
 from audit.verify import verify_evidence
 from audit.verify.misbehaviour import is_misbehaviour, verify_misbehaviour
 from audit.verify.report import USAGE_EXIT, Report
+from audit.verify.stories import compare_stories
 
 _MAX_SIDE_BYTES: Final = 1 << 20
 _DATABASE: Final = b"SQLite format 3\x00"
@@ -51,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
         help="replay every round (default: when cheap; else INCOMPLETE)",
     )
     parser.add_argument("--max-age", metavar="SECONDS", type=_seconds, help="how old the checkpoint may be")
+    parser.add_argument(
+        "--site", metavar="FILE", help="a site's own log (`affidavit site log export`): compare the two"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
     try:
@@ -59,7 +63,10 @@ def main(argv: Sequence[str]) -> int:
         receipt = (
             _read(arguments.receipt, _MAX_SIDE_BYTES, "give the JSON receipt") if arguments.receipt else None
         )
-        if data.startswith(_DATABASE):
+        if arguments.site:
+            _read(arguments.site, 1, "give the path of a site's own log")
+            report = compare_stories(arguments.file, arguments.site, policy_text=policy)
+        elif data.startswith(_DATABASE):
             report = _whole_log(arguments.file, policy)
         elif is_misbehaviour(data):
             report = verify_misbehaviour(data, policy_text=policy)

@@ -61,6 +61,8 @@ _OF_SCOPE: Final[Mapping[str, str]] = {
     "entry": "this entry is in the witnessed log. Nothing is said of what it claims.",
     "misbehaviour": "the accusation holds: this log's key signed both sides of a contradiction. Believe "
     "nothing of it that your own witnesses did not see before.",
+    "stories": "the site and the federation tell the same of what the site signed. Nothing more is said of "
+    "what was signed.",
     "log": "the file is whole, is the witnessed log, and counts every release once. Nothing more is said of "
     "what its entries claim.",
 }

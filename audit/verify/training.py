@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from audit.charter_view import CharterView
 from audit.entries import (
@@ -95,6 +95,33 @@ def check_noise(chain: Chain) -> Outcome:
     )
 
 
+def evaluation_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
+    """Return the run's statements of counts, one release after the last round, where the charter asks."""
+    charter = need(chain.charter, CHARTER)
+    if charter.evaluation is None:
+        return []
+    number = charter.rounds + 1
+    return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == (run, number)]
+
+
+def check_statement(chain: Chain, leaf: Leaf[SiteStatement], wanted: Mapping[str, object]) -> None:
+    """One statement: signed by the site's key of that time, after its acceptance, and of these fields.
+
+    Raises:
+        FailError: names the field.
+    """
+    body, entry = leaf.body, leaf.index
+    enrolment = chain.enrolment_at(body.site, entry).body
+    verify_body(
+        body, enrolment.statement_key, code="statement.signature", who=f"site {body.site}", entry=entry
+    )
+    accepted = chain.accepted.get(body.site)
+    if accepted is None or accepted.index >= entry:
+        raise FailError("statement.not_accepted", f"site {body.site} had not accepted the run", entry)
+    for field, value in {"population": accepted.body.population, **wanted}.items():
+        expect(getattr(body, field), value, code="statement.field", field=field, entry=entry)
+
+
 def _initial_model(charter: CharterView) -> bytes:
     return model_file(charter.layers, initial_weights(charter.layers, charter.digest))
 
@@ -124,7 +151,7 @@ def _check_acceptance(
         "start": run_digest(started.body),
         "origin": need(chain.checkpoint, CHECKPOINT).origin,
         "population": enrolment.population,
-        "planned_events": charter.rounds,
+        "planned_events": charter.releases,
     }
     for field, value in wanted.items():
         expect(getattr(body, field), value, code="run.acceptance", field=field, entry=leaf.index)
@@ -179,28 +206,18 @@ def _check_statement(
     participants: tuple[str, ...],
     previous: str,
 ) -> None:
-    body, entry = leaf.body, leaf.index
-    enrolment = chain.enrolment_at(body.site, entry).body
-    verify_body(
-        body, enrolment.statement_key, code="statement.signature", who=f"site {body.site}", entry=entry
-    )
-    accepted = chain.accepted.get(body.site)
-    if accepted is None or accepted.index >= entry:
-        raise FailError("statement.not_accepted", f"site {body.site} had not accepted the run", entry)
     wanted = {
         "run": run.run,
         "round": completed.round,
         "charter": charter.digest,
-        "population": accepted.body.population,
         "base_model": completed.base_model,
         "participants": participants,
         "previous_round": previous,
     }
-    for field, value in wanted.items():
-        expect(getattr(body, field), value, code="statement.field", field=field, entry=entry)
-    problem = charter.event_problem(body.event)
+    check_statement(chain, leaf, wanted)
+    problem = charter.event_problem(leaf.body.event)
     if problem:
-        raise FailError("statement.event", problem, entry)
+        raise FailError("statement.event", problem, leaf.index)
 
 
 def _check_models(initial: str, rounds: Sequence[Round]) -> None:
@@ -222,6 +239,7 @@ def _check_models(initial: str, rounds: Sequence[Round]) -> None:
 def _check_nothing_besides(chain: Chain, run: str, rounds: Sequence[Round]) -> None:
     known = {found.leaf.index for found in rounds}
     known |= {statement.index for found in rounds for statement in found.statements}
+    known |= {leaf.index for leaf in evaluation_statements(chain, run)}
     for leaf in chain.leaves(RoundCompleted):
         if leaf.body.run == run and leaf.index not in known:
             raise FailError(

@@ -46,6 +46,7 @@ class MechanismTerms:
     local_steps: int = 1
     local_learning_rate: float | Decimal | None = None  # required when local_steps > 1
     normaliser: float | Decimal | None = None  # nominal rows * sample_rate; required when local_steps > 1
+    proximal: float | Decimal = 0  # FedProx's mu: each local step is also drawn back towards the base model
     rows_per_unit: int = 1  # rows one person may have; each is clipped to C / rows_per_unit, a person to C
 
     def __post_init__(self) -> None:
@@ -68,6 +69,9 @@ class MechanismTerms:
                 value = getattr(self, field)
                 if value is None or not (value > 0 and math.isfinite(value)):
                     raise TermsError(field, value, "give a positive number when local_steps is above 1")
+        pull = float(self.proximal) * float(self.local_learning_rate or 1)
+        if not 0 <= pull <= 1:
+            raise TermsError("proximal", self.proximal, "give 0 to 1 / local_learning_rate")
         self.sigma_grid(1)
 
     @property
@@ -219,11 +223,14 @@ class Mechanism:
                 "local_learning_rate", rate, "give it and normaliser when local_steps is above 1"
             )
         factor = float(rate) / (float(normaliser) * terms.scale)
+        pull = float(rate) * float(terms.proximal)
         weights = base.clone()
         try:
             for _ in range(terms.local_steps):
                 noisy = torch.from_numpy(self._noisy_sum(inputs, targets))
-                weights -= factor * noisy.to(torch.float64)
+                moved = factor * noisy.to(torch.float64)
+                # the pull is a function of earlier noisy sums and of the base model: it reads no row
+                weights -= moved + pull * (weights - base) if pull else moved
                 self._set(weights)
         finally:
             self._set(base)

@@ -28,11 +28,15 @@ from audit.errors import KeyFileError, LogKeyError, NoKnownSignatureError, Signe
 from audit.keys import SigningKey
 from audit.ledger import Ledger
 from audit.log_keys import read_log_keys
+from audit.misbehaviour import prove_broken_promise
 from audit.notes import KeyType, NoteSigner, parse_note
+from audit.receipts import issue_receipts
 from audit.service import export_evidence
 from audit.signer import Signer, publish
 from audit.verify import Report, Word, verify_evidence
+from audit.verify.misbehaviour import verify_misbehaviour
 from audit.whole_log import verify_log
+from federation.trust import log_policy
 
 ORIGIN = "hospital.example/log"
 TIME = "2026-11-23T22:23:12Z"
@@ -298,6 +302,44 @@ def test_verifier_believes_a_stolen_key_nothing_but_what_witnesses_saw(world: Wo
     for size in (3, 4):
         report = world.report(world.checkpoint(size, world.old, witnessed=True))
         assert code_of(report) == "log.key_compromised", size
+
+
+def receipt_report(world: World, leaf: int, key: NoteSigner, *, policy: str = "") -> Report:
+    """A witnessed file of the whole log, with a receipt for one of its leaves by a key of our choice."""
+    note = world.checkpoint(world.ledger.tree_size, world.new, witnessed=True)
+    data = export_evidence(Frozen(world.ledger, note), lambda _: None, leaf_index=leaf)
+    leaf_hash = world.ledger.leaf_hashes(leaf, leaf + 1)[0]
+    times = {"time": "2026-01-02T03:04:05Z", "merge_deadline": "2026-01-02T03:05:05Z"}
+    (receipt,) = issue_receipts(key.key, ORIGIN, [(leaf, leaf_hash)], **times)
+    return verify_evidence(data, policy_text=policy or world.policy, receipt=receipt.encode())
+
+
+@pytest.mark.parametrize("world", ["rotated", "compromised"], indirect=True)
+def test_receipt_counts_only_for_leaves_that_its_key_could_still_promise(world: World) -> None:
+    """The old key ends at size 3 when it was rotated out, at size 2 when it was stolen."""
+    is_rotated = b"key.rotated" in world.ledger.entry(2)
+    last, code = (2, "log.key_retired") if is_rotated else (1, "log.key_compromised")
+    for leaf in range(4):
+        assert code_of(receipt_report(world, leaf, world.new)) == "ok", leaf
+        assert code_of(receipt_report(world, leaf, world.old)) == ("ok" if leaf <= last else code), leaf
+        assert code_of(receipt_report(world, leaf, new_key())) == "receipt.invalid", leaf
+    without = world.policy.replace(f"log {world.old.vkey}\n", "")
+    assert code_of(receipt_report(world, 0, world.old, policy=without)) == "receipt.invalid"
+
+
+@pytest.mark.parametrize("world", ["rotated", "compromised"], indirect=True)
+def test_proposed_policy_keeps_a_retired_key_and_drops_a_stolen_one(world: World) -> None:
+    """So nobody who asks again can be shown a promise that a thief made: it convicts nobody."""
+    policy = log_policy(world.ledger)
+    believed = [log.verifier.vkey for log in policy.logs]
+    is_rotated = b"key.rotated" in world.ledger.entry(2)
+    assert believed == ([world.new.vkey, world.old.vkey] if is_rotated else [world.new.vkey])
+    times = {"time": "2026-01-02T03:04:05Z", "merge_deadline": "2026-01-02T03:05:05Z"}
+    (receipt,) = issue_receipts(world.old.key, ORIGIN, [(1, b"x" * 32)], **times)
+    note = world.checkpoint(4, world.new, witnessed=True)
+    accused = prove_broken_promise(receipt, note, world.ledger.node).encode()
+    report = verify_misbehaviour(accused, policy_text=policy.format())
+    assert (code_of(report) == "ok") == is_rotated, report.text()
 
 
 @pytest.mark.parametrize("world", ["rotated"], indirect=True)

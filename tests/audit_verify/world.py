@@ -138,6 +138,7 @@ class World(Office):
         body = self.lie(
             SiteEnrolled(
                 site=hospital.name,
+                operator="",
                 origin=ORIGIN,
                 population=hospital.population,
                 identity_key=hospital.identity.text,

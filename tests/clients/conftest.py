@@ -104,6 +104,12 @@ class Network:
         """The same charter on other terms."""
         return make_charter(self.agents, **changes)
 
+    def charter_file(self) -> Path:
+        """The charter as its author wrote it."""
+        path = self.folder / "charter.yaml"
+        path.write_text(charter_text(self.agents, rounds=self.charter.plan.rounds), encoding="utf-8")
+        return path
+
     def restart(self, site: str) -> Agent:
         self.agents[site].close()
         self.agents[site] = Agent.open(self.folder / "sites" / site)
@@ -253,18 +259,21 @@ class Network:
         self.coordinator.close()
 
 
-def make_charter(
+def charter_text(
     agents: dict[str, Agent], *, rounds: int = 3, noise: str = "2", max_grad_norm: str = "1"
-) -> Charter:
+) -> str:
     sites = "\n".join(
         f'  - {{name: {name}, identity: "{agent.home.keys().identity.text}", nominal_rows: 20, weight: 1}}'
         for name, agent in agents.items()
     )
-    text = CHARTER.format(rounds=rounds, noise=noise, max_grad_norm=max_grad_norm, sites=sites)
-    return Charter.parse(text)
+    return CHARTER.format(rounds=rounds, noise=noise, max_grad_norm=max_grad_norm, sites=sites)
 
 
-def make_network(
+def make_charter(agents: dict[str, Agent], **changes: Any) -> Charter:
+    return Charter.parse(charter_text(agents, **changes))
+
+
+def build_federation(
     folder: Path,
     *,
     data: dict[str, str] | None = None,
@@ -299,9 +308,15 @@ def make_network(
     return Network(folder, coordinator, agents, make_charter(agents, rounds=rounds))
 
 
+@pytest.fixture(scope="session")
+def make_network() -> Callable[..., Network]:
+    """Return `make(folder, **options) -> Network`; the caller closes it."""
+    return build_federation
+
+
 @pytest.fixture
 def network(tmp_path: Path) -> Iterator[Network]:
-    made = make_network(tmp_path)
+    made = build_federation(tmp_path)
     yield made
     made.close()
 
@@ -312,7 +327,9 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Net
 
     Tests that use them through `signed`, `accepted` or `played` only make requests that change nothing.
     """
-    made = {name: make_network(tmp_path_factory.mktemp(name)) for name in ("signed", "accepted", "played")}
+    made = {
+        name: build_federation(tmp_path_factory.mktemp(name)) for name in ("signed", "accepted", "played")
+    }
     made["signed"].sign()
     made["signed"].run_started()
     made["accepted"].start()
@@ -361,7 +378,7 @@ def build_network(tmp_path: Path) -> Iterator[Callable[..., Network]]:
     made: list[Network] = []
 
     def build(**options: Any) -> Network:
-        made.append(make_network(tmp_path / f"network-{len(made)}", **options))
+        made.append(build_federation(tmp_path / f"network-{len(made)}", **options))
         return made[-1]
 
     yield build
@@ -369,13 +386,13 @@ def build_network(tmp_path: Path) -> Iterator[Callable[..., Network]]:
         each.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def request_of() -> Callable[..., tuple[dict[str, Any], dict[str, bytes]]]:
     """Return `ask(agent, kind, header, **blobs)`."""
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def code_of() -> Callable[[dict[str, Any]], str]:
     """Return `code(answer)`: the closed code of a refused request."""
     return refusal_code

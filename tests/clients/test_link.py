@@ -12,11 +12,12 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from clients.agent_server import served_agents
 from clients.client_app import app, pack, unpack
 from clients.errors import LinkError
 from clients.inprocess import agent_of, live_agents
 from clients.link import connect
-from clients.socket_link import SocketLink, served_agents
+from clients.socket_link import SocketLink
 
 
 class Echo:

@@ -25,11 +25,11 @@ from clients.service import (
     add_site,
     approve_charter,
     check_against_log,
-    federation_policy,
     review,
     status,
     witness_once,
 )
+from federation.trust import federation_policy
 
 
 class LogOverHttp:

@@ -166,3 +166,12 @@ def copy_of(trained_own: Path, folder: Path) -> Own:
     for path in (folder / "homes" / "sites").glob("*/site.yaml"):
         path.write_text(path.read_text().replace(trained["folder"], str(folder)))
     return Own(folder, trained["version"])
+
+
+@pytest.fixture(scope="module")
+def served(shared_own):
+    """The approved federation behind a running server; started only for the files that ask for it."""
+    from tests.commands.serving import serving
+
+    with serving(shared_own) as running:
+        yield running

@@ -13,10 +13,10 @@ from audit.epsilon import rdp_epsilon
 from audit.principal import LocalOwner, Principal
 from audit.service import export_evidence
 from audit.verify import verify_evidence
-from clients.service import federation_policy
 from clients.simulation import run_federation, simulate
 from federation.registry import statements
 from federation.service import RegisterRequest, register
+from federation.trust import federation_policy
 
 CHARTER = """
 name: twice

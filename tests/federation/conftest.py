@@ -133,6 +133,7 @@ class FakeSite:
         raw = agreement.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         body = SiteEnrolled(
             site=self.name,
+            operator="",
             origin=ORIGIN,
             population=self.population,
             identity_key=self.identity.text,

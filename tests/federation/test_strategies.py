@@ -54,6 +54,7 @@ class Rig:
             participants=tuple(sorted(self.sites)),
             previous_round=previous,
             event=planned_event(charter),
+            released=charter.released,
             enrolments={name: site.enrolment() for name, site in self.sites.items()},
             heads={
                 name: OdometerHead(sequence=s.sequence, event_hash=s.head) for name, s in self.sites.items()

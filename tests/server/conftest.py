@@ -86,8 +86,8 @@ def charter(officers: list[SigningKey], identity: str, **changed: object) -> dic
                     "accountant": "pld", "grid_bits": 20, "precision": "float64", "subject_id": "",
                     "max_rows_per_subject": 1},
         "sites": [
-            {"name": name, "identity": identity, "nominal_rows": 100, "weight": "100"}
-            for name in ("alpha", "beta")
+            {"name": name, "identity": key, "nominal_rows": 100, "weight": "100"}
+            for name, key in (("alpha", identity), ("beta", SigningKey.generate().text))
         ],
         "gates": [],
         "purposes": ["audit-trial", "triage"],
@@ -118,8 +118,9 @@ class Lab:
         witness = NoteSigner(site, self.site_witness, KeyType.COSIGNATURE)
         self.coordinator.append(
             SiteEnrolled(
-                site=site, origin=ORIGIN, population="ab" * 16, identity_key=self.site_identity.text,
-                statement_key=self.site_identity.text, witness_key=witness.vkey, agreement_key="",
+                site=site, operator="", origin=ORIGIN, population="ab" * 16,
+                identity_key=self.site_identity.text, statement_key=self.site_identity.text,
+                witness_key=witness.vkey, agreement_key="",
                 signature="", statement_proof="", witness_proof="",
             ),
             "coordinator",

@@ -282,6 +282,9 @@ def test_cache_headers_fit_what_may_change(client, lab, as_role):
     assert tile.headers["content-type"] == "application/octet-stream"
     assert client.get("/v1/audit/checkpoint").headers["cache-control"] == "public, max-age=1"
     append_all(lab, [refused("beta", number) for number in range(1, 260)])
+    assert get(client, as_role("node"), "tile/0/000").status_code == 404, "no checkpoint covers it yet"
+    newest = lab.coordinator.ledger.tree_size - 1
+    assert get(client, as_role("officer"), f"entries/{newest}/proof").status_code == 200
     full = get(client, as_role("node"), "tile/0/000")
     assert (full.headers["cache-control"], len(full.content)) == (
         "private, max-age=31536000, immutable",
@@ -292,10 +295,25 @@ def test_cache_headers_fit_what_may_change(client, lab, as_role):
 
 @pytest.mark.parametrize(
     "place",
-    ["0/000", "0/001.p/1", "1/000.p/1", "0/0", "64/000", "entries/x000/000", "0/000.p/256", "0/..", "x"],
-)
+    [
+        "0/000", "0/001.p/1", "1/000.p/1", "0/0", "64/000", "entries/x000/000", "0/000.p/256", "0/..", "x",
+        "0/000.p/0", "0/000.p/01", "00/000.p/1", "0/000.p/1/", "0//000.p/1", "0/x000/000.p/1", "-1/000.p/1",
+        "0/000.p/1%00", "0/000.p/1%0a", "%2e%2e/checkpoint", "..%2fcheckpoint", "0/%2e%2e/0/000.p/1",
+        "0/000%2ep%2f1%20", "entries/..%2f0%2f000.p%2f1", "0/٠٠٠.p/1", "0/000.p/1;x", "0/000.p/1%3fx",
+    ],
+)  # fmt: skip
 def test_tile_that_is_not_there_is_404(client, as_role, place):
-    assert get(client, as_role("officer"), f"tile/{place}").status_code == 404
+    answer = get(client, as_role("officer"), f"tile/{place}")
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_percent_encoding_names_the_same_tile_and_opens_no_other_door(client, as_role):
+    plain = get(client, as_role("node"), "tile/0/000.p/1")
+    coded = get(client, as_role("node"), "tile/%30/000%2Ep%2F1")
+    assert (coded.status_code, coded.content) == (200, plain.content)
+    for path in ("tile/entries/000.p/1", "tile/%65ntries/000.p/1", "tile/entries%2F000.p%2F1"):
+        assert get(client, as_role("node"), path).status_code == 403, path
 
 
 def test_public_hashes_need_no_key_but_entries_do(lab):
@@ -331,6 +349,19 @@ def test_evidence_of_a_time_range_proves_every_entry_in_it(client, lab, as_role)
     altered = bytearray(answer.content)
     altered[answer.content.index(b'"round":3') + 8] ^= 1
     assert verify_evidence(bytes(altered), policy_text=policy_of(lab)).verdict is Verdict.INVALID
+
+
+def test_evidence_by_terms_carries_the_entries_about_keys_and_no_downgraded_story(client, lab, as_role):
+    old = lab.coordinator.log_key
+    client.post("/v1/models/toy/predict", headers=as_role("consumer"), json=PREDICT)
+    placed = lab.coordinator.rotate_log_key(0)
+    policy = f"log {lab.coordinator.log_key}\nlog {old}\nquorum none\n"
+    answer = get(client, as_role("officer"), "evidence", decision="allowed")
+    found = read_evidence(answer.content)
+    assert placed.leaf_index in found.entries
+    assert found.leaf_index == 0, "a prediction is a story of its own; among others it is only an entry"
+    report = verify_evidence(answer.content, policy_text=policy)
+    assert report.verdict is Verdict.VALID, report.text()
 
 
 def test_evidence_of_a_version_is_that_of_its_last_transition(client, lab, as_role):

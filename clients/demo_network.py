@@ -1,0 +1,327 @@
+"""The network demo: four hospitals on machines of their own join a coordinator, train, and prove it.
+
+Everything is done by the commands that people would type, each at its own machine: TLS, authentication,
+invitations, agents behind sockets, Flower's real SuperLink and SuperNodes. At the end a stranger's process
+verifies the evidence, and every statement of every round is traced to the key of a site that joined.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from audit.console import CommandError, ask_api
+from clients.demo import PURPOSE, first_row, make_folder, verdict_of, verify_alone
+from clients.demo_data import demo_charter, write_demo_files
+from clients.demo_namespaces import Machines, machines
+from clients.demo_screen import Screen
+from federation.charter import Charter
+
+ORIGIN: Final = "demo.invalid/network"
+PORTS: Final = {"--port": 28443, "--superlink-port": 28444, "--api-port": 28445}
+START_S: Final = 120.0
+ROUNDS: Final = 6
+
+
+@dataclass(slots=True)
+class NetworkOutcome:
+    """What the demo found, for --json and for tests."""
+
+    folder: str
+    separate_machines: bool = False
+    rounds: int = 0
+    epsilon: str = ""
+    version: str = ""
+    statements: int = 0  # of rounds, each traced to the statement key of a site that joined
+    verdict: str = ""
+    seconds: float = 0.0
+    cpu_s: float = 0.0  # of this process and all that it waited for
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class _Demo:
+    def __init__(self, folder: Path, screen: Screen, place: Machines, rounds: int) -> None:
+        self.folder, self.screen, self.place, self.rounds = folder, screen, place, rounds
+        self.central = folder / "coordinator"
+        self.files = write_demo_files(folder / "data")
+        self.sites = tuple(sorted(self.files.sites))
+
+    def home(self, site: str) -> Path:
+        return self.folder / "hospitals" / site
+
+    def at_centre(self, *arguments: str) -> dict[str, Any]:
+        return _affidavit([], *arguments, "--home", str(self.central), "--json")
+
+    def at_site(self, site: str, *arguments: str) -> dict[str, Any]:
+        return _affidavit(self.place.at(site), *arguments, "--home", str(self.home(site)), "--json")
+
+
+def run_network_demo(
+    folder: Path, screen: Screen, *, rounds: int = ROUNDS, namespaces: bool = True
+) -> NetworkOutcome:
+    """Run the whole chain in `folder`, which is made anew.
+
+    Raises:
+        CommandError: the folder holds something else, or a part did not do what it must.
+    """
+    begun = time.monotonic()
+    make_folder(folder)
+    outcome = NetworkOutcome(folder=str(folder), rounds=rounds)
+    with ExitStack() as stack:
+        names = [path.stem for path in write_demo_files(folder / "data").sites.values()]
+        place = stack.enter_context(machines(sorted(names), namespaces=namespaces))
+        demo = _Demo(folder, screen, place, rounds)
+        outcome.separate_machines = place.separate
+        lap = time.monotonic()
+
+        def took(step: str) -> None:
+            nonlocal lap
+            outcome.timings[step], lap = round(time.monotonic() - lap, 1), time.monotonic()
+
+        _coordinator(demo, stack)
+        took("coordinator up")
+        _join_all(demo, stack)
+        took("four sites joined")
+        charter = _agree(demo)
+        took("charter signed")
+        run = _train(demo)
+        outcome.version, outcome.epsilon = run["version"], run["epsilon"]
+        took("trained")
+        _prove(demo, charter, outcome)
+        took("proved")
+    outcome.seconds = round(time.monotonic() - begun, 1)
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    outcome.cpu_s = round(sum(usage.ru_utime + usage.ru_stime for usage in spent), 1)
+    return outcome
+
+
+def _coordinator(demo: _Demo, stack: ExitStack) -> None:
+    where = "in network namespaces of their own" if demo.place.separate else "as processes on loopback"
+    demo.screen.step(f"A coordinator: log, CA, SuperLink behind a gateway (machines {where})")
+    ports = [text for name, port in PORTS.items() for text in (name, str(port))]
+    made = demo.at_centre("coordinator", "init", ORIGIN, "--host", demo.place.host, *ports)
+    demo.screen.note(f"gateway {made['address']}, CA {made['ca_fingerprint'][:16]}…")
+    up = _command("coordinator", "up", "--home", str(demo.central), "--json")
+    stack.enter_context(_running(up, demo.folder / "coordinator.log", {"gateway"}))
+
+
+def _join_all(demo: _Demo, stack: ExitStack) -> None:
+    demo.screen.step("Each hospital is invited, makes its keys, asks to join; the operator approves")
+    joining = {}
+    for site in demo.sites:
+        invited = demo.at_centre("site", "invite", site)
+        arguments = _command(
+            *("site", "join", invited["invitation"], "--data", str(demo.files.sites[site])),
+            *("--population", f"patients of {site}", "--lifetime-epsilon", "10"),
+            *("--home", str(demo.home(site)), "--json"),
+        )
+        log = demo.folder / f"{site}.log"
+        joining[site] = stack.enter_context(_started([*demo.place.at(site), *arguments], log))
+    until = time.monotonic() + START_S
+    waiting = set(demo.sites)
+    while waiting:
+        listed = demo.at_centre("site", "list")["sites"]
+        for item in listed:
+            if item["state"] == "requested" and item["site"] in waiting:
+                demo.at_centre("site", "approve", item["site"])
+                demo.screen.note(f"{item['site']} approved: identity {item['identity_key'][:24]}…")
+                waiting.discard(item["site"])
+        if time.monotonic() > until:
+            raise CommandError(f"{', '.join(sorted(waiting))} did not ask to join", code="demo.failed")
+        time.sleep(0.2)
+    for site in demo.sites:
+        _await_events(demo.folder / f"{site}.log", {"supernode"}, joining[site])
+
+
+def _agree(demo: _Demo) -> Charter:
+    demo.screen.step("The charter names the identities that joined; each hospital reads and signs it")
+    officer = _affidavit([], "identity", "new", "olsen", "--home", str(demo.central), "--json")
+    demo.at_centre("identity", "new", "curie", "--role", "scientist")
+    identities = {item["site"]: item["identity_key"] for item in demo.at_centre("site", "list")["sites"]}
+    text = demo_charter(
+        public=demo.files.public,
+        identities=identities,
+        officers={"olsen": officer["key"]},
+        rounds=demo.rounds,
+    ).replace("round_timeout_s: 20", "round_timeout_s: 120")
+    path = demo.folder / "charter.yaml"
+    path.write_text(text, encoding="utf-8")
+    for site in demo.sites:
+        signed = demo.at_site(site, "charter", "sign", str(path), "--site", site)
+        demo.at_site(site, "site", "bundle", "approve", "own", "--site", site)
+        demo.screen.note(f"{site} agrees: epsilon {signed['epsilon']:.3f} of 10 for life")
+    return Charter.load(path)
+
+
+def _train(demo: _Demo) -> dict[str, Any]:
+    demo.screen.step("Training over the network: a signed release a site a round, witnessed before the next")
+    command = _command(
+        *(
+            "runs",
+            "start",
+            str(demo.folder / "charter.yaml"),
+            "--author",
+            str(demo.central / "scientists" / "curie"),
+        ),
+        *("--public-set", str(demo.files.public), "--home", str(demo.central), "--json"),
+    )
+    last: dict[str, Any] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None  # noqa: S101 - a pipe was asked for
+        for line in process.stdout:
+            last = json.loads(line)
+            if last.get("kind") == "round":
+                demo.screen.note(
+                    f"round {last['round']:>2}: {len(last['sites'])} sites, "
+                    f"auc {last['metrics']['auc']:.3f}, epsilon {last['epsilon']:.3f}, "
+                    f"{last['witnesses']} witnesses, {last['elapsed_s']:.0f} s"
+                )
+    if process.returncode != 0 or "version" not in last:
+        raise CommandError(f"the run failed; see {demo.central}/coordinator/network/logs", code="demo.failed")
+    demo.screen.note(f"run {last['run']}, epsilon {last['epsilon']}, gates passed: {last['gates_passed']}")
+    return last
+
+
+def _prove(demo: _Demo, charter: Charter, outcome: NetworkOutcome) -> None:
+    demo.screen.step("An officer approves, the API answers, the hospitals witness, a stranger verifies")
+    officer = ("--officer", str(demo.central / "officers" / "olsen"))
+    demo.at_centre("models", "approve", outcome.version, "--live", "--reason", "gates passed", *officer)
+    key = demo.at_centre("keys", "create", "--role", "consumer")["key"]
+    url = f"http://127.0.0.1:{PORTS['--api-port']}"
+    body = {"purpose": PURPOSE, "rows": [first_row(demo.files.public, charter)]}
+    answer = json.loads(ask_api(url, f"/v1/models/{charter.name}/predict", key=key, method="POST", body=body))
+    index = answer["entry"]["leaf_index"]
+    _await_witnesses(url, index, need=3)
+    from audit.service import add_answer
+
+    evidence = ask_api(url, f"/v1/audit/evidence/{index}", key=key)
+    file = demo.folder / "evidence.zip"
+    file.write_bytes(add_answer(evidence, receipt=answer["receipt"], opened=answer["opened"]))
+    policy = demo.folder / "policy.txt"
+    policy.write_bytes((demo.home(demo.sites[0]) / "sites" / demo.sites[0] / "policy.txt").read_bytes())
+    report = verify_alone(file, policy)
+    (demo.folder / "report.txt").write_text(report.stdout, encoding="utf-8")
+    outcome.verdict = verdict_of(report.stdout)
+    demo.screen.text(report.stdout)
+    if report.returncode != 0:
+        raise CommandError(f"the honest file is {outcome.verdict}: {report.stderr}", code="demo.failed")
+    outcome.statements = trace_statements(demo.central / "coordinator")
+    demo.screen.note(f"{outcome.statements} statements of the rounds, each by the key of a site that joined")
+
+
+def trace_statements(home: Path) -> int:
+    """Trace every statement that a round counts to a site that was invited, asked and was approved.
+
+    Raises:
+        CommandError: one was signed by no such site's key.
+    """
+    from audit.entries import RoundCompleted, SiteEnrolled, SiteStatement, decode_entry
+    from audit.ledger import Ledger
+    from audit.location import log_location
+    from federation.errors import StatementError
+    from federation.network.membership import enrolment_digest
+    from federation.network.roster import Roster
+    from federation.statements import verify_signature
+
+    with Ledger.open(log_location(home)) as ledger:
+        joined = {member.enrolment for member in Roster(ledger).refresh().approved()}
+        rows = [
+            (ledger.stored_entry(index).leaf_hash, decode_entry(ledger.entry(index)).body)
+            for index in range(ledger.tree_size)
+        ]
+    keys = {
+        body.site: body.statement_key
+        for _, body in rows
+        if isinstance(body, SiteEnrolled) and enrolment_digest(body) in joined
+    }
+    said = {leaf.hex(): body for leaf, body in rows if isinstance(body, SiteStatement)}
+    count = 0
+    for _, body in rows:
+        for leaf in body.statements if isinstance(body, RoundCompleted) else ():
+            statement = said[leaf]
+            try:
+                verify_signature(statement.site, statement, keys[statement.site])
+            except (StatementError, KeyError) as error:
+                raise CommandError(f"round {statement.round}: {error}", code="demo.failed") from error
+            count += 1
+    return count
+
+
+def _await_witnesses(url: str, index: int, *, need: int) -> None:
+    from audit.checkpoints import parse_checkpoint_note
+    from audit.notes import parse_note
+
+    until = time.monotonic() + START_S
+    while True:
+        note = ask_api(url, "/v1/audit/checkpoint", key="")
+        if parse_checkpoint_note(note).tree_size > index and len(parse_note(note).signatures) > need:
+            return
+        if time.monotonic() > until:
+            raise CommandError("the hospitals cosigned no checkpoint with the answer", code="demo.failed")
+        time.sleep(0.3)
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "affidavit", *arguments]
+
+
+def _affidavit(prefix: Sequence[str], *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [*prefix, *_command(*arguments)], capture_output=True, text=True, timeout=240, check=False
+    )
+    if done.returncode != 0:
+        raise CommandError(f"affidavit {' '.join(arguments[:2])}: {done.stderr.strip()}", code="demo.failed")
+    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return document
+
+
+@contextmanager
+def _running(command: Sequence[str], log: Path, ready: set[str]) -> Iterator[subprocess.Popen[bytes]]:
+    with _started(command, log) as process:
+        _await_events(log, ready, process)
+        yield process
+
+
+@contextmanager
+def _started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(command), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _await_events(log: Path, names: set[str], process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + START_S
+    while True:
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+        events = [json.loads(line) for line in lines]
+        if names <= {event["name"] for event in events if event.get("kind") == "ready"}:
+            return
+        if process.poll() is not None or time.monotonic() > until:
+            tail = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise CommandError(f"{log.name}: not ready: {' '.join(tail)}", code="demo.failed")
+        time.sleep(0.1)

@@ -1,0 +1,81 @@
+"""The gateway as a process: `python -P -m server.network.serving HOME`, which `coordinator up` starts.
+
+It holds the log open to write who came and went, and no signing key: the log's signer lives in the API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import sys
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from audit.ledger import Ledger
+from audit.location import log_location
+from federation.network.control import SuperLinkControl
+from federation.network.membership import Membership
+from federation.network.settings import NetworkHome
+from server.network.directory import NodeDirectory
+from server.network.gateway import Gateway, Limits
+
+
+def build_gateway(home: Path, ledger: Ledger) -> Gateway:
+    """Put the parts together for a coordinator's home.
+
+    Raises:
+        NetworkError: `coordinator init` was not run, or a setting is wrong.
+    """
+    network = NetworkHome.open(home)
+    settings, pki = network.settings(), network.pki
+    membership = Membership(ledger, network.folder)
+    control = SuperLinkControl(settings.superlink, pki.inner_ca)
+    context = ssl.create_default_context(cafile=str(pki.inner_ca))
+    return Gateway(
+        membership,
+        NodeDirectory(membership.roster, control),
+        superlink=httpx.AsyncClient(base_url=f"https://{settings.superlink}", verify=context),
+        api=httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.api_port}"),
+        ca_pem=pki.ca.read_bytes(),
+        limits=Limits(
+            max_body_bytes=settings.max_body_bytes,
+            body_timeout_s=settings.body_timeout_s,
+            requests_per_s=settings.requests_per_s,
+            burst=settings.burst,
+        ),
+    )
+
+
+def serve_gateway(home: Path) -> None:
+    """Serve until stopped."""
+    network = NetworkHome.open(home)
+    settings, tls = network.settings(), network.pki.folder
+    with Ledger.open(log_location(home)) as ledger:
+        config = uvicorn.Config(
+            build_gateway(home, ledger),
+            host=settings.bind,
+            port=settings.port,
+            ssl_certfile=str(tls / "server.pem"),
+            ssl_keyfile=str(tls / "server.key"),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=30,
+            limit_concurrency=1000,
+            h11_max_incomplete_event_size=32 << 10,
+        )
+        asyncio.run(uvicorn.Server(config).serve())
+
+
+def main() -> None:
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    serve_gateway(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

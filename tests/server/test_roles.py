@@ -1,0 +1,136 @@
+"""Every route against every kind of caller: one table, and no route outside it."""
+
+from __future__ import annotations
+
+import pytest
+
+from audit.evidence import read_evidence
+
+CALLERS = ("anonymous", "consumer", "node", "scientist", "officer", "operator")
+ALL, NOBODY = frozenset(CALLERS), frozenset[str]()
+MEMBERS = frozenset({"scientist", "officer", "operator"})  # who may read the whole log
+KEYED = ALL - {"anonymous"}
+
+# method and path -> what is asked of it, and who is let in; all others get 401 or 403. Index 5 is a public
+# entry (a transition), PRIVATE a prediction of another consumer than the one who asks.
+TABLE = {
+    "GET /healthz": ({}, ALL),
+    "GET /metrics": ({}, {"operator"}),
+    "GET /v1/audit/checkpoint": ({}, ALL),
+    "GET /v1/audit/policy": ({}, ALL),
+    "GET /v1/audit/consistency": ({"params": {"old": 1, "new": 2}}, ALL),
+    "POST /v1/audit/cosignatures": ({"json": {"note_signature": "x", "site": "alpha"}}, ALL),  # judged by key
+    "GET /v1/audit/entries": ({}, KEYED),
+    "GET /v1/audit/entries/{index}": ({"index": "PUBLIC"}, MEMBERS | {"node"}),
+    "GET /v1/audit/entries/{index}/proof": ({"index": "PUBLIC"}, MEMBERS | {"node"}),
+    "GET /v1/audit/entries/{index}/proof.tlog-proof": ({"index": "PUBLIC"}, MEMBERS | {"node"}),
+    "GET /v1/audit/entries/{index}/receipt.cose": ({"index": "PUBLIC"}, MEMBERS | {"node"}),
+    "GET /v1/audit/evidence/{index}": ({"index": "ALONE"}, {"scientist", "officer", "node"}),
+    "GET /v1/audit/entries/{index}/opened": ({"index": "SEALED"}, {"officer"}),
+    "GET /v1/audit/entries/{index}/disclosed": ({"index": "SEALED"}, {"officer"}),
+    "POST /v1/subjects/find": ({"json": {"subject": "MRN-1"}}, {"officer"}),
+    "POST /v1/subjects/export": ({"json": {"subject": "MRN-1"}}, {"officer"}),
+    "POST /v1/subjects/erase": ({"json": {"subject": "nobody"}}, {"officer"}),
+    "GET /v1/audit/count": ({}, MEMBERS),
+    "GET /v1/audit/runs/{run}/updates": ({"run": "no-such-run"}, MEMBERS),
+    "GET /v1/audit/export": ({}, MEMBERS),
+    "GET /v1/audit/evidence": ({"params": {"type": "log.created"}}, KEYED - {"operator"}),  # of what it sees
+    "GET /v1/audit/tile/{place:path}": ({"place": "0/000.p/1"}, MEMBERS | {"node"}),
+    "GET /v1/keys": ({}, {"operator"}),
+    "POST /v1/keys": ({"json": {"role": "consumer"}}, {"operator"}),
+    "DELETE /v1/keys/{key_id}": ({"key_id": "aaaaaaaaaaaaaaaa"}, {"operator"}),
+    "GET /v1/models": ({}, KEYED),
+    "GET /v1/models/{name}": ({"name": "toy"}, KEYED),
+    "GET /v1/models/{name}/versions/{digest}": ({"name": "toy", "digest": "VERSION"}, KEYED),
+    "GET /v1/models/{name}/versions/{digest}/card": ({"name": "toy", "digest": "VERSION"}, KEYED),
+    "POST /v1/models/{name}/predict": (
+        {"name": "toy", "json": {"purpose": "triage", "rows": [{"age": 5, "fever": True, "ward": "north"}]}},
+        {"consumer"},
+    ),
+}
+# the same routes, asked for what is private: another consumer's prediction, and the entries themselves
+PRIVATE = {
+    "GET /v1/audit/entries/{index}": ({"index": "PRIVATE"}, MEMBERS),
+    "GET /v1/audit/entries/{index}/proof": ({"index": "PRIVATE"}, MEMBERS),
+    "GET /v1/audit/entries/{index}/proof.tlog-proof": ({"index": "PRIVATE"}, MEMBERS),
+    "GET /v1/audit/entries/{index}/receipt.cose": ({"index": "PRIVATE"}, MEMBERS),
+    "GET /v1/audit/tile/{place:path}": ({"place": "entries/000.p/1"}, MEMBERS),
+}
+
+
+@pytest.fixture
+def asked(client, lab, as_role):
+    """Ask a row of the table as somebody; return the answer."""
+    stranger = {"Authorization": f"Bearer {lab.key('consumer')}"}
+    body = TABLE["POST /v1/models/{name}/predict"][0]["json"]
+    private, sealed = (
+        client.post("/v1/models/toy/predict", headers=stranger, json=made).json()["entry"]["leaf_index"]
+        for made in (body, {**body, "subject": "MRN-1"})
+    )
+    public = lab.entries("version.transition")[0]["leaf_index"]
+    named = {"PUBLIC": public, "PRIVATE": private, "SEALED": sealed, "ALONE": 0, "VERSION": lab.version}
+
+    def ask(route, given, caller):
+        method, path = route.split(" ")
+        parts = dict(given)
+        request = {name: parts.pop(name) for name in ("params", "json") if name in parts}
+        for name, value in parts.items():
+            path = path.replace(f"{{{name}}}", str(named.get(value, value)))
+            path = path.replace(f"{{{name}:path}}", str(value))
+        headers = {} if caller == "anonymous" else as_role(caller)
+        return client.request(method, path, headers=headers, **request)
+
+    return ask
+
+
+def test_no_route_is_missing_from_the_table(client):
+    described = client.app.openapi()["paths"]
+    routes = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
+    assert routes == {route.replace(":path", "") for route in TABLE}
+
+
+def test_every_route_lets_in_whom_the_table_names_and_nobody_else(asked, lab):
+    wrong = []
+    for name, table in (("public", TABLE), ("private", PRIVATE)):
+        for route, (given, allowed) in table.items():
+            for caller in CALLERS:
+                answer = asked(route, given, caller)
+                refused = answer.status_code in (401, 403)
+                if route == "POST /v1/audit/cosignatures":
+                    refused = answer.json()["code"].startswith("access.")
+                if refused == (caller in allowed) or answer.status_code >= 500:
+                    wrong.append((name, route, caller, answer.status_code, answer.text[:80]))
+                if refused:
+                    assert (answer.status_code == 401) == (caller == "anonymous"), (route, caller)
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_evidence_by_terms_holds_only_what_its_caller_sees(asked, lab):
+    own = asked("POST /v1/models/{name}/predict", TABLE["POST /v1/models/{name}/predict"][0], "consumer")
+    mine = own.json()["entry"]["leaf_index"]
+    given = {"params": {"type": "prediction"}}
+    assert set(read_evidence(asked("GET /v1/audit/evidence", given, "consumer").content).entries) == {0, mine}
+    assert asked("GET /v1/audit/evidence", given, "node").status_code == 404
+    everybodys = read_evidence(asked("GET /v1/audit/evidence", given, "officer").content).entries
+    assert set(everybodys) == {0} | {item["leaf_index"] for item in lab.entries("prediction")}
+    assert len(everybodys) == 4
+
+
+def test_every_refusal_of_a_known_caller_is_an_entry_and_of_a_stranger_is_none(asked, lab):
+    before = len(lab.entries("access.denied"))
+    answer = asked("GET /v1/keys", {}, "consumer")
+    assert answer.json()["entry"]["leaf_index"] == lab.entries("access.denied")[-1]["leaf_index"]
+    asked("GET /v1/keys", {}, "anonymous")
+    assert len(lab.entries("access.denied")) == before + 1, "an anonymous flood writes nothing"
+
+
+@pytest.mark.parametrize("header", ["Bearer", "Bearer ", "Basic eA==", "Bearer affidavit_x", "bearer \u00e9"])
+def test_key_that_is_none_is_401_everywhere_and_writes_nothing(client, lab, header):
+    size = lab.coordinator.ledger.tree_size
+    for route, (_, allowed) in TABLE.items():
+        method, path = route.split(" ")
+        if "anonymous" in allowed or "{" in path:
+            continue
+        answer = client.request(method, path, headers={"Authorization": header.encode()})
+        assert answer.status_code == 401, (route, answer.status_code)
+    assert lab.coordinator.ledger.tree_size == size
