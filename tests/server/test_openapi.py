@@ -50,7 +50,7 @@ def test_generated_requests_find_no_answer_that_is_not_described(lab, role):
                 "--checks", "not_a_server_error,content_type_conformance,status_code_conformance",
                 "--phases", "examples,coverage,fuzzing", "--max-examples", "30",
             ],
-            capture_output=True, text=True, check=False, timeout=300,
+            capture_output=True, text=True, check=False, timeout=1200,
         )  # fmt: skip
     finally:
         server.should_exit = True
