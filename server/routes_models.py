@@ -123,7 +123,7 @@ async def show_version(
     "/{name}/versions/{digest}/card",
     summary="Read the model card",
     response_class=PlainTextResponse,
-    responses=problems(401, 403, 404),
+    responses={**problems(401, 403, 404), 200: {"content": {"text/markdown": {}}}},
 )
 async def show_card(
     request: Request, principal: Caller, name: ModelName, digest: Digest

@@ -115,7 +115,10 @@ async def count(request: Request, principal: Caller, terms: Terms) -> dict[str, 
     "/export",
     summary="Export entries (JSON Lines or CSV)",
     response_class=StreamingResponse,
-    responses=problems(401, 403, 422),
+    responses={
+        **problems(401, 403, 422),
+        200: {"content": {"application/jsonl": {}, "text/csv": {}}, "description": "The entries."},
+    },
 )
 async def export(
     request: Request,
@@ -152,7 +155,9 @@ async def export(
 
 
 @router.get(
-    "/evidence", summary="Export evidence by version, run or terms", responses=problems(401, 403, 404, 422)
+    "/evidence",
+    summary="Export evidence by version, run or terms",
+    responses={**problems(401, 403, 404, 422), 200: {"content": {"application/zip": {}}}},
 )
 async def evidence(request: Request, principal: Caller, terms: Terms) -> Response:
     """A version's or a run's whole story, or every entry that matches the terms, proved under one checkpoint.

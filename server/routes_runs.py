@@ -22,7 +22,7 @@ RunName = Annotated[str, Path(pattern=NAME_PATTERN, description="The run's name 
     "/{run}/updates",
     summary="Show how a run's updates agree",
     response_class=JSONResponse,
-    responses=problems(401, 403, 404, 422),
+    responses={**problems(401, 403, 404, 422), 200: {"content": {"image/png": {}}}},
 )
 async def updates(
     request: Request,

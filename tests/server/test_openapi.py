@@ -32,6 +32,22 @@ def test_unknown_methods_make_no_label_of_their_own(client, as_role):
     assert 'method="other"' in text
 
 
+@pytest.mark.parametrize(
+    ("path", "kinds"),
+    [
+        ("/v1/audit/evidence", {"application/zip"}),
+        ("/v1/audit/evidence/{index}", {"application/zip"}),
+        ("/v1/audit/export", {"application/jsonl", "text/csv"}),
+        ("/v1/audit/entries/{index}/receipt.cose", {"application/cose"}),
+        ("/v1/models/{name}/versions/{digest}/card", {"text/markdown"}),
+        ("/v1/audit/runs/{run}/updates", {"application/json", "image/png"}),
+    ],
+)
+def test_answer_that_is_a_file_is_described_as_one(client, path, kinds):
+    document = client.get("/openapi.json").json()
+    assert kinds <= document["paths"][path]["get"]["responses"]["200"]["content"].keys()
+
+
 @pytest.mark.soak  # half a minute of generated requests, hundreds for each role
 @pytest.mark.parametrize("role", ["consumer", "officer", "operator"])
 def test_generated_requests_find_no_answer_that_is_not_described(lab, role):
