@@ -7,11 +7,11 @@ lost, gained or put under another key.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from sqlalchemy import Connection, CursorResult, inspect, text
+from sqlalchemy import Connection, CursorResult, Index, inspect, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
@@ -86,10 +86,14 @@ class ServerRows:
             if keys != [column.name for column in table.primary_key]:
                 raise FoundError("schema", name, "has another primary key than this release defines")
             indices = {
-                (tuple(index["column_names"]), bool(index["unique"])) for index in inspector.get_indexes(name)
+                (tuple(index["column_names"]), bool(index["unique"]), _predicate(index))
+                for index in inspector.get_indexes(name)
             }
-            wanted = {(tuple(column.name for column in index.columns), False) for index in table.indexes}
-            wanted |= {((column.name,), True) for column in table.columns if column.unique}
+            wanted = {
+                (tuple(column.name for column in index.columns), False, _wanted_predicate(index))
+                for index in table.indexes
+            }
+            wanted |= {((column.name,), True, "") for column in table.columns if column.unique}
             if indices != wanted:
                 raise FoundError("schema", name, "has other indices than this release defines")
         for kind, query in _FOREIGN.items():
@@ -170,6 +174,15 @@ class ServerRows:
         for scan in ("seqscan", "indexscan", "indexonlyscan", "bitmapscan"):
             value = "on" if scan == allowed else "off"
             self._connection.exec_driver_sql(f"SET LOCAL enable_{scan} = {value}")
+
+
+def _predicate(index: Mapping[str, Any]) -> str:
+    return str(index.get("dialect_options", {}).get("postgresql_where", "")).strip("()")
+
+
+def _wanted_predicate(index: Index) -> str:
+    where = index.dialect_options["postgresql"]["where"]
+    return "" if where is None else str(where)
 
 
 def _first_line(error: DBAPIError) -> str:

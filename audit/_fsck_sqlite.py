@@ -13,7 +13,7 @@ from sqlalchemy import create_engine
 
 from audit import _store
 from audit._fsck_rows import HEAD_ROWS, NODE_ROWS, NOTE_ROWS, REVISION_ROWS, FoundError, Text, leaf_rows
-from audit.tables import APPLICATION_ID, SCHEMA_VERSION, LedgerTable
+from audit.tables import APPLICATION_ID, LEAF, SCHEMA_VERSION, LedgerTable
 
 _SINCE_2: Final = (b"lease", b"ledger_migration")  # tables that a log of the first release lacks
 _SINCE_3: Final = "subject"  # the column of `leaf` that came with schema 3
@@ -54,7 +54,7 @@ class FileRows:
             raise FoundError("schema", "file header", "the file is not an Affidavit log")
         found = _schema_of(self._connection)
         self._version = _version_of(self._connection, found)
-        expected = _expected_schema(with_subject=self._version >= 3)
+        expected = _expected_schema(min(self._version, SCHEMA_VERSION))
         if self._version == 1:
             expected = {name: rest for name, rest in expected.items() if rest[1] not in _SINCE_2}
         for name in sorted(found.keys() | expected.keys()):
@@ -89,7 +89,7 @@ class FileRows:
 def _version_of(connection: sqlite3.Connection, found: _Schema) -> int:
     """Return the schema's number if it is an older one's; the present one otherwise."""
     rows = connection.execute("SELECT schema_version FROM head").fetchall() if b"head" in found else []
-    return int(rows[0][0]) if rows in ([(1,)], [(2,)]) else SCHEMA_VERSION
+    return int(rows[0][0]) if rows in ([(1,)], [(2,)], [(3,)]) else SCHEMA_VERSION
 
 
 def _schema_of(connection: sqlite3.Connection) -> _Schema:
@@ -102,12 +102,17 @@ def _schema_of(connection: sqlite3.Connection) -> _Schema:
 
 
 @cache
-def _expected_schema(*, with_subject: bool) -> _Schema:
+def _expected_schema(version: int) -> _Schema:
     engine = create_engine("sqlite://")
     try:
         with engine.begin() as connection:
             LedgerTable.metadata.create_all(connection)
-            if not with_subject:
+            if version < 4:
+                for index in LEAF.indexes:
+                    whole = f"CREATE INDEX {index.name} ON leaf ({index.columns.keys()[0]})"
+                    connection.exec_driver_sql(f"DROP INDEX {index.name}")
+                    connection.exec_driver_sql(whole)
+            if version < 3:
                 connection.exec_driver_sql(f"DROP INDEX ix_leaf_{_SINCE_3}")
                 connection.exec_driver_sql(f"ALTER TABLE leaf DROP COLUMN {_SINCE_3}")
             raw = connection.connection.driver_connection

@@ -18,7 +18,17 @@ from audit.fsck import fsck
 from audit.ledger import Ledger
 from audit.location import Location
 from audit.notes import NoteSigner
-from audit.tables import APPLICATION_ID, CHECKPOINT, HEAD, LEAF, LEASE, MIGRATION, NODE, LedgerTable
+from audit.tables import (
+    APPLICATION_ID,
+    CHECKPOINT,
+    HEAD,
+    LEAF,
+    LEASE,
+    MIGRATION,
+    NODE,
+    SCHEMA_VERSION,
+    LedgerTable,
+)
 from audit.tlog_proof import TlogProof
 from audit.upgrade import migrate, upgrade
 
@@ -76,8 +86,8 @@ def test_first_release_opens_after_the_upgrade_and_its_proofs_verify(
     with pytest.raises(LedgerSchemaError, match="db upgrade"):
         Ledger.open(place)
     report = upgrade(place)
-    assert (report.before, report.after) == (1, 3)
-    assert upgrade(place).before == 3
+    assert (report.before, report.after) == (1, SCHEMA_VERSION)
+    assert upgrade(place).before == SCHEMA_VERSION
     examined = fsck(place, columns_of=log_tools.columns_of, log=log_signer.verifier)
     assert (examined.ok, examined.entries) == (True, 300), examined
     with Ledger.open(place) as ledger:
@@ -133,6 +143,32 @@ def test_examination_accepts_a_file_of_the_first_release_as_it_is(
     assert (report.ok, report.entries) == (True, 300), report
 
 
+@pytest.mark.parametrize("revision", ["0002", "0003"])
+def test_logs_of_releases_between_are_examined_as_they_are_and_upgraded(
+    place: Place, log_tools: SimpleNamespace, log_signer: NoteSigner, revision: str
+) -> None:
+    first_release(place, log_tools, log_signer, recorded=True)
+    engine = _store.open_engine(Location.parse(place))
+    with _store.writing(engine) as connection:
+        migrate(connection, revision)
+    engine.dispose()
+    if isinstance(place, Path):  # the examination of a server's log wants the present schema
+        assert fsck(place, columns_of=log_tools.columns_of).ok
+    assert (upgrade(place).before, upgrade(place).before) == (int(revision), SCHEMA_VERSION)
+    assert fsck(place, columns_of=log_tools.columns_of).ok
+
+
+def test_an_index_that_leaves_entries_out_is_found(place: Place, log_tools: SimpleNamespace) -> None:
+    Ledger.create(place, log_tools.ORIGIN).close()
+    engine = _store.open_engine(Location.parse(place))
+    with engine.connect() as connection, connection.begin():
+        connection.exec_driver_sql("DROP INDEX ix_leaf_run")
+        connection.exec_driver_sql("CREATE INDEX ix_leaf_run ON leaf (run) WHERE run > 'm'")
+    engine.dispose()
+    report = fsck(place, columns_of=log_tools.columns_of)
+    assert (report.ok, report.problem) == (False, "schema")
+
+
 def test_failed_migration_leaves_the_old_schema(
     place: Place, log_tools: SimpleNamespace, log_signer: NoteSigner
 ) -> None:
@@ -145,7 +181,7 @@ def test_failed_migration_leaves_the_old_schema(
     with engine.begin() as connection:
         LEASE.drop(connection)
     engine.dispose()
-    assert upgrade(place).after == 3
+    assert upgrade(place).after == SCHEMA_VERSION
 
 
 def test_upgrade_of_nothing_and_of_the_future_is_refused(tmp_path: Path, log_tools: SimpleNamespace) -> None:
@@ -158,7 +194,7 @@ def test_upgrade_of_nothing_and_of_the_future_is_refused(tmp_path: Path, log_too
         upgrade(tmp_path / "foreign.db")
     Ledger.create(tmp_path / "log.db", log_tools.ORIGIN).close()
     with sqlite3.connect(tmp_path / "log.db") as raw:
-        raw.execute("UPDATE head SET schema_version = 4")
+        raw.execute(f"UPDATE head SET schema_version = {SCHEMA_VERSION + 1}")
     raw.close()
     with pytest.raises(LedgerSchemaError, match="newer release"):
         upgrade(tmp_path / "log.db")
