@@ -52,7 +52,7 @@ from federation.preparation import (
 from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
 from federation.refusals import record_too_long
-from federation.statements import RoundTerms, verify_refusal
+from federation.statements import RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
 
@@ -177,16 +177,10 @@ class RoundLoop:
         if output is None:
             self._abandon(number, accepted, missing, strategy.rejected, state)
         leaves: list[str] = []
-        for site, update in accepted.items():
-            self._coordinator.blobs.put(update.update)
-            sequenced = self._coordinator.append(
-                update.statement,
-                f"site:{site}",
-                stable_event_id("site.statement", event_hash(update.statement)),
-            )
+        for site, sequenced in record_statements(self._coordinator, accepted).items():
             leaves.append(sequenced.leaf_hash.hex())
             state.own_leaf[site] = sequenced.leaf_index
-            prepared.heads[site] = prepared.heads[site].after(update.statement)
+            prepared.heads[site] = prepared.heads[site].after(accepted[site].statement)
         weights: list[float] = strategy.weights.tolist()
         state.base_model = model_file(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
