@@ -35,7 +35,7 @@ from clients.code_digest import agent_code
 from clients.decisions import Decisions
 from clients.errors import HomeError, LedgerBehindError, RefusedError, WaitingError
 from clients.high_water import Head
-from clients.history import Clock, History
+from clients.history import Clock, History, OpenedNotes
 from clients.home import SiteHome
 from clients.ledger import Odometers, Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
@@ -56,7 +56,7 @@ from clients.requests import (
 from clients.site_log import Diary, SiteLog
 from clients.story import SiteStory
 from clients.terms import Terms
-from clients.trainer import Trainer
+from clients.trainer import Trainer, Workshop
 
 _logger = logging.getLogger(__name__)
 
@@ -71,8 +71,19 @@ def _utc_now() -> datetime:
 class Agent:
     """One site's agent. Thread-safe: requests are answered one after the other."""
 
-    def __init__(self, home: SiteHome, ledger: Odometers, log: Diary, *, clock: Clock = _utc_now) -> None:
+    def __init__(
+        self,
+        home: SiteHome,
+        ledger: Odometers,
+        log: Diary,
+        *,
+        clock: Clock = _utc_now,
+        workshop: Workshop | None = None,
+        notes: OpenedNotes | None = None,
+    ) -> None:
         """Take the home, its open ledger and its open log.
+
+        `workshop` and `notes` are what virtual sites of one process share; a real site has its own.
 
         Raises:
             ClientsError: the home's policy or keys are missing, or its population is not the ledger's.
@@ -81,13 +92,13 @@ class Agent:
         self._ledger, self._log = ledger, log
         self._keys = home.keys()
         self._clock = clock
-        self._trainer = Trainer(home.config.data, LocalLayers(home.local_layers_path))
+        self._trainer = Trainer(home.config.data, LocalLayers(home.local_layers_path), workshop)
         policy = home.policy()
         self._origin = policy.logs[0].origin
         self.refusals = RefusalBook(home.name, self._note, self._keys.signed)
         decisions = Decisions(home, self._keys, ledger, log, self.refusals, clock)
         self.admission = Admission(home, self._keys, ledger, self._trainer, decisions, origin=self._origin)
-        self._history = History(policy, self._keys.statement.verify_key, clock)
+        self._history = History(notes or OpenedNotes(policy), self._keys.statement.verify_key, clock)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
         self._closed = False
@@ -317,7 +328,7 @@ class Agent:
         """Return the leaf hash of the previous round, once the base model is proved to be its output."""
         base = hashlib.sha256(request.base_model).hexdigest()
         if request.round == 1:
-            if base != hashlib.sha256(terms.initial_model()).hexdigest():
+            if base != terms.initial_digest:
                 raise RefusedError("base_model_mismatch", "round 1 does not start from the charter's weights")
             return ZERO_DIGEST
         number = request.round - 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from audit.entries import (
     Body,
@@ -18,12 +21,14 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.keys import VerifyKey
 from audit.merkle import hash_leaf
-from audit.tlog_policy import Policy
+from audit.tlog_policy import AcceptedCheckpoint, Policy
 from audit.tlog_proof import verify_tlog_proof
 from clients.errors import RefusedError
 from clients.requests import LoggedEntry
 
 Clock = Callable[[], datetime]
+
+_KEPT_NOTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,37 @@ class WitnessedEntry:
     leaf_index: int
 
 
+class OpenedNotes:
+    """The last few checkpoints that a policy accepted, so that one which comes again is not verified again.
+
+    What a policy accepted stays accepted: time only adds cosignatures that were from the future. Thread-safe.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._accepted: OrderedDict[bytes, AcceptedCheckpoint] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, note: bytes, *, now: int) -> AcceptedCheckpoint:
+        """As `Policy.open`; only what has its quorum is remembered."""
+        with self._lock:
+            accepted = self._accepted.get(note)
+        if accepted is None:
+            accepted = self._policy.open(note, now=now)
+            if accepted.quorum.satisfied:
+                with self._lock:
+                    self._accepted[note] = accepted
+                    while len(self._accepted) > _KEPT_NOTES:
+                        self._accepted.popitem(last=False)
+        return accepted
+
+
 class History:
     """Reads logged entries by the site's own policy; what it returns is believed, all else is refused."""
 
-    def __init__(self, policy: Policy, statement_key: VerifyKey, clock: Clock) -> None:
-        self._policy, self._statement_key, self._clock = policy, statement_key, clock
+    def __init__(self, notes: OpenedNotes, statement_key: VerifyKey, clock: Clock) -> None:
+        self._notes, self._statement_key, self._clock = notes, statement_key, clock
+        self._proved: SiteStatement | None = None  # the last one: it is asked about twice
 
     def witnessed(self, logged: LoggedEntry) -> WitnessedEntry:
         """Prove an entry.
@@ -50,7 +81,7 @@ class History:
         leaf_hash = hash_leaf(logged.leaf)
         try:
             accepted = verify_tlog_proof(
-                logged.proof, leaf_hash=leaf_hash, policy=self._policy, now=int(self._clock().timestamp())
+                logged.proof, leaf_hash=leaf_hash, policy=self._notes, now=int(self._clock().timestamp())
             )
             entry = decode_entry(logged.leaf)
         except AuditError as error:
@@ -107,6 +138,8 @@ class History:
         Raises:
             RefusedError: unwitnessed_history; it did not.
         """
+        if statement is self._proved:
+            return
         domain, payload = signing_payload(statement)
         try:
             self._statement_key.verify(domain, payload, decode_signature(statement.signature))
@@ -114,3 +147,4 @@ class History:
             raise RefusedError(
                 "unwitnessed_history", f"a statement this site never signed: {error}"
             ) from error
+        self._proved = statement

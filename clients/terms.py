@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Final, cast
 
-from audit.canonical import parse_canonical
-from audit.charter_view import read_charter
+from audit.canonical import canonical_bytes, parse_canonical
+from audit.charter_view import CharterView, read_charter
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import MechanismEvent
@@ -79,9 +80,22 @@ class Terms:
         """What a noisy sum is divided by inside local steps: public rows times sample rate."""
         return float(self.nominal_rows * self.sample_rate)
 
-    def initial_model(self) -> bytes:
-        """Return the model file that the charter fixes as the start of every run."""
-        return model_file(list(self.layers), initial_weights(list(self.layers), self.digest))
+    @property
+    def initial_digest(self) -> str:
+        """Digest of the model file that the charter fixes as the start of every run."""
+        return _initial_digest(canonical_bytes(self.layers), self.digest)
+
+
+@lru_cache(maxsize=16)
+def _initial_digest(layers: bytes, digest: str) -> str:
+    parsed = cast("list[Any]", parse_canonical(layers))
+    return hashlib.sha256(model_file(parsed, initial_weights(parsed, digest))).hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _read(canonical: bytes) -> tuple[CharterView, dict[str, Any]]:
+    """Read a charter once, for however many sites of this process; nobody changes what comes out."""
+    return read_charter(canonical), cast("dict[str, Any]", parse_canonical(canonical))
 
 
 def charter_digest(canonical: str) -> str:
@@ -95,9 +109,8 @@ def read_terms(canonical: str, *, site: str) -> Terms:
         RefusedError: it is not a charter, does not name the site, or asks for what this agent cannot give.
     """
     try:
-        view = read_charter(canonical.encode())
-        document = parse_canonical(canonical.encode())
-        terms = _terms(cast("dict[str, Any]", document), charter_digest(canonical), site)
+        view, document = _read(canonical.encode())
+        terms = _terms(document, charter_digest(canonical), site)
         problem = view.event_problem(terms.event)
     except (AuditError, DPError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError("bad_request", f"the charter cannot be read: {error!r}") from error

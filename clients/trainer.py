@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from pathlib import Path
 
 import torch
@@ -18,12 +20,46 @@ from clients.terms import Terms
 from federation.torch_models import build_model
 
 
+class Workshop(threading.local):
+    """What rounds are computed with, kept warm: the charter's mechanism and the last base model, a thread.
+
+    It holds nothing of any site's rows: virtual sites of one process share it. A mechanism draws from a fresh
+    key of the operating system in every release.
+    """
+
+    def __init__(self) -> None:
+        self._mechanisms: dict[tuple[str, int | None], Mechanism] = {}
+        self._base: tuple[tuple[str, bytes], list[float]] | None = None
+
+    def mechanism(self, terms: Terms) -> Mechanism:
+        """Return the charter's mechanism, made at the first call."""
+        own = any(layer["layer"] == "site_intercept" for layer in terms.layers)
+        key = (terms.digest, terms.site_index if own else None)
+        if key not in self._mechanisms:
+            model = build_model(
+                [dict(layer) for layer in terms.layers], precision=terms.precision, site=terms.site_index
+            )
+            self._mechanisms[key] = Mechanism(model, mechanism_terms(terms), terms.loss)
+        return self._mechanisms[key]
+
+    def base(self, terms: Terms, base_model: bytes) -> list[float]:
+        """Return the flat weights of a model file; a caller leaves them as they are.
+
+        Raises:
+            AuditError: it is no model file, or of another model.
+        """
+        key = (terms.digest, hashlib.sha256(base_model).digest())
+        if self._base is None or self._base[0] != key:
+            self._base = (key, weights_of_file(list(terms.layers), base_model))
+        return self._base[1]
+
+
 class Trainer:
     """One site's data file and the mechanisms of the charters it serves."""
 
-    def __init__(self, path: Path, local_layers: LocalLayers) -> None:
+    def __init__(self, path: Path, local_layers: LocalLayers, workshop: Workshop | None = None) -> None:
         self._path, self._local = path, local_layers
-        self._mechanisms: dict[str, Mechanism] = {}
+        self._workshop = workshop or Workshop()
         self._data: tuple[tuple[str, int, int], TrainingData] | None = None
 
     def check_file(self, terms: Terms) -> None:
@@ -45,7 +81,7 @@ class Trainer:
             RefusedError: the base model is not of the charter, or the data file has gone.
         """
         try:
-            weights = weights_of_file(list(terms.layers), base_model)
+            weights = self._workshop.base(terms, base_model)
         except AuditError as error:
             raise RefusedError("base_model_mismatch", str(error)) from error
         evaluation = terms.evaluation if server_round > terms.rounds else None
@@ -55,7 +91,7 @@ class Trainer:
             raise RefusedError("contract_not_met", str(error)) from error
         if evaluation is not None:
             return encode_update(noisy_counts(evaluation, terms, weights, data))
-        mechanism = self._mechanism(terms)
+        mechanism = self._workshop.mechanism(terms)
         kept = self._local.load(run, server_round - 1) if terms.spans else None
         if kept is not None:
             weights = overlaid(terms.spans, weights, kept)
@@ -70,14 +106,6 @@ class Trainer:
             moved = moved_locally(terms, mechanism.terms.scale, weights, values)
             self._local.save(run, server_round, moved, keep=terms.average_last)
         return encode_update(shared_values(terms.spans, values))
-
-    def _mechanism(self, terms: Terms) -> Mechanism:
-        if terms.digest not in self._mechanisms:
-            model = build_model(
-                [dict(layer) for layer in terms.layers], precision=terms.precision, site=terms.site_index
-            )
-            self._mechanisms[terms.digest] = Mechanism(model, mechanism_terms(terms), terms.loss)
-        return self._mechanisms[terms.digest]
 
     def _load(self, terms: Terms) -> TrainingData:
         try:
