@@ -158,9 +158,21 @@ class Exchange:
         group_id: str = "",
         on_reply: Callable[[str], None] = lambda site: None,
     ) -> list[Message]:
-        """Push `messages`, repeat those unanswered at half time, return at most one reply a site."""
+        """Return at most one reply a site; see `stream`."""
+        options: dict[str, Any] = {"timeout_s": timeout_s, "group_id": group_id, "on_reply": on_reply}
+        return list(self.stream(messages, requests, **options))
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        requests: Mapping[str, Request],
+        *,
+        timeout_s: float,
+        group_id: str = "",
+        on_reply: Callable[[str], None] = lambda site: None,
+    ) -> Iterator[Message]:
+        """Push `messages`, repeat those unanswered at half time, yield one reply a site as it comes."""
         waiting = {site for message in messages if (site := self._addressee(message)) is not None}
-        replies: list[Message] = []
         ids = set(self._grid.push_messages(messages)) if messages else set[str]()
         for part in (0, 1):
             if part:
@@ -169,12 +181,11 @@ class Exchange:
             for reply in self._pull(ids, timeout_s / 2, lambda: len(waiting)):
                 site = self.site_of(reply)
                 if site is not None and site in waiting:
-                    replies.append(reply)
                     waiting.discard(site)
                     on_reply(site)
+                    yield reply
             if not waiting:
-                break
-        return replies
+                return
 
     def _connect(self, site: str, node_id: int) -> None:
         """Note which node a site answers from; of several sites at one node the first found speaks for it."""

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,15 +29,14 @@ from audit.entries import (
     event_hash,
 )
 from audit.epsilon import recompute
-from audit.models import initial_weights, model_file
 from audit.private_evaluation import Evaluation
-from audit.replay import average
 from federation.anomaly import record_view
 from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import FederationError, RunFailedError, StatementError
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Exchange, Request, read_answer
+from federation.flat import Vector, average_vectors, initial_vector, model_bytes
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
 from federation.preparation import (
@@ -81,7 +80,7 @@ class _Progress:
     previous_round: str = ZERO_DIGEST
     round_leaf: int | None = None
     own_leaf: dict[str, int] = field(default_factory=dict)
-    outputs: list[list[float]] = field(default_factory=list)
+    outputs: list[Vector] = field(default_factory=list)
 
 
 class RoundLoop:
@@ -114,10 +113,11 @@ class RoundLoop:
         Raises:
             RunFailedError: the run stopped; the log says why.
         """
-        weights = initial_weights(self._charter.layers, self._charter.digest)
+        weights = initial_vector(self._charter.layers, self._charter.digest)
         prepared = self._prepare(author)
         strategy = strategy_of(self._charter, weights)
-        base = model_file(self._charter.layers, weights)
+        strategy.blobs = self._coordinator.blobs
+        base = model_bytes(self._charter.layers, weights)
         self._coordinator.blobs.put(base)
         state = _Progress(participants=prepared.sites, base_model=base)
         for number in range(1, self._charter.plan.rounds + 1):
@@ -155,6 +155,8 @@ class RoundLoop:
 
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: _Progress) -> None:
         terms = self._terms(number, prepared, state)
+        if number > 1:
+            self._witnessing.prepare([state.own_leaf[site] for site in state.participants])
         requests = {site: self._request(number, site, state) for site in state.participants}
         strategy.open_round(
             terms, {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()}
@@ -162,15 +164,16 @@ class RoundLoop:
         arrays: ArrayRecord = strategy.arrays()
         addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
         self._emit("asked", number=number, sites=state.participants)
-        replies = self._exchange.collect(
+        stream = self._exchange.stream(
             addressed,
             requests,
             timeout_s=float(self._charter.plan.round_timeout_s),
             group_id=str(number),
             on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
-        output, _ = strategy.aggregate_train(number, replies)
-        self._record_refusals(number, replies, strategy, prepared)
+        unanswered: list[Message] = []
+        output, _ = strategy.aggregate_train(number, _noting(stream, unanswered))
+        self._record_refusals(number, unanswered, strategy, prepared)
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
         state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
@@ -181,8 +184,8 @@ class RoundLoop:
             leaves.append(sequenced.leaf_hash.hex())
             state.own_leaf[site] = sequenced.leaf_index
             prepared.heads[site] = prepared.heads[site].after(accepted[site].statement)
-        weights: list[float] = strategy.weights.tolist()
-        state.base_model = model_file(self._charter.layers, weights)
+        weights: Vector = strategy.weights
+        state.base_model = model_bytes(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
         body = RoundCompleted(
             run=self._run.run,
@@ -316,7 +319,7 @@ class RoundLoop:
         )
 
     def _complete(self, prepared: Prepared, state: _Progress) -> RunOutcome:
-        state.base_model = model_file(self._charter.layers, average(state.outputs))
+        state.base_model = model_bytes(self._charter.layers, average_vectors(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
         evaluation = Evaluation.of_charter(self._charter.document)
         if evaluation is not None:
@@ -382,3 +385,11 @@ class RoundLoop:
                 **fields,
             )
         )
+
+
+def _noting(replies: Iterable[Message], unanswered: list[Message]) -> Iterator[Message]:
+    """Pass replies on as they come, and keep those that bring no update: they may hold a signed refusal."""
+    for reply in replies:
+        if reply.has_error() or not reply.content.get("blobs"):
+            unanswered.append(reply)
+        yield reply

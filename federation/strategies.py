@@ -21,9 +21,11 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
 from audit.layers import parameter_specs
 from audit.replay import AggregationPlan, ReplayError
 from audit.update_bounds import UpdateTerms, is_too_long
+from federation.blobs import BlobStore
 from federation.charter import Charter
 from federation.errors import StatementError
 from federation.exchange import read_answer
+from federation.flat import update_vector
 from federation.robust_rules import combine, spread
 from federation.statements import AcceptedUpdate, RoundTerms, verify_statement
 
@@ -38,7 +40,7 @@ class ProvableAggregation:
     plan: AggregationPlan
     strategy_name: ClassVar[str]
 
-    def prepare(self, charter: Charter, weights: Sequence[float]) -> None:
+    def prepare(self, charter: Charter, weights: Sequence[float] | Vector) -> None:
         """Take the charter's constants and the flat weights that the first round starts from."""
         self.charter = charter
         self.plan = AggregationPlan.of_charter(charter.document)
@@ -58,6 +60,7 @@ class ProvableAggregation:
         self._terms: RoundTerms | None = None
         self._nodes: dict[int, str] = {}
         self._requests: list[Message] = []
+        self.blobs: BlobStore | None = None
 
     def open_round(self, terms: RoundTerms, requests: Mapping[str, Message]) -> None:
         """Say what the coming round's statements must hold, and which message each participant gets."""
@@ -77,9 +80,11 @@ class ProvableAggregation:
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Prove each reply, aggregate those that hold, and return the new weights by parameter name.
 
-        `accepted` and `rejected` say who counted and who did not, and why; `too_long` holds the proved
-        releases that pass the charter's norm bound and so count for nothing. With fewer statements than the
-        charter's `minimum_sites` the weights stay as they were and nothing is returned.
+        `replies` is taken as it comes, and where `blobs` is set an update leaves memory once it is proved; it
+        is read again, site by site, when all are there. `accepted` and `rejected` say who counted and who did
+        not, and why; `too_long` holds the proved releases that pass the charter's norm bound and so count for
+        nothing. With fewer statements than the charter's `minimum_sites` the weights stay as they were and
+        nothing is returned.
         """
         terms = self._terms
         if terms is None or terms.round != server_round:
@@ -96,6 +101,8 @@ class ProvableAggregation:
                 self.accepted[site] = verify_statement(terms, site, answer.header["statement"], update)
                 self.rejected.pop(site, None)
                 self._check_length(site)
+                if self.blobs is not None:
+                    self.accepted[site] = self.accepted[site].kept_in(self.blobs)
             except StatementError as error:
                 self.rejected[site] = error
         if len(self.accepted) < self.charter.minimum_sites:
@@ -134,7 +141,7 @@ class ProvableAggregation:
         plan, document = self.plan, {site["name"]: site for site in self.charter.document["sites"]}
         names = sorted(self.accepted)
         vectors = (
-            np.array(self.accepted[site].values, dtype=np.int64).astype(np.float64)
+            update_vector(self.accepted[site].update).astype(np.float64)
             / plan.divisor(document[site]["nominal_rows"])
             for site in names
         )
@@ -181,7 +188,7 @@ class AffidavitFedYogi(ProvableAggregation, FedYogi):
 Strategy: TypeAlias = AffidavitFedAvg | AffidavitFedAdam | AffidavitFedYogi
 
 
-def strategy_of(charter: Charter, weights: Sequence[float]) -> Strategy:
+def strategy_of(charter: Charter, weights: Sequence[float] | Vector) -> Strategy:
     """Return the charter's strategy, ready for round 1."""
     plan = charter.plan
     adaptive: dict[str, Any] = {
