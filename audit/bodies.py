@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
+from audit.packing import unpack_digests, unpack_text
 from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
@@ -91,6 +92,15 @@ class CharterPublished:
     digest: str
     canonical: str  # the canonical bytes of the charter, as text
     author: str  # public key of whoever drew it up
+    packed: str = ""  # the canonical bytes of a charter that is too long for an entry: `audit.packing`
+
+    def __post_init__(self) -> None:
+        unpack_text(self.canonical, self.packed)
+
+    @property
+    def text(self) -> str:
+        """The canonical bytes of the charter, as text."""
+        return unpack_text(self.canonical, self.packed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +201,15 @@ class RoundCompleted:
     missing: tuple[str, ...]  # sites that gave none
     output_model: str
     metrics: tuple[Metric, ...]
+    packed: str = ""  # the leaf hashes of more statements than an entry can name in hex: `audit.packing`
+
+    def __post_init__(self) -> None:
+        unpack_digests(self.statements, self.packed)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Leaf hashes of the statements, in the order of the sites' names."""
+        return unpack_digests(self.statements, self.packed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

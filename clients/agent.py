@@ -335,7 +335,7 @@ class Agent:
         completed, leaf_hash = self._history.round_completed(
             request.previous_round, run=request.run, number=number
         )
-        self._check_own(request, completed.statements)
+        self._check_own(request, completed.leaves)
         # the averaged weights are no round's output; any model's counts have the same cost
         if request.round <= terms.rounds and base != completed.output_model:
             raise RefusedError("base_model_mismatch", f"the base model is not the output of round {number}")

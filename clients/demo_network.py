@@ -247,7 +247,7 @@ def trace_statements(home: Path) -> int:
     said = {leaf.hex(): body for leaf, body in rows if isinstance(body, SiteStatement)}
     count = 0
     for _, body in rows:
-        for leaf in body.statements if isinstance(body, RoundCompleted) else ():
+        for leaf in body.leaves if isinstance(body, RoundCompleted) else ():
             statement = said[leaf]
             try:
                 verify_signature(statement.site, statement, keys[statement.site])

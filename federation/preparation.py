@@ -22,6 +22,7 @@ from audit.entries import (
     body_document,
     event_hash,
 )
+from audit.packing import pack_text
 from federation.charter import Charter
 from federation.coordinator import Addition, Coordinator, stable_event_id
 from federation.errors import FederationError, ReplyError, SiteRefusedError, StatementError
@@ -59,7 +60,8 @@ def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> s
     for _, published in coordinator.bodies(CharterPublished):
         if published.digest == charter.digest:
             return published.author
-    body = CharterPublished(digest=charter.digest, canonical=charter.canonical().decode(), author=author)
+    plain, packed = pack_text(charter.canonical().decode())
+    body = CharterPublished(digest=charter.digest, canonical=plain, author=author, packed=packed)
     coordinator.append(body, ACTOR, stable_event_id("charter.published", charter.digest))
     return author
 

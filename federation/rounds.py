@@ -29,6 +29,7 @@ from audit.entries import (
     event_hash,
 )
 from audit.epsilon import recompute
+from audit.packing import pack_digests
 from audit.private_evaluation import Evaluation
 from federation.anomaly import record_view
 from federation.charter import Charter
@@ -187,11 +188,13 @@ class RoundLoop:
         weights: Vector = strategy.weights
         state.base_model = model_bytes(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
+        plain, packed = pack_digests(tuple(leaves))
         body = RoundCompleted(
             run=self._run.run,
             round=number,
             base_model=terms.base_model,
-            statements=tuple(leaves),
+            statements=plain,
+            packed=packed,
             missing=missing,
             output_model=self._coordinator.blobs.put(state.base_model),
             metrics=metrics,
