@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,7 @@ class Agent:
 
     def _check_past(self, request: RoundRequest, terms: Terms) -> str:
         """Return the leaf hash of the previous round, once the base model is proved to be its output."""
-        base = hashlib.sha256(request.base_model).hexdigest()
+        base = request.base_digest
         if request.round == 1:
             if base != terms.initial_digest:
                 raise RefusedError("base_model_mismatch", "round 1 does not start from the charter's weights")
@@ -384,8 +385,8 @@ class Agent:
             charter=terms.digest,
             site=self.name,
             population=self.population,
-            base_model=hashlib.sha256(request.base_model).hexdigest(),
-            participants=request.participants,
+            base_model=request.base_digest,
+            participants=_shared_names(request.participants),
             agent_code=agent_code(),
             previous_round=previous_round,
             event=terms.planned[request.round - 1],
@@ -410,6 +411,12 @@ class Agent:
                 self._declined("cosign", error.code)
             return _witness_error(error), {}
         return {"cosignature": line.decode()}, {}
+
+
+@lru_cache(maxsize=4)
+def _shared_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the first of equal tuples, so that many sites of one process hold their names once."""
+    return names
 
 
 def _check_population(home: SiteHome, ledger: Odometers) -> None:
@@ -446,6 +453,6 @@ def _request_digest(request: RoundRequest) -> str:
         "participants": list(request.participants),
         "previous_round": leaf(request.previous_round),
         "own_statement": leaf(request.own_statement),
-        "base_model": hashlib.sha256(request.base_model).hexdigest(),
+        "base_model": request.base_digest,
     }
     return hashlib.sha256(b"affidavit/request/v1\x00" + canonical_bytes(document)).hexdigest()

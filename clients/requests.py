@@ -7,6 +7,7 @@ witnessed checkpoint holds them: `{"entry": base64 of the leaf, "proof": tlog-pr
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class RoundRequest:
     previous_round: LoggedEntry | None
     own_statement: LoggedEntry | None
     base_model: bytes
+    base_digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ def parse_round(header: bytes, blobs: Mapping[str, bytes]) -> RoundRequest:
         raise _bad("round: is a whole number from 1")
     if set(blobs) != {"base_model"}:
         raise _bad("a round comes with the one blob base_model")
-    charter = _text(document, "charter")
+    charter, base_model = _text(document, "charter"), blobs["base_model"]
     if not _DIGEST.fullmatch(charter):
         raise _bad("charter: is a digest")
     return RoundRequest(
@@ -133,7 +135,8 @@ def parse_round(header: bytes, blobs: Mapping[str, bytes]) -> RoundRequest:
         participants=tuple(participants),
         previous_round=_entry(document["previous_round"]),
         own_statement=_entry(document["own_statement"]),
-        base_model=blobs["base_model"],
+        base_model=base_model,
+        base_digest=hashlib.sha256(base_model).hexdigest(),
     )
 
 

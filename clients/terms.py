@@ -18,12 +18,13 @@ from audit.entries import MechanismEvent
 from audit.epsilon import check_event
 from audit.errors import AuditError
 from audit.layers import shared_spans
-from audit.models import dimension, initial_weights, model_file
+from audit.models import dimension
 from audit.private_evaluation import Evaluation
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.dp.losses import Loss
 from clients.errors import RefusedError
+from federation.flat import initial_vector, model_pieces
 
 LOSSES: Final[dict[str, Loss]] = {
     "binary": "binary_cross_entropy",
@@ -89,7 +90,10 @@ class Terms:
 @lru_cache(maxsize=16)
 def _initial_digest(layers: bytes, digest: str) -> str:
     parsed = cast("list[Any]", parse_canonical(layers))
-    return hashlib.sha256(model_file(parsed, initial_weights(parsed, digest))).hexdigest()
+    hashed = hashlib.sha256()
+    for piece in model_pieces(parsed, initial_vector(parsed, digest)):
+        hashed.update(piece)
+    return hashed.hexdigest()
 
 
 @lru_cache(maxsize=2)
@@ -98,6 +102,7 @@ def _read(canonical: bytes) -> tuple[CharterView, dict[str, Any]]:
     return read_charter(canonical), cast("dict[str, Any]", parse_canonical(canonical))
 
 
+@lru_cache(maxsize=4)
 def charter_digest(canonical: str) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from audit.errors import AuditError
-from audit.models import weights_of_file
 from audit.weights import encode_update
 from clients.dp.mechanism import Mechanism, MechanismTerms
 from clients.errors import DataFileError, RefusedError
@@ -17,6 +16,7 @@ from clients.evaluation import noisy_counts
 from clients.loader import TrainingData, load_evaluation_data, load_training_data
 from clients.local_layers import LocalLayers, moved_locally, overlaid, shared_values
 from clients.terms import Terms
+from federation.flat import Vector, model_vector, update_bytes
 from federation.torch_models import build_model
 
 
@@ -29,7 +29,7 @@ class Workshop(threading.local):
 
     def __init__(self) -> None:
         self._mechanisms: dict[tuple[str, int | None], Mechanism] = {}
-        self._base: tuple[tuple[str, bytes], list[float]] | None = None
+        self._base: tuple[str, bytes, Vector] | None = None
 
     def mechanism(self, terms: Terms) -> Mechanism:
         """Return the charter's mechanism, made at the first call."""
@@ -42,16 +42,15 @@ class Workshop(threading.local):
             self._mechanisms[key] = Mechanism(model, mechanism_terms(terms), terms.loss)
         return self._mechanisms[key]
 
-    def base(self, terms: Terms, base_model: bytes) -> list[float]:
+    def base(self, terms: Terms, base_model: bytes) -> Vector:
         """Return the flat weights of a model file; a caller leaves them as they are.
 
         Raises:
             AuditError: it is no model file, or of another model.
         """
-        key = (terms.digest, hashlib.sha256(base_model).digest())
-        if self._base is None or self._base[0] != key:
-            self._base = (key, weights_of_file(list(terms.layers), base_model))
-        return self._base[1]
+        if self._base is None or self._base[0] != terms.digest or self._base[1] != base_model:
+            self._base = (terms.digest, base_model, model_vector(terms.layers, base_model))
+        return self._base[2]
 
 
 class Trainer:
@@ -90,21 +89,23 @@ class Trainer:
         except DataFileError as error:
             raise RefusedError("contract_not_met", str(error)) from error
         if evaluation is not None:
-            return encode_update(noisy_counts(evaluation, terms, weights, data))
+            return encode_update(noisy_counts(evaluation, terms, weights.tolist(), data))
         mechanism = self._workshop.mechanism(terms)
         kept = self._local.load(run, server_round - 1) if terms.spans else None
+        start: Sequence[float] | Vector = weights
         if kept is not None:
-            weights = overlaid(terms.spans, weights, kept)
-        mechanism.load(torch.tensor(weights, dtype=torch.float64))
+            start = overlaid(terms.spans, weights.tolist(), kept)
+        mechanism.load(torch.tensor(start, dtype=torch.float64))
         release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
         if made != (event.sigma_grid, event.sensitivity_grid, event.dimension, event.steps):
             raise RefusedError("internal_error", f"the mechanism ran {made}, the charter asks for {event}")
+        if not terms.spans:
+            return update_bytes(release.update)
         values: list[int] = release.update.tolist()
-        if terms.spans:
-            moved = moved_locally(terms, mechanism.terms.scale, weights, values)
-            self._local.save(run, server_round, moved, keep=terms.average_last)
+        moved = moved_locally(terms, mechanism.terms.scale, list(start), values)
+        self._local.save(run, server_round, moved, keep=terms.average_last)
         return encode_update(shared_values(terms.spans, values))
 
     def _load(self, terms: Terms) -> TrainingData:

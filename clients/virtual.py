@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -130,7 +131,8 @@ class VirtualLedger:
         with self._lock:
             if reservation.run in self._reservations:
                 raise OdometerError(f"run {reservation.run} was accepted before")
-            self._reservations[reservation.run] = reservation
+            charter = _shared_text(reservation.charter)
+            self._reservations[reservation.run] = dataclasses.replace(reservation, charter=charter)
 
     def reservation(self, run: str) -> Reservation | None:
         return self._reservations.get(run)
@@ -167,6 +169,12 @@ class VirtualLedger:
     def _forget(self) -> None:
         for key in [key for key, kept in self._kept.items() if kept.delivered][:-_KEPT_RELEASES]:
             del self._kept[key]
+
+
+@lru_cache(maxsize=4)
+def _shared_text(text: str) -> str:
+    """Return the first of equal texts: a charter of a thousand members is held once, not a thousand times."""
+    return text
 
 
 class VirtualLog:

@@ -1,8 +1,8 @@
 """Questions to the sites' agents over a Flower grid: short time-outs, one repetition, no answer trusted.
 
 One protocol for every kind of message: content {"header": {"kind", "header"}, "blobs": {…}}, header bytes
-strict JSON. A repeated request is the same bytes, and an agent answers it with the same bytes, so a lost
-message costs nothing.
+strict JSON, large blobs in pieces (`federation.pieces`). A repeated request is the same bytes, and an agent
+answers it with the same bytes, so a lost message costs nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from flwr.serverapp import Grid
 
 from audit.canonical import JsonValue, canonical_bytes, parse_strict
 from audit.errors import AuditError
+from federation.pieces import PiecesError, blob_records, read_blobs
 
 TRAIN_KINDS: Final = frozenset({"round"})
 MAX_HEADER_BYTES: Final = 4 << 20
-MAX_BLOB_BYTES: Final = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +31,13 @@ class Request:
     kind: str
     header: Mapping[str, JsonValue]
     blobs: Mapping[str, bytes] = field(default_factory=dict)
+    records: Mapping[str, ConfigRecord] | None = None  # the blobs ready to travel, made once for all sites
 
     def message(self, node_id: int, group_id: str) -> Message:
         content = RecordDict(
             {
                 "header": ConfigRecord({"kind": self.kind, "header": canonical_bytes(self.header)}),
-                "blobs": ConfigRecord(dict(self.blobs)),
+                **(blob_records(self.blobs) if self.records is None else self.records),
             }
         )
         kind = "train" if self.kind in TRAIN_KINDS else "query"
@@ -57,17 +58,16 @@ def read_answer(site: str, reply: Message) -> Answer:
     """Read a reply strictly; anything else than a proper one becomes a failure."""
     if reply.has_error():
         return Answer(site=site, failure=f"node error {reply.error.code}")
-    header_record, blob_record = reply.content.get("header"), reply.content.get("blobs")
-    if not isinstance(header_record, ConfigRecord) or not isinstance(blob_record, ConfigRecord):
-        return Answer(site=site, failure="the reply lacks its two records")
+    header_record = reply.content.get("header")
+    if not isinstance(header_record, ConfigRecord):
+        return Answer(site=site, failure="the reply lacks its header")
     raw = header_record.get("header")
     if not isinstance(raw, bytes) or len(raw) > MAX_HEADER_BYTES:
         return Answer(site=site, failure="the reply's header is no bytes, or too many")
-    blobs: dict[str, bytes] = {}
-    for name, blob in blob_record.items():
-        if not isinstance(blob, bytes) or len(blob) > MAX_BLOB_BYTES:
-            return Answer(site=site, failure="a blob of the reply is no bytes, or too many")
-        blobs[name] = blob
+    try:
+        blobs = read_blobs(reply.content)
+    except PiecesError as error:
+        return Answer(site=site, failure=f"{error.code}: {error}")
     try:
         header = parse_strict(raw)
     except AuditError as error:

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -40,6 +40,7 @@ from federation.exchange import Exchange, Request, read_answer
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
+from federation.pieces import blob_records
 from federation.preparation import (
     ACTOR,
     Prepared,
@@ -158,7 +159,10 @@ class RoundLoop:
         terms = self._terms(number, prepared, state)
         if number > 1:
             self._witnessing.prepare([state.own_leaf[site] for site in state.participants])
-        requests = {site: self._request(number, site, state) for site in state.participants}
+        records = blob_records({"base_model": state.base_model})
+        requests = {
+            site: replace(self._request(number, site, state), records=records) for site in state.participants
+        }
         strategy.open_round(
             terms, {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()}
         )
@@ -393,6 +397,6 @@ class RoundLoop:
 def _noting(replies: Iterable[Message], unanswered: list[Message]) -> Iterator[Message]:
     """Pass replies on as they come, and keep those that bring no update: they may hold a signed refusal."""
     for reply in replies:
-        if reply.has_error() or not reply.content.get("blobs"):
+        if reply.has_error() or not (reply.content.get("blobs") or "pieces" in reply.content):
             unanswered.append(reply)
         yield reply
