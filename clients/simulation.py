@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 Engine = Literal["inprocess", "ray"]
 Homes = Literal["disk", "memory"]
 
+LARGE_MODEL: Final = 1_000_000  # parameters; one site at a time computes from here on, for memory's sake
 _MAX_DELTA: Final = Decimal("0.1")
 _LINK_VARIABLES: Final = ("AFFIDAVIT_AGENT", "AFFIDAVIT_SITES")
 
@@ -104,7 +105,7 @@ def run_federation(
             for statement in statements(coordinator.ledger):
                 if statement.site in agents:
                     agents[statement.site].observe(statement)
-        launch = _launchers[engine](agents)
+        launch = _launchers[engine](agents, charter)
         principal = Principal(id=author.verify_key.fingerprint, role="scientist", key=author.text)
         request = TrainRequest(charter=charter, model=model)
         return train(coordinator, principal, LocalOwner(), request, author, launch, on_event=on_event)
@@ -135,8 +136,13 @@ def join_all(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> None:
             home.join(policy)
 
 
-def inprocess_launch(agents: Mapping[str, Agent], *, fault: Fault | None = None) -> Launch:
-    """Run the ServerApp here, with one thread a site for the ClientApp; `fault` plays the bad network."""
+def inprocess_launch(
+    agents: Mapping[str, Agent], *, fault: Fault | None = None, workers: int | None = None
+) -> Launch:
+    """Run the ServerApp here and the ClientApps in threads, by default as many as `InProcessGrid` chooses.
+
+    `fault` plays the bad network.
+    """
 
     def launch(config: RunConfig) -> None:
         from flwr.app import Context, RecordDict
@@ -148,7 +154,13 @@ def inprocess_launch(agents: Mapping[str, Agent], *, fault: Fault | None = None)
         with (
             _one_thread_each(len(agents) > MANY_NODES),
             live_agents(agents),
-            InProcessGrid(client_app, {name: {} for name in agents}, run_config=config, fault=fault) as grid,
+            InProcessGrid(
+                client_app,
+                {name: {} for name in agents},
+                run_config=config,
+                fault=fault,
+                workers=workers,
+            ) as grid,
         ):
             context = Context(
                 run_id=grid.run.run_id,
@@ -221,9 +233,11 @@ def ray_launch(agents: Mapping[str, Agent]) -> Launch:
     return launch
 
 
-_launchers: Final[dict[str, Callable[[Mapping[str, Agent]], Launch]]] = {
-    "inprocess": inprocess_launch,
-    "ray": ray_launch,
+_launchers: Final[dict[str, Callable[[Mapping[str, Agent], Charter], Launch]]] = {
+    "inprocess": lambda agents, charter: inprocess_launch(
+        agents, workers=1 if charter.dimension > LARGE_MODEL else None
+    ),
+    "ray": lambda agents, _: ray_launch(agents),
 }
 
 
