@@ -27,6 +27,7 @@ from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
 from audit.round_bodies import RoundExamined, RunEvaluated, UpdateRefused
+from audit.secure_bodies import RoundOpened
 
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
@@ -41,6 +42,7 @@ _OF_RUN: Final = (
     UpdateRefused,
     RoundExamined,
     RunEvaluated,
+    RoundOpened,
 )
 
 
@@ -153,6 +155,8 @@ class Closure:
                 self._artefact(body.update)
             if isinstance(body, RoundExamined):
                 self._artefact(body.digest)
+            if isinstance(body, RoundOpened):
+                self._artefact(body.transcript)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):

@@ -51,7 +51,8 @@ from federation.preparation import (
 )
 from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
-from federation.refusals import record_too_long
+from federation.refusals import record_masked, record_opened, record_too_long
+from federation.secure_round import MaskedRound
 from federation.statements import RoundTerms, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
@@ -156,8 +157,14 @@ class RoundLoop:
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: _Progress) -> None:
         terms = self._terms(number, prepared, state)
         requests = {site: self._request(number, site, state) for site in state.participants}
+        masked = self._masked(terms)
+        if masked is not None:
+            requests = masked.begin(requests)
+            terms = masked.terms
         strategy.open_round(
-            terms, {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()}
+            terms,
+            {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()},
+            None if masked is None else masked.open,
         )
         arrays: ArrayRecord = strategy.arrays()
         addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
@@ -170,12 +177,14 @@ class RoundLoop:
             on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
         output, _ = strategy.aggregate_train(number, replies)
+        if masked is not None:
+            record_masked(self._coordinator, masked, strategy.rejected)
         self._record_refusals(number, replies, strategy, prepared)
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
         state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
         if output is None:
-            self._abandon(number, accepted, missing, strategy.rejected, state)
+            self._abandon(number, accepted, missing, strategy, state)
         leaves: list[str] = []
         for site, update in accepted.items():
             self._coordinator.blobs.put(update.update)
@@ -190,6 +199,8 @@ class RoundLoop:
         weights: list[float] = strategy.weights.tolist()
         state.base_model = model_file(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
+        if masked is not None:
+            record_opened(self._coordinator, masked)
         body = RoundCompleted(
             run=self._run.run,
             round=number,
@@ -202,7 +213,7 @@ class RoundLoop:
         completed = self._coordinator.append(
             body, ACTOR, stable_event_id("round.completed", self._run.run, str(number))
         )
-        if self._charter.aggregation is not None:
+        if self._charter.aggregation is not None and masked is None:
             seen = {site: update.values for site, update in (accepted | strategy.too_long).items()}
             record_view(self._coordinator, self._charter, body, seen)
         state.previous_round, state.round_leaf = completed.leaf_hash.hex(), completed.leaf_index
@@ -220,6 +231,10 @@ class RoundLoop:
             epsilon=self._epsilon(number),
             witnesses=witnesses,
         )
+
+    def _masked(self, terms: RoundTerms) -> MaskedRound | None:
+        secure, timeout_s = self._charter.secure, float(self._charter.plan.round_timeout_s)
+        return None if secure is None else MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s)
 
     def _terms(self, number: int, prepared: Prepared, state: _Progress) -> RoundTerms:
         return RoundTerms(
@@ -272,19 +287,22 @@ class RoundLoop:
             self._emit("refused", number=number, sites=(site,), detail=str(rejection))
 
     def _abandon(
-        self, number: int, accepted: Any, missing: tuple[str, ...], rejected: Any, state: _Progress
+        self, number: int, accepted: Any, missing: tuple[str, ...], strategy: Any, state: _Progress
     ) -> None:
+        rejected, not_opened = strategy.rejected, strategy.not_opened
+        reason = "not_enough_sites" if not_opened is None else "not_opened"
         for site, update in accepted.items():
             body = SiteUndelivered(statement=update.statement)
             event_id = stable_event_id("site.undelivered", event_hash(update.statement))
             state.own_leaf[site] = self._coordinator.append(body, f"site:{site}", event_id).leaf_index
         self._coordinator.append(
-            RoundAbandoned(run=self._run.run, round=number, reason="not_enough_sites", missing=missing), ACTOR
+            RoundAbandoned(run=self._run.run, round=number, reason=reason, missing=missing), ACTOR
         )
         self._emit("abandoned", number=number, sites=tuple(accepted), missing=missing)
         silent = [f"site {site}: no answer in time" for site in missing if site not in rejected]
-        detail = "; ".join([*(str(error) for error in rejected.values()), *silent])
-        raise self._fail(number, "not_enough_sites", detail, state)
+        lost = [] if not_opened is None else [str(not_opened)]
+        detail = "; ".join([*lost, *(str(error) for error in rejected.values()), *silent])
+        raise self._fail(number, reason, detail, state)
 
     def _fail(self, number: int, reason: str, detail: str, state: _Progress | None = None) -> RunFailedError:
         body = RunFailed(run=self._run.run, charter=self._charter.digest, round=number, reason=reason)

@@ -17,6 +17,7 @@ from audit.entries import (
 from audit.models import initial_weights, model_file
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, Round, expect, need, verify_body
 from audit.verify.history import CHECKPOINT, LINKS
+from audit.verify.masked import check_rosters
 from audit.verify.members import CHARTER, SITES
 from audit.verify.report import Word
 
@@ -83,15 +84,24 @@ def check_rounds(chain: Chain) -> Outcome:
 
 def check_noise(chain: Chain) -> Outcome:
     """What nobody can prove from outside: say so, and whose word it is."""
+    charter = need(chain.charter, CHARTER)
     if not chain.rounds:
         need(None, ROUNDS)
     codes = sorted({leaf.body.agent_code for found in chain.rounds for leaf in found.statements})
     sites = sorted({leaf.body.site for found in chain.rounds for leaf in found.statements})
+    shared = ""
+    if charter.secure is not None:
+        fewest = min(len(found.statements) for found in chain.rounds)
+        shared = (
+            f"; the noise is whole only as the sum of {charter.secure.sharers} honest sites' shares: as long as "
+            f"at most {charter.secure.colluders(fewest)} of the {fewest} or more that took part in a round "
+            "collude with the coordinator"
+        )
     return Outcome(
         word=Word.ATTESTED,
         detail=f"by the statement keys of {', '.join(sites)}: that rows were clipped and the noise was "
         f"drawn, and "
-        f"what the rows were; agent code {', '.join(code[:16] + '…' for code in codes[:4])}",
+        f"what the rows were; agent code {', '.join(code[:16] + '…' for code in codes[:4])}{shared}",
     )
 
 
@@ -194,7 +204,9 @@ def _round(
     previous = statements[0].body.previous_round
     for statement in statements:
         _check_statement(chain, charter, run, body, statement, participants, previous)
-    return Round(leaf, statements)
+    found = Round(leaf, statements)
+    check_rosters(charter.secure, found)
+    return found
 
 
 def _check_statement(
