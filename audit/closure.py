@@ -26,7 +26,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, RunEvaluated, UpdateRefused
+from audit.round_bodies import RoundExamined, RunEvaluated, RunResumed, UpdateRefused
 
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
@@ -41,6 +41,7 @@ _OF_RUN: Final = (
     UpdateRefused,
     RoundExamined,
     RunEvaluated,
+    RunResumed,
 )
 
 
