@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
+from audit.round_bodies import Metric, RoundExamined, RunEvaluated, RunResumed, UpdateRefused
 from audit.secure_bodies import RoundOpened
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
@@ -444,6 +444,7 @@ Body = (
     | RoundExamined
     | RunEvaluated
     | RoundOpened
+    | RunResumed
     | SubjectExported
     | SubjectErased
     | MembershipBody
@@ -484,6 +485,7 @@ TYPES: Final[dict[str, type[Any]]] = {
     "round.examined": RoundExamined,
     "run.evaluated": RunEvaluated,
     "round.opened": RoundOpened,
+    "run.resumed": RunResumed,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
     **MEMBERSHIP_TYPES,

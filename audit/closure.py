@@ -26,7 +26,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, RunEvaluated, UpdateRefused
+from audit.round_bodies import RoundExamined, RunEvaluated, RunResumed, UpdateRefused
 from audit.secure_bodies import RoundOpened
 
 B = TypeVar("B")
@@ -43,6 +43,7 @@ _OF_RUN: Final = (
     RoundExamined,
     RunEvaluated,
     RoundOpened,
+    RunResumed,
 )
 
 

@@ -37,12 +37,14 @@ def evaluate_privately(
     *,
     timeout_s: float,
     minimum_sites: int,
+    logged: Mapping[str, AcceptedUpdate] | None = None,
 ) -> Evaluated:
     """Ask the participants of `terms`, prove their answers, and write statements and run.evaluated.
 
-    What a site released is logged whatever becomes of the evaluation: it is spent.
+    What a site released is logged whatever becomes of the evaluation: it is spent. `logged` are releases
+    that are in the log already, in a run that is resumed; their sites are not in `requests`.
     """
-    accepted: dict[str, AcceptedUpdate] = {}
+    accepted: dict[str, AcceptedUpdate] = dict(logged or {})
     rejected: dict[str, StatementError] = {}
     answers = exchange.ask(requests, timeout_s=timeout_s, group_id=str(terms.round))
     for site in sorted(requests):
@@ -56,7 +58,7 @@ def evaluate_privately(
             _logger.warning("evaluation: %s", error)
             rejected[site] = error
     leaves, own_leaf = [], {}
-    for site, found in accepted.items():
+    for site, found in sorted(accepted.items()):
         coordinator.blobs.put(found.update)
         sequenced = coordinator.append(
             found.statement, f"site:{site}", stable_event_id("site.statement", event_hash(found.statement))
@@ -66,7 +68,7 @@ def evaluate_privately(
     said = None
     if len(accepted) >= minimum_sites:
         try:
-            said = worth(evaluation, [update.values for update in accepted.values()])
+            said = worth(evaluation, [accepted[site].values for site in sorted(accepted)])
         except EvaluationError as error:
             _logger.warning("evaluation: %s", error)
     metric = (
@@ -79,7 +81,7 @@ def evaluate_privately(
         round=terms.round,
         weights=hashlib.sha256(model).hexdigest(),
         statements=tuple(leaves),
-        missing=tuple(sorted(set(requests) - set(accepted))),
+        missing=tuple(sorted(set(terms.participants) - set(accepted))),
         metrics=metric,
         baseline="" if said is None else said.baseline,
         spread="" if said is None else said.spread,
