@@ -7,13 +7,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from audit.entries import ZERO_DIGEST, event_hash
+from audit.entries import ZERO_DIGEST
 from audit.private_evaluation import METRIC, SOURCE, Evaluation, EvaluationError, Worth, worth
 from audit.round_bodies import Metric, RunEvaluated
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import StatementError
 from federation.exchange import Exchange, Request
-from federation.statements import AcceptedUpdate, RoundTerms, verify_statement
+from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_statement
 
 _logger = logging.getLogger(__name__)
 
@@ -58,11 +58,7 @@ def evaluate_privately(
             _logger.warning("evaluation: %s", error)
             rejected[site] = error
     leaves, own_leaf = [], {}
-    for site, found in sorted(accepted.items()):
-        coordinator.blobs.put(found.update)
-        sequenced = coordinator.append(
-            found.statement, f"site:{site}", stable_event_id("site.statement", event_hash(found.statement))
-        )
+    for site, sequenced in record_statements(coordinator, dict(sorted(accepted.items()))).items():
         leaves.append(sequenced.leaf_hash.hex())
         own_leaf[site] = sequenced.leaf_index
     said = None

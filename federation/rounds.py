@@ -66,7 +66,7 @@ from federation.resume import RESTORE, RunPast, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunState
 from federation.secure_round import MaskedRound
-from federation.statements import AcceptedUpdate, RoundTerms, verify_refusal
+from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
 
@@ -265,16 +265,10 @@ class RoundLoop:
         if output is None:
             self._abandon(number, accepted, missing, strategy, state)
         leaves: list[str] = []
-        for site, update in accepted.items():
-            self._coordinator.blobs.put(update.update)
-            sequenced = self._coordinator.append(
-                update.statement,
-                f"site:{site}",
-                stable_event_id("site.statement", event_hash(update.statement)),
-            )
+        for site, sequenced in record_statements(self._coordinator, accepted).items():
             leaves.append(sequenced.leaf_hash.hex())
             state.own_leaf[site] = sequenced.leaf_index
-            prepared.heads[site] = prepared.heads[site].after(update.statement)
+            prepared.heads[site] = prepared.heads[site].after(accepted[site].statement)
         weights: list[float] = strategy.weights.tolist()
         state.base_model = model_file(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
@@ -384,8 +378,7 @@ class RoundLoop:
             self._emit("refused", number=number, sites=(site,), detail=str(rejection))
 
     def _abandon(
-        self, number: int, accepted: Any, missing: tuple[str, ...], strategy: Any, state: _Progress
-        self, number: int, accepted: Any, missing: tuple[str, ...], rejected: Any, state: RunState
+        self, number: int, accepted: Any, missing: tuple[str, ...], strategy: Any, state: RunState
     ) -> None:
         rejected, not_opened = strategy.rejected, strategy.not_opened
         reason = "not_enough_sites" if not_opened is None else "not_opened"
