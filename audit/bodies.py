@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
+from audit.round_bodies import Metric, RoundExamined, RunEvaluated, RunReferenced, UpdateRefused
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
 ZERO_DIGEST: Final = "0" * 64
@@ -431,6 +431,7 @@ Body = (
     | UpdateRefused
     | RoundExamined
     | RunEvaluated
+    | RunReferenced
     | SubjectExported
     | SubjectErased
     | MembershipBody
@@ -470,6 +471,7 @@ TYPES: Final[dict[str, type[Any]]] = {
     "update.refused": UpdateRefused,
     "round.examined": RoundExamined,
     "run.evaluated": RunEvaluated,
+    "run.referenced": RunReferenced,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
     **MEMBERSHIP_TYPES,

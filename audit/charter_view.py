@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from audit.canonical import parse_canonical
+from audit.charter_serving import ServingTerms
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import MechanismEvent
@@ -84,6 +85,7 @@ class CharterView:
     minimum_sites: int
     aggregation: AggregationPlan
     evaluation: Evaluation | None
+    serving: ServingTerms
     updates: Mapping[str, UpdateTerms]  # by site
     privacy: CharterPrivacy
     sites: tuple[CharterSite, ...]
@@ -95,8 +97,8 @@ class CharterView:
 
     @property
     def releases(self) -> int:
-        """How many releases a run asks of each site: its rounds, and the evaluation if there is one."""
-        return self.rounds + (self.evaluation is not None)
+        """How many releases a run asks of each site: its rounds, then evaluation and sketch if there are."""
+        return self.rounds + (self.evaluation is not None) + (self.serving.reference is not None)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -152,7 +154,7 @@ def read_charter(canonical: bytes) -> CharterView:
         document = parse_canonical(canonical)
     except AuditError as error:
         raise CharterFormError("bytes", str(error)) from error
-    top = _Part(document, "", optional=("public_set", "aggregation", "evaluation"), fields=_TOP)
+    top = _Part(document, "", optional=_OPTIONAL, fields=_TOP)
     if top.value["affidavit"] != 1:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
@@ -211,6 +213,7 @@ def read_charter(canonical: bytes) -> CharterView:
         minimum_sites=minimum_sites,
         aggregation=aggregation,
         evaluation=_evaluation(top),
+        serving=_serving(top),
         updates={
             name: UpdateTerms.of_charter(top.value, name, dimension=size, released=released) for name in names
         },
@@ -231,6 +234,7 @@ _TOP: Final = (
     "affidavit", "name", "task", "features", "label", "model", "plan", "privacy", "sites", "gates",
     "purposes", "officers",
 )  # fmt: skip
+_OPTIONAL: Final = ("public_set", "aggregation", "evaluation", "reference", "answers", "fairness")
 _PLAN: Final = (
     "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
     "beta2", "tau", "round_timeout_s", "minimum_sites",
@@ -332,6 +336,13 @@ def _evaluation(top: _Part) -> Evaluation | None:
         return Evaluation.of_charter(top.value)
     except AuditError as error:
         raise CharterFormError("evaluation", str(error)) from error
+
+
+def _serving(top: _Part) -> ServingTerms:
+    try:
+        return ServingTerms.of_charter(top.value)
+    except AuditError as error:
+        raise CharterFormError("reference, answers or fairness", str(error)) from error
 
 
 def _check_aggregation(top: _Part, minimum_sites: int) -> None:

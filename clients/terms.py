@@ -19,6 +19,7 @@ from audit.errors import AuditError
 from audit.layers import shared_spans
 from audit.models import dimension, initial_weights, model_file
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.dp.losses import Loss
@@ -63,6 +64,7 @@ class Terms:
     site_index: int
     event: MechanismEvent  # the same in every round
     evaluation: Evaluation | None
+    reference: Reference | None
 
     @property
     def loss(self) -> Loss:
@@ -72,7 +74,12 @@ class Terms:
     def planned(self) -> tuple[MechanismEvent, ...]:
         """Every release of a run, in order."""
         rounds = (self.event,) * self.rounds
-        return rounds if self.evaluation is None else (*rounds, self.evaluation.event)
+        return (*rounds, *(terms.event for terms in self.after))
+
+    @property
+    def after(self) -> tuple[Evaluation | Reference, ...]:
+        """What is released once after the last round, in order."""
+        return tuple(terms for terms in (self.evaluation, self.reference) if terms is not None)
 
     @property
     def normaliser(self) -> float:
@@ -159,6 +166,7 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         site_index=sites.index(site),
         event=_event(plan, privacy, dimension(layers)),
         evaluation=Evaluation.of_charter(document),
+        reference=Reference.of_charter(document),
     )
 
 

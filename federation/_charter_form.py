@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from audit.decimals import decimal_text, parse_decimal
+from federation._charter_serving import serving_document, serving_fields
 
 if TYPE_CHECKING:
     from federation.charter import Charter, Feature
@@ -84,6 +85,7 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "keep": rule.keep,
             "norm_bound": int(rule.norm_bound),
         }
+    document |= serving_document(charter)
     if charter.public_set is not None:
         document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
     return document
@@ -152,6 +154,7 @@ def fields_of_canonical(document: dict[str, Any]) -> dict[str, Any]:
     """Return what a `Charter` is built from, given its canonical JSON values."""
     fields: dict[str, Any] = _decimals(document, "")
     fields["model"] = _model_fields(document["model"])
+    serving_fields(fields)
     return fields
 
 
