@@ -10,8 +10,8 @@ as far follows from the sketch alone: three spreads above the mean that the sket
 the spreads of the features are added up as if all moved together; by Cantelli's inequality at most one row in
 ten of those that the sketch describes lies beyond, whatever the features have to do with each other.
 
-Where no site was paid for a sketch, the declared bounds are all there is: the score is the share of numbers in
-the outermost twentieth of their declared range, and says so (`basis` is "bounds").
+Where no sketch was paid for, the declared bounds are all there is: the score is the share of numbers in the
+outermost twentieth of their declared range at either end, and says so (`basis` is "bounds").
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def feature_bins(features: Sequence[Mapping[str, Any]], bins: int) -> tuple[int,
 def row_bins(
     features: Sequence[Mapping[str, Any]], widths: Sequence[int], encoded: Sequence[float]
 ) -> list[int]:
-    """Return the flat bin that an encoded row falls into for each feature; a category that is missing has none.
+    """Return the flat bin that an encoded row falls into for each feature; a missing category has none.
 
     Numbers: `bins` equal parts of the encoded range [-1, 1], the last one closed.
     """
@@ -212,7 +212,7 @@ class OodScorer:
         if abs(theirs - mine) > grain:
             return f"the score is {theirs}, the sketch gives {mine}"
         if claimed["out"] is not (theirs > parse_decimal(self.limit)):
-            return f"a score of {theirs} is said to be {'out' if claimed['out'] else 'in'}; the limit is {self.limit}"
+            return f"a score of {theirs} is said to be out: {claimed['out']}; the limit is {self.limit}"
         return ""
 
     def _learn(self, counts: Sequence[int]) -> None:

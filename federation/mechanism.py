@@ -65,7 +65,7 @@ def release_event(
 
 
 def planned_events(charter: Charter) -> tuple[MechanismEvent, ...]:
-    """Return every event of a run at one site, in order: its rounds, then evaluation and sketch if there are."""
+    """Return every event of a run at one site, in order: its rounds, then evaluation and sketch if any."""
     document = charter.document
     after = (Evaluation.of_charter(document), Reference.of_charter(document))
     rounds = (planned_event(charter),) * charter.plan.rounds

@@ -29,9 +29,7 @@ def check_reference(chain: Chain, charter: CharterView) -> str:
             raise FailError("reference.none", "the charter has no terms of a sketch", found[0].index)
         return ""
     if not found:
-        raise GapError(
-            "reference.missing", "the charter asks for a sketch of the rows, and none is in the file"
-        )
+        raise GapError("reference.missing", "the charter asks for a sketch, and none is in the file")
     if len(found) > 1:
         raise FailError("reference.twice", "the run's rows were sketched twice", found[1].index)
     leaf = found[0]
@@ -59,7 +57,7 @@ def check_reference(chain: Chain, charter: CharterView) -> str:
 
 
 def scorer_of(chain: Chain, charter: CharterView) -> OodScorer:
-    """Return the scorer by the run's sketch, which an earlier step proved; by the bounds where there is none."""
+    """Return the scorer by the run's sketch, which an earlier step proved; else by the bounds."""
     if chain.sketch is None:
         return OodScorer(charter.features)
     return OodScorer(charter.features, reference=charter.serving.reference, counts=chain.sketch)
