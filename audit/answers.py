@@ -80,7 +80,8 @@ class AnswerTerms:
 
     def is_rounded(self, value: Decimal) -> bool:
         """Whether a number has no more decimals than the terms allow."""
-        return value == value.quantize(Decimal(1).scaleb(-self.decimals))
+        exponent = value.as_tuple().exponent
+        return isinstance(exponent, int) and exponent >= -self.decimals
 
     def _rounded(self, text: str) -> str:
         grain = Decimal(1).scaleb(-self.decimals)

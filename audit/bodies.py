@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
 from audit.round_bodies import Metric, RoundExamined, RunEvaluated, RunReferenced, UpdateRefused
+from audit.serving_bodies import SERVING_TYPES, ServingBody
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
 ZERO_DIGEST: Final = "0" * 64
@@ -280,6 +281,8 @@ class KeyCreated:
     role: str
     principal: str
     expires: str  # time, or "" for never
+    region: str = ""  # where its holder asks from; "" where nobody said
+    models: tuple[str, ...] = ()  # the only models it may ask; empty: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +323,9 @@ class Prediction:
     subject: str = ""  # random pseudonym of the person
     context: str = ""  # root of the context's fields (`audit.disclosure`); so are then the rows' digests
     sealed: str = ""  # SHA-256 of the ciphertext in the vault
+    # as the decision was asked with; of a named person, `legal_basis` is in the vault beside the purpose
+    legal_basis: str = ""
+    region: str = ""  # of whoever asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,9 +335,12 @@ class PredictionDenied:
     purpose: str
     principal: str
     role: str
-    reason: str
+    reason: str  # "policy" or "quota"
     policies: tuple[str, ...]
     policy_set: str
+    version: str = ""  # that would have answered
+    legal_basis: str = ""
+    region: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -435,6 +444,7 @@ Body = (
     | SubjectExported
     | SubjectErased
     | MembershipBody
+    | ServingBody
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -475,5 +485,6 @@ TYPES: Final[dict[str, type[Any]]] = {
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
     **MEMBERSHIP_TYPES,
+    **SERVING_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -41,6 +41,8 @@ DOMAINS = frozenset(
         "joining",
         "leaving",
         "node-key",
+        "review",
+        "access-policy",
     }
 )
 

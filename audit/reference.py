@@ -98,8 +98,11 @@ def sketch_sensitivity(features: int, *, rows: int, relation: str) -> int:
 
 def feature_bins(features: Sequence[Mapping[str, Any]], bins: int) -> tuple[int, ...]:
     """Return how many bins each feature has: its categories, two for a boolean, else `bins`."""
-    widths = {"category": lambda f: len(f["categories"]), "boolean": lambda f: 2}
-    return tuple(widths.get(feature["type"], lambda f: bins)(feature) for feature in features)
+    fixed = {"boolean": 2}
+    return tuple(
+        len(feature["categories"]) if feature["type"] == "category" else fixed.get(feature["type"], bins)
+        for feature in features
+    )
 
 
 def row_bins(

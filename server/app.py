@@ -34,6 +34,7 @@ from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError
 from server.guard import Guard
+from server.hooks import Hooks
 from server.journal import Clock, Journal, time_text, utc_now
 from server.keys import KeyStore
 from server.live import LiveModels
@@ -152,6 +153,7 @@ def build_context(
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
+            hooks=Hooks(facts=(), annotators=(), observers=()),
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         watching=Watching(coordinator, clock),

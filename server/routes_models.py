@@ -173,6 +173,7 @@ def render_answer(answered: Answered) -> PredictResponse:
             "proof": answered.proof,
             "opened": list(answered.opened),
             "sealed": answered.sealed,
+            "annotations": dict(answered.annotations),
         }
     )
 

@@ -115,6 +115,9 @@ class PredictResponse(BaseModel):
     ]
     opened: list[Opened]
     sealed: SealedView | None = None
+    annotations: Annotated[
+        dict[str, Any], Field(default_factory=dict, description="What was added to the answer, by name.")
+    ]
 
 
 class Problem(BaseModel):
