@@ -1,7 +1,7 @@
 """Attributions of one answer to its features, and what anybody can check of them.
 
 What is explained is the model's raw output for the class that was answered (binary: the logit; regression:
-the output in [-1, 1]), against the charter's own baseline: the encoded row of zeros, which is the middle of every
+the output in [-1, 1]), against the charter's own baseline: the encoded row of zeros, the middle of every
 declared range and no category. A category's attribution is the sum over its inputs.
 
 For one linear layer the attribution is exact: weight times input. Otherwise integrated gradients share out

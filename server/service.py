@@ -55,6 +55,7 @@ class Asked:
     site: str | None = None
     version: str | None = None
     subject: str | None = None  # the caller's own id for the person that the rows are about
+    explain: bool = False  # attribute each answer to its features
     request_id: str
 
 
