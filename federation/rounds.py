@@ -35,6 +35,7 @@ from audit.entries import (
 from audit.epsilon import recompute
 from audit.models import initial_weights, model_file
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
 from audit.replay import average
 from federation.anomaly import record_view
 from federation.charter import Charter
@@ -66,6 +67,7 @@ from federation.resume import RESTORE, RunPast, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunState
 from federation.secure_round import MaskedRound
+from federation.sketching import sketch_rows
 from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
@@ -115,6 +117,7 @@ class RoundLoop:
         self._started = time.monotonic()
         data = None if charter.public_set is None else coordinator.blobs.find(charter.public_set.digest)
         self._public = None if data is None else PublicData.read(charter, data)
+        self._counted: tuple[str, ...] | None = None  # who answered the evaluation, where there is one
 
     def carry_out(self, author: str, *, principal: str = ACTOR) -> RunOutcome:
         """Do everything that the log does not show as done.
@@ -341,7 +344,9 @@ class RoundLoop:
             heads=prepared.heads,
         )
 
-    def _request(self, number: int, site: str, state: RunState) -> Request:
+    def _request(
+        self, number: int, site: str, state: RunState, *, participants: tuple[str, ...] | None = None
+    ) -> Request:
         shown: dict[str, Any] = {"previous_round": None, "own_statement": None}
         if number > 1 and state.round_leaf is not None:
             shown["previous_round"] = self._witnessing.logged(state.round_leaf)
@@ -350,7 +355,7 @@ class RoundLoop:
             "run": self._run.run,
             "round": number,
             "charter": self._charter.digest,
-            "participants": list(state.participants),
+            "participants": list(state.participants if participants is None else participants),
             **shown,
         }
         return Request(kind="round", header=header, blobs={"base_model": state.base_model})
@@ -422,6 +427,10 @@ class RoundLoop:
             logged=self._recalled(state),
         )
         state.own_leaf |= evaluated.own_leaf
+        state.logged = {}
+        self._counted = tuple(sorted(evaluated.own_leaf))
+        for site, update in evaluated.accepted.items():
+            prepared.heads[site] = prepared.heads[site].after(update.statement)
         worth = evaluated.worth
         self._emit(
             "evaluated",
@@ -431,12 +440,52 @@ class RoundLoop:
             detail="; ".join(str(error) for error in evaluated.rejected.values()),
         )
 
+    def _sketch(self, reference: Reference, prepared: Prepared, state: RunState, *, number: int) -> None:
+        """Have the training rows counted by bin; who did not answer the release before is not asked."""
+        asked = state.participants if self._counted is None else self._counted
+        if number > self._charter.plan.rounds + 1:
+            self._witnessing.cosign(asked)  # the evaluation's statements must be witnessed first
+        terms = dataclasses.replace(
+            self._terms(number, prepared, state),
+            participants=asked,
+            event=reference.event,
+            released=reference.event.dimension,
+        )
+        logged = self._recalled(state)
+        requests = {
+            site: self._request(number, site, state, participants=asked)
+            for site in asked
+            if site not in logged and site not in state.silent
+        }
+        counted = sketch_rows(
+            self._coordinator,
+            self._exchange,
+            terms,
+            reference,
+            requests,
+            timeout_s=float(self._charter.plan.round_timeout_s),
+            minimum_sites=self._charter.minimum_sites,
+            logged=logged,
+        )
+        state.own_leaf |= counted.own_leaf
+        self._emit(
+            "sketched",
+            number=number,
+            sites=tuple(sorted(counted.own_leaf)),
+            detail="; ".join(str(error) for error in counted.rejected.values()),
+        )
+
     def _complete(self, past: RunPast, prepared: Prepared, state: RunState) -> RunOutcome:
         state.base_model = model_file(self._charter.layers, average(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
         evaluation = Evaluation.of_charter(self._charter.document)
-        if evaluation is not None and past.evaluated is None:
+        if past.evaluated is not None:
+            self._counted = tuple(s for s in state.participants if s not in past.evaluated.missing)
+        elif evaluation is not None:
             self._evaluate(evaluation, prepared, state)
+        reference = Reference.of_charter(self._charter.document)
+        if reference is not None and past.referenced is None:
+            self._sketch(reference, prepared, state, number=len(planned_events(self._charter)))
         self._coordinator.append(
             RunCompleted(
                 run=self._run.run,

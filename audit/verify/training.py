@@ -116,6 +116,15 @@ def evaluation_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
     return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == (run, number)]
 
 
+def reference_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
+    """Return the run's statements of a sketch, its last release, where the charter asks for one."""
+    charter = need(chain.charter, CHARTER)
+    if charter.serving.reference is None:
+        return []
+    wanted = (run, charter.releases)
+    return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == wanted]
+
+
 def check_statement(chain: Chain, leaf: Leaf[SiteStatement], wanted: Mapping[str, object]) -> None:
     """One statement: signed by the site's key of that time, after its acceptance, and of these fields.
 
@@ -282,6 +291,7 @@ def _check_nothing_besides(chain: Chain, run: str, rounds: Sequence[Round]) -> N
     known = {found.leaf.index for found in rounds}
     known |= {statement.index for found in rounds for statement in found.statements}
     known |= {leaf.index for leaf in evaluation_statements(chain, run)}
+    known |= {leaf.index for leaf in reference_statements(chain, run)}
     for leaf in chain.leaves(RoundCompleted):
         if leaf.body.run == run and leaf.index not in known:
             raise FailError(
