@@ -76,7 +76,7 @@ def _numbers(secure: SecureTerms) -> Iterator[Problem]:
     if secure.least < secure.sharers:
         yield Problem(
             path="plan.minimum_sites",
-            message=f"{secure.least} sites' shares make less than the charter's noise; {secure.sharers} make it",
+            message=f"{secure.least} sites' shares make less than the noise; {secure.sharers} make it",
             fix=f"write at least {secure.sharers}: all sites but those tolerated",
         )
 
