@@ -66,6 +66,7 @@ class Terms:
     site_index: int
     event: MechanismEvent  # the same in every round
     secure: SecureTerms | None  # where updates are masked and the noise is shared
+    site_epsilon: Decimal | None  # what a run may cost this site as a whole; None: nothing is promised
     max_update_norm: Decimal | None  # of the whole site's sum, in gradient units
     evaluation: Evaluation | None
     reference: Reference | None
@@ -176,6 +177,7 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         site_index=sites.index(site),
         event=_event(plan, privacy, dimension(layers), secure, whole),
         secure=secure,
+        site_epsilon=None if whole is None else parse_decimal(whole["epsilon"]),
         max_update_norm=None if whole is None else parse_decimal(whole["max_update_norm"]),
         evaluation=Evaluation.of_charter(document),
         reference=Reference.of_charter(document),

@@ -60,6 +60,7 @@ class ProvableAggregation:
         self._nodes: dict[int, str] = {}
         self._requests: list[Message] = []
         self._open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None
+        self._total: Sequence[int] = ()
         self.not_opened: SecureRoundError | None = None
 
     def open_round(
@@ -73,8 +74,7 @@ class ProvableAggregation:
         `open_sum` returns the sum of accepted updates that are masked; None where they are not.
         """
         self._terms, self._open_sum = terms, open_sum
-        self._total: Sequence[int] = ()
-        self.not_opened = None
+        self._total, self.not_opened = (), None
         self._requests = [requests[site] for site in sorted(requests)]
         self._nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
         self.accepted, self.rejected, self.too_long = {}, {}, {}
@@ -102,10 +102,15 @@ class ProvableAggregation:
             if site is None or site in self.accepted or site in self.too_long:
                 continue
             answer = read_answer(site, reply)
-            if answer.failure or "statement" not in answer.header:
-                self.rejected[site] = StatementError(site, "reply", answer.failure or "holds no statement")
-                continue
-            self.offer(site, answer.header["statement"], answer.blobs.get("update", b""))
+            try:
+                if answer.failure or "statement" not in answer.header:
+                    raise StatementError(site, "reply", answer.failure or "holds no statement")
+                update = answer.blobs.get("update", b"")
+                self.accepted[site] = verify_statement(terms, site, answer.header["statement"], update)
+                self.rejected.pop(site, None)
+                self._check_length(site)
+            except StatementError as error:
+                self.rejected[site] = error
         if len(self.accepted) < self.charter.minimum_sites:
             return None, None
         if self._open_sum is not None:
@@ -116,23 +121,6 @@ class ProvableAggregation:
                 return None, None
         self.weights = self._step(server_round)
         return self.arrays(), MetricRecord({"sites": len(self.accepted)})
-
-    def offer(self, site: str, statement: object, update: bytes) -> None:
-        """Prove one release for the open round, come by message or from the log; see `aggregate_train`."""
-        if self._terms is None:
-            raise ReplayError("no round was opened")
-        try:
-            self.accepted[site] = verify_statement(self._terms, site, statement, update)
-            self.rejected.pop(site, None)
-            self._check_length(site)
-        except StatementError as error:
-            self.rejected[site] = error
-
-    def repeat(self, server_round: int, updates: Mapping[str, AcceptedUpdate]) -> list[float]:
-        """Make a completed round's step again from the releases that it counted; return its weights."""
-        self.accepted, self.rejected, self.too_long = dict(updates), {}, {}
-        self.weights = self._step(server_round)
-        return [float(weight) for weight in self.weights]
 
     def _check_length(self, site: str) -> None:
         terms = self.update_terms[site]
