@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from audit.canonical import parse_canonical
 from audit.charter_view import read_charter
@@ -21,8 +21,10 @@ from audit.models import dimension, initial_weights, model_file
 from audit.private_evaluation import Evaluation
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
-from clients.dp.losses import Loss
 from clients.errors import RefusedError
+
+if TYPE_CHECKING:
+    from clients.dp.losses import Loss  # torch is the trainer's; who reads a charter needs none of it
 
 LOSSES: Final[dict[str, Loss]] = {
     "binary": "binary_cross_entropy",
