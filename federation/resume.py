@@ -39,7 +39,7 @@ from federation.blobs import BlobStore
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.errors import BlobAlteredError, BlobMissingError, ResumeError
-from federation.preparation import Prepared, SiteHistory, latest_enrolments
+from federation.preparation import Prepared, SiteHistory
 from federation.run_state import LoggedRelease, RunState
 from federation.statements import AcceptedUpdate, OdometerHead
 from federation.strategies import Strategy
@@ -262,7 +262,7 @@ def take_up(
 def _set_odometers(coordinator: Coordinator, prepared: Prepared, state: RunState) -> None:
     """Give every participant the keys and the odometer that its release of this round must continue."""
     heads = SiteHistory.read(coordinator, before_run="").heads
-    for site, enrolment in latest_enrolments(coordinator).items():
+    for site, enrolment in coordinator.enrolments().items():
         known = prepared.enrolments.setdefault(site, enrolment)
         prepared.heads.setdefault(site, heads.get((site, known.population), OdometerHead()))
     for site, release in state.logged.items():

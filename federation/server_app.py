@@ -18,6 +18,7 @@ from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.errors import HomeError
 from federation.exchange import Exchange
+from federation.network.ringing import with_bells
 from federation.patience import PATIENCE_S
 from federation.progress import listening
 from federation.rounds import RoundLoop, RunOutcome
@@ -37,15 +38,15 @@ def main(grid: Grid, context: Context) -> None:
     if not isinstance(home, str) or not isinstance(run, str) or not home or not run:
         raise HomeError("run config", "`home` and `run` must name a coordinator's home and a prepared run")
     signer_home = config.get("signer-home")
-    exchange = Exchange(
-        grid,
-        poll_s=_seconds(config.get("poll-s"), DEFAULT_POLL_S),
-        discovery_s=_seconds(config.get("discovery-s"), DEFAULT_DISCOVERY_S),
-    )
     chosen = signer_home if isinstance(signer_home, str) and signer_home else None
-    with Coordinator.open(home, chosen) as coordinator:
+    with Coordinator.open(home, chosen) as coordinator, with_bells(grid, coordinator.home) as heard:
+        exchange = Exchange(
+            heard,
+            poll_s=_seconds(config.get("poll-s"), DEFAULT_POLL_S),
+            discovery_s=_seconds(config.get("discovery-s"), DEFAULT_DISCOVERY_S),
+        )
         patience_s = _seconds(config.get("patience-s"), PATIENCE_S)
-        carry_out(grid, coordinator, run, exchange=exchange, patience_s=patience_s)
+        carry_out(heard, coordinator, run, exchange=exchange, patience_s=patience_s)
 
 
 def _seconds(value: object, default: float) -> float:

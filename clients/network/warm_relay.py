@@ -3,7 +3,7 @@
 Flower starts a process for every message, and importing Flower is nearly all that such a process does. This
 one runs Flower's own SuperExec loop with an executor that forks; the fork asks the agent whether the bundle
 is approved, confines itself and runs it (`clients.launcher`). The SuperNode rings when it has taken a message
-in (`clients.network.bell`), so nothing looks for work in short turns.
+in (`federation.network.bell`), so nothing looks for work in short turns.
 
 SuperNode gives tasks to nobody but who knows the secret of the two, a file of the site's own user. This
 process holds that secret and nothing else: no data, no node key, no model. A fork has none of its
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from clients.network.bell import Bell, with_sleep
+from federation.network.bell import Bell, with_sleep
 
 _logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def main() -> None:
     for name in PRELOAD:
         importlib.import_module(name)
     start = confined(["--agent", given.agent, "--site", given.site, "--scratch", given.scratch])
-    with Bell.hang(given.bell) as bell:
+    with Bell(given.bell) as bell:
         serve(given.runtime_api_address, given.secret_file.read_bytes(), bell, start)
 
 
