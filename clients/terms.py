@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from audit.canonical import parse_canonical
 from audit.charter_view import read_charter
@@ -24,8 +24,10 @@ from audit.secure_round import SecureTerms
 from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
-from clients.dp.losses import Loss
 from clients.errors import RefusedError
+
+if TYPE_CHECKING:
+    from clients.dp.losses import Loss  # torch is the trainer's; who reads a charter needs none of it
 
 LOSSES: Final[dict[str, Loss]] = {
     "binary": "binary_cross_entropy",
