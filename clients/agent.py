@@ -38,7 +38,7 @@ from clients.errors import HomeError, LedgerBehindError, RefusedError, WaitingEr
 from clients.high_water import Head
 from clients.history import Clock, History
 from clients.home import SiteHome
-from clients.ledger import Release, Reservation, SiteLedger
+from clients.ledger import Odometers, Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from clients.local_layers import LocalLayers
 from clients.masked_rounds import MaskedRequest, MaskedRounds, MaskedStep, parse_masked
@@ -56,7 +56,7 @@ from clients.requests import (
     parse_propose,
     parse_round,
 )
-from clients.site_log import SiteLog
+from clients.site_log import Diary, SiteLog
 from clients.story import SiteStory
 from clients.terms import Terms
 from clients.trainer import Trainer
@@ -74,7 +74,7 @@ def _utc_now() -> datetime:
 class Agent:
     """One site's agent. Thread-safe: requests are answered one after the other."""
 
-    def __init__(self, home: SiteHome, ledger: SiteLedger, log: SiteLog, *, clock: Clock = _utc_now) -> None:
+    def __init__(self, home: SiteHome, ledger: Odometers, log: Diary, *, clock: Clock = _utc_now) -> None:
         """Take the home, its open ledger and its open log.
 
         Raises:
@@ -147,11 +147,11 @@ class Agent:
         return self.home.config.population.pseudonym
 
     @property
-    def ledger(self) -> SiteLedger:
+    def ledger(self) -> Odometers:
         return self._ledger
 
     @property
-    def log(self) -> SiteLog:
+    def log(self) -> Diary:
         return self._log
 
     def settle(self) -> None:
@@ -349,17 +349,17 @@ class Agent:
             if base != hashlib.sha256(terms.initial_model()).hexdigest():
                 raise RefusedError("base_model_mismatch", "round 1 does not start from the charter's weights")
             return ZERO_DIGEST
-        number = request.round - 1
+        number = min(request.round - 1, terms.rounds)  # what is released after the last round builds on it
         completed, leaf_hash = self._history.round_completed(
             request.previous_round, run=request.run, number=number
         )
-        self._check_own(request, completed.statements)
+        self._check_own(request, completed.statements, in_a_round=request.round - 1 <= terms.rounds)
         # the averaged weights are no round's output; any model's counts have the same cost
         if request.round <= terms.rounds and base != completed.output_model:
             raise RefusedError("base_model_mismatch", f"the base model is not the output of round {number}")
         return leaf_hash
 
-    def _check_own(self, request: RoundRequest, leaves: tuple[str, ...]) -> None:
+    def _check_own(self, request: RoundRequest, leaves: tuple[str, ...], *, in_a_round: bool) -> None:
         own = self._ledger.release_of(request.run, request.round - 1)
         if request.own_statement is None:
             if own is not None:
@@ -371,7 +371,7 @@ class Agent:
         self.observe(statement)
         if own is None or own.statement != statement:
             raise RefusedError("unwitnessed_history", "the statement shown is not this site's for that round")
-        if in_round and leaf_hash not in leaves:
+        if in_a_round and in_round and leaf_hash not in leaves:
             raise RefusedError("unwitnessed_history", "the round's entry leaves this site's statement out")
         self._ledger.mark_delivered(request.run, request.round - 1)
 
@@ -382,9 +382,9 @@ class Agent:
             self._ledger.mark_delivered(statement.run, statement.round)
 
     def _check_budget(self, reservation: Reservation, terms: Terms, number: int) -> None:
-        releases = self._ledger.releases(self.population)
-        used = sum(release.statement.run == reservation.run for release in releases)
-        spent = [release.statement.event for release in releases]
+        releases = self._ledger.spent(self.population)
+        used = sum(release.run == reservation.run for release in releases)
+        spent = [release.event for release in releases]
         event = terms.planned[number - 1]
         if used >= len(reservation.planned) or reservation.planned[used] != event:
             raise RefusedError("budget_exhausted", f"run {reservation.run} has used its whole reservation")
@@ -432,7 +432,7 @@ class Agent:
         return {"cosignature": line.decode()}, {}
 
 
-def _check_population(home: SiteHome, ledger: SiteLedger) -> None:
+def _check_population(home: SiteHome, ledger: Odometers) -> None:
     """A new pseudonym would set the odometer back to 1, and nothing signed says that nobody is in both."""
     others = sorted(ledger.populations() - {home.config.population.pseudonym})
     if others:

@@ -102,15 +102,10 @@ class ProvableAggregation:
             if site is None or site in self.accepted or site in self.too_long:
                 continue
             answer = read_answer(site, reply)
-            try:
-                if answer.failure or "statement" not in answer.header:
-                    raise StatementError(site, "reply", answer.failure or "holds no statement")
-                update = answer.blobs.get("update", b"")
-                self.accepted[site] = verify_statement(terms, site, answer.header["statement"], update)
-                self.rejected.pop(site, None)
-                self._check_length(site)
-            except StatementError as error:
-                self.rejected[site] = error
+            if answer.failure or "statement" not in answer.header:
+                self.rejected[site] = StatementError(site, "reply", answer.failure or "holds no statement")
+                continue
+            self.offer(site, answer.header["statement"], answer.blobs.get("update", b""))
         if len(self.accepted) < self.charter.minimum_sites:
             return None, None
         if self._open_sum is not None:
@@ -121,6 +116,23 @@ class ProvableAggregation:
                 return None, None
         self.weights = self._step(server_round)
         return self.arrays(), MetricRecord({"sites": len(self.accepted)})
+
+    def offer(self, site: str, statement: object, update: bytes) -> None:
+        """Prove one release for the open round, come by message or from the log; see `aggregate_train`."""
+        if self._terms is None:
+            raise ReplayError("no round was opened")
+        try:
+            self.accepted[site] = verify_statement(self._terms, site, statement, update)
+            self.rejected.pop(site, None)
+            self._check_length(site)
+        except StatementError as error:
+            self.rejected[site] = error
+
+    def repeat(self, server_round: int, updates: Mapping[str, AcceptedUpdate]) -> list[float]:
+        """Make a completed round's step again from the releases that it counted; return its weights."""
+        self.accepted, self.rejected, self.too_long = dict(updates), {}, {}
+        self.weights = self._step(server_round)
+        return [float(weight) for weight in self.weights]
 
     def _check_length(self, site: str) -> None:
         terms = self.update_terms[site]

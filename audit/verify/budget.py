@@ -242,6 +242,8 @@ def _unanswered(chain: Chain) -> list[str]:
                 unknown.append(f"{site} in round {body.round}")
     if chain.evaluated is not None:
         unknown += [f"{site} in the evaluation" for site in chain.evaluated.body.missing]
+    if chain.sketched is not None:
+        unknown += [f"{site} in the sketch" for site in chain.sketched.body.missing]
     return unknown
 
 
