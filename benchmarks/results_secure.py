@@ -58,16 +58,16 @@ HEADER = """# Utility with secure aggregation
 
 Recipe R0 of [utility.md](utility.md) on the same splits, with `secure_aggregation: {{tolerated: 1}}`: each of
 k sites draws 1/sqrt(k - 1) of the noise, and only the sum of a round's updates is read. Every epsilon holds
-against the coordinator and everybody who reads the model, while k - 1 of the sites in a round are honest: with
-all of them there, one may collude; with one gone, none may. Unit of privacy: one row. Neighbouring relation:
+against the coordinator and all who read the model, while k - 1 of the sites in a round are honest: with all
+of them there, one may collude; with one gone, none may. Unit of privacy: one row. Neighbouring relation:
 add/remove. Delta 1e-5. "One site gone" leaves another random site out of every round.
 
 "Alone" is the same epsilon with the whole noise at each site, as in [utility.md](utility.md), trusting nobody.
 """
-FEATURES = """Oriented gradients are a fixed formula of one row and no data: differences of neighbouring pixels, their
-length dealt to the two nearest of 8 directions, summed in cells of 2 by 2 pixels, each block of 2 by 2 cells
-divided by its length. The 128 numbers stand beside the 64 pixels, a quarter as long, as declared features with
-bounds -1 to 1; the quarter was chosen on other splits than these.
+FEATURES = """Oriented gradients are a fixed formula of one row and no data: differences of neighbouring pixels,
+their length dealt to the two nearest of 8 directions, summed in cells of 2 by 2 pixels, each block of 2 by 2
+cells divided by its length. The 128 numbers stand beside the 64 pixels, a quarter as long, as declared
+features with bounds -1 to 1; the quarter was chosen on other splits than these.
 """
 
 
@@ -96,9 +96,10 @@ def gradient_features(images: Array) -> Array:
     bins = np.zeros((*images.shape, ORIENTATIONS))
     np.put_along_axis(bins, low[..., None], (length * (1 - part))[..., None], axis=-1)
     high = (low + 1) % ORIENTATIONS
-    bins += np.take_along_axis(np.eye(ORIENTATIONS), high.reshape(-1, 1), axis=0).reshape(
-        bins.shape
-    ) * (length * part)[..., None]
+    bins += (
+        np.take_along_axis(np.eye(ORIENTATIONS), high.reshape(-1, 1), axis=0).reshape(bins.shape)
+        * (length * part)[..., None]
+    )
     cells = bins.reshape(-1, 4, 2, 4, 2, ORIENTATIONS).sum(axis=(2, 4))
     blocks = cells.reshape(-1, 2, 2, 2, 2, ORIENTATIONS).transpose(0, 1, 3, 2, 4, 5)
     norm = np.sqrt((blocks**2).sum(axis=(3, 4, 5), keepdims=True)) + 0.1
