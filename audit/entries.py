@@ -170,37 +170,13 @@ _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0
 _ONLY_DIGITS = str.maketrans("", "", "-T:Z")
 _ids_made = itertools.count()
 _ACTOR = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,95}")
-_DIGEST_FIELDS: Final = frozenset(
-    {
-        "base_model",
-        "charter",
-        "context",
-        "dataset",
-        "digest",
-        "gate_results",
-        "enrolment",
-        "initial_model",
-        "invitation",
-        "last_round",
-        "output_model",
-        "policy_set",
-        "prediction",
-        "previous_change",
-        "previous_event",
-        "previous_round",
-        "previous_transition",
-        "roster",
-        "schema_digest",
-        "sealed",
-        "start",
-        "total",
-        "transcript",
-        "transition",
-        "update",
-        "version",
-        "weights",
-    }
-)
+_DIGEST_FIELDS: Final = frozenset([
+    "base_model", "charter", "context", "dataset", "digest", "gate_results", "enrolment",
+    "initial_model", "invitation", "last_round", "output_model", "policy_set", "prediction",
+    "previous_change", "previous_event", "previous_round", "previous_transition", "roster",
+    "schema_digest", "sealed", "start", "total", "transcript", "transition", "update", "version",
+    "weights",
+])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

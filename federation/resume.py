@@ -34,6 +34,7 @@ from audit.errors import AuditError
 from audit.ledger import Ledger, StoredEntry
 from audit.models import model_file
 from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
+from audit.secure_bodies import RoundOpened
 from audit.weights import decode_update
 from federation import registry
 from federation.anomaly import record_view
@@ -80,6 +81,7 @@ class RunPast:
     written_off: dict[tuple[int, str], LoggedRelease] = field(default_factory=dict)
     refused: dict[tuple[int, str], UpdateRefused] = field(default_factory=dict)
     examined: set[int] = field(default_factory=set)
+    opened: dict[int, RoundOpened] = field(default_factory=dict)
     abandoned: int = 0  # the round that was given up, if one was
     evaluated: RunEvaluated | None = None
     referenced: RunReferenced | None = None
@@ -162,6 +164,8 @@ class RunPast:
             self.rounds.append(PastRound(completed=body, releases=self._counted(body), **place))
         elif isinstance(body, RoundExamined):
             self.examined.add(body.round)
+        elif isinstance(body, RoundOpened):
+            self.opened[body.round] = body
         elif isinstance(body, RoundAbandoned):
             self.abandoned = body.round
         elif isinstance(body, RunEvaluated):
@@ -225,6 +229,22 @@ def recall(blobs: BlobStore, run: str, release: LoggedRelease) -> AcceptedUpdate
         raise ResumeError(run, f"{where} cannot be read ({error})", RESTORE) from error
 
 
+def opened_total(blobs: BlobStore, charter: Charter, past: RunPast, number: int) -> tuple[int, ...] | None:
+    """Return the sum that a completed masked round was opened to; None where updates are not masked.
+
+    Raises:
+        ResumeError: the log or the home lacks it.
+    """
+    if charter.secure is None:
+        return None
+    try:
+        return tuple(decode_update(blobs.get(past.opened[number].total)))
+    except (KeyError, BlobMissingError, BlobAlteredError, AuditError) as error:
+        raise ResumeError(
+            past.run, f"round {number}'s opened sum cannot be read ({error})", RESTORE
+        ) from error
+
+
 def replay(
     coordinator: Coordinator, charter: Charter, past: RunPast, strategy: Strategy
 ) -> list[list[float]]:
@@ -238,7 +258,8 @@ def replay(
         updates = {
             site: recall(coordinator.blobs, past.run, release) for site, release in done.releases.items()
         }
-        weights = strategy.repeat(number, updates)
+        total = opened_total(coordinator.blobs, charter, past, number)
+        weights = strategy.repeat(number, updates, total)
         model = model_file(charter.layers, weights)
         if hashlib.sha256(model).hexdigest() != done.completed.output_model:
             problem = f"round {number} gives other weights than the log says"
@@ -250,7 +271,8 @@ def replay(
 
 def examine_last(coordinator: Coordinator, charter: Charter, past: RunPast) -> None:
     """Write the view of the last completed round's updates, where the coordinator died before it did."""
-    if charter.aggregation is None or not past.rounds or past.rounds[-1].completed.round in past.examined:
+    shown = charter.aggregation is not None and charter.secure is None
+    if not shown or not past.rounds or past.rounds[-1].completed.round in past.examined:
         return
     done = past.rounds[-1]
     number = done.completed.round

@@ -235,7 +235,9 @@ class RoundLoop:
         requests = self._requests(number, state)
         masked = self._masked(terms)
         if masked is not None:
-            requests = masked.begin(requests)
+            there = [site for site in state.participants if site not in state.silent]
+            begun = masked.begin({site: self._request(number, site, state) for site in there})
+            requests = {site: request for site, request in begun.items() if site in requests}
             terms = masked.terms
         strategy.open_round(
             terms,
