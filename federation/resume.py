@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from audit.checkpoints import parse_checkpoint_note
 from audit.entries import (
     ZERO_DIGEST,
     RoundAbandoned,
@@ -84,6 +85,8 @@ class RunPast:
     evaluated: RunEvaluated | None = None
     resumed: list[RunResumed] = field(default_factory=list)
     ended: RunCompleted | RunFailed | None = None
+    accepted_leaf: int = -1  # of the last acceptance
+    published_size: int = 0  # of the log's last checkpoint
 
     @classmethod
     def read(cls, ledger: Ledger, run: str) -> RunPast:
@@ -92,7 +95,9 @@ class RunPast:
         Raises:
             ResumeError: it tells two stories of the run.
         """
+        note = ledger.latest_checkpoint()
         past, after = cls(run), -1
+        past.published_size = 0 if note is None else parse_checkpoint_note(note).tree_size
         while page := ledger.search(run=run, after=after, limit=1000):
             for row in page:
                 after = row.leaf_index
@@ -110,14 +115,16 @@ class RunPast:
     def participants(self, minimum_sites: int) -> tuple[str, ...]:
         """Return who the next round asks; () where the run has yet to find its sites.
 
-        In round 1 that is whoever accepted: sites may have released for exactly these names already.
+        In round 1 that is whoever accepted, once a checkpoint was published behind the last acceptance: from
+        then on sites may have released for exactly these names. Before that nobody was asked, and all are.
         """
         if self.rounds:
             return tuple(self.rounds[-1].releases)
         for (number, _), release in self.statements.items():
             if number == 1:
                 return release.statement.participants
-        return tuple(sorted(self.accepted)) if len(self.accepted) >= minimum_sites else ()
+        may_be_asked = self.published_size > self.accepted_leaf
+        return tuple(sorted(self.accepted)) if may_be_asked and len(self.accepted) >= minimum_sites else ()
 
     def open_releases(self) -> dict[str, LoggedRelease]:
         """Return the releases of the round that was broken off, as far as the log holds them."""
@@ -141,7 +148,7 @@ class RunPast:
             self._once(self.started is None, "it starts twice")
             self.started = body
         elif isinstance(body, RunAccepted):
-            self.accepted[body.site] = body
+            self.accepted[body.site], self.accepted_leaf = body, row.leaf_index
         elif isinstance(body, SiteStatement):
             key = (body.round, body.site)
             self._once(key not in self.statements, f"site {body.site} stated round {body.round} twice")

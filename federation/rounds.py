@@ -130,17 +130,13 @@ class RoundLoop:
         """
         with self._hold:
             past = RunPast.read(self._coordinator.ledger, self._run.run)
-            if past.started is None:
-                return self._go_on(past, self._prepare(author, past))
-            self._check_same(past)
+            if past.started is not None:
+                self._check_same(past)
             if past.ended is not None:
                 return self._end_again(past, past.ended)
-            prepared = self._prepare(author, past)
-            self._coordinator.append(resumed_body(self._charter, past, principal), ACTOR)
-            self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
-            return self._go_on(past, prepared)
+            return self._go_on(past, self._prepare(author, past), principal)
 
-    def _go_on(self, past: RunPast, prepared: Prepared) -> RunOutcome:
+    def _go_on(self, past: RunPast, prepared: Prepared, principal: str) -> RunOutcome:
         charter = self._charter
         weights = initial_weights(charter.layers, charter.digest)
         strategy = strategy_of(charter, weights)
@@ -150,6 +146,8 @@ class RoundLoop:
         if past.started is not None:
             connected = self._exchange.sites
             state = take_up(self._coordinator, charter, past, strategy, prepared, connected)
+            self._coordinator.append(resumed_body(charter, past, principal), ACTOR)
+            self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
         for number in range(past.next_round, charter.plan.rounds + 1):
             self._hold.check()
             if self._stop():
