@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import Metric, RoundExamined, RunEvaluated, RunResumed, UpdateRefused
+from audit.round_bodies import (
+    Metric,
+    RoundExamined,
+    RunEvaluated,
+    RunReferenced,
+    RunResumed,
+    UpdateRefused,
+)
+from audit.secure_bodies import RoundOpened
+from audit.serving_bodies import SERVING_TYPES, ServingBody
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
 ZERO_DIGEST: Final = "0" * 64
@@ -34,11 +43,17 @@ REFUSAL_CODES: Final = frozenset(
         "rate_limited",
         "refused_by_site",
         "waiting_for_site",
+        # masked rounds
+        "already_answered",
+        "roster_not_proved",
+        "survivors_not_agreed",
     }
 )
 """All that a site ever says about why it did not answer; file, row and reason stay on its own console."""
 
-RUN_FAILURE_CODES: Final = frozenset({"coordinator_error", "not_enough_sites", "site_refused", "stopped"})
+RUN_FAILURE_CODES: Final = frozenset(
+    {"coordinator_error", "not_enough_sites", "not_opened", "site_refused", "stopped"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +168,10 @@ class MechanismEvent:
     grid_bits: int
     relation: str  # "add_remove" | "zero_out" | "replace_one"
     unit: str  # "row" | "subject"
+    # where sites share the noise: each draws `share_grid`, and any `sharers` of them make sigma_grid together
+    share_grid: int = 0
+    sharers: int = 0
+    site_sensitivity_grid: int = 0  # what a whole site moves the sum by; 0: not bounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +192,7 @@ class SiteStatement:
     previous_event: str  # hash of event sequence-1; zeros for the first
     update: str  # digest of the update file as sent
     signature: str
+    roster: str = ""  # whose masks the update carries (`audit.secure_round`); "" where it carries none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +300,8 @@ class KeyCreated:
     role: str
     principal: str
     expires: str  # time, or "" for never
+    region: str = ""  # where its holder asks from; "" where nobody said
+    models: tuple[str, ...] = ()  # the only models it may ask; empty: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +342,9 @@ class Prediction:
     subject: str = ""  # random pseudonym of the person
     context: str = ""  # root of the context's fields (`audit.disclosure`); so are then the rows' digests
     sealed: str = ""  # SHA-256 of the ciphertext in the vault
+    # as the decision was asked with; of a named person, `legal_basis` is in the vault beside the purpose
+    legal_basis: str = ""
+    region: str = ""  # of whoever asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,9 +354,12 @@ class PredictionDenied:
     purpose: str
     principal: str
     role: str
-    reason: str
+    reason: str  # "policy" or "quota"
     policies: tuple[str, ...]
     policy_set: str
+    version: str = ""  # that would have answered
+    legal_basis: str = ""
+    region: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,10 +459,13 @@ Body = (
     | UpdateRefused
     | RoundExamined
     | RunEvaluated
+    | RoundOpened
     | RunResumed
+    | RunReferenced
     | SubjectExported
     | SubjectErased
     | MembershipBody
+    | ServingBody
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -471,9 +502,12 @@ TYPES: Final[dict[str, type[Any]]] = {
     "update.refused": UpdateRefused,
     "round.examined": RoundExamined,
     "run.evaluated": RunEvaluated,
+    "round.opened": RoundOpened,
     "run.resumed": RunResumed,
+    "run.referenced": RunReferenced,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
     **MEMBERSHIP_TYPES,
+    **SERVING_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

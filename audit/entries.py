@@ -67,6 +67,8 @@ from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
 from audit.membership import MEMBERSHIP_DOMAINS
 from audit.round_bodies import Metric
+from audit.secure_bodies import SECURE_DOMAINS
+from audit.serving_bodies import SERVING_DOMAINS
 from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
@@ -154,6 +156,8 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     LogCompromised: "compromise",
     **SITE_DOMAINS,
     **MEMBERSHIP_DOMAINS,
+    **SECURE_DOMAINS,
+    **SERVING_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
@@ -180,12 +184,17 @@ _DIGEST_FIELDS: Final = frozenset(
         "last_round",
         "output_model",
         "policy_set",
+        "prediction",
+        "previous_change",
         "previous_event",
         "previous_round",
         "previous_transition",
+        "roster",
         "schema_digest",
         "sealed",
         "start",
+        "total",
+        "transcript",
         "transition",
         "update",
         "version",

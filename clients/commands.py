@@ -63,7 +63,6 @@ def demo(
     """
     import dataclasses
 
-    from clients.demo import run_demo
     from clients.demo_screen import Screen
 
     _quiet()
@@ -75,6 +74,8 @@ def demo(
         if not as_json:
             typer.echo(f"{outcome.verdict} in {outcome.seconds:.0f} s; everything is in {folder}")
     else:
+        from clients.demo import run_demo
+
         outcome = run_demo(folder, Screen(quiet=as_json), engine=_engine(engine))
     if as_json:
         emit(dataclasses.asdict(outcome), "", as_json=True)

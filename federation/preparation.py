@@ -8,7 +8,7 @@ not written twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from audit.entries import (
     event_hash,
 )
 from federation.charter import Charter
-from federation.coordinator import Coordinator, stable_event_id
+from federation.coordinator import Addition, Coordinator, stable_event_id
 from federation.errors import FederationError, ReplyError, SiteRefusedError, StatementError
 from federation.exchange import Answer, Exchange, Request
 from federation.mechanism import planned_events
@@ -55,18 +55,6 @@ class Prepared:
     failed: dict[str, FederationError]
 
 
-def record_enrolment(coordinator: Coordinator, body: SiteEnrolled) -> None:
-    """Write a proved enrolment, unless the same one is the site's latest already."""
-    latest = latest_enrolments(coordinator).get(body.site)
-    if latest is None or body_document(latest) != body_document(body):
-        coordinator.append(body, f"site:{body.site}")
-
-
-def latest_enrolments(coordinator: Coordinator) -> dict[str, SiteEnrolled]:
-    """Return each site's latest enrolment in the log."""
-    return {body.site: body for _, body in coordinator.bodies(SiteEnrolled)}
-
-
 def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> str:
     """Publish the charter's canonical bytes, once; return the author that it is published with."""
     for _, published in coordinator.bodies(CharterPublished):
@@ -77,10 +65,13 @@ def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> s
     return author
 
 
-def record_charter_signature(coordinator: Coordinator, body: CharterSigned) -> None:
-    """Write a proved signature of a charter, once a site."""
-    if body.site not in signed_by(coordinator, body.digest):
-        coordinator.append(body, f"site:{body.site}")
+def record_charter_signatures(coordinator: Coordinator, bodies: Sequence[CharterSigned]) -> None:
+    """Write proved signatures of one charter together, each once a site, in the order given."""
+    if bodies:
+        known = signed_by(coordinator, bodies[0].digest)
+        coordinator.append_all(
+            [(body, f"site:{body.site}", None) for body in bodies if body.site not in known]
+        )
 
 
 def signed_by(coordinator: Coordinator, digest: str) -> set[str]:
@@ -98,6 +89,7 @@ def connect_sites(
     wanted = only or charter.site_names
     answers = exchange.discover(wanted)
     prepared = Prepared(sites=(), enrolments={}, heads={}, failed={})
+    known, fresh = coordinator.enrolments(), list[SiteEnrolled]()
     for name in wanted:
         try:
             if name not in answers:
@@ -107,8 +99,10 @@ def connect_sites(
         except FederationError as error:
             prepared.failed[name] = error
             continue
-        record_enrolment(coordinator, body)
+        if name not in known or body_document(known[name]) != body_document(body):
+            fresh.append(body)
         prepared.enrolments[name] = body
+    coordinator.append_all([(body, f"site:{body.site}", None) for body in fresh])
     return prepared
 
 
@@ -142,16 +136,16 @@ def gather_signatures(
         patience_s=patience_s,
         waiting=waiting,
     )
-    for name in sorted(missing):
-        answer = answers[name][0]
-        if "signature" not in answer.header:
-            raise SiteRefusedError(name, str(answer.header.get("error", answer.failure or "bad reply")))
-        record_charter_signature(
-            coordinator,
-            verify_charter_signature(
-                name, charter.site(name).identity, charter.digest, author, answer.header["signature"]
-            ),
-        )
+    signed: list[CharterSigned] = []
+    try:
+        for name in sorted(missing):
+            answer = answers[name][0]
+            if "signature" not in answer.header:
+                raise SiteRefusedError(name, str(answer.header.get("error", answer.failure or "bad reply")))
+            signature, identity = answer.header["signature"], charter.site(name).identity
+            signed.append(verify_charter_signature(name, identity, charter.digest, author, signature))
+    finally:
+        record_charter_signatures(coordinator, signed)
 
 
 def propose_run(
@@ -172,8 +166,8 @@ def propose_run(
     `accepted` are the acceptances of a run that is resumed: they are asked for again, and must be the same.
     """
     coordinator.append(run_started, ACTOR, stable_event_id("run.started", run_started.run))
-    accepted = accepted or {}
-    history = SiteHistory.read(coordinator, before_run="" if accepted else run_started.run)
+    before = accepted or {}
+    history = SiteHistory.read(coordinator, before_run="" if before else run_started.run)
     requests = {}
     for name in sorted(prepared.enrolments):
         header: dict[str, Any] = {
@@ -187,19 +181,24 @@ def propose_run(
     answers = ask_patiently(
         exchange, requests, timeout_s=PREPARE_TIMEOUT_S, patience_s=patience_s, waiting=waiting
     )
+    joined: list[str] = []
+    entries: list[Addition] = []
     for name in sorted(requests):
         enrolment, answer = prepared.enrolments[name], answers[name][0]
         try:
-            head = _accept(coordinator, charter, run_started, enrolment, answer, history, accepted.get(name))
+            prepared.heads[name] = _accept(
+                entries, charter, run_started, enrolment, answer, history, before.get(name)
+            )
         except FederationError as error:
             prepared.failed[name] = error
             continue
-        prepared.heads[name] = head
-        prepared.sites = (*prepared.sites, name)
+        joined.append(name)
+    coordinator.append_all(entries)
+    prepared.sites = (*prepared.sites, *joined)
 
 
 def _accept(
-    coordinator: Coordinator,
+    entries: list[Addition],
     charter: Charter,
     run_started: RunStarted,
     enrolment: SiteEnrolled,
@@ -207,10 +206,11 @@ def _accept(
     history: SiteHistory,
     before: RunAccepted | None,
 ) -> OdometerHead:
+    """Prove one answer; put what becomes of it into `entries`, return where the site's odometer stands."""
     site, run = enrolment.site, run_started.run
     if "refusal" in answer.header:
         refusal = verify_refusal(site, enrolment, answer.header["refusal"])
-        coordinator.append(refusal, f"site:{site}", stable_event_id("site.refused", run, site, "0"))
+        entries.append((refusal, f"site:{site}", stable_event_id("site.refused", run, site, "0")))
         raise SiteRefusedError(site, refusal.reason)
     if is_waiting(answer):
         raise SiteRefusedError(site, WAITING)
@@ -244,10 +244,10 @@ def _accept(
             f"starts at event {acceptance.next_sequence}, log and reported releases end at {head.sequence}",
         )
     if before is None:
-        coordinator.append(acceptance, f"site:{site}", stable_event_id("run.accepted", run, site))
+        entries.append((acceptance, f"site:{site}", stable_event_id("run.accepted", run, site)))
     for statement in fresh:
         body = SiteUndelivered(statement=statement)
-        coordinator.append(body, f"site:{site}", stable_event_id("site.undelivered", event_hash(statement)))
+        entries.append((body, f"site:{site}", stable_event_id("site.undelivered", event_hash(statement))))
     return head
 
 

@@ -35,6 +35,7 @@ from audit.entries import (
 from audit.epsilon import recompute
 from audit.models import initial_weights, model_file
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
 from audit.replay import average
 from federation.anomaly import record_view
 from federation.charter import Charter
@@ -61,11 +62,13 @@ from federation.preparation import (
 )
 from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
-from federation.refusals import record_too_long
+from federation.refusals import record_masked, record_opened, record_too_long
 from federation.resume import RESTORE, RunPast, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunState
-from federation.statements import AcceptedUpdate, RoundTerms, verify_refusal
+from federation.secure_round import MaskedRound
+from federation.sketching import sketch_rows
+from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
 
@@ -115,6 +118,7 @@ class RoundLoop:
         self._started = time.monotonic()
         data = None if charter.public_set is None else coordinator.blobs.find(charter.public_set.digest)
         self._public = None if data is None else PublicData.read(charter, data)
+        self._counted: tuple[str, ...] | None = None  # who answered the evaluation, where there is one
 
     def carry_out(self, author: str, *, principal: str = ACTOR) -> RunOutcome:
         """Do everything that the log does not show as done.
@@ -227,8 +231,14 @@ class RoundLoop:
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: RunState) -> None:
         terms = self._terms(number, prepared, state)
         requests = self._requests(number, state)
+        masked = self._masked(terms)
+        if masked is not None:
+            requests = masked.begin(requests)
+            terms = masked.terms
         strategy.open_round(
-            terms, {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()}
+            terms,
+            {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()},
+            None if masked is None else masked.open,
         )
         for site, known in self._recalled(state).items():
             strategy.offer(site, body_document(known.statement), known.update)
@@ -244,6 +254,8 @@ class RoundLoop:
             on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
         output, _ = strategy.aggregate_train(number, replies)
+        if masked is not None:
+            record_masked(self._coordinator, masked, strategy.rejected)
         self._check_logged(strategy, state)
         self._hold.check()
         self._record_refusals(number, replies, strategy, prepared)
@@ -251,21 +263,17 @@ class RoundLoop:
         missing = tuple(sorted(set(state.participants) - set(accepted)))
         state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
         if output is None:
-            self._abandon(number, accepted, missing, strategy.rejected, state)
+            self._abandon(number, accepted, missing, strategy, state)
         leaves: list[str] = []
-        for site, update in accepted.items():
-            self._coordinator.blobs.put(update.update)
-            sequenced = self._coordinator.append(
-                update.statement,
-                f"site:{site}",
-                stable_event_id("site.statement", event_hash(update.statement)),
-            )
+        for site, sequenced in record_statements(self._coordinator, accepted).items():
             leaves.append(sequenced.leaf_hash.hex())
             state.own_leaf[site] = sequenced.leaf_index
-            prepared.heads[site] = prepared.heads[site].after(update.statement)
+            prepared.heads[site] = prepared.heads[site].after(accepted[site].statement)
         weights: list[float] = strategy.weights.tolist()
         state.base_model = model_file(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
+        if masked is not None:
+            record_opened(self._coordinator, masked)
         body = RoundCompleted(
             run=self._run.run,
             round=number,
@@ -278,7 +286,7 @@ class RoundLoop:
         completed = self._coordinator.append(
             body, ACTOR, stable_event_id("round.completed", self._run.run, str(number))
         )
-        if self._charter.aggregation is not None:
+        if self._charter.aggregation is not None and masked is None:
             seen = {site: update.values for site, update in (accepted | strategy.too_long).items()}
             record_view(self._coordinator, self._charter, body, seen)
         state.previous_round, state.round_leaf = completed.leaf_hash.hex(), completed.leaf_index
@@ -296,6 +304,10 @@ class RoundLoop:
             epsilon=self._epsilon(number),
             witnesses=witnesses,
         )
+
+    def _masked(self, terms: RoundTerms) -> MaskedRound | None:
+        secure, timeout_s = self._charter.secure, float(self._charter.plan.round_timeout_s)
+        return None if secure is None else MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s)
 
     def _requests(self, number: int, state: RunState) -> dict[str, Request]:
         """Return the question to each participant whose release is not in the log already."""
@@ -329,7 +341,9 @@ class RoundLoop:
             heads=prepared.heads,
         )
 
-    def _request(self, number: int, site: str, state: RunState) -> Request:
+    def _request(
+        self, number: int, site: str, state: RunState, *, participants: tuple[str, ...] | None = None
+    ) -> Request:
         shown: dict[str, Any] = {"previous_round": None, "own_statement": None}
         if number > 1 and state.round_leaf is not None:
             shown["previous_round"] = self._witnessing.logged(state.round_leaf)
@@ -338,7 +352,7 @@ class RoundLoop:
             "run": self._run.run,
             "round": number,
             "charter": self._charter.digest,
-            "participants": list(state.participants),
+            "participants": list(state.participants if participants is None else participants),
             **shown,
         }
         return Request(kind="round", header=header, blobs={"base_model": state.base_model})
@@ -366,19 +380,22 @@ class RoundLoop:
             self._emit("refused", number=number, sites=(site,), detail=str(rejection))
 
     def _abandon(
-        self, number: int, accepted: Any, missing: tuple[str, ...], rejected: Any, state: RunState
+        self, number: int, accepted: Any, missing: tuple[str, ...], strategy: Any, state: RunState
     ) -> None:
+        rejected, not_opened = strategy.rejected, strategy.not_opened
+        reason = "not_enough_sites" if not_opened is None else "not_opened"
         for site, update in accepted.items():
             body = SiteUndelivered(statement=update.statement)
             event_id = stable_event_id("site.undelivered", event_hash(update.statement))
             state.own_leaf[site] = self._coordinator.append(body, f"site:{site}", event_id).leaf_index
         self._coordinator.append(
-            RoundAbandoned(run=self._run.run, round=number, reason="not_enough_sites", missing=missing), ACTOR
+            RoundAbandoned(run=self._run.run, round=number, reason=reason, missing=missing), ACTOR
         )
         self._emit("abandoned", number=number, sites=tuple(accepted), missing=missing)
         silent = [f"site {site}: no answer in time" for site in missing if site not in rejected]
-        detail = "; ".join([*(str(error) for error in rejected.values()), *silent])
-        raise self._fail(number, "not_enough_sites", detail, state)
+        lost = [] if not_opened is None else [str(not_opened)]
+        detail = "; ".join([*lost, *(str(error) for error in rejected.values()), *silent])
+        raise self._fail(number, reason, detail, state)
 
     def _fail(self, number: int, reason: str, detail: str, state: RunState | None = None) -> RunFailedError:
         body = RunFailed(run=self._run.run, charter=self._charter.digest, round=number, reason=reason)
@@ -407,6 +424,10 @@ class RoundLoop:
             logged=self._recalled(state),
         )
         state.own_leaf |= evaluated.own_leaf
+        state.logged = {}
+        self._counted = tuple(sorted(evaluated.own_leaf))
+        for site, update in evaluated.accepted.items():
+            prepared.heads[site] = prepared.heads[site].after(update.statement)
         worth = evaluated.worth
         self._emit(
             "evaluated",
@@ -416,12 +437,52 @@ class RoundLoop:
             detail="; ".join(str(error) for error in evaluated.rejected.values()),
         )
 
+    def _sketch(self, reference: Reference, prepared: Prepared, state: RunState, *, number: int) -> None:
+        """Have the training rows counted by bin; who did not answer the release before is not asked."""
+        asked = state.participants if self._counted is None else self._counted
+        if number > self._charter.plan.rounds + 1:
+            self._witnessing.cosign(asked)  # the evaluation's statements must be witnessed first
+        terms = dataclasses.replace(
+            self._terms(number, prepared, state),
+            participants=asked,
+            event=reference.event,
+            released=reference.event.dimension,
+        )
+        logged = self._recalled(state)
+        requests = {
+            site: self._request(number, site, state, participants=asked)
+            for site in asked
+            if site not in logged and site not in state.silent
+        }
+        counted = sketch_rows(
+            self._coordinator,
+            self._exchange,
+            terms,
+            reference,
+            requests,
+            timeout_s=float(self._charter.plan.round_timeout_s),
+            minimum_sites=self._charter.minimum_sites,
+            logged=logged,
+        )
+        state.own_leaf |= counted.own_leaf
+        self._emit(
+            "sketched",
+            number=number,
+            sites=tuple(sorted(counted.own_leaf)),
+            detail="; ".join(str(error) for error in counted.rejected.values()),
+        )
+
     def _complete(self, past: RunPast, prepared: Prepared, state: RunState) -> RunOutcome:
         state.base_model = model_file(self._charter.layers, average(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
         evaluation = Evaluation.of_charter(self._charter.document)
-        if evaluation is not None and past.evaluated is None:
+        if past.evaluated is not None:
+            self._counted = tuple(s for s in state.participants if s not in past.evaluated.missing)
+        elif evaluation is not None:
             self._evaluate(evaluation, prepared, state)
+        reference = Reference.of_charter(self._charter.document)
+        if reference is not None and past.referenced is None:
+            self._sketch(reference, prepared, state, number=len(planned_events(self._charter)))
         state.own_leaf |= {site: release.leaf_index for site, release in state.logged.items()}
         self._coordinator.append(
             RunCompleted(

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from federation.coordinator import Coordinator
 from federation.errors import HomeError, ResumeError, RunHeldError
 from federation.exchange import Exchange
+from federation.network.ringing import with_bells
 from federation.patience import PATIENCE_S
 from federation.preparation import ACTOR
 from federation.progress import RunEvent, emit, listening
@@ -39,19 +40,18 @@ def main(grid: Grid, context: Context) -> None:
     if not isinstance(home, str) or not isinstance(run, str) or not home or not run:
         raise HomeError("run config", "`home` and `run` must name a coordinator's home and a prepared run")
     signer_home = config.get("signer-home")
-    exchange = Exchange(
-        grid,
-        poll_s=_seconds(config.get("poll-s"), DEFAULT_POLL_S),
-        discovery_s=_seconds(config.get("discovery-s"), DEFAULT_DISCOVERY_S),
-    )
     chosen = signer_home if isinstance(signer_home, str) and signer_home else None
-    with Coordinator.open(home, chosen) as coordinator:
+    with Coordinator.open(home, chosen) as coordinator, with_bells(grid, coordinator.home) as heard:
         principal = config.get("principal")
         carry_out(
-            grid,
+            heard,
             coordinator,
             run,
-            exchange=exchange,
+            exchange=Exchange(
+                heard,
+                poll_s=_seconds(config.get("poll-s"), DEFAULT_POLL_S),
+                discovery_s=_seconds(config.get("discovery-s"), DEFAULT_DISCOVERY_S),
+            ),
             patience_s=_seconds(config.get("patience-s"), PATIENCE_S),
             hold_s=_seconds(config.get("hold-s"), TTL_S),
             principal=principal if isinstance(principal, str) and principal else ACTOR,

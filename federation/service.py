@@ -111,6 +111,12 @@ def start_run(
     charter, model = request.charter, request.model or request.charter.name
     require(authorizer, principal, Question(action="runs.start", resource=model))
     cost = plan_cost(charter)
+    if not cost.whole_site_fits and charter.site_level is not None:
+        raise PlanDoesNotFitError(
+            planned="none" if cost.whole_site is None else f"{cost.whole_site:.4f} for a whole site",
+            allowed=str(charter.site_level.epsilon),
+            noise="(a larger one), or a smaller site_level.max_update_norm",
+        )
     if not cost.fits:
         raise PlanDoesNotFitError(
             planned=cost.sites[0].spent.pld_text,

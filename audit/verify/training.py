@@ -18,6 +18,7 @@ from audit.models import initial_weights, model_file
 from audit.round_bodies import RunResumed
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, Round, expect, need, verify_body
 from audit.verify.history import CHECKPOINT, LINKS
+from audit.verify.masked import check_rosters
 from audit.verify.members import CHARTER, SITES
 from audit.verify.report import Word
 
@@ -85,15 +86,24 @@ def check_rounds(chain: Chain) -> Outcome:
 
 def check_noise(chain: Chain) -> Outcome:
     """What nobody can prove from outside: say so, and whose word it is."""
+    charter = need(chain.charter, CHARTER)
     if not chain.rounds:
         need(None, ROUNDS)
     codes = sorted({leaf.body.agent_code for found in chain.rounds for leaf in found.statements})
     sites = sorted({leaf.body.site for found in chain.rounds for leaf in found.statements})
+    shared = ""
+    if charter.secure is not None:
+        fewest = min(len(found.statements) for found in chain.rounds)
+        shared = (
+            f"; the noise is whole only as the sum of {charter.secure.sharers} honest sites' shares: as long "
+            f"as at most {charter.secure.colluders(fewest)} of the {fewest} or more in a round "
+            "collude with the coordinator"
+        )
     return Outcome(
         word=Word.ATTESTED,
         detail=f"by the statement keys of {', '.join(sites)}: that rows were clipped and the noise was "
         f"drawn, and "
-        f"what the rows were; agent code {', '.join(code[:16] + '…' for code in codes[:4])}",
+        f"what the rows were; agent code {', '.join(code[:16] + '…' for code in codes[:4])}{shared}",
     )
 
 
@@ -104,6 +114,15 @@ def evaluation_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
         return []
     number = charter.rounds + 1
     return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == (run, number)]
+
+
+def reference_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
+    """Return the run's statements of a sketch, its last release, where the charter asks for one."""
+    charter = need(chain.charter, CHARTER)
+    if charter.serving.reference is None:
+        return []
+    wanted = (run, charter.releases)
+    return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == wanted]
 
 
 def check_statement(chain: Chain, leaf: Leaf[SiteStatement], wanted: Mapping[str, object]) -> None:
@@ -196,7 +215,9 @@ def _round(
     previous = statements[0].body.previous_round
     for statement in statements:
         _check_statement(chain, charter, run, body, statement, participants, previous)
-    return Round(leaf, statements)
+    found = Round(leaf, statements)
+    check_rosters(charter.secure, found)
+    return found
 
 
 def _check_statement(
@@ -270,6 +291,7 @@ def _check_nothing_besides(chain: Chain, run: str, rounds: Sequence[Round]) -> N
     known = {found.leaf.index for found in rounds}
     known |= {statement.index for found in rounds for statement in found.statements}
     known |= {leaf.index for leaf in evaluation_statements(chain, run)}
+    known |= {leaf.index for leaf in reference_statements(chain, run)}
     for leaf in chain.leaves(RoundCompleted):
         if leaf.body.run == run and leaf.index not in known:
             raise FailError(

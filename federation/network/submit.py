@@ -18,7 +18,7 @@ from federation.progress import Listener
 from federation.run_journal import RunJournal
 from federation.service import RunConfig
 
-POLL_S: Final = 0.1  # between the ServerApp's looks for replies
+POLL_S: Final = 0.02  # between the ServerApp's looks for replies, each of which waits for a bell
 DISCOVERY_S: Final = 90.0  # a restarted SuperNode is refused for up to a minute
 STATUS_EVERY_S: Final = 3.0
 LOST_S: Final = 20.0  # SuperLink says finished and the log shows no end
