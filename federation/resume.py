@@ -35,6 +35,7 @@ from audit.errors import AuditError
 from audit.ledger import Ledger, StoredEntry
 from audit.models import model_file
 from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
+from audit.secure_bodies import RoundOpened
 from audit.weights import decode_update
 from federation import registry
 from federation.anomaly import record_view
@@ -81,6 +82,7 @@ class RunPast:
     written_off: dict[tuple[int, str], LoggedRelease] = field(default_factory=dict)
     refused: dict[tuple[int, str], UpdateRefused] = field(default_factory=dict)
     examined: set[int] = field(default_factory=set)
+    opened: dict[int, RoundOpened] = field(default_factory=dict)  # masked rounds
     abandoned: int = 0  # the round that was given up, if one was
     evaluated: RunEvaluated | None = None
     referenced: RunReferenced | None = None
@@ -169,6 +171,8 @@ class RunPast:
             self.rounds.append(PastRound(completed=body, releases=self._counted(body), **place))
         elif isinstance(body, RoundExamined):
             self.examined.add(body.round)
+        elif isinstance(body, RoundOpened):
+            self.opened[body.round] = body
         elif isinstance(body, RoundAbandoned):
             self.abandoned = body.round
         elif isinstance(body, RunEvaluated):
@@ -245,7 +249,7 @@ def replay(
         updates = {
             site: recall(coordinator.blobs, past.run, release) for site, release in done.releases.items()
         }
-        weights = strategy.repeat(number, updates)
+        weights = strategy.repeat(number, updates, opened_total(coordinator.blobs, past.opened.get(number)))
         model = model_file(charter.layers, weights)
         if hashlib.sha256(model).hexdigest() != done.completed.output_model:
             problem = f"round {number} gives other weights than the log says"
@@ -253,6 +257,21 @@ def replay(
         coordinator.blobs.put(model)
         outputs.append(weights)
     return outputs
+
+
+def opened_total(blobs: BlobStore, opened: RoundOpened | None) -> tuple[int, ...] | None:
+    """Return the sum that a masked round was opened to, as it was kept; None where none was.
+
+    Raises:
+        ResumeError: it is not here.
+    """
+    if opened is None:
+        return None
+    try:
+        return tuple(decode_update(blobs.get(opened.total)))
+    except (BlobMissingError, BlobAlteredError, AuditError) as error:
+        problem = f"the opened sum of round {opened.round} cannot be read ({error})"
+        raise ResumeError(opened.run, problem, RESTORE) from error
 
 
 def examine_last(coordinator: Coordinator, charter: Charter, past: RunPast) -> None:
@@ -290,6 +309,7 @@ def take_up(
         base_model=model_file(charter.layers, strategy.weights.tolist()),
         outputs=outputs[-charter.average_last :],
         logged=past.open_releases(),
+        opened=past.opened.get(past.next_round),
     )
     if past.rounds:
         done = past.rounds[-1]

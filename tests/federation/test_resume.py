@@ -91,6 +91,14 @@ class Dying:
         self._step()
         return self._coordinator.append(*arguments)
 
+    def append_all(self, entries: Any) -> Any:
+        """They share commits, and the last of them may be lost: a step for each."""
+        return [self.append(*entry) for entry in entries]
+
+    def put_all(self, files: Any) -> Any:
+        self._step()
+        return self._coordinator.blobs.put_all(files)
+
     def cosign_round(self, collect: Any) -> Any:
         self._step()
         return self._coordinator.cosign_round(collect)
