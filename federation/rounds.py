@@ -150,6 +150,7 @@ class RoundLoop:
         if past.started is not None:
             connected = self._exchange.sites
             state = take_up(self._coordinator, charter, past, strategy, prepared, connected)
+            self._hold.check()
             self._coordinator.append(resumed_body(charter, past, principal), ACTOR)
             self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
         for number in range(past.next_round, charter.plan.rounds + 1):
