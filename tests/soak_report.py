@@ -36,6 +36,7 @@ PARTS: Final = {
     "races": "Concurrent add-checkpoint to one witness",
     "witness_kill": "kill -9 of a witness in the middle of a cosignature",
     "fuzz": "Parsers fed with hostile bytes",
+    "kills": "kill -9 at random moments of ServerApp, SuperLink, SuperNode, agent and API",
     "clocks": "The clock jumps",
     "erasure": "After an erasure",
 }
