@@ -199,9 +199,7 @@ class Gateway:
             if message["type"] == "lifespan.startup":
                 self._directory.start()
                 if self._bell is not None and not self._hold.start(self._bell):
-                    _logger.warning(
-                        "no bell at %s; SuperNodes look by themselves", self._bell
-                    )
+                    _logger.warning("no bell at %s; SuperNodes look by themselves", self._bell)
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
                 self._hold.stop()
