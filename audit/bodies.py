@@ -6,8 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import Metric, RoundExamined, RunEvaluated, RunResumed, UpdateRefused
+from audit.round_bodies import (
+    Metric,
+    RoundExamined,
+    RunEvaluated,
+    RunReferenced,
+    RunResumed,
+    UpdateRefused,
+)
 from audit.secure_bodies import RoundOpened
+from audit.serving_bodies import SERVING_TYPES, ServingBody
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
 ZERO_DIGEST: Final = "0" * 64
@@ -292,6 +300,8 @@ class KeyCreated:
     role: str
     principal: str
     expires: str  # time, or "" for never
+    region: str = ""  # where its holder asks from; "" where nobody said
+    models: tuple[str, ...] = ()  # the only models it may ask; empty: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +342,9 @@ class Prediction:
     subject: str = ""  # random pseudonym of the person
     context: str = ""  # root of the context's fields (`audit.disclosure`); so are then the rows' digests
     sealed: str = ""  # SHA-256 of the ciphertext in the vault
+    # as the decision was asked with; of a named person, `legal_basis` is in the vault beside the purpose
+    legal_basis: str = ""
+    region: str = ""  # of whoever asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,9 +354,12 @@ class PredictionDenied:
     purpose: str
     principal: str
     role: str
-    reason: str
+    reason: str  # "policy" or "quota"
     policies: tuple[str, ...]
     policy_set: str
+    version: str = ""  # that would have answered
+    legal_basis: str = ""
+    region: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -445,9 +461,11 @@ Body = (
     | RunEvaluated
     | RoundOpened
     | RunResumed
+    | RunReferenced
     | SubjectExported
     | SubjectErased
     | MembershipBody
+    | ServingBody
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -486,8 +504,10 @@ TYPES: Final[dict[str, type[Any]]] = {
     "run.evaluated": RunEvaluated,
     "round.opened": RoundOpened,
     "run.resumed": RunResumed,
+    "run.referenced": RunReferenced,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
     **MEMBERSHIP_TYPES,
+    **SERVING_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -32,9 +32,10 @@ def register(application: typer.Typer) -> None:
     register_network(site)
     application.command("demo")(demo)
     application.command("train")(train)
-    from clients import site_commands
+    from clients import resume_commands, site_commands
 
     site_commands.register(site)
+    resume_commands.register(application)
     application.add_typer(identity)
     application.add_typer(site)
     for group in application.registered_groups:

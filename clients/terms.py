@@ -19,6 +19,7 @@ from audit.errors import AuditError
 from audit.layers import shared_spans
 from audit.models import dimension, initial_weights, model_file
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
 from audit.secure_round import SecureTerms
 from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.errors import DPError
@@ -67,8 +68,10 @@ class Terms:
     site_index: int
     event: MechanismEvent  # the same in every round
     secure: SecureTerms | None  # where updates are masked and the noise is shared
+    site_epsilon: Decimal | None  # what a run may cost this site as a whole; None: nothing is promised
     max_update_norm: Decimal | None  # of the whole site's sum, in gradient units
     evaluation: Evaluation | None
+    reference: Reference | None
 
     @property
     def loss(self) -> Loss:
@@ -82,7 +85,12 @@ class Terms:
     def planned(self) -> tuple[MechanismEvent, ...]:
         """Every release of a run, in order."""
         rounds = (self.event,) * self.rounds
-        return rounds if self.evaluation is None else (*rounds, self.evaluation.event)
+        return (*rounds, *(terms.event for terms in self.after))
+
+    @property
+    def after(self) -> tuple[Evaluation | Reference, ...]:
+        """What is released once after the last round, in order."""
+        return tuple(terms for terms in (self.evaluation, self.reference) if terms is not None)
 
     @property
     def normaliser(self) -> float:
@@ -171,8 +179,10 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         site_index=sites.index(site),
         event=_event(plan, privacy, dimension(layers), secure, whole),
         secure=secure,
+        site_epsilon=None if whole is None else parse_decimal(whole["epsilon"]),
         max_update_norm=None if whole is None else parse_decimal(whole["max_update_norm"]),
         evaluation=Evaluation.of_charter(document),
+        reference=Reference.of_charter(document),
     )
 
 

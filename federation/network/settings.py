@@ -77,6 +77,11 @@ class NetworkHome:
             )
         return home
 
+    @classmethod
+    def exists(cls, coordinator_home: Path) -> bool:
+        """Whether `coordinator init` was run there."""
+        return (coordinator_home / "network" / FILE).is_file()
+
     def settings(self) -> NetworkSettings:
         """Read the settings.
 
