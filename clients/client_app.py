@@ -28,7 +28,19 @@ from federation.pieces import PiecesError, blob_records, read_blobs
 _logger = logging.getLogger(__name__)
 
 ROUND_KINDS: Final = frozenset({"round"})
-QUERY_KINDS: Final = frozenset({"hello", "charter.sign", "run.propose", "cosign", "run.finished"})
+QUERY_KINDS: Final = frozenset(
+    {
+        "hello",
+        "charter.sign",
+        "run.propose",
+        "cosign",
+        "run.finished",
+        "masked.keys",
+        "masked.shares",
+        "masked.survivors",
+        "masked.open",
+    }
+)
 
 app = ClientApp()
 

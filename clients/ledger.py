@@ -15,29 +15,30 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 from urllib.parse import quote
 
 from sqlalchemy import event, text
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlmodel import create_engine, insert, select, update
+from sqlmodel import create_engine, delete, insert, select, update
 
-from audit.canonical import canonical_bytes, parse_canonical
+from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import ZERO_DIGEST, MechanismEvent, SiteStatement, body_document, event_hash, parse_body
 from audit.errors import AuditError
 from clients.errors import HomeError, LedgerBehindError, OdometerError
 from clients.high_water import Head, HighWaterMarks
-from clients.ledger_tables import ReleaseRow, ReservationRow, SiteTable
+from clients.ledger_tables import MaskedRoundRow, ReleaseRow, ReservationRow, SiteTable
 
 SCHEMA_VERSION: Final = 1
 
 
 _RELEASE: Final = ReleaseRow.__table__  # type: ignore[attr-defined]
 _RESERVATION: Final = ReservationRow.__table__  # type: ignore[attr-defined]
+_MASKED: Final = MaskedRoundRow.__table__  # type: ignore[attr-defined]
 _WITHOUT_UPDATE: Final = [column for column in _RELEASE.c if column.name != "update"]  # which may be large
 
 
@@ -77,8 +78,15 @@ class Odometers(Protocol):
     def releases(self, population: str) -> tuple[Release, ...]: ...
     def spent(self, population: str) -> Sequence[Spent]: ...
     def commit_release(
-        self, statement: SiteStatement, update_file: bytes, request_digest: str
+        self,
+        statement: SiteStatement,
+        update_file: bytes,
+        request_digest: str,
+        masked: Mapping[str, JsonValue] | None = None,
     ) -> Release: ...
+    def masked_round(self, run: str, server_round: int) -> dict[str, Any] | None: ...
+    def masked_rounds(self, run: str) -> tuple[int, ...]: ...
+    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None: ...
     def mark_delivered(self, run: str, server_round: int) -> None: ...
     def undelivered(self, population: str) -> tuple[SiteStatement, ...]: ...
     def reserve(self, reservation: Reservation) -> None: ...
@@ -109,6 +117,8 @@ class SiteLedger:
         self._engine = _engine(path, look=look)
         try:
             self._check_schema()
+            if not look:  # an older release's ledger lacks the table that masked rounds need
+                _MASKED.create(self._engine, checkfirst=True)
             for population, seen in self._marks.read().items():
                 self.check_not_behind(population, seen, witness=str(high_water_path))
             self._check_chains()
@@ -183,8 +193,16 @@ class SiteLedger:
                 self._spent[population] = known
             return tuple(known)
 
-    def commit_release(self, statement: SiteStatement, update_file: bytes, request_digest: str) -> Release:
+    def commit_release(
+        self,
+        statement: SiteStatement,
+        update_file: bytes,
+        request_digest: str,
+        masked: Mapping[str, JsonValue] | None = None,
+    ) -> Release:
         """Write debit, bytes and statement in one durable transaction; only then may anything be sent.
+
+        `masked` is what the site knows of the round from here on, where its update is masked.
 
         Raises:
             OdometerError: the statement does not continue the odometer, or the round was released before.
@@ -215,10 +233,31 @@ class SiteLedger:
                     delivered=0,
                 )
             )
+            if masked is not None:
+                _put_masked(connection, statement.run, statement.round, masked)
         if statement.population in self._spent:
             self._spent[statement.population].append(Spent(statement.run, statement.event))
         self._marks.raise_to(statement.population, Head(statement.sequence, event_hash(statement)))
         return Release(statement, update_file, request_digest, False)
+
+    def masked_round(self, run: str, server_round: int) -> dict[str, Any] | None:
+        """Return what the site knows of a masked round."""
+        with self._read() as connection:
+            found = connection.execute(
+                select(_MASKED.c.state).where(_MASKED.c.run == run, _MASKED.c.round == server_round)
+            ).scalar_one_or_none()
+        return None if found is None else cast("dict[str, Any]", parse_canonical(found))
+
+    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None:
+        """Keep what the site knows of a masked round, before it answers from it."""
+        with self._write() as connection:
+            _put_masked(connection, run, server_round, state)
+
+    def masked_rounds(self, run: str) -> tuple[int, ...]:
+        """Return the numbers of a run's masked rounds, ascending."""
+        with self._read() as connection:
+            rows = connection.execute(select(_MASKED.c.round).where(_MASKED.c.run == run)).all()
+        return tuple(sorted(number for (number,) in rows))
 
     def mark_delivered(self, run: str, server_round: int) -> None:
         """Note that a witnessed checkpoint shows the release."""
@@ -352,12 +391,18 @@ def _engine(path: Path, *, look: bool = False) -> Engine:
         if not look:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA secure_delete = ON")  # keys of a masked round do not linger
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN" if look else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _put_masked(connection: Connection, run: str, number: int, state: Mapping[str, JsonValue]) -> None:
+    connection.execute(delete(_MASKED).where(_MASKED.c.run == run, _MASKED.c.round == number))
+    connection.execute(insert(_MASKED).values(run=run, round=number, state=canonical_bytes(dict(state))))
 
 
 def _exclusive_lock(path: Path) -> int:

@@ -47,7 +47,8 @@ from federation.coordinator import Coordinator
 from federation.evaluation import PublicData, metrics_of
 from federation.progress import Listener, RunEvent
 from federation.registry import statements
-from federation.service import Launch, RunConfig, TrainedRun, TrainRequest, train
+from federation.resume import prepared_run
+from federation.service import Launch, ResumeRequest, RunConfig, TrainedRun, TrainRequest, resume, train
 from federation.trust import federation_policy
 
 if TYPE_CHECKING:
@@ -97,15 +98,7 @@ def run_federation(
         coordinator.blobs.put(public_set.read_bytes())
     join_all(homes, coordinator)
     with ExitStack() as stack:
-        agents, shared = {}, _Shared()
-        for name, home in homes.items():
-            agents[name] = shared.agent(home)
-            stack.callback(agents[name].close)
-        if not coordinator.simulated:  # virtual ledgers are as old as this process, and cannot be put back
-            for statement in statements(coordinator.ledger):
-                if statement.site in agents:
-                    agents[statement.site].observe(statement)
-        launch = _launchers[engine](agents, charter)
+        launch = _launchers[engine](_open_agents(homes, coordinator, stack), charter)
         principal = Principal(id=author.verify_key.fingerprint, role="scientist", key=author.text)
         request = TrainRequest(charter=charter, model=model)
         return train(coordinator, principal, LocalOwner(), request, author, launch, on_event=on_event)
@@ -124,6 +117,55 @@ class _Shared:
             return Agent.open(home)
         self._notes = self._notes or OpenedNotes(home.policy())
         return home.agent(self._workshop, self._notes)
+
+
+def resume_federation(
+    run: str,
+    homes: Mapping[str, SiteHome],
+    coordinator: Coordinator,
+    principal: Principal,
+    *,
+    engine: Engine = "inprocess",
+    on_event: Listener | None = None,
+) -> TrainedRun:
+    """Go on with a run of `run_federation` whose process died; every release is answered as it was stored.
+
+    Args:
+        run: its id.
+        homes: of the charter's sites, by name; no other process may hold their ledgers.
+        coordinator: open; the run is logged there.
+        principal: who resumes it, as the log will say.
+        engine: see `run_federation`. on_event: called after each step, from a thread of the run.
+
+    Raises:
+        SimulationError: the sites are not the charter's, or the engine is not installed.
+        HomeError: no such run was prepared in this home.
+        RunHeldError: another process carries it out. ResumeError: it cannot go on, or not now.
+        LedgerBehindError: the log shows a release that a site's ledger does not have: an old copy.
+        RunFailedError: the run stopped; the log says why.
+    """
+    charter = prepared_run(coordinator, run).charter
+    if sorted(homes) != list(charter.site_names):
+        raise SimulationError(f"homes of {sorted(homes)} for a charter of {list(charter.site_names)}")
+    join_all(homes, coordinator)
+    with ExitStack() as stack:
+        launch = _launchers[engine](_open_agents(homes, coordinator, stack), charter)
+        request = ResumeRequest(run=run)
+        return resume(coordinator, principal, LocalOwner(), request, launch, on_event=on_event)
+
+
+def _open_agents(
+    homes: Mapping[str, SiteHome], coordinator: Coordinator, stack: ExitStack
+) -> dict[str, Agent]:
+    agents, shared = {}, _Shared()
+    for name, home in homes.items():
+        agents[name] = shared.agent(home)
+        stack.callback(agents[name].close)
+    if not coordinator.simulated:  # virtual ledgers are as old as this process, and cannot be put back
+        for statement in statements(coordinator.ledger):
+            if statement.site in agents:
+                agents[statement.site].observe(statement)
+    return agents
 
 
 def join_all(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> None:
@@ -342,18 +384,8 @@ def _set_up(
         files = write_site_files(base / "data", sites)
         rows = {name: count_rows(path) for name, path in files.items()}
         public_file = None if public is None else write_frame(base / "data" / "public.csv", public)
-        cap = {"lifetime_epsilon": lifetime_epsilon, "lifetime_delta": delta}
-        homes: dict[str, SiteHome] = {
-            name: VirtualHome.make(base / "sites" / name, name=name, data=path, **cap)
-            if kind == "memory"
-            else SiteHome.create(
-                base / "sites" / name,
-                name=name,
-                data=path,
-                population=f"simulated people of {name}",
-                auto_approve=True,
-                **cap,
-            )
+        homes = {
+            name: _home(base / "sites" / name, name, path, lifetime_epsilon, delta, kind)
             for name, path in files.items()
         }
         officer = Identity.create(base / "officer")
@@ -372,6 +404,20 @@ def _set_up(
         )
         undo.pop_all()
     return federation, agreed
+
+
+def _home(path: Path, name: str, data: Path, epsilon: str, delta: str, kind: Homes) -> SiteHome:
+    if kind == "memory":
+        return VirtualHome.make(path, name=name, data=data, lifetime_epsilon=epsilon, lifetime_delta=delta)
+    return SiteHome.create(
+        path,
+        name=name,
+        data=data,
+        population=f"simulated people of {name}",
+        lifetime_epsilon=epsilon,
+        lifetime_delta=delta,
+        auto_approve=True,
+    )
 
 
 def _delta(source: CharterSource) -> str:
@@ -412,6 +458,7 @@ __all__ = [
     "join_all",
     "new_coordinator",
     "ray_launch",
+    "resume_federation",
     "run_federation",
     "simulate",
 ]

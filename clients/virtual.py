@@ -13,7 +13,7 @@ import dataclasses
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from audit.canonical import JsonValue
 from audit.checkpoints import Checkpoint
 from audit.entries import (
     ZERO_DIGEST,
@@ -64,6 +65,7 @@ class VirtualLedger:
         self._last_round: dict[str, int] = {}  # by run
         self._kept: dict[tuple[str, int], Release] = {}
         self._reservations: dict[str, Reservation] = {}
+        self._masked: dict[tuple[str, int], dict[str, Any]] = {}
 
     def close(self) -> None: ...
 
@@ -97,7 +99,13 @@ class VirtualLedger:
     def committed_events(self, population: str) -> tuple[MechanismEvent, ...]:
         return committed_events(self, population)
 
-    def commit_release(self, statement: SiteStatement, update_file: bytes, request_digest: str) -> Release:
+    def commit_release(
+        self,
+        statement: SiteStatement,
+        update_file: bytes,
+        request_digest: str,
+        masked: Mapping[str, JsonValue] | None = None,
+    ) -> Release:
         """Debit a release and keep what was sent; raises `OdometerError` as a ledger on disk does."""
         with self._lock:
             head, population = self.head(statement.population), statement.population
@@ -115,8 +123,22 @@ class VirtualLedger:
             before.append(before[-1] if before and before[-1] == spent else spent)
             self._last_round[statement.run] = statement.round
             self._kept[statement.run, statement.round] = release
+            if masked is not None:
+                self._masked[statement.run, statement.round] = dict(masked)
             self._forget()
             return release
+
+    def masked_round(self, run: str, server_round: int) -> dict[str, Any] | None:
+        with self._lock:
+            return self._masked.get((run, server_round))
+
+    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None:
+        with self._lock:
+            self._masked[run, server_round] = dict(state)
+
+    def masked_rounds(self, run: str) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(sorted(number for name, number in self._masked if name == run))
 
     def mark_delivered(self, run: str, server_round: int) -> None:
         with self._lock:

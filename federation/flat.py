@@ -15,7 +15,7 @@ import numpy as np
 
 from audit.layers import Layer, parameter_specs
 from audit.models import ModelError, is_zero_start, starting_spans
-from audit.weights import WeightsError, file_header, read_parts
+from audit.weights import WeightsError, encode_update, file_header, read_parts
 
 Vector: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 Integers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
@@ -65,8 +65,10 @@ def update_vector(data: bytes) -> Integers:
     return found
 
 
-def update_bytes(values: Integers) -> bytes:
+def update_bytes(values: Integers | Sequence[int]) -> bytes:
     """Return the update file of integers: the bytes of `audit.weights.encode_update`."""
+    if not isinstance(values, np.ndarray):
+        return encode_update(values)
     body = np.ascontiguousarray(values, dtype="<i8").data.cast("B")
     return b"".join([file_header("I64", [("update", (len(values),))]), body])
 

@@ -134,7 +134,7 @@ def _lines(record: object, *, taken: set[str]) -> dict[str, dict[str, Any]]:
             raise PiecesError(f"the line about {name} names no digest")
         if not PIECE_BYTES < size <= MAX_BLOB_BYTES or not 0 < count <= -(-size // PIECE_BYTES):
             raise PieceSizeError(f"blob {name}: {count} pieces of {size} bytes in all are more than may come")
-    return found  # type: ignore[return-value]  # each line was just found to be a mapping
+    return found
 
 
 def _joined(content: RecordDict, name: str, line: Mapping[str, Any]) -> bytes:

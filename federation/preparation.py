@@ -15,6 +15,7 @@ from typing import Any
 from audit.entries import (
     CharterPublished,
     CharterSigned,
+    RunAccepted,
     RunStarted,
     SiteEnrolled,
     SiteStatement,
@@ -80,12 +81,18 @@ def signed_by(coordinator: Coordinator, digest: str) -> set[str]:
     return {body.site for _, body in coordinator.bodies(CharterSigned) if body.digest == digest}
 
 
-def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter) -> Prepared:
-    """Find the members, prove their enrolments and record them; who is not there has failed, and why."""
-    answers = exchange.discover(charter.site_names)
+def connect_sites(
+    coordinator: Coordinator, exchange: Exchange, charter: Charter, only: tuple[str, ...] = ()
+) -> Prepared:
+    """Find the members, prove their enrolments and record them; who is not there has failed, and why.
+
+    With `only` nobody else is looked for.
+    """
+    wanted = only or charter.site_names
+    answers = exchange.discover(wanted)
     prepared = Prepared(sites=(), enrolments={}, heads={}, failed={})
     known, fresh = coordinator.enrolments(), list[SiteEnrolled]()
-    for name in charter.site_names:
+    for name in wanted:
         try:
             if name not in answers:
                 raise ReplyError(name, "is not connected; start its agent and relay, or check its name")
@@ -151,15 +158,18 @@ def propose_run(
     prepared: Prepared,
     witnessing: Witnessing,
     *,
+    accepted: Mapping[str, RunAccepted] | None = None,
     patience_s: float = PATIENCE_S,
     waiting: Waiting | None = None,
 ) -> None:
     """Ask every connected member to reserve the run's whole plan, those whose people decide again and again.
 
     Acceptances, refusals and undelivered releases become entries; `prepared.sites` are those that accepted.
+    `accepted` are the acceptances of a run that is resumed: they are asked for again, and must be the same.
     """
     coordinator.append(run_started, ACTOR, stable_event_id("run.started", run_started.run))
-    history = SiteHistory.read(coordinator, before_run=run_started.run)
+    before = accepted or {}
+    history = SiteHistory.read(coordinator, before_run="" if before else run_started.run)
     requests = {}
     for name in sorted(prepared.enrolments):
         header: dict[str, Any] = {
@@ -173,18 +183,20 @@ def propose_run(
     answers = ask_patiently(
         exchange, requests, timeout_s=PREPARE_TIMEOUT_S, patience_s=patience_s, waiting=waiting
     )
-    accepted: list[str] = []
+    joined: list[str] = []
     entries: list[Addition] = []
     for name in sorted(requests):
         enrolment, answer = prepared.enrolments[name], answers[name][0]
         try:
-            prepared.heads[name] = _accept(entries, charter, run_started, enrolment, answer, history)
+            prepared.heads[name] = _accept(
+                entries, charter, run_started, enrolment, answer, history, before.get(name)
+            )
         except FederationError as error:
             prepared.failed[name] = error
             continue
-        accepted.append(name)
+        joined.append(name)
     coordinator.append_all(entries)
-    prepared.sites = (*prepared.sites, *accepted)
+    prepared.sites = (*prepared.sites, *joined)
 
 
 def _accept(
@@ -194,6 +206,7 @@ def _accept(
     enrolment: SiteEnrolled,
     answer: Answer,
     history: SiteHistory,
+    before: RunAccepted | None,
 ) -> OdometerHead:
     """Prove one answer; put what becomes of it into `entries`, return where the site's odometer stands."""
     site, run = enrolment.site, run_started.run
@@ -207,6 +220,8 @@ def _accept(
         raise ReplyError(site, answer.failure or "sent no acceptance")
     releases = len(planned_events(charter))
     acceptance = verify_acceptance(site, enrolment, run_started, releases, answer.header["acceptance"])
+    if before is not None and before != acceptance:
+        raise StatementError(site, "acceptance", "is another than the one in the log")
     key = (site, enrolment.population)
     undelivered = answer.header.get("undelivered", [])
     if not isinstance(undelivered, list):
@@ -223,13 +238,15 @@ def _accept(
                 site, "undelivered", f"event {statement.sequence} does not follow {head.sequence}"
             )
         head = head.after(statement)
-    if (acceptance.next_sequence, acceptance.previous_event) != (head.sequence + 1, head.event_hash):
+    starts = (acceptance.next_sequence, acceptance.previous_event)
+    if before is None and starts != (head.sequence + 1, head.event_hash):
         raise StatementError(
             site,
             "next_sequence",
             f"starts at event {acceptance.next_sequence}, log and reported releases end at {head.sequence}",
         )
-    entries.append((acceptance, f"site:{site}", stable_event_id("run.accepted", run, site)))
+    if before is None:
+        entries.append((acceptance, f"site:{site}", stable_event_id("run.accepted", run, site)))
     for statement in fresh:
         body = SiteUndelivered(statement=statement)
         entries.append((body, f"site:{site}", stable_event_id("site.undelivered", event_hash(statement))))
@@ -246,7 +263,7 @@ class SiteHistory:
 
     @classmethod
     def read(cls, coordinator: Coordinator, *, before_run: str) -> SiteHistory:
-        """Read the log as it was before `before_run`, so that a run which is resumed finds its own start."""
+        """Read the log without the statements of `before_run`, which is "" to leave none out."""
         history = cls({}, {}, set())
         for stored, entry in coordinator.entries(type=["site.statement", "site.undelivered"]):
             body: Any = entry.body

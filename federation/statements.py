@@ -64,6 +64,7 @@ class RoundTerms:
     released: int  # numbers in an update; the event's dimension counts those that stay at the site too
     enrolments: Mapping[str, SiteEnrolled]
     heads: Mapping[str, OdometerHead]
+    roster: str = ""  # whose masks the updates carry; "" where they carry none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,7 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
         "sequence": head.sequence + 1,
         "previous_event": head.event_hash,
         "update": hashlib.sha256(update).hexdigest(),
+        "roster": terms.roster,
     }
     for name, value in wanted.items():
         found = getattr(statement, name)
