@@ -52,8 +52,8 @@ label: {{name: y, classes: ["no", "yes"]}}
 model: {model}
 plan: {{learning_rate: 1, rounds: {rounds}, average_last: 1, round_timeout_s: 900}}
 privacy:
-  {{unit: row, relation: add_remove, epsilon: 500, delta: 1e-5, max_grad_norm: 1, grid_bits: 20,
-    noise_multiplier: 4, precision: {precision}}}
+  {{unit: row, relation: add_remove, epsilon: 100, delta: 1e-5, max_grad_norm: 1, grid_bits: 20,
+    noise_multiplier: 8, precision: {precision}}}
 """
 
 
@@ -393,8 +393,8 @@ def page(figures: dict[str, Any]) -> str:
             "",
             "| | s a round | CPU-s a round |",
             "|---|---|---|",
-            "| ours: TLS, authentication, agents, ledgers, statements, witnesses "
-            f"| {ours['wall']} | {ours['cpu']} |",
+            ("| ours: TLS, authentication, agents, ledgers, statements, witnesses "
+            f"| {ours['wall']} | {ours['cpu']} |"),
             f"| plain Flower and Opacus at their defaults, no TLS | {plain['wall']} | {plain['cpu']} |",
             f"| ratio | {ratio:.1f} (aim 4: {aim(ratio, 4)}) | {work:.1f} |",
             "",
