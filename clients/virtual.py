@@ -288,6 +288,7 @@ class _Memory:
     log: VirtualLog
     policy: Policy | None = None
     witness: VirtualWitness | None = None
+    rules: Rules | None = None  # with the charters approved since
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +318,7 @@ class VirtualHome(SiteHome):
     def agent(self, workshop: Workshop, notes: OpenedNotes) -> Agent:
         """Return this site's agent, which goes on where an earlier one of it stopped."""
         memory = self.memory
-        return Agent(self, memory.ledger, memory.log, workshop=workshop, notes=notes)
+        return Agent(self.refreshed(), memory.ledger, memory.log, workshop=workshop, notes=notes)
 
     def keys(self) -> SiteKeys:
         return self.memory.keys
@@ -330,7 +331,7 @@ class VirtualHome(SiteHome):
         return (0, 0, 0)
 
     def refreshed(self) -> SiteHome:
-        return self
+        return self if self.memory.rules is None else self._replaced(self.memory.rules)
 
     def policy(self) -> Policy:
         if self.memory.policy is None:
@@ -350,8 +351,9 @@ class VirtualHome(SiteHome):
         return self.memory.witness
 
     def _with_rules(self, change: Callable[[Rules], dict[str, Any]]) -> SiteHome:
-        rules = self.config.rules.model_copy(update=change(self.config.rules))
-        return self._replaced(rules)
+        before = self.memory.rules or self.config.rules
+        self.memory.rules = before.model_copy(update=change(before))
+        return self._replaced(self.memory.rules)
 
     def _replaced(self, rules: Rules) -> SiteHome:
         return dataclasses.replace(self, config=self.config.model_copy(update={"rules": rules}))
