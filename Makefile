@@ -25,7 +25,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-network test check soak bench bench-dp bench-log results clean
+.PHONY: help install demo demo-network test check soak bench bench-dp bench-federation bench-log results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -77,6 +77,9 @@ bench: $(STAMP)  ## every benchmark
 
 bench-dp: $(STAMP)  ## the cost of a private training step beside other implementations
 	@$(BIN)/python benchmarks/bench_dp.py
+
+bench-federation: $(STAMP)  ## a federation's round beside plain Flower with Opacus, and beside Ray
+	@$(BIN)/python benchmarks/bench_federation.py --write
 
 bench-log: $(STAMP)  ## the log beside a commit an entry, pymerkle and Go's judge
 	@$(BIN)/python benchmarks/bench_log.py

@@ -37,8 +37,8 @@ model: {family: logistic_regression}
 plan: {learning_rate: 4, rounds: 3}
 privacy: {unit: row, relation: add_remove, epsilon: 8, delta: 1e-5, max_grad_norm: 1, grid_bits: 24,
   noise_multiplier: 4}
-gates: [{metric: auc, margin_over_baseline: 0.05}]
 """
+GATES = "gates: [{metric: auc, margin_over_baseline: 0.05}]\n"
 
 
 def frame(rows, seed):
@@ -50,7 +50,7 @@ def frame(rows, seed):
 @pytest.fixture(scope="module")
 def hundred():
     sites = {f"s{i:03d}": frame(20, i) for i in range(100)}
-    run = simulate(CHARTER, sites, public=frame(60, 1000), homes="memory")
+    run = simulate(CHARTER + GATES, sites, public=frame(60, 1000), homes="memory")
     run.register()
     run.approve()
     yield run
