@@ -393,8 +393,10 @@ def page(figures: dict[str, Any]) -> str:
             "",
             "| | s a round | CPU-s a round |",
             "|---|---|---|",
-            ("| ours: TLS, authentication, agents, ledgers, statements, witnesses "
-            f"| {ours['wall']} | {ours['cpu']} |"),
+            (
+                "| ours: TLS, authentication, agents, ledgers, statements, witnesses "
+                f"| {ours['wall']} | {ours['cpu']} |"
+            ),
             f"| plain Flower and Opacus at their defaults, no TLS | {plain['wall']} | {plain['cpu']} |",
             f"| ratio | {ratio:.1f} (aim 4: {aim(ratio, 4)}) | {work:.1f} |",
             "",
