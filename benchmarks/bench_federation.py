@@ -13,7 +13,7 @@ file of figures beside it, so that one page can come from several sittings on on
 
     python benchmarks/bench_federation.py [--part NAME ...] [--write]
 
-CPU-seconds of the network part are those of the whole machine between two rounds' ends, so it must be quiet.
+CPU-seconds are of every process that the benchmark started, between two rounds' ends.
 """
 
 from __future__ import annotations
@@ -73,10 +73,25 @@ def frame(seed: int, *, rows: int = ROWS, features: int = FEATURES) -> Any:
     return pd.DataFrame({**columns, "y": np.where(x[:, 0] + x[:, 1] > 0, "yes", "no")})
 
 
-def busy_s() -> float:
-    """Seconds that all processors of this machine were busy since it started."""
-    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
-    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+def tree_cpu_s(root: int | None = None) -> float:
+    """CPU-seconds of this process and all that descend from it, those that ended and were waited for too."""
+    parents: dict[int, int] = {}
+    spent: dict[int, float] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(folder.name)] = int(fields[1])
+        spent[int(folder.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    root = root or os.getpid()
+    total = 0.0
+    for process in spent:
+        above = process
+        while above not in (0, root) and above in parents:
+            above = parents[above]
+        total += spent[process] if above == root else 0.0
+    return total
 
 
 def peak_mib() -> int:
@@ -90,10 +105,7 @@ class Laps:
         self._marks: list[tuple[float, float]] = []
 
     def mark(self) -> None:
-        self._marks.append((time.time(), busy_s()))
-
-    def add(self, wall: float, busy: float) -> None:
-        self._marks.append((wall, busy))
+        self._marks.append((time.time(), tree_cpu_s()))
 
     def medians(self) -> tuple[float, float]:
         """Median (seconds, CPU-seconds) from one round's end to the next; the first round is a warm-up."""
@@ -348,14 +360,13 @@ def network_plain(rounds: int = 4) -> dict[str, Any]:
             timeout=60,
         )
         until = time.time() + 200
-        lines: list[str] = []
-        while len(lines) <= rounds and time.time() < until:
-            time.sleep(0.5)
+        laps, seen = Laps(), 1  # the first line is of round 0, before any training
+        while seen <= rounds and time.time() < until:
+            time.sleep(0.05)
             lines = times.read_text().splitlines() if times.exists() else []
-        laps = Laps()
-        for line in lines[1:]:
-            _, wall, busy = line.split()
-            laps.add(float(wall), float(busy))
+            if len(lines) > seen:
+                laps.mark()
+                seen = len(lines)
     wall, cpu = laps.medians()
     return {"wall": wall, "cpu": cpu}
 
@@ -380,9 +391,11 @@ def page(figures: dict[str, Any]) -> str:
     lines = [
         "# What a federation's round costs",
         "",
-        f"Made by `make bench-federation` on {where['date']}: {where['machine']}, Python {where['python']}.",
+        f"Made by `make bench-federation` on {where['date']}: {where['machine']}, Python {where['python']},",
+        f"load average {where['load']}.",
         "Each part's rows were timed in one sitting; medians of the rounds after the first. CPU-seconds are",
-        "of all processors between two rounds' ends.",
+        "of every process that belongs to the row, between two rounds' ends. On a machine that others load",
+        "too (see the load average) CPU-seconds compare better than seconds.",
         "",
     ]
     if "network" in figures:
@@ -490,6 +503,7 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
             "python": platform.python_version(),
+            "load": f"{os.getloadavg()[1]:.1f}",
         }
         if options.write:
             FIGURES.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
