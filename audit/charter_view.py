@@ -92,6 +92,10 @@ class CharterView:
     gates: tuple[Mapping[str, Any], ...]
     purposes: tuple[str, ...]
     officers: Mapping[str, str]  # public key to name
+    legal_effect: bool = False  # a decision by an answer is final only once a person reviewed it
+    needs_legal_basis: bool = False
+    regions: tuple[str, ...] = ()  # the only ones that may ask; empty: any
+    max_age_days: int = 0  # 0: no limit
 
     @property
     def releases(self) -> int:
@@ -152,7 +156,7 @@ def read_charter(canonical: bytes) -> CharterView:
         document = parse_canonical(canonical)
     except AuditError as error:
         raise CharterFormError("bytes", str(error)) from error
-    top = _Part(document, "", optional=("public_set", "aggregation", "evaluation"), fields=_TOP)
+    top = _Part(document, "", optional=_OPTIONAL, fields=_TOP)
     if top.value["affidavit"] != 1:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
@@ -221,6 +225,10 @@ def read_charter(canonical: bytes) -> CharterView:
         gates=tuple(_gate(value, f"gates[{i}]", task) for i, value in enumerate(top.items("gates"))),
         purposes=tuple(top.texts("purposes")),
         officers=_officers(top),
+        legal_effect="decisions" in top.value and bool(top.choice("decisions", ("legal_effect",))),
+        needs_legal_basis="legal_basis" in top.value and bool(top.choice("legal_basis", ("required",))),
+        regions=_regions(top),
+        max_age_days=top.count("max_age_days", least=1) if "max_age_days" in top.value else 0,
     )
     if view.privacy.unit == "subject" and not view.privacy.subject_id:
         raise CharterFormError("privacy.subject_id", 'is empty, so the unit can only be "row"')
@@ -230,6 +238,9 @@ def read_charter(canonical: bytes) -> CharterView:
 _TOP: Final = (
     "affidavit", "name", "task", "features", "label", "model", "plan", "privacy", "sites", "gates",
     "purposes", "officers",
+)  # fmt: skip
+_OPTIONAL: Final = (
+    "public_set", "aggregation", "evaluation", "decisions", "legal_basis", "regions", "max_age_days",
 )  # fmt: skip
 _PLAN: Final = (
     "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
@@ -446,6 +457,15 @@ def _gate(value: Any, path: str, task: str) -> Mapping[str, Any]:
     if len(part.value) < 3:
         raise part.fail("floor", "and margin_over_baseline are both absent, so nothing could fail")
     return part.value
+
+
+def _regions(top: _Part) -> tuple[str, ...]:
+    if "regions" not in top.value:
+        return ()
+    regions = top.texts("regions")
+    if not regions or regions != sorted(regions) or not all(map(SITE_NAME.fullmatch, regions)):
+        raise top.fail("regions", "are not one or more names, each once, in order")
+    return tuple(regions)
 
 
 def _officers(top: _Part) -> dict[str, str]:

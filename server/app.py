@@ -33,15 +33,22 @@ from server import (
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError
+from server.facts import DecisionFacts
 from server.guard import Guard
 from server.hooks import Hooks
+from server.identity import Identities
 from server.journal import Clock, Journal, time_text, utc_now
 from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import CONTENT_TYPE, Monitoring
+from server.oidc import token_verifier
+from server.proxy_identity import proxy_identity
 from server.publishing import Publisher
+from server.quotas import Limit, Quotas
 from server.reading_log import ReadingLog
 from server.receipting import Receipting
+from server.rules import RulesInForce
+from server.rules_follower import RulesFollower
 from server.schemas import problems
 from server.sealing import Sealing
 from server.service import PredictService
@@ -82,6 +89,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.state.context = context
         try:
             await record_policies(context)
+            await context.rules_follower.start()
             await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
             await context.publisher.start()
@@ -89,8 +97,10 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             yield
         finally:
             await context.watching.stop()
+            await context.rules_follower.stop()
             await context.publisher.stop()
             context.keys.close()
+            context.quotas.close()
             context.vault.close()
             context.coordinator.close()
 
@@ -138,10 +148,27 @@ def build_context(
     vault = open_vault(settings.coordinator_home, coordinator.ledger.origin)
     sealing = Sealing(vault, journal, settings.request_timeout_s / 2)
     receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
+    keys = KeyStore(
+        settings.coordinator_home, clock, cache_s=settings.key_cache_s, recheck_s=settings.key_recheck_s
+    )
+    rules = RulesInForce(coordinator.ledger, authorizer, keys.revoked_in_log)
+    limits = (Limit(60, settings.quota_rows_per_minute), Limit(86_400, settings.quota_rows_per_day))
+    quotas = Quotas(settings.coordinator_home, clock, tuple(limit for limit in limits if limit.rows))
+    facts = DecisionFacts(rules=rules, clock=clock, follow_s=settings.rules_follow_s)
     return Context(
         settings=settings,
         coordinator=coordinator,
-        keys=KeyStore(settings.coordinator_home, clock, cache_s=settings.key_cache_s),
+        keys=keys,
+        identities=Identities(
+            keys=keys,
+            tokens=token_verifier(settings, keys.pseudonym, clock),
+            certificates=proxy_identity(settings, clock, monitoring.spoofed_identities.inc),
+        ),
+        rules=rules,
+        rules_follower=RulesFollower(
+            rules, coordinator.ledger, journal, authorizer, interval_s=settings.rules_follow_s
+        ),
+        quotas=quotas,
         authorizer=authorizer,
         journal=journal,
         live=live,
@@ -153,7 +180,8 @@ def build_context(
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
-            hooks=Hooks(facts=(), annotators=(), observers=()),
+            hooks=Hooks(facts=(facts,), annotators=(), observers=()),
+            quotas=quotas,
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         watching=Watching(coordinator, clock),

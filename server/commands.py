@@ -93,9 +93,11 @@ def serve(
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
+    # `proxy_headers` would let a header say who the peer is, and `mtls_trusted_proxies` believes the peer
     config = uvicorn.Config(
-        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False, ws="none"
-    )
+        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False, ws="none",
+        proxy_headers=False,
+    )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
@@ -16,13 +15,17 @@ from audit.principal import AccessDeniedError, Decision, Principal, Question, re
 from audit.vault import Vault
 from federation.coordinator import Coordinator
 from server.access import CedarAuthorizer
-from server.errors import UnauthenticatedError, request_id_of
+from server.errors import request_id_of
+from server.identity import Identities
 from server.journal import Clock, Journal
 from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import Monitoring
 from server.publishing import Publisher
+from server.quotas import Quotas
 from server.reading_log import ReadingLog
+from server.rules import RulesInForce
+from server.rules_follower import RulesFollower
 from server.service import PredictService
 from server.settings import Settings
 from server.watching import Watching
@@ -30,7 +33,8 @@ from server.watching import Watching
 bearer = HTTPBearer(
     auto_error=False,
     scheme_name="API key",
-    description="`Authorization: Bearer affidavit_…`; made by `affidavit keys create --role ROLE`.",
+    description="`Authorization: Bearer affidavit_…`, made by `affidavit keys create --role ROLE`; or, where the "
+    "operator named an issuer, a token of that issuer.",
 )
 
 
@@ -51,6 +55,10 @@ class Context:
     clock: Clock
     reading: ReadingLog
     vault: Vault
+    identities: Identities
+    rules: RulesInForce
+    rules_follower: RulesFollower
+    quotas: Quotas
 
 
 def context_of(request: Request) -> Context:
@@ -64,15 +72,9 @@ async def principal_of(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None,
 ) -> Principal:
-    """Return who holds the request's key.
-
-    Raises:
-        UnauthenticatedError: no key, or not a good one.
-    """
-    if credentials is None:
-        raise UnauthenticatedError("an API key is needed: send `Authorization: Bearer affidavit_…`")
-    keys = context_of(request).keys
-    return await to_thread.run_sync(keys.authenticate, credentials.credentials)
+    """Return who asks; errors as `Identities.principal`."""
+    given = None if credentials is None else credentials.credentials
+    return await context_of(request).identities.principal(request, given)
 
 
 Caller = Annotated[Principal, Depends(principal_of)]

@@ -90,7 +90,7 @@ class LiveModels:
             while True:
                 page = self._ledger.search(type=_TYPES, after=cursor, limit=_PAGE)
                 for row in page:
-                    self._take(row.leaf_index, row.body)
+                    self.take(row.leaf_index, row.body)
                     cursor = row.leaf_index
                 if len(page) < _PAGE:
                     break
@@ -125,7 +125,13 @@ class LiveModels:
         versions = self.versions(model)
         return next((version for version in versions if version.state == LIVE), versions[0])
 
-    def _take(self, index: int, data: bytes) -> None:
+    def charters_in_force(self) -> tuple[dict[str, Any], ...]:
+        """The charters of what is live, as far as the log was read; where nothing is, all of them."""
+        live = {found.charter_digest for found in self._versions.values() if found.state == LIVE}
+        return tuple(found for digest, (found, _) in self._charters.items() if digest in live or not live)
+
+    def take(self, index: int, data: bytes) -> None:
+        """Take one entry; what is malformed, or no valid transition, does not count."""
         try:
             entry = decode_entry(data)
         except AuditError as error:

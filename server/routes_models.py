@@ -33,7 +33,7 @@ Digest = Annotated[str, Path(pattern=DIGEST_PATTERN, description="SHA-256 of the
     "/{name}/predict",
     summary="Answer rows with the live version",
     response_model=PredictResponse,
-    responses=problems(401, 403, 404, 422, 503),
+    responses=problems(401, 403, 404, 422, 429, 503),
     openapi_extra=body_of(PredictRequest),
 )
 async def predict(
@@ -69,6 +69,8 @@ async def predict(
             site=asked.site,
             version=asked.version,
             subject=asked.subject,
+            legal_basis=asked.legal_basis,
+            consent=asked.consent,
             request_id=request_id_of(request),
         ),
     )
@@ -173,9 +175,15 @@ def render_answer(answered: Answered) -> PredictResponse:
             "proof": answered.proof,
             "opened": list(answered.opened),
             "sealed": answered.sealed,
+            "review_required": bool(answered.review),
+            "review": _review(answered.review),
             "annotations": dict(answered.annotations),
         }
     )
+
+
+def _review(decision: str) -> dict[str, Any] | None:
+    return {"id": decision, "url": f"/v1/reviews/{decision}", "final": False} if decision else None
 
 
 def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +207,11 @@ def _parse(body: bytes, *, max_rows: int) -> PredictRequest:
             for found in error.errors(include_url=False, include_input=False)[:50]
         ]
         raise MalformedRequestError(f"{fields[0]['field']}: {fields[0]['problem']}", fields=fields) from error
+    if asked.consent and not asked.subject:
+        problem = "names the consent of nobody: give `subject` too, so that it goes to the vault"
+        raise MalformedRequestError(
+            f"consent: {problem}", fields=[{"field": "consent", "problem": problem}]
+        )
     if len(asked.rows) > max_rows:
         problem = f"{len(asked.rows)} rows; at most {max_rows} fit in one entry, send several requests"
         raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])

@@ -23,15 +23,18 @@ from audit.ledger import Sequenced
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
 from audit.vault_records import PERSON
 from server.errors import RowContractError
+from server.facts import has_legal_effect
 from server.hooks import Answering, Hooks, with_fields
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
 from server.monitoring import Monitoring
+from server.quotas import Quotas, Taken
 from server.receipting import Receipting
 from server.sealing import Sealing
 from server.warm import WarmModel, WarmModels
 from server.watching import Level
 
+QUOTA: Final = "quota-exhausted"  # the policy whose refusal is worth another try later
 _INLINE_ROWS: Final = 16  # more rows than this are computed beside the event loop
 
 
@@ -40,9 +43,20 @@ class PredictionDeniedError(AccessDeniedError):
 
     code = "predict.denied"
 
-    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced) -> None:
+    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced | None) -> None:
         super().__init__(denied.principal, denied.question, denied.decision)
-        self.entry = {"leaf_index": sequenced.leaf_index, "leaf_hash": sequenced.leaf_hash.hex()}
+        if sequenced is not None:
+            self.entry = {"leaf_index": sequenced.leaf_index, "leaf_hash": sequenced.leaf_hash.hex()}
+
+
+class QuotaExceededError(PredictionDeniedError):
+    """Nothing but the quota stood against it. The first refusal of a window is an entry, later ones are not."""
+
+    code = "predict.quota"
+
+    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced | None, retry_after_s: int) -> None:
+        super().__init__(denied, sequenced)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +69,8 @@ class Asked:
     site: str | None = None
     version: str | None = None
     subject: str | None = None  # the caller's own id for the person that the rows are about
+    legal_basis: str | None = None  # one of audit.serving_bodies.LEGAL_BASES
+    consent: str | None = None  # the caller's reference of the person's consent; to the vault
     request_id: str
 
 
@@ -75,6 +91,7 @@ class Answered:
     level: Level = "sequenced"
     proof: str | None = None  # C2SP tlog-proof, above "sequenced"
     annotations: Mapping[str, Any] = field(default_factory=dict)  # what `server.hooks` added
+    review: str = ""  # what names this decision at /v1/reviews, where a person must review it; else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +106,7 @@ class PredictService:
     monitoring: Monitoring
     sealing: Sealing
     hooks: Hooks = field(default_factory=Hooks)
+    quotas: Quotas | None = None
 
     async def predict(self, principal: Principal, asked: Asked) -> Answered:
         """Answer, or refuse.
@@ -96,6 +114,7 @@ class PredictService:
         Raises:
             ModelNotFoundError, VersionNotFoundError: there is nothing of that name.
             PredictionDeniedError: the policies refused; it is in the log.
+            QuotaExceededError: the caller's quota is used up.
             RowContractError: a row is outside the charter's data contract.
             ArtefactError: the registry's copy of the version cannot be used.
             LedgerUnavailableError: the entry did not become durable, so there is no answer.
@@ -130,6 +149,8 @@ class PredictService:
             policies=decision.policies,
             policy_set=decision.policy_set,
             rows=(),
+            legal_basis=asked.legal_basis or "",
+            region=principal.region,
         )
         body = with_fields(body, added.body)
         sealed = None
@@ -137,7 +158,7 @@ class PredictService:
             commitments, opened = _commit(plain, answers)
             sequenced = await self.journal.append(replace(body, rows=commitments))
         else:
-            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, answers)
+            sequenced, opened, sealed = await self._sealed(body, asked, plain, answers)
         receipt = await self.receipting.receipt(sequenced)
         self.monitoring.predicted_rows.labels(served.model).inc(len(answers))
         answered = Answered(
@@ -152,6 +173,7 @@ class PredictService:
             opened=opened,
             sealed=sealed,
             annotations=added.shown,
+            review=sequenced.event_id if has_legal_effect(served.charter) else "",
         )
         self.hooks.observe(answering, answered)
         return answered
@@ -159,7 +181,7 @@ class PredictService:
     async def _sealed(
         self,
         body: Prediction,
-        subject: str,
+        asked: Asked,
         plain: Sequence[Mapping[str, Any]],
         answers: Sequence[Mapping[str, Any]],
     ) -> tuple[Sequenced, tuple[dict[str, str], ...], dict[str, str]]:
@@ -169,7 +191,10 @@ class PredictService:
         has no entry, was told to nobody, and is swept.
         """
         event_id = secrets.token_hex(16)
-        context = new_part({"purpose": body.purpose, "request_id": body.request_id})
+        said = {"legal_basis": asked.legal_basis, "consent": asked.consent}
+        context = new_part(
+            {"purpose": body.purpose, "request_id": body.request_id, **{k: v for k, v in said.items() if v}}
+        )
         rows = [
             (new_part(dict(row)), new_part(dict(answer))) for row, answer in zip(plain, answers, strict=True)
         ]
@@ -177,7 +202,7 @@ class PredictService:
         for number, (given, answered) in enumerate(rows):
             parts[f"row.{number}.input"], parts[f"row.{number}.output"] = given, answered
         sealed = await self.sealing.seal(
-            kind=PERSON, name=subject, event_id=event_id, type="prediction", parts=parts
+            kind=PERSON, name=asked.subject or "", event_id=event_id, type="prediction", parts=parts
         )
         commitments = tuple(
             RowCommitment(input=given.root(f"row.{n}.input"), output=answered.root(f"row.{n}.output"))
@@ -187,6 +212,7 @@ class PredictService:
             body,
             purpose="",
             request_id="",
+            legal_basis="",
             rows=commitments,
             subject=sealed.pseudonym,
             context=context.root(CONTEXT),
@@ -211,6 +237,12 @@ class PredictService:
 
     async def _decide(self, principal: Principal, asked: Asked, served: ServedVersion) -> Decision:
         found = self.hooks.gather(principal, asked, served)
+        taken = Taken(True)
+        if self.quotas is not None and self.quotas.limits:
+            taken = await asyncio.to_thread(self.quotas.take, principal.id, len(asked.rows))
+        context = {"purpose": asked.purpose, **found.context}
+        if not taken.allowed:
+            context["over_quota"] = True
         question = Question(
             action="predict",
             resource=served.model,
@@ -221,13 +253,16 @@ class PredictService:
                 "epsilon_limit_micro": served.epsilon_limit_micro,
                 **found.resource,
             },
-            context={"purpose": asked.purpose, **found.context},
+            context=context,
         )
         try:
             return require(self.authorizer, principal, question)
         except AccessDeniedError as denied:
             for policy in denied.decision.policies:
                 self.monitoring.denials.labels("predict", policy).inc()
+            is_quota = denied.decision.policies == (QUOTA,)
+            if is_quota and not taken.is_first:
+                raise QuotaExceededError(denied, None, taken.retry_after_s) from denied
             sequenced = await self.journal.append(
                 PredictionDenied(
                     request_id=asked.request_id,
@@ -235,11 +270,16 @@ class PredictService:
                     purpose=asked.purpose,
                     principal=principal.id,
                     role=principal.role,
-                    reason="policy",
+                    reason="quota" if is_quota else "policy",
                     policies=denied.decision.policies,
                     policy_set=denied.decision.policy_set,
+                    version=served.version,
+                    legal_basis=asked.legal_basis or "",
+                    region=principal.region,
                 )
             )
+            if is_quota:
+                raise QuotaExceededError(denied, sequenced, taken.retry_after_s) from denied
             raise PredictionDeniedError(denied, sequenced) from denied
 
 
