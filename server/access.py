@@ -4,9 +4,9 @@ Cedar skips a policy whose condition fails to evaluate, which would let a broken
 evaluation error is a refusal here. Policies are checked against the schema when they are loaded, and every
 request against the same schema when it is asked.
 
-A decision is a pure function of the rules, the principal and the question (Cedar reads no clock), so decisions
-on models are remembered by all three: a changed rule, key or model is another key of the memory, and a change
-of rules drops it whole.
+A decision is a pure function of the rules, the principal and the question (Cedar reads no clock), so
+decisions on models are remembered by all three: a changed rule, key or model is another key of the memory,
+and a change of rules drops it whole.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class CedarAuthorizer:
 
 def _frozen(values: Any) -> tuple[tuple[str, Hashable], ...]:
     # 1, True and 1.0 are equal in Python and not in Cedar; so the kind is a part of the key
-    return tuple([(name, type(value), value) for name, value in values.items()])
+    return tuple([(name, (type(value), value)) for name, value in values.items()])
 
 
 def _ask(rules: _Rules, kind: str, principal: Principal, question: Question) -> Decision:

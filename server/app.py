@@ -26,6 +26,8 @@ from server import (
     routes_keys,
     routes_models,
     routes_officer,
+    routes_policy,
+    routes_reviews,
     routes_runs,
     routes_subjects,
     routes_tiles,
@@ -114,6 +116,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             {"name": "models", "description": "What is registered, and answers from what is live."},
             {"name": "audit", "description": "The log: entries, proofs, checkpoints, evidence."},
             {"name": "subjects", "description": "A person: everything about them, or nothing any more."},
+            {"name": "reviews", "description": "Decisions that a person must review, and alarms."},
+            {"name": "policy", "description": "The rules that decide, and their changes."},
             {"name": "keys", "description": "API keys, for operators."},
             {"name": "service", "description": "Health and metrics."},
         ],
@@ -125,6 +129,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         routes_tiles.router,
         routes_subjects.router,
         routes_runs.router,
+        routes_reviews.router,
+        routes_policy.router,
     )
     for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
         app.include_router(router)
@@ -169,6 +175,7 @@ def build_context(
             rules, coordinator.ledger, journal, authorizer, interval_s=settings.rules_follow_s
         ),
         quotas=quotas,
+        first_policies=authorizer.text,
         authorizer=authorizer,
         journal=journal,
         live=live,

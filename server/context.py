@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ValidationError
 
+from audit.canonical import parse_strict
 from audit.entries import AccessDenied
+from audit.errors import AuditError
 from audit.principal import AccessDeniedError, Decision, Principal, Question, require
 from audit.vault import Vault
 from federation.coordinator import Coordinator
-from server.access import CedarAuthorizer
-from server.errors import request_id_of
+from server.access import CedarAuthorizer, PolicyText
+from server.errors import MalformedRequestError, request_id_of
 from server.identity import Identities
 from server.journal import Clock, Journal
 from server.keys import KeyStore
@@ -33,8 +36,8 @@ from server.watching import Watching
 bearer = HTTPBearer(
     auto_error=False,
     scheme_name="API key",
-    description="`Authorization: Bearer affidavit_…`, made by `affidavit keys create --role ROLE`; or, where the "
-    "operator named an issuer, a token of that issuer.",
+    description="`Authorization: Bearer affidavit_…`, made by `affidavit keys create --role ROLE`; or, where "
+    "the operator named an issuer, a token of that issuer.",
 )
 
 
@@ -59,6 +62,10 @@ class Context:
     rules: RulesInForce
     rules_follower: RulesFollower
     quotas: Quotas
+    first_policies: PolicyText  # that decide until an officer changes the rules
+
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def context_of(request: Request) -> Context:
@@ -117,6 +124,24 @@ async def authorise(request: Request, principal: Principal, action: str) -> Deci
     question = Question(action=action, resource="service")
     async with denials_recorded(request):
         return require(context_of(request).authorizer, principal, question)
+
+
+async def parsed_body(request: Request, kind: type[Parsed]) -> Parsed:
+    """Read a JSON body strictly.
+
+    Raises:
+        MalformedRequestError: names each field and what is wrong with it.
+    """
+    try:
+        return kind.model_validate(parse_strict(await request.body()))
+    except AuditError as error:
+        raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
+    except ValidationError as error:
+        fields = [
+            {"field": ".".join(map(str, found["loc"])), "problem": found["msg"]}
+            for found in error.errors(include_url=False, include_input=False)[:50]
+        ]
+        raise MalformedRequestError(f"{fields[0]['field']}: {fields[0]['problem']}", fields=fields) from error
 
 
 async def require_whole_log(request: Request, principal: Principal) -> Decision:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from audit.principal import Principal
+from audit.principal import AttributeValue, Principal
 from server.hooks import Facts
 from server.journal import Clock
 from server.rules import RulesInForce
@@ -40,8 +40,12 @@ class DecisionFacts:
         resource["name"] = served.model
         resource["age_days"] = age_days(served.registered_at, self.clock())
         resource["drift_alarms"] = self.rules.drift_alarms(served.model)
-        context = {"legal_basis": asked.legal_basis or "", "consent": bool(asked.consent)}
-        return Facts(resource=resource, context={**context, "over_quota": False})
+        context: dict[str, AttributeValue] = {
+            "legal_basis": asked.legal_basis or "",
+            "consent": bool(asked.consent),
+            "over_quota": False,  # `server.service` counts, where there are quotas
+        }
+        return Facts(resource=resource, context=context)
 
 
 def terms_of(charter: dict[str, Any]) -> dict[str, Any]:

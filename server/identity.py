@@ -1,7 +1,7 @@
 """Who asks: an API key, an issuer's token, or a client certificate that a trusted proxy passed on.
 
-What stands in `Authorization` decides alone; a certificate counts only where nothing stands there. A remembered
-key or token costs no thread and no database.
+What stands in `Authorization` decides alone; a certificate counts only where nothing stands there. A
+remembered key or token costs no thread and no database.
 """
 
 from __future__ import annotations

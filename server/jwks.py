@@ -57,7 +57,7 @@ def fetch(url: str) -> bytes:
     """
     opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=_TIMEOUT_S) as reply:  # noqa: S310 - the scheme was checked
+        with opener.open(url, timeout=_TIMEOUT_S) as reply:
             data: bytes = reply.read(MAX_BYTES + 1)
     except HTTPException as error:
         raise OSError(f"{url}: {type(error).__name__}") from error

@@ -1,14 +1,14 @@
 """API keys and other proofs of identity: who holds one, in which role, until when.
 
-A key reads `affidavit_<prefix>_<secret>`. The prefix finds its row; the secret (32 random bytes) is kept
-only as an argon2id hash. The holder's principal is a random pseudonym: the log never carries a name. A row may
-be bound to a client certificate instead, by its SHA-256, and then has no secret; and a token's subject gets
-its pseudonym here too (`server.oidc`).
+A key reads `affidavit_<prefix>_<secret>`. The prefix finds its row; the secret (32 random bytes) is kept only
+as an argon2id hash. The holder's principal is a random pseudonym: the log never carries a name. A row may be
+bound to a client certificate instead, by its SHA-256, and then has no secret; and a token's subject gets its
+pseudonym here too (`server.oidc`).
 
 A verified key is remembered by its SHA-256, so that argon2 is not paid on each call, and its row for at most
 `recheck_s`: so long does a revocation by another process take. Revocation by this process, by the log (which
-`server.rules` follows) and expiry take effect at once. The rows are in `keys.db` of the coordinator's home, or
-beside a log in PostgreSQL, where every machine sees them.
+`server.rules` follows) and expiry take effect at once. The rows are in `keys.db` of the coordinator's home,
+or beside a log in PostgreSQL, where every machine sees them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
@@ -49,7 +49,7 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _CACHE_SIZE: Final = 4_096
 _VERIFYING_AT_ONCE: Final = 4
 _MAKING: Final = 0x41464B59  # the advisory lock under which the tables are made
-_NO_SECRET: Final = "certificate"  # in place of a hash; no secret verifies against it
+_NO_SECRET: Final = "certificate"  # noqa: S105 - in place of a hash; no secret verifies against it
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)  # OWASP's second choice
 _REFUSED: Final = "the API key is absent, unknown, revoked or expired"
 
@@ -170,10 +170,12 @@ class KeyStore:
     ) -> tuple[str, KeyView]:
         """Make a key and return its text, which nobody can show again, and its view.
 
-        With `certificate` (hex SHA-256 of its DER form) whoever holds it is known by that, and the text is "".
+        With `certificate` (hex SHA-256 of its DER form) whoever holds it is known by that, and the text is
+        "".
 
         Raises:
-            KeyRequestError: the role is unknown, a word is not plain, the expiry has passed, or the certificate
+            KeyRequestError: the role is unknown, a word is not plain, the expiry has passed, or the
+            certificate
                 is another key's already.
         """
         if role not in ROLES:
@@ -304,7 +306,9 @@ class KeyStore:
         principal = _principal(view, "key")
         self._remember(
             digest,
-            _Known(principal, view.key_id, view.expires, min(now + self._recheck_s, secret_until), secret_until),
+            _Known(
+                principal, view.key_id, view.expires, min(now + self._recheck_s, secret_until), secret_until
+            ),
             forgotten,
         )
         return principal
@@ -349,9 +353,7 @@ class KeyStore:
     def close(self) -> None:
         self._engine.dispose()
 
-    def _new(
-        self, role: str, expires: datetime | None, note: str, *, has_secret: bool
-    ) -> tuple[str, ApiKey]:
+    def _new(self, role: str, expires: datetime | None, note: str, *, has_secret: bool) -> tuple[str, ApiKey]:
         prefix = base64.b32encode(secrets.token_bytes(10)).decode().lower()
         secret = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
         row = ApiKey(
@@ -385,13 +387,15 @@ class KeyStore:
             found = session.exec(_JOINED.where(ApiKey.prefix == prefix)).first()
             if found is None:
                 return None
-            row, site, terms = found
-            return row.secret_hash, _view(row, site.site if site else "", terms)
+            row, site, terms = _split(found)
+            return row.secret_hash, _view(row, "" if site is None else site.site, terms)
 
     def _of_certificate(self, fingerprint: str) -> KeyView | None:
         with Session(self._engine) as session:
             rows = session.exec(_JOINED.where(KeyTerms.certificate == fingerprint)).all()
-            views = [_view(row, site.site if site else "", terms) for row, site, terms in rows]
+            views = [
+                _view(row, "" if site is None else site.site, terms) for row, site, terms in map(_split, rows)
+            ]
         return next((view for view in views if self._stands(view)), None)
 
     def _stands(self, view: KeyView) -> bool:
@@ -430,6 +434,12 @@ _JOINED: Final = (
 )
 
 
+def _split(found: Any) -> tuple[ApiKey, KeySite | None, KeyTerms | None]:
+    """An outer join's row: what it did not find is None, which the types of a select do not say."""
+    row, site, terms = found
+    return row, site, terms
+
+
 def _engine(home: Path) -> Engine:
     location = log_location(home)
     path = home / FILE
@@ -465,7 +475,12 @@ def _move(path: Path, engine: Engine) -> None:
 
 def _principal(view: KeyView, method: str) -> Principal:
     return Principal(
-        id=view.principal, role=view.role, site=view.site, region=view.region, models=view.models, method=method
+        id=view.principal,
+        role=view.role,
+        site=view.site,
+        region=view.region,
+        models=view.models,
+        method=method,
     )
 
 

@@ -2,9 +2,9 @@
 
 A token counts when an asymmetric key of the issuer signed it (the algorithm is the key's, never one that the
 token may choose), issuer, audience, subject and expiry are there and right, and it names exactly one role.
-Addresses and keys inside a token (`jku`, `x5u`, `jwk`) are not looked at. A verified token is remembered until
-it expires, a minute at most; what the issuer revokes it for counts no sooner than its expiry, so issue short ones.
-The subject becomes a random pseudonym: no name, address or issuer's id enters the log.
+Addresses and keys inside a token (`jku`, `x5u`, `jwk`) are not looked at. A verified token is remembered
+until it expires, a minute at most; what the issuer revokes it for counts no sooner than its expiry, so issue
+short ones. The subject becomes a random pseudonym: no name, address or issuer's id enters the log.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""A client certificate that a proxy checked: the one identity that this server takes from somebody else's word.
+"""A client certificate that a proxy checked: the one identity that this server takes from somebody else's
+word.
 
-Off unless `mtls_header` is set. The proxy ends TLS, asks for the client's certificate, checks it against its own
-authorities, and passes it on in that header, as RFC 9440 writes it (`:base64 of DER:`) or as escaped PEM. Only a
-connection from `mtls_trusted_proxies` may say so; from anywhere else the header is ignored and counted. A proxy
-that adds its header to one that the client sent, rather than replacing it, would let anybody be anybody: two
-headers are refused. Whoever can open a connection from a trusted address is believed: give the proxy an address
-of its own, and let nothing else run there.
+Off unless `mtls_header` is set. The proxy ends TLS, asks for the client's certificate, checks it against its
+own authorities, and passes it on in that header, as RFC 9440 writes it (`:base64 of DER:`) or as escaped PEM.
+Only a connection from `mtls_trusted_proxies` may say so; from anywhere else the header is ignored and
+counted. A proxy that adds its header to one that the client sent, rather than replacing it, would let anybody
+be anybody: two headers are refused. Whoever can open a connection from a trusted address is believed: give
+the proxy an address of its own, and let nothing else run there.
 """
 
 from __future__ import annotations

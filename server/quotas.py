@@ -1,10 +1,10 @@
-"""How much each principal may ask: exact over threads, processes and machines, because one row of one database
-counts.
+"""How much each principal may ask: exact over threads, processes and machines, because one row of one
+database counts.
 
 A window is a fixed span of time (a minute, a day) that begins at a multiple of its length. `take` adds to the
 window's count in one statement that refuses to pass the limit, so no two workers can both take the last row.
-What was refused is not counted. The counts live beside the log: in its PostgreSQL database, or in `quota.db` of
-the coordinator's home, which survives a crash of any process; a power cut may lose the last moments.
+What was refused is not counted. The counts live beside the log: in its PostgreSQL database, or in `quota.db`
+of the coordinator's home, which survives a crash of any process; a power cut may lose the last moments.
 """
 
 from __future__ import annotations
@@ -33,28 +33,32 @@ CREATE TABLE IF NOT EXISTS quota_use (
 )
 """
 _MAKING: Final = 0x41465155  # the advisory lock under which the table is made
-_OVER: Final = "(quota_use.window_start < :start OR quota_use.window_start > :start + :span)"
-"""The stored window is over, or so far ahead that only a wrong clock can have begun it. One window ahead is
-another machine's clock: its window is used until ours gets there.
-"""
-_NEWER: Final = f"CASE WHEN {_OVER} THEN :start ELSE quota_use.window_start END"
-_TAKE: Final = text(f"""
+_TAKE: Final = text("""
 INSERT INTO quota_use (principal, span_s, window_start, used, refused)
 VALUES (:principal, :span, :start, :count, 0)
 ON CONFLICT (principal, span_s) DO UPDATE SET
-    used = CASE WHEN {_OVER} THEN :count ELSE quota_use.used + :count END,
-    refused = CASE WHEN {_OVER} THEN 0 ELSE quota_use.refused END,
-    window_start = {_NEWER}
-WHERE {_OVER} OR quota_use.used + :count <= :limit
+    used = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+        THEN quota_use.used + :count ELSE :count END,
+    refused = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+        THEN quota_use.refused ELSE 0 END,
+    window_start = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+        THEN quota_use.window_start ELSE :start END
+WHERE quota_use.window_start NOT BETWEEN :start AND :start + :span OR quota_use.used + :count <= :limit
 RETURNING window_start
 """)
-_REFUSE: Final = text(f"""
+"""A stored window that is over, or so far ahead that only a wrong clock can have begun it, begins anew. One
+window ahead is another machine's clock: its window is used until ours gets there.
+"""
+_REFUSE: Final = text("""
 INSERT INTO quota_use (principal, span_s, window_start, used, refused)
 VALUES (:principal, :span, :start, 0, 1)
 ON CONFLICT (principal, span_s) DO UPDATE SET
-    used = CASE WHEN {_OVER} THEN 0 ELSE quota_use.used END,
-    refused = CASE WHEN {_OVER} THEN 1 ELSE quota_use.refused + 1 END,
-    window_start = {_NEWER}
+    used = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+        THEN quota_use.used ELSE 0 END,
+    refused = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+        THEN quota_use.refused + 1 ELSE 1 END,
+    window_start = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+        THEN quota_use.window_start ELSE :start END
 RETURNING refused, window_start
 """)
 _GIVE_BACK: Final = text("""

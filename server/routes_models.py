@@ -209,9 +209,7 @@ def _parse(body: bytes, *, max_rows: int) -> PredictRequest:
         raise MalformedRequestError(f"{fields[0]['field']}: {fields[0]['problem']}", fields=fields) from error
     if asked.consent and not asked.subject:
         problem = "names the consent of nobody: give `subject` too, so that it goes to the vault"
-        raise MalformedRequestError(
-            f"consent: {problem}", fields=[{"field": "consent", "problem": problem}]
-        )
+        raise MalformedRequestError(f"consent: {problem}", fields=[{"field": "consent", "problem": problem}])
     if len(asked.rows) > max_rows:
         problem = f"{len(asked.rows)} rows; at most {max_rows} fit in one entry, send several requests"
         raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])

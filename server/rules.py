@@ -1,9 +1,10 @@
 """The rules that the log puts in force, and the alarms that it leaves open: followed by every worker.
 
-A `policy.changed` entry counts when an officer of every charter that has a live version signed it, it continues
-the chain of changes (so that nobody logs an old signature a second time), its text is what its digest says and
-the text holds together. What does not count changes nothing: the rules in force stay. Who was an officer is
-judged by the log up to the entry, so that every worker, and one that starts a year later, judges alike.
+A `policy.changed` entry counts when an officer of every charter that has a live version signed it, it
+continues the chain of changes (so that nobody logs an old signature a second time), its text is what its
+digest says and the text holds together. What does not count changes nothing: the rules in force stay. Who was
+an officer is judged by the log up to the entry, so that every worker, and one that starts a year later,
+judges alike.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class RulesInForce:
         authorizer: CedarAuthorizer | None = None,
         revoked: Callable[[str], None] | None = None,
     ) -> None:
-        """Follow `ledger`; `authorizer` decides by the rules found, `revoked` hears of each key that ended."""
+        """Follow `ledger`: `authorizer` gets the rules found, `revoked` hears of each key that ended."""
         self._ledger, self._authorizer, self._revoked = ledger, authorizer, revoked
         self._models = LiveModels(ledger)  # of its own: it stands where this reader does in the log
         self._read_to = 0
@@ -127,7 +128,9 @@ class RulesInForce:
         try:
             authorizer.replace(with_shipped_schema(change.body.text))
         except PolicyLoadError as error:  # made under another release's schema: nobody is let in by guess
-            _logger.critical("entry %d does not fit this release; all is refused: %s", change.leaf_index, error)
+            _logger.critical(
+                "entry %d does not fit this release; all is refused: %s", change.leaf_index, error
+            )
             authorizer.replace(with_shipped_schema(""))
 
     def _take(self, index: int, kind: str, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Follows the log's rules beside the requests, so that a change or a revocation counts within seconds everywhere."""
+"""Follows the log's rules beside the requests: a change or a revocation counts within seconds everywhere."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RulesFollower:
                 await self._task
 
     async def step(self) -> None:
-        """Read what is new; where it changes the rules, say in the log that they decide here, once a change."""
+        """Read what is new; where it changes the rules, say in the log that they decide, once a change."""
         await to_thread.run_sync(self._rules.refresh)
         change = self._rules.change
         if change is self._said or change is None:

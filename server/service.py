@@ -50,7 +50,7 @@ class PredictionDeniedError(AccessDeniedError):
 
 
 class QuotaExceededError(PredictionDeniedError):
-    """Nothing but the quota stood against it. The first refusal of a window is an entry, later ones are not."""
+    """Nothing but the quota stood against it. The first refusal of a window is an entry, no later one."""
 
     code = "predict.quota"
 
