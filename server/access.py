@@ -97,7 +97,7 @@ class CedarAuthorizer:
         self._rules = _load(text)
 
     def replace(self, text: PolicyText) -> None:
-        """Decide by other rules from the next question on; errors as at the start, and then nothing changes."""
+        """Decide by other rules from the next question on; errors as at the start, and nothing changes."""
         self._rules = _load(text)
 
     @property

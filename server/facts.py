@@ -36,10 +36,10 @@ class DecisionFacts:
         if now >= self._next:
             self._next = now + self.follow_s
             self.rules.refresh()
-        resource = terms_of(served.charter)
-        resource["name"] = served.model
-        resource["age_days"] = age_days(served.registered_at, self.clock())
-        resource["drift_alarms"] = self.rules.drift_alarms(served.model)
+        resource: dict[str, AttributeValue] = {
+            "age_days": age_days(served.registered_at, self.clock()),
+            "drift_alarms": self.rules.drift_alarms(served.model),
+        }
         context: dict[str, AttributeValue] = {
             "legal_basis": asked.legal_basis or "",
             "consent": bool(asked.consent),
@@ -48,9 +48,15 @@ class DecisionFacts:
         return Facts(resource=resource, context=context)
 
 
-def terms_of(charter: dict[str, Any]) -> dict[str, Any]:
-    """Return a charter's terms of use by the schema's names."""
+def model_attributes(served: ServedVersion) -> dict[str, AttributeValue]:
+    """Return what charter and registration say of a version, by the schema's names."""
+    charter = served.charter
     return {
+        "name": served.model,
+        "purposes": served.purposes,
+        "state": served.state,
+        "epsilon_micro": served.epsilon_micro,
+        "epsilon_limit_micro": served.epsilon_limit_micro,
         "regions": tuple(charter.get("regions", ())),
         "max_age_days": charter.get("max_age_days", 0),
         "legal_basis_required": charter.get("legal_basis") == "required",

@@ -125,6 +125,14 @@ class LiveModels:
         versions = self.versions(model)
         return next((version for version in versions if version.state == LIVE), versions[0])
 
+    def known(self, model: str, version: str | None) -> ServedVersion | None:
+        """The version, or else what would answer, as far as the log was read."""
+        if version:
+            return self._versions.get((model, version))
+        found = [served for served in self._versions.values() if served.model == model]
+        found.sort(key=lambda served: (served.state != LIVE, -served.registered_index))
+        return found[0] if found else None
+
     def charters_in_force(self) -> tuple[dict[str, Any], ...]:
         """The charters of what is live, as far as the log was read; where nothing is, all of them."""
         live = {found.charter_digest for found in self._versions.values() if found.state == LIVE}

@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from audit.entries import ZERO_DIGEST, KeyRevoked, decode_entry, decode_signature, signing_payload
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
-from audit.ledger import Ledger
+from audit.ledger import Ledger, StoredEntry
 from audit.merkle import hash_leaf
 from audit.serving_bodies import AlarmClosed, AlarmRaised, PolicyChanged
 from server.access import CedarAuthorizer, with_shipped_schema
@@ -55,7 +55,7 @@ class RulesInForce:
     ) -> None:
         """Follow `ledger`: `authorizer` gets the rules found, `revoked` hears of each key that ended."""
         self._ledger, self._authorizer, self._revoked = ledger, authorizer, revoked
-        self._models = LiveModels(ledger)  # of its own: it stands where this reader does in the log
+        self.models = LiveModels(ledger)  # of its own: it stands where this reader does in the log
         self._read_to = 0
         self._change: Change | None = None
         self._alarms: dict[str, AlarmRaised] = {}
@@ -67,19 +67,27 @@ class RulesInForce:
             size, before = self._ledger.tree_size, self._change
             if size == self._read_to:
                 return False
-            cursor = self._read_to - 1
-            while True:
-                page = self._ledger.search(type=_TYPES, after=cursor, limit=_PAGE)
-                for row in page:
-                    self._take(row.leaf_index, row.columns.type, row.body)
-                    cursor = row.leaf_index
-                if len(page) < _PAGE:
-                    break
-            self._read_to = max(size, cursor + 1)
+            last = self._read_to - 1
+            for row in self.events(after=last):
+                self.take(row)
+                last = row.leaf_index
+            self._read_to = max(size, last + 1)
             changed = self._change is not before
             if changed and self._change is not None and self._authorizer is not None:
                 self._put_in_force(self._authorizer, self._change)
             return changed
+
+    def events(self, *, after: int = -1) -> Iterator[StoredEntry]:
+        """The entries that rules and alarms rest on, in order."""
+        while page := self._ledger.search(type=_TYPES, after=after, limit=_PAGE):
+            yield from page
+            if len(page) < _PAGE:
+                return
+            after = page[-1].leaf_index
+
+    def take(self, row: StoredEntry) -> None:
+        """Take one of `events`, each once and in order."""
+        self._take(row.leaf_index, row.columns.type, row.body)
 
     @property
     def change(self) -> Change | None:
@@ -109,7 +117,7 @@ class RulesInForce:
             return "its digest is not its text's"
         if body.previous_change != previous:
             return "it does not continue the chain of changes"
-        charters = self._models.charters_in_force()
+        charters = self.models.charters_in_force()
         if not charters:
             return "no charter names an officer yet"
         for charter in charters:
@@ -135,7 +143,7 @@ class RulesInForce:
 
     def _take(self, index: int, kind: str, data: bytes) -> None:
         if kind in _OF_MODELS:
-            self._models.take(index, data)
+            self.models.take(index, data)
             return
         try:
             entry = decode_entry(data)

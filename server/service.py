@@ -23,7 +23,7 @@ from audit.ledger import Sequenced
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
 from audit.vault_records import PERSON
 from server.errors import RowContractError
-from server.facts import has_legal_effect
+from server.facts import has_legal_effect, model_attributes
 from server.hooks import Answering, Hooks, with_fields
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
@@ -246,13 +246,7 @@ class PredictService:
         question = Question(
             action="predict",
             resource=served.model,
-            attributes={
-                "purposes": served.purposes,
-                "state": served.state,
-                "epsilon_micro": served.epsilon_micro,
-                "epsilon_limit_micro": served.epsilon_limit_micro,
-                **found.resource,
-            },
+            attributes={**model_attributes(served), **found.resource},
             context=context,
         )
         try:

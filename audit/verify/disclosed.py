@@ -49,16 +49,22 @@ def opened_rows(chain: Chain, leaf: Leaf[Prediction]) -> list[tuple[dict[str, An
     return rows
 
 
-def opened_purpose(chain: Chain, leaf: Leaf[Prediction]) -> str | None:
-    """Return the purpose of a sealed prediction where the file opens it."""
+def opened_context(chain: Chain, leaf: Leaf[Prediction]) -> dict[str, str | None] | None:
+    """Return what the file opens of a sealed prediction's context: purpose and legal basis, each None where
+    it stays closed; None where nothing is opened.
+
+    A context that holds no legal basis at all gives "" for it.
+    """
     part = (chain.evidence.disclosed or {}).get(leaf.index, {}).get(CONTEXT)
     if part is None or "purpose" not in part.opened:
         return None
     try:
         verify_disclosed(leaf.body, {CONTEXT: part})
-        return str(values_of(part)["purpose"])
+        values = values_of(part)
     except AuditError as error:
         raise FailError(error.code, f"leaf {leaf.index}: {error}", leaf.index) from error
+    basis = None if "legal_basis" in part.closed else str(values.get("legal_basis", ""))
+    return {"purpose": str(values["purpose"]), "legal_basis": basis}
 
 
 def _told(located: Located, parts: Mapping[str, DisclosedPart]) -> str:
