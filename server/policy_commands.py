@@ -332,13 +332,9 @@ def _tests_line(report: Any) -> str:
 
 
 def _dry_run_lines(found: DryRun) -> list[str]:
-    lines = [
-        (
-            f"of {found.asked} logged decisions {len(found.changed)} would differ, {found.reversed} of them the "
-            f"other way round; {found.same} stay, {found.inexact} could not be rebuilt exactly, {found.skipped} "
-            "not at all"
-        )
-    ]
+    told = f"of {found.asked} logged decisions {len(found.changed)} would differ, {found.reversed} of them "
+    told += f"the other way round; {found.same} stay, {found.inexact} could not be rebuilt exactly, "
+    lines = [f"{told}{found.skipped} not at all"]
     if found.changed:
         columns = ("entry", "time", "role", "action", "model", "was", "would be")
         rows = [

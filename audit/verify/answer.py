@@ -43,9 +43,10 @@ def check_decision(chain: Chain) -> Outcome:
         field="to_state",
         entry=leaf.index,
     )
-    said = opened_context(chain, leaf) if body.sealed else None
-    purpose = said and said.get("purpose") if body.sealed else body.purpose
-    basis = (said and said.get("legal_basis")) if body.sealed else body.legal_basis
+    purpose: str | None = body.purpose
+    basis: str | None = body.legal_basis
+    if body.sealed:
+        purpose, basis = opened_context(chain, leaf)
     check_terms(chain, basis, body.region, leaf.index)
     if purpose is not None and purpose not in charter.purposes:
         raise FailError("prediction.purpose", f"purpose {purpose!r} is not in the charter", leaf.index)

@@ -49,22 +49,21 @@ def opened_rows(chain: Chain, leaf: Leaf[Prediction]) -> list[tuple[dict[str, An
     return rows
 
 
-def opened_context(chain: Chain, leaf: Leaf[Prediction]) -> dict[str, str | None] | None:
-    """Return what the file opens of a sealed prediction's context: purpose and legal basis, each None where
-    it stays closed; None where nothing is opened.
+def opened_context(chain: Chain, leaf: Leaf[Prediction]) -> tuple[str | None, str | None]:
+    """Return purpose and legal basis of a sealed prediction, each None where it stays closed.
 
-    A context that holds no legal basis at all gives "" for it.
+    A context that is opened and holds no legal basis gives "" for it.
     """
     part = (chain.evidence.disclosed or {}).get(leaf.index, {}).get(CONTEXT)
-    if part is None or "purpose" not in part.opened:
-        return None
+    if part is None:
+        return None, None
     try:
         verify_disclosed(leaf.body, {CONTEXT: part})
         values = values_of(part)
     except AuditError as error:
         raise FailError(error.code, f"leaf {leaf.index}: {error}", leaf.index) from error
-    basis = None if "legal_basis" in part.closed else str(values.get("legal_basis", ""))
-    return {"purpose": str(values["purpose"]), "legal_basis": basis}
+    purpose = str(values["purpose"]) if "purpose" in part.opened else None
+    return purpose, None if "legal_basis" in part.closed else str(values.get("legal_basis", ""))
 
 
 def _told(located: Located, parts: Mapping[str, DisclosedPart]) -> str:
