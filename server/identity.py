@@ -40,10 +40,10 @@ class Identities:
         fingerprint = "" if self.certificates is None else self.certificates.fingerprint(request)
         if credentials is not None:
             return await self.holder(credentials)
-        if fingerprint:
-            return await to_thread.run_sync(self.keys.authenticate_certificate, fingerprint)
         if request.headers.get("authorization"):
             raise UnauthenticatedError("send `Authorization: Bearer …`, and nothing else")
+        if fingerprint:
+            return await to_thread.run_sync(self.keys.authenticate_certificate, fingerprint)
         raise UnauthenticatedError("an API key is needed: send `Authorization: Bearer affidavit_…`")
 
     async def holder(self, credentials: str) -> Principal:
