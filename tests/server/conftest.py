@@ -65,7 +65,7 @@ class Clock:
         self.moment += timedelta(**time)
 
 
-def charter(officers: list[SigningKey], identity: str, **changed: object) -> dict:
+def charter(officers: list[SigningKey], identity: str, /, **changed: object) -> dict:
     document = {
         "affidavit": 1,
         "name": MODEL,
