@@ -144,7 +144,7 @@ class Closure:
                 self._take(index, data)
 
     def _review(self, leaf_index: int, leaf_hash: str, prediction: Prediction) -> None:
-        """Take the review of a decision that has legal effect, if there is one yet."""
+        """Take every review of a decision that has legal effect; a second one would contradict the first."""
         published = {
             body.digest: body.canonical
             for body in (decode_entry(data).body for data in self.entries.values())
@@ -158,7 +158,6 @@ class Closure:
         ):
             if body.prediction == leaf_hash and index < self._size:
                 self._take(index, data)
-                return
 
     def _by_version(self, version: str) -> None:
         for index, data, body in self._search(VersionRegistered, type="version.registered", version=version):
