@@ -92,7 +92,7 @@ def _finish(fleet: Fleet, run: str, began: float) -> None:
         if fleet.is_carried_out(run) or fleet.pids("serverapp"):
             free = time.monotonic()
         elif time.monotonic() - free > 4:
-            assert find_run(fleet.ledger, run).resumable or not _is_begun(fleet, run)
+            assert not _is_begun(fleet, run) or find_run(fleet.ledger, run).resumable
             print(f"{time.monotonic() - began:6.0f} s  {run[:6]}  resume", flush=True)
             fleet.submit(run)
             free = time.monotonic() + 10
