@@ -276,7 +276,8 @@ def opened_total(blobs: BlobStore, opened: RoundOpened | None) -> tuple[int, ...
 
 def examine_last(coordinator: Coordinator, charter: Charter, past: RunPast) -> None:
     """Write the view of the last completed round's updates, where the coordinator died before it did."""
-    if charter.aggregation is None or not past.rounds or past.rounds[-1].completed.round in past.examined:
+    shown = charter.aggregation is not None and charter.secure is None
+    if not shown or not past.rounds or past.rounds[-1].completed.round in past.examined:
         return
     done = past.rounds[-1]
     number = done.completed.round

@@ -235,7 +235,9 @@ class RoundLoop:
         total = opened_total(self._coordinator.blobs, state.opened)
         requests = self._requests(number, state, again=masked is not None)
         if masked is not None:
-            requests = masked.begin(requests)
+            there = [site for site in state.participants if site not in state.silent]
+            begun = masked.begin({site: self._request(number, site, state) for site in there})
+            requests = {site: request for site, request in begun.items() if site in requests}
             terms = masked.terms
         elif state.opened is not None:
             terms = dataclasses.replace(terms, roster=state.opened.roster)
