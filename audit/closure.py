@@ -26,7 +26,14 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, UpdateRefused
+from audit.round_bodies import (
+    RoundExamined,
+    RunEvaluated,
+    RunReferenced,
+    RunResumed,
+    UpdateRefused,
+)
+from audit.secure_bodies import RoundOpened
 
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
@@ -42,6 +49,8 @@ _OF_RUN: Final = (
     RoundExamined,
     RunEvaluated,
     RunReferenced,
+    RoundOpened,
+    RunResumed,
 )
 
 
@@ -156,6 +165,8 @@ class Closure:
                 self._artefact(body.digest)
             if isinstance(body, RunReferenced) and body.sketch:
                 self._artefact(body.sketch)
+            if isinstance(body, RoundOpened):
+                self._artefact(body.transcript)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):

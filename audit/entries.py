@@ -67,6 +67,7 @@ from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
 from audit.membership import MEMBERSHIP_DOMAINS
 from audit.round_bodies import Metric
+from audit.secure_bodies import SECURE_DOMAINS
 from audit.serving_bodies import SERVING_DOMAINS
 from audit.site_bodies import SITE_DOMAINS
 
@@ -156,6 +157,7 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     **SITE_DOMAINS,
     **MEMBERSHIP_DOMAINS,
     **SERVING_DOMAINS,
+    **SECURE_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
@@ -187,9 +189,12 @@ _DIGEST_FIELDS: Final = frozenset(
         "previous_event",
         "previous_round",
         "previous_transition",
+        "roster",
         "schema_digest",
         "sealed",
         "start",
+        "total",
+        "transcript",
         "transition",
         "update",
         "version",

@@ -13,6 +13,7 @@ from audit.private_evaluation import SOURCE
 from federation._aggregation_checks import check_aggregation, check_local_training
 from federation._charter_serving import check_serving
 from federation._evaluation_checks import check_evaluation, check_private_gate
+from federation._secure_checks import check_grid, check_secure
 from federation.errors import LayerError, Problem
 from federation.families import check_layers
 
@@ -41,8 +42,10 @@ def check_charter(charter: Charter) -> list[Problem]:
         *check_aggregation(charter),
         *check_evaluation(charter),
         *check_serving(charter),
+        *check_secure(charter),
     ]
-    return found or [*_model(charter), *check_local_training(charter)]
+    found = found or [*_model(charter), *check_local_training(charter)]
+    return found or [*check_grid(charter)]
 
 
 def warnings_of(charter: Charter) -> list[str]:

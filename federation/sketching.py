@@ -9,7 +9,7 @@ from audit.round_bodies import RunReferenced
 from federation.coordinator import Coordinator, stable_event_id
 from federation.exchange import Exchange, Request
 from federation.private_evaluation import Counted, gather_counts
-from federation.statements import RoundTerms
+from federation.statements import AcceptedUpdate, RoundTerms
 
 
 def sketch_rows(
@@ -21,12 +21,14 @@ def sketch_rows(
     *,
     timeout_s: float,
     minimum_sites: int,
+    logged: Mapping[str, AcceptedUpdate],
 ) -> Counted:
     """Ask the participants of `terms`, prove their answers, and write statements and run.referenced.
 
-    What a site released is logged whatever becomes of the sketch: it is spent.
+    What a site released is logged whatever becomes of the sketch: it is spent. `logged` as in
+    `gather_counts`.
     """
-    counted = gather_counts(coordinator, exchange, terms, requests, timeout_s=timeout_s)
+    counted = gather_counts(coordinator, exchange, terms, requests, timeout_s=timeout_s, logged=logged)
     sketch = ""
     if len(counted.accepted) >= minimum_sites:
         document = sketch_document(
@@ -41,7 +43,7 @@ def sketch_rows(
         run=terms.run,
         round=terms.round,
         statements=counted.leaves,
-        missing=tuple(sorted(set(requests) - set(counted.accepted))),
+        missing=tuple(sorted(set(terms.participants) - set(counted.accepted))),
         sketch=sketch,
     )
     coordinator.append(body, "coordinator", stable_event_id("run.referenced", terms.run))
