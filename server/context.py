@@ -16,7 +16,9 @@ from audit.principal import AccessDeniedError, Decision, Principal, Question, re
 from audit.vault import Vault
 from federation.coordinator import Coordinator
 from server.access import CedarAuthorizer
+from server.alarming import Alarming
 from server.errors import UnauthenticatedError, request_id_of
+from server.explaining import Explaining
 from server.journal import Clock, Journal
 from server.keys import KeyStore
 from server.live import LiveModels
@@ -52,6 +54,8 @@ class Context:
     clock: Clock
     reading: ReadingLog
     vault: Vault
+    alarming: Alarming
+    explaining: Explaining
 
 
 def context_of(request: Request) -> Context:
