@@ -44,7 +44,7 @@ from audit.secure_round import (
 from audit.shamir import SHARE_BYTES, split
 from clients.errors import RefusedError
 from clients.identity import SiteKeys
-from clients.ledger import SiteLedger
+from clients.ledger import Odometers
 from clients.requests import RoundRequest, charter_digest_of, names_of, parse_header, round_number
 from clients.terms import Terms
 from federation.errors import StatementError
@@ -92,7 +92,7 @@ class MaskedUpdate:
 class MaskedRounds:
     """The masked rounds of one site; every method raises `RefusedError` for what it will not do."""
 
-    def __init__(self, site: str, origin: str, keys: SiteKeys, ledger: SiteLedger) -> None:
+    def __init__(self, site: str, origin: str, keys: SiteKeys, ledger: Odometers) -> None:
         self._site, self._origin, self._keys, self._ledger = site, origin, keys, ledger
 
     def keys(self, request: MaskedRequest, terms: Terms) -> dict[str, Any]:

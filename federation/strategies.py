@@ -74,7 +74,7 @@ class ProvableAggregation:
         """
         self._terms, self._open_sum = terms, open_sum
         self._total: Sequence[int] = ()
-        self.not_opened: SecureRoundError | None = None
+        self.not_opened = None
         self._requests = [requests[site] for site in sorted(requests)]
         self._nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
         self.accepted, self.rejected, self.too_long = {}, {}, {}
