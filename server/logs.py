@@ -128,8 +128,9 @@ def _to_ecs(_: Any, __: str, event: structlog.typing.EventDict) -> str:
     given = getattr(record, "ecs", None)
     document.update(given if isinstance(given, dict) else {})
     document.update({name: value for name, value in event.items() if name in FIELDS})
-    error = record.exc_info[1] if record is not None and record.exc_info else None
-    if error is not None:
+    caught = event.get("exc_info")
+    error = caught[1] if isinstance(caught, tuple) else caught
+    if isinstance(error, BaseException):
         document["error.type"] = type(error).__name__
         document["error.stack_trace"] = stack_of(error)
     kept = {name: value for name, value in document.items() if name in FIELDS}

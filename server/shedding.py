@@ -26,7 +26,7 @@ class Shedder:
     target_s: float  # an answer that took longer is late
     limit: float = field(init=False)
     in_flight: int = field(init=False, default=0)
-    _pending_cuts: int = field(init=False, default=0)
+    _beside_a_late_one: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.limit = float(self.most)
@@ -45,11 +45,11 @@ class Shedder:
     def leave(self, seconds: float | None) -> None:
         """One is done after `seconds`; None where its time says nothing about load."""
         self.in_flight -= 1
+        beside, self._beside_a_late_one = self._beside_a_late_one > 0, max(0, self._beside_a_late_one - 1)
         if seconds is None:
             return
         if seconds <= self.target_s:
             self.limit = min(float(self.most), self.limit + 1.0 / max(1.0, self.limit))
-        elif self._pending_cuts <= 0:  # all that were under way with a late one are late: they count once
+        elif not beside:  # those that were under way with a late one are late too: all count once
             self.limit = max(float(min(FLOOR, self.most)), self.limit * _LOWER)
-            self._pending_cuts = self.in_flight
-        self._pending_cuts = max(0, self._pending_cuts - 1)
+            self._beside_a_late_one = self.in_flight
