@@ -345,8 +345,8 @@ def _site_level(
     if "site_level" not in top.value:
         return None
     part = CharterPart(top.value["site_level"], "site_level", fields=("max_update_norm", "epsilon"))
-    if secure is None:
-        raise part.fail("max_update_norm", "needs secure_aggregation, or nobody but the site adds its noise")
+    if secure is None or {"evaluation", "reference"} & set(top.value):
+        raise part.fail("max_update_norm", "needs secure_aggregation, and neither evaluation nor reference")
     norm, zero = part.decimal("max_update_norm", above=Decimal(0)), Decimal(0)
     return SiteTerms(
         max_update_norm=norm,

@@ -305,7 +305,7 @@ class MaskedRounds:
             raise RefusedError("round_out_of_order", f"round {later[0]} of run {request.run} has begun")
 
     def _read_keys(self, asked: Any, terms: Terms) -> tuple[list[MaskKeys], dict[str, str]]:
-        """Return the keys, and each site's statement key from an enrolment that its pinned identity signed."""
+        """Return the keys, and each site's statement key from an enrolment that its identity signed."""
         keys, signers = [], {}
         try:
             for item in _list(asked):

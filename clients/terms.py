@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from audit.canonical import parse_canonical
 from audit.charter_view import read_charter
@@ -24,8 +24,10 @@ from audit.secure_round import SecureTerms
 from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
-from clients.dp.losses import Loss
 from clients.errors import RefusedError
+
+if TYPE_CHECKING:
+    from clients.dp.losses import Loss  # torch is the trainer's; who reads a charter needs none of it
 
 LOSSES: Final[dict[str, Loss]] = {
     "binary": "binary_cross_entropy",
@@ -66,6 +68,7 @@ class Terms:
     site_index: int
     event: MechanismEvent  # the same in every round
     secure: SecureTerms | None  # where updates are masked and the noise is shared
+    site_epsilon: Decimal | None  # what a run may cost this site as a whole; None: nothing is promised
     max_update_norm: Decimal | None  # of the whole site's sum, in gradient units
     evaluation: Evaluation | None
     reference: Reference | None
@@ -176,6 +179,7 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         site_index=sites.index(site),
         event=_event(plan, privacy, dimension(layers), secure, whole),
         secure=secure,
+        site_epsilon=None if whole is None else parse_decimal(whole["epsilon"]),
         max_update_norm=None if whole is None else parse_decimal(whole["max_update_norm"]),
         evaluation=Evaluation.of_charter(document),
         reference=Reference.of_charter(document),

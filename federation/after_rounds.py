@@ -47,11 +47,15 @@ class AfterRounds:
                 counted = self._evaluate(evaluation, number, prepared, state)
             else:
                 counted = self._counted_before(past, number)
+                state.own_leaf |= counted.own_leaf
             if reference is not None:
                 state = self._next(past, number + 1, counted, prepared, state)
                 number += 1
         if reference is not None and past.referenced is None:
             self._sketch(reference, number, prepared, state)
+        elif reference is not None:
+            found = {site: leaf for (of, site), leaf in past.statements.items() if of == number}
+            state.own_leaf |= {site: release.leaf_index for site, release in found.items()}
 
     def _evaluate(self, evaluation: Evaluation, number: int, prepared: Prepared, state: RunState) -> Counted:
         """Have the averaged weights counted at the sites."""

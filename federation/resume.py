@@ -28,23 +28,34 @@ from audit.entries import (
     SiteUndelivered,
     decode_entry,
     event_hash,
+    parse_body,
 )
 from audit.errors import AuditError
 from audit.ledger import Ledger, StoredEntry
 from audit.models import model_file
 from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
 from audit.weights import decode_update
+from federation import registry
 from federation.anomaly import record_view
 from federation.blobs import BlobStore
 from federation.charter import Charter
 from federation.coordinator import Coordinator
-from federation.errors import BlobAlteredError, BlobMissingError, ResumeError
+from federation.errors import BlobAlteredError, BlobMissingError, NotFoundError, ResumeError
 from federation.preparation import Prepared, SiteHistory
 from federation.run_state import LoggedRelease, RunState
 from federation.statements import AcceptedUpdate, OdometerHead
 from federation.strategies import Strategy
 
 RESTORE = "restore the coordinator's home from a backup that is not older than the log"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRun:
+    """What a run was prepared with."""
+
+    charter: Charter
+    charter_author: str
+    started: RunStarted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +187,27 @@ class RunPast:
             raise ResumeError(
                 self.run, f"the log tells two stories of it: {problem}", "run `affidavit log fsck`"
             )
+
+
+def prepared_run(coordinator: Coordinator, run: str) -> PreparedRun:
+    """Return what a run was prepared with: from the log once it was begun there, else from the home's file.
+
+    Raises:
+        HomeError: no run of that id was prepared here.
+    """
+    ledger = coordinator.ledger
+    for _, started in registry.bodies(ledger, RunStarted, run=run):
+        try:
+            text, author = registry.charter_text(ledger, started.charter)
+        except NotFoundError:
+            break  # it ended before its charter was published
+        return PreparedRun(charter=Charter.from_canonical(text), charter_author=author, started=started)
+    kept = coordinator.kept_run(run)
+    return PreparedRun(
+        charter=Charter.from_canonical(kept["charter"]),
+        charter_author=kept["charter_author"],
+        started=parse_body(RunStarted, kept["run_started"]),
+    )
 
 
 def recall(blobs: BlobStore, run: str, release: LoggedRelease) -> AcceptedUpdate:

@@ -71,6 +71,7 @@ from federation.witnessing import Witnessing
 _logger = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S = 10.0
+ROUND_TROUBLE_S = 90.0  # a node that was killed is refused for up to a minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,7 @@ class RoundLoop:
                 return self._go_on(past, self._prepare(author, past))
             self._check_same(past)
             if past.ended is not None:
-                return self._end_again(past)
+                return self._end_again(past, past.ended)
             prepared = self._prepare(author, past)
             self._coordinator.append(resumed_body(self._charter, past, principal), ACTOR)
             self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
@@ -161,7 +162,7 @@ class RoundLoop:
             problem = "it was started on other terms than those prepared here"
             raise ResumeError(self._run.run, problem, RESTORE)
 
-    def _end_again(self, past: RunPast) -> RunOutcome:
+    def _end_again(self, past: RunPast, ended: RunCompleted | RunFailed) -> RunOutcome:
         """Tell the sites once more how the run ended, in case nobody did.
 
         Raises:
@@ -174,14 +175,11 @@ class RoundLoop:
             for (_, site), release in sorted((past.statements | past.written_off).items())
         }
         state = RunState(participants=sites, base_model=b"", own_leaf=own_leaf)
-        if isinstance(past.ended, RunCompleted):
-            state.participants = tuple(past.rounds[-1].releases)
-            return self._outcome(past.ended.weights, state, self._finish(state, sites))
-        self._finish(state)
-        number, reason = (
-            (0, "coordinator_error") if past.ended is None else (past.ended.round, past.ended.reason)
-        )
-        raise RunFailedError(self._run.run, number, reason, "it had ended before; the log has the reason")
+        witnesses = self._finish(state)
+        if isinstance(ended, RunFailed):
+            raise RunFailedError(self._run.run, ended.round, ended.reason, "it had ended before")
+        state.participants = tuple(past.rounds[-1].releases)
+        return self._outcome(ended.weights, state, witnesses)
 
     def _prepare(self, author: str, past: RunPast) -> Prepared:
         coordinator, charter = self._coordinator, self._charter
@@ -249,6 +247,7 @@ class RoundLoop:
             requests,
             timeout_s=float(self._charter.plan.round_timeout_s),
             group_id=str(number),
+            trouble_s=ROUND_TROUBLE_S,
             on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
         output, _ = strategy.aggregate_train(number, replies)
@@ -445,14 +444,13 @@ class RoundLoop:
         )
         return outcome
 
-    def _finish(self, state: RunState, sites: Sequence[str] = ()) -> int:
+    def _finish(self, state: RunState) -> int:
         """Have the end witnessed, and tell every site that the run is over; what it did not release is free
         again.
         """
-        told = sites or state.participants
-        witnesses = self._witnessing.cosign(told)
+        witnesses = self._witnessing.cosign(state.participants)
         finished = {}
-        for site in told:
+        for site in state.participants:
             header: dict[str, Any] = {"run": self._run.run}
             leaf = state.own_leaf.get(site)
             if leaf is not None and self._witnessing.covers(leaf):

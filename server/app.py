@@ -122,7 +122,9 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         routes_runs.router,
     )
     for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
-        app.include_router(router)
+        # The routes themselves, as they stand: `include_router` would analyse each signature again, once an
+        # application, and lay a second lookup over every request.
+        app.router.routes.extend(router.routes)
     _service_routes(app)
     openapi.install(app)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)

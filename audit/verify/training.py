@@ -95,8 +95,8 @@ def check_noise(chain: Chain) -> Outcome:
     if charter.secure is not None:
         fewest = min(len(found.statements) for found in chain.rounds)
         shared = (
-            f"; the noise is whole only as the sum of {charter.secure.sharers} honest sites' shares: as long as "
-            f"at most {charter.secure.colluders(fewest)} of the {fewest} or more that took part in a round "
+            f"; the noise is whole only as the sum of {charter.secure.sharers} honest sites' shares: as long "
+            f"as at most {charter.secure.colluders(fewest)} of the {fewest} or more in a round "
             "collude with the coordinator"
         )
     return Outcome(
