@@ -132,7 +132,7 @@ def _general(version: Version, charter: Charter) -> Iterator[Block]:
 
 def _elements(charter: Charter) -> Iterator[Block]:
     yield Paragraph(
-        f"{charter.model.family}, {charter.dimension} parameters in {len(charter.layers)} layers of a closed "
+        f"{charter.model.family}, {charter.dimension} parameters, layers from a closed "
         "set; no code travels with a model. Trained across the sites' own data, which stay there; what "
         "leaves a site is a noised sum. The charter fixes data contract, model, plan, privacy and gates "
         "before the first round, and every site signed it."
@@ -228,7 +228,7 @@ def _control(charter: Charter) -> Iterator[Block]:
             "Every answer is an entry that names version and policies and commits to input and output.",
             "A verifier recomputes an answer from the opened input and the weights.",
             "Attributions to single features are given on request and committed to with the answer.",
-            f"{len(charter.officers)} officers of the charter approve and retire, by their own keys.",
+            f"Officers of the charter who approve and retire, by their own keys: {len(charter.officers)}.",
         )
     )
 
