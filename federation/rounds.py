@@ -11,6 +11,7 @@ done again, and the round that was broken off is asked once more. One process at
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import time
