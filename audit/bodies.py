@@ -17,14 +17,7 @@ from audit.access_bodies import (
     SubjectExported,
 )
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import (
-    Metric,
-    RoundExamined,
-    RunEvaluated,
-    RunReferenced,
-    RunResumed,
-    UpdateRefused,
-)
+from audit.round_bodies import ROUND_TYPES, Metric, RoundBody
 from audit.secure_bodies import RoundOpened
 from audit.serving_bodies import SERVING_TYPES, ServingBody
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
@@ -382,12 +375,8 @@ Body = (
     | SiteDecided
     | RequestRefused
     | BundleDecided
-    | UpdateRefused
-    | RoundExamined
-    | RunEvaluated
     | RoundOpened
-    | RunResumed
-    | RunReferenced
+    | RoundBody
     | SubjectExported
     | SubjectErased
     | MembershipBody
@@ -425,14 +414,10 @@ TYPES: Final[dict[str, type[Any]]] = {
     "site.decided": SiteDecided,
     "request.refused": RequestRefused,
     "bundle.decided": BundleDecided,
-    "update.refused": UpdateRefused,
-    "round.examined": RoundExamined,
-    "run.evaluated": RunEvaluated,
     "round.opened": RoundOpened,
-    "run.resumed": RunResumed,
-    "run.referenced": RunReferenced,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
+    **ROUND_TYPES,
     **MEMBERSHIP_TYPES,
     **SERVING_TYPES,
 }

@@ -31,6 +31,7 @@ from server import (
     routes_tiles,
 )
 from server.access import CedarAuthorizer, read_policies, shipped_policies
+from server.alarming import Alarming
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError
 from server.explaining import Explaining
@@ -90,6 +91,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             context.watching.start()
             yield
         finally:
+            await context.alarming.settle()
+            context.explaining.close()
             await context.watching.stop()
             await context.publisher.stop()
             context.keys.close()
@@ -144,8 +147,11 @@ def build_context(
     receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
+    alarming = Alarming(journal, monitoring)
     return Context(
         settings=settings,
+        alarming=alarming,
+        explaining=explaining,
         coordinator=coordinator,
         keys=KeyStore(settings.coordinator_home, clock, cache_s=settings.key_cache_s),
         authorizer=authorizer,
@@ -159,7 +165,7 @@ def build_context(
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
-            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=()),
+            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=(alarming,)),
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         watching=Watching(coordinator, clock),

@@ -69,6 +69,7 @@ def serve(
     import uvicorn
 
     from federation.coordinator import Coordinator
+    from server import logs
     from server.app import create_app
     from server.settings import load_settings
 
@@ -77,7 +78,7 @@ def serve(
     level = settings.log_level.upper()
     if level not in logging.getLevelNamesMapping():
         raise CommandError(f"log_level {settings.log_level!r} is unknown; use info", code="server.settings")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format, level)
     from audit.location import log_location
 
     place = log_location(settings.coordinator_home)
@@ -94,7 +95,13 @@ def serve(
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
     config = uvicorn.Config(
-        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False, ws="none"
+        app,
+        log_config=None,
+        log_level=level.lower(),
+        access_log=False,
+        timeout_keep_alive=15,
+        server_header=False,
+        ws="none",
     )
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -59,6 +59,18 @@ class TooBusyError(ServerError):
     code = "server.busy"
 
 
+class OverloadedError(ServerError):
+    """The worker has as many requests as it can answer in time; nothing of this one was read."""
+
+    code = "server.overloaded"
+
+
+class DeadlineError(ServerError):
+    """The caller's own time limit passed; whatever became of the request, this is no answer to it."""
+
+    code = "request.deadline"
+
+
 class NoSuchRouteError(ServerError):
     code = "request.no_such_route"
 
@@ -132,6 +144,8 @@ STATUS: Final[dict[str, int]] = {
     "explain.not_available": 501,
     "explain.not_allowed": 422,
     "server.busy": 503,
+    "server.overloaded": 503,
+    "request.deadline": 504,
     "audit.ledger_unavailable": 503,
     "audit.ledger_busy": 503,
     "audit.ledger_closed": 503,
@@ -197,6 +211,7 @@ TITLES: Final[dict[int, str]] = {
     500: "Internal error",
     501: "Not available on this server",
     503: "Try again later",
+    504: "The request's own time limit passed",
 }
 
 
@@ -230,7 +245,8 @@ def render(request: Request, error: Exception) -> JSONResponse:
     code = str(getattr(error, "code", "server.internal"))
     status = STATUS.get(code)
     if status is None:
-        _logger.error("request=%s code=%s: %s", request_id, code, error, exc_info=error)
+        # its text may quote what the caller sent, so type and places alone are logged
+        _logger.error("code=%s: %s", code, type(error).__name__, exc_info=error)
         return problem(
             500, "server.internal", "the server failed; its log has the reason", request_id=request_id
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
@@ -22,6 +22,8 @@ from server.live import ServedVersion
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
 from server.service import Answered, Asked
 from server.watching import MAX_WAIT_S, Level
+
+_CARD_TYPES: Final = {"markdown": "text/markdown", "json": "application/json", "html": "text/html"}
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -124,19 +126,33 @@ async def show_version(
     "/{name}/versions/{digest}/card",
     summary="Read the model card",
     response_class=PlainTextResponse,
-    responses={**problems(401, 403, 404), 200: {"content": {"text/markdown": {}}}},
+    responses={
+        **problems(401, 403, 404, 422),
+        200: {"content": {"text/markdown": {}, "application/json": {}, "text/html": {}}},
+    },
 )
 async def show_card(
-    request: Request, principal: Caller, name: ModelName, digest: Digest
+    request: Request,
+    principal: Caller,
+    name: ModelName,
+    digest: Digest,
+    form: Annotated[
+        Literal["markdown", "json", "html"], Query(description="html is a page to print.")
+    ] = "markdown",
 ) -> PlainTextResponse:
-    """Markdown made from the log alone; what nothing proves reads NO EVIDENCE."""
+    """Made from the log and the registry's files, under the headings of the EU AI Act's Annex IV.
+
+    What nothing proves reads NO EVIDENCE.
+    """
     await authorise(request, principal, "models.read")
     context = context_of(request)
     context.live.version(name, digest)
-    from federation.model_card import model_card
+    from federation.model_card import card_of
 
-    card = await to_thread.run_sync(model_card, context.coordinator.ledger, digest)
-    return PlainTextResponse(card, media_type="text/markdown")
+    coordinator = context.coordinator
+    card = await to_thread.run_sync(card_of, coordinator.ledger, digest, coordinator.blobs.find)
+    text = await to_thread.run_sync(getattr(card, form))
+    return PlainTextResponse(text, media_type=_CARD_TYPES[form])
 
 
 async def _proved(context: Context, answered: Answered, wait: Level) -> Answered:
