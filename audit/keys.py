@@ -41,6 +41,11 @@ DOMAINS = frozenset(
         "joining",
         "leaving",
         "node-key",
+        "mask-keys",
+        "survivors",
+        "mask-shares",
+        "review",
+        "access-policy",
     }
 )
 

@@ -33,7 +33,9 @@ from server import (
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError
+from server.explaining import Explaining
 from server.guard import Guard
+from server.hooks import Hooks
 from server.journal import Clock, Journal, time_text, utc_now
 from server.keys import KeyStore
 from server.live import LiveModels
@@ -42,6 +44,7 @@ from server.publishing import Publisher
 from server.reading_log import ReadingLog
 from server.receipting import Receipting
 from server.schemas import problems
+from server.scoring import Scoring
 from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
@@ -139,6 +142,8 @@ def build_context(
     vault = open_vault(settings.coordinator_home, coordinator.ledger.origin)
     sealing = Sealing(vault, journal, settings.request_timeout_s / 2)
     receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
+    scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
+    explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
     return Context(
         settings=settings,
         coordinator=coordinator,
@@ -154,6 +159,7 @@ def build_context(
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
+            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=()),
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         watching=Watching(coordinator, clock),

@@ -129,6 +129,8 @@ STATUS: Final[dict[str, int]] = {
     "models.not_found": 404,
     "models.version_not_found": 404,
     "models.artefact_unusable": 503,
+    "explain.not_available": 501,
+    "explain.not_allowed": 422,
     "server.busy": 503,
     "audit.ledger_unavailable": 503,
     "audit.ledger_busy": 503,
@@ -193,6 +195,7 @@ TITLES: Final[dict[int, str]] = {
     415: "Unsupported media type",
     422: "The request cannot be processed",
     500: "Internal error",
+    501: "Not available on this server",
     503: "Try again later",
 }
 

@@ -69,6 +69,7 @@ async def predict(
             site=asked.site,
             version=asked.version,
             subject=asked.subject,
+            explain=asked.explain,
             request_id=request_id_of(request),
         ),
     )
@@ -173,6 +174,7 @@ def render_answer(answered: Answered) -> PredictResponse:
             "proof": answered.proof,
             "opened": list(answered.opened),
             "sealed": answered.sealed,
+            "annotations": dict(answered.annotations),
         }
     )
 

@@ -47,6 +47,11 @@ class PredictRequest(_Strict):
         ),
     ]
 
+    explain: Annotated[
+        bool,
+        Field(default=False, description="Attribute each answer to its features; at most 16 rows a request."),
+    ]
+
     subject: Annotated[
         str | None,
         Field(
@@ -115,6 +120,9 @@ class PredictResponse(BaseModel):
     ]
     opened: list[Opened]
     sealed: SealedView | None = None
+    annotations: Annotated[
+        dict[str, Any], Field(default_factory=dict, description="What was added to the answer, by name.")
+    ]
 
 
 class Problem(BaseModel):

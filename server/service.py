@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from audit.canonical import canonical_bytes
@@ -23,6 +23,7 @@ from audit.ledger import Sequenced
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
 from audit.vault_records import PERSON
 from server.errors import RowContractError
+from server.hooks import Answering, Hooks, with_fields
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
 from server.monitoring import Monitoring
@@ -54,6 +55,7 @@ class Asked:
     site: str | None = None
     version: str | None = None
     subject: str | None = None  # the caller's own id for the person that the rows are about
+    explain: bool = False  # attribute each answer to its features
     request_id: str
 
 
@@ -73,6 +75,7 @@ class Answered:
     sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
     level: Level = "sequenced"
     proof: str | None = None  # C2SP tlog-proof, above "sequenced"
+    annotations: Mapping[str, Any] = field(default_factory=dict)  # what `server.hooks` added
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class PredictService:
     receipting: Receipting
     monitoring: Monitoring
     sealing: Sealing
+    hooks: Hooks = field(default_factory=Hooks)
 
     async def predict(self, principal: Principal, asked: Asked) -> Answered:
         """Answer, or refuse.
@@ -101,9 +105,19 @@ class PredictService:
         decision = await self._decide(principal, asked, served)
         warm = self.warm.get(served)
         if len(asked.rows) > _INLINE_ROWS:
-            plain, answers = await asyncio.to_thread(_answer, warm, asked)
+            plain, encoded, answers = await asyncio.to_thread(_answer, warm, asked)
         else:
-            plain, answers = _answer(warm, asked)
+            plain, encoded, answers = _answer(warm, asked)
+        answering = Answering(
+            principal=principal,
+            asked=asked,
+            served=served,
+            decision=decision,
+            plain=plain,
+            encoded=encoded,
+            answers=answers,
+        )
+        added = await self.hooks.annotate(answering)
         body = Prediction(
             request_id=asked.request_id,
             model=served.model,
@@ -118,15 +132,16 @@ class PredictService:
             policy_set=decision.policy_set,
             rows=(),
         )
+        body, outputs = with_fields(body, added.body), added.outputs(answers)
         sealed = None
         if asked.subject is None:
-            commitments, opened = _commit(plain, answers)
+            commitments, opened = _commit(plain, outputs)
             sequenced = await self.journal.append(replace(body, rows=commitments))
         else:
-            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, answers)
+            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, outputs)
         receipt = await self.receipting.receipt(sequenced)
         self.monitoring.predicted_rows.labels(served.model).inc(len(answers))
-        return Answered(
+        answered = Answered(
             model=served.model,
             version=served.version,
             answers=tuple(answers),
@@ -137,7 +152,10 @@ class PredictService:
             receipt=receipt,
             opened=opened,
             sealed=sealed,
+            annotations=added.shown,
         )
+        self.hooks.observe(answering, answered)
+        return answered
 
     async def _sealed(
         self,
@@ -193,6 +211,7 @@ class PredictService:
         return sequenced, opened, told
 
     async def _decide(self, principal: Principal, asked: Asked, served: ServedVersion) -> Decision:
+        found = self.hooks.gather(principal, asked, served)
         question = Question(
             action="predict",
             resource=served.model,
@@ -201,8 +220,9 @@ class PredictService:
                 "state": served.state,
                 "epsilon_micro": served.epsilon_micro,
                 "epsilon_limit_micro": served.epsilon_limit_micro,
+                **found.resource,
             },
-            context={"purpose": asked.purpose},
+            context={"purpose": asked.purpose, **found.context},
         )
         try:
             return require(self.authorizer, principal, question)
@@ -224,14 +244,16 @@ class PredictService:
             raise PredictionDeniedError(denied, sequenced) from denied
 
 
-def _answer(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _answer(
+    warm: WarmModel, asked: Asked
+) -> tuple[list[dict[str, Any]], list[list[float]], list[dict[str, Any]]]:
     try:
         plain = [plain_row(row) for row in asked.rows]
     except EncodingError as error:
         fields = [{"field": found.field, "problem": found.message} for found in error.problems]
         raise RowContractError(str(error), fields=fields) from error
     encoded = warm.encode(plain)
-    return plain, warm.answers(encoded, warm.site_index(asked.site))
+    return plain, encoded, warm.answers(encoded, warm.site_index(asked.site))
 
 
 def _commit(

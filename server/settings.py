@@ -31,6 +31,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     max_rows: Annotated[int, Field(ge=1, le=384)] = 256  # two commitments a row, one entry
     body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     request_timeout_s: Annotated[float, Field(gt=0, le=3_600)] = 30.0
+    explain_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
     merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600
     key_cache_s: Annotated[float, Field(ge=0, le=600)] = 60.0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from audit.answers import AnswerTerms
 from audit.encoding import RowEncoder
 from audit.errors import AuditError
 from audit.models import answer_of, weights_of_file
@@ -29,6 +30,7 @@ class WarmModel:
     label: Mapping[str, Any]
     sites: tuple[str, ...]
     forward: Forward
+    terms: AnswerTerms
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Encode the rows by the charter.
@@ -60,8 +62,9 @@ class WarmModel:
         return self.sites.index(site)
 
     def answers(self, encoded: Sequence[Sequence[float]], site: int | None) -> list[dict[str, Any]]:
-        """Return one answer a row, numbers as decimal text of six places."""
-        return [answer_of(self.task, self.label, outputs) for outputs in self.forward(encoded, site)]
+        """Return one answer a row, as much of it as the charter lets out; numbers as decimal text."""
+        outputs = self.forward(encoded, site)
+        return [self.terms.released(answer_of(self.task, self.label, values)) for values in outputs]
 
 
 class WarmModels:
@@ -102,4 +105,5 @@ class WarmModels:
             label=served.charter["label"],
             sites=tuple(site["name"] for site in served.charter["sites"]),
             forward=torch_forward(layers, weights),
+            terms=AnswerTerms.of_charter(served.charter),
         )

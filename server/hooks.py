@@ -1,0 +1,131 @@
+"""What others add to a prediction without touching its path: facts before the decision, annotations and
+observations after the answer.
+
+Order in `server.service`: every `FactProvider` - the decision - the answers - every `Annotator` - the entry -
+every `Observer`. Whoever raises stops the prediction before anything is in the log, except an observer, whose
+failure is logged: its entry is durable and its answer true.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from audit.principal import AttributeValue, Decision, Principal
+
+if TYPE_CHECKING:
+    from server.live import ServedVersion
+    from server.service import Answered, Asked
+
+_logger = logging.getLogger(__name__)
+
+B = TypeVar("B", bound=Any)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the policies may know: of the model (`resource`) and of the request (`context`)."""
+
+    resource: Mapping[str, AttributeValue] = field(default_factory=dict)
+    context: Mapping[str, AttributeValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answering:
+    """An allowed request and its answers, before the entry is written."""
+
+    principal: Principal
+    asked: Asked
+    served: ServedVersion
+    decision: Decision
+    plain: Sequence[Mapping[str, Any]]  # the rows as they are committed to
+    encoded: Sequence[Sequence[float]]  # the rows as the model sees them
+    answers: Sequence[Mapping[str, Any]]  # numbers as decimal text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotation:
+    """What one annotator adds."""
+
+    shown: Mapping[str, Any] = field(default_factory=dict)  # members of the answer's `annotations`
+    body: Mapping[str, Any] = field(default_factory=dict)  # fields of the `Prediction` entry
+    rows: Sequence[Mapping[str, Any]] = ()  # for each row, what is committed to and sealed with its answer
+
+    def outputs(self, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the answers as they are committed to: each with what was added to its row."""
+        added = self.rows or ({},) * len(answers)
+        return [{**answer, **more} for answer, more in zip(answers, added, strict=True)]
+
+
+class FactProvider(Protocol):
+    """Gathers facts; the names it gives must stand in the policies' schema."""
+
+    def facts(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:
+        """Return what is known now; quick, because it is on every request's path."""
+        ...
+
+
+class Annotator(Protocol):
+    """Adds to an answer; returns an awaitable where that takes long."""
+
+    def annotate(self, answering: Answering) -> Annotation | Awaitable[Annotation]:
+        """Return what is to be shown, and what the entry is to hold."""
+        ...
+
+
+class Observer(Protocol):
+    """Looks at what was answered, once that is durable."""
+
+    def observe(self, answering: Answering, answered: Answered) -> None:
+        """Count, compare, remember; quick."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """All that was registered, in the order in which it is called."""
+
+    facts: tuple[FactProvider, ...] = ()
+    annotators: tuple[Annotator, ...] = ()
+    observers: tuple[Observer, ...] = ()
+
+    def gather(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:
+        """Return every provider's facts as one; a later provider's word replaces an earlier one's."""
+        resource: dict[str, AttributeValue] = {}
+        context: dict[str, AttributeValue] = {}
+        for provider in self.facts:
+            found = provider.facts(principal, asked, served)
+            resource.update(found.resource)
+            context.update(found.context)
+        return Facts(resource=resource, context=context)
+
+    async def annotate(self, answering: Answering) -> Annotation:
+        """Return every annotator's additions as one."""
+        shown: dict[str, Any] = {}
+        body: dict[str, Any] = {}
+        rows: list[dict[str, Any]] = [{} for _ in answering.answers]
+        for annotator in self.annotators:
+            found = annotator.annotate(answering)
+            added = await found if inspect.isawaitable(found) else found
+            shown.update(added.shown)
+            body.update(added.body)
+            for row, more in zip(rows, added.rows, strict=False):
+                row.update(more)
+        return Annotation(shown=shown, body=body, rows=rows)
+
+    def observe(self, answering: Answering, answered: Answered) -> None:
+        """Tell every observer; the answer goes out whatever they do."""
+        for observer in self.observers:
+            try:
+                observer.observe(answering, answered)
+            except Exception:  # the entry is durable: the caller is owed the answer
+                _logger.exception("an observer failed: request=%s", answered.request_id)
+
+
+def with_fields(body: B, fields: Mapping[str, Any]) -> B:
+    """Return an entry's body with an annotation's fields."""
+    changed: B = replace(body, **fields) if fields else body
+    return changed
