@@ -23,27 +23,31 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from audit._codec import ODD, reader_of, writer_of
+from audit.access_bodies import (
+    AccessDenied,
+    AuditRead,
+    EvidenceExported,
+    KeyBound,
+    KeyCreated,
+    KeyRevoked,
+    PolicyApplied,
+    SubjectErased,
+    SubjectExported,
+)
 from audit.bodies import (
     REFUSAL_CODES,
     RUN_FAILURE_CODES,
     TYPE_OF,
     TYPES,
     ZERO_DIGEST,
-    AccessDenied,
-    AuditRead,
     Body,
     CharterPublished,
     CharterSigned,
-    EvidenceExported,
     GateResult,
-    KeyBound,
-    KeyCreated,
-    KeyRevoked,
     KeyRotated,
     LogCompromised,
     LogCreated,
     MechanismEvent,
-    PolicyApplied,
     Prediction,
     PredictionDenied,
     RoundAbandoned,
@@ -58,8 +62,6 @@ from audit.bodies import (
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
-    SubjectErased,
-    SubjectExported,
     VersionRegistered,
     VersionTransition,
 )
