@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.network.starting import PolicyWatch
+from clients.network.starting import Watched
 from federation.network.errors import ProcessError
 from federation.network.supervisor import Part, Supervisor
 
@@ -83,21 +84,18 @@ def test_a_command_that_does_not_exist_is_named(tmp_path):
         supervisor.run()
 
 
-def test_a_policy_restarts_those_that_started_under_another(tmp_path):
-    class Home:
-        path = tmp_path
-
-    watch = PolicyWatch(Home)  # type: ignore[arg-type]
+def test_other_files_restart_those_that_started_under_the_old_ones(tmp_path):
+    policy, key = tmp_path / "policy.txt", tmp_path / "statement.pem"
+    key.write_text("one")
+    watch = Watched(policy, key)
     begin = watch.begin("agent")
     assert not begin()
-    policy = tmp_path / "policy.txt"
     policy.write_text("one")
     assert watch.outdated() == ()  # it has not started yet: nothing is out of date
     assert begin()
     assert watch.outdated() == ()
-    import os
-
-    os.utime(policy, ns=(1, 1))
-    assert watch.outdated() == ("agent",)
-    assert begin()
-    assert watch.outdated() == ()
+    for path in (policy, key):
+        os.utime(path, ns=(1, 1))
+        assert watch.outdated() == ("agent",)
+        assert begin()
+        assert watch.outdated() == ()
