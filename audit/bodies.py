@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
 from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
+from audit.serving_bodies import PredictionShadowed, VersionExported
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
 ZERO_DIGEST: Final = "0" * 64
@@ -260,7 +261,7 @@ class VersionRegistered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionTransition:
-    """candidate -> approved -> live -> retired, each by a person's own key."""
+    """candidate -> approved -> (shadow, canary) -> live -> retired, each by a person's own key."""
 
     version: str
     model: str
@@ -272,6 +273,7 @@ class VersionTransition:
     officer: str  # public key
     reason: str
     signature: str
+    share: int = 0  # to_state canary: percent of the requests that it answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +322,9 @@ class Prediction:
     subject: str = ""  # random pseudonym of the person
     context: str = ""  # root of the context's fields (`audit.disclosure`); so are then the rows' digests
     sealed: str = ""  # SHA-256 of the ciphertext in the vault
+    # many rows: `rows` is empty, and each row is a leaf of a tree of its own (`audit.row_tree`)
+    row_count: int = 0
+    rows_root: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -433,6 +438,8 @@ Body = (
     | RunEvaluated
     | SubjectExported
     | SubjectErased
+    | VersionExported
+    | PredictionShadowed
     | MembershipBody
 )
 
@@ -472,6 +479,8 @@ TYPES: Final[dict[str, type[Any]]] = {
     "run.evaluated": RunEvaluated,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
+    "version.exported": VersionExported,
+    "prediction.shadowed": PredictionShadowed,
     **MEMBERSHIP_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

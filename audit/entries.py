@@ -183,6 +183,7 @@ _DIGEST_FIELDS: Final = frozenset(
         "previous_event",
         "previous_round",
         "previous_transition",
+        "rows_root",
         "schema_digest",
         "sealed",
         "start",
