@@ -55,6 +55,19 @@ class BlobStore:
             raise BlobAlteredError(digest, found)
         return data
 
+    def size_bytes(self, digest: str) -> int:
+        """Return the size of what is kept under `digest`, before anybody reads it.
+
+        Raises:
+            BlobMissingError: nothing is kept under it.
+        """
+        if not _DIGEST.fullmatch(digest):
+            raise BlobMissingError(digest)
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError as error:
+            raise BlobMissingError(digest) from error
+
     def find(self, digest: str) -> bytes | None:
         """Return the bytes of `digest`, or None when nothing is kept under it; altered bytes raise."""
         try:

@@ -239,6 +239,8 @@ class _Graph:
                 self._op("Mul", self._value(parameters[0].reshape(per_channel)))
                 self._op("Add", self._value(parameters[1].reshape(per_channel)))
             case "embedding":
+                if any(node.op_type != "Reshape" for node in self._nodes):
+                    raise LayerNotExportedError("an embedding of what the model computed is left to torch")
                 self._op("Cast", to=TensorProto.INT64)
                 self._emit("Gather", [self._value(parameters[0]), self._now], axis=0)
             case "site_intercept":

@@ -46,6 +46,7 @@ from server.schemas import problems
 from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
+from server.shadowing import Shadowing
 from server.warm import WarmModels
 from server.watching import Watching
 
@@ -88,6 +89,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             context.watching.start()
             yield
         finally:
+            if context.predicting.shadowing is not None:
+                await context.predicting.shadowing.drain()
             await context.watching.stop()
             await context.publisher.stop()
             context.keys.close()
@@ -138,6 +141,7 @@ def build_context(
     vault = open_vault(settings.coordinator_home, coordinator.ledger.origin)
     sealing = Sealing(vault, journal, settings.request_timeout_s / 2)
     receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
+    warm = WarmModels(coordinator.blobs)
     return Context(
         settings=settings,
         coordinator=coordinator,
@@ -147,13 +151,14 @@ def build_context(
         live=live,
         predicting=PredictService(
             live=live,
-            warm=WarmModels(coordinator.blobs.get),
+            warm=warm,
             authorizer=authorizer,
             journal=journal,
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
             hooks=Hooks(facts=(), annotators=(), observers=()),
+            shadowing=Shadowing(warm, journal, sealing, monitoring),
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         watching=Watching(coordinator, clock),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import ValidationError
 
 from audit.canonical import parse_strict
@@ -43,7 +44,7 @@ async def predict(
     wait: Annotated[
         Level, Query(description="Answer only once the entry is in a signed, or in a witnessed, checkpoint.")
     ] = "sequenced",
-) -> PredictResponse:
+) -> Response:
     """Send named features, get answers, the policies that allowed them, and a signed receipt.
 
     The decision and salted commitments to each row and each answer are one entry of the log, durable before
@@ -72,7 +73,7 @@ async def predict(
             request_id=request_id_of(request),
         ),
     )
-    return render_answer(await _proved(context, answered, wait))
+    return Response(render_answer(await proved(context, answered, wait)), media_type="application/json")
 
 
 @router.get("", summary="List the models", responses=problems(401, 403))
@@ -138,7 +139,7 @@ async def show_card(
     return PlainTextResponse(card, media_type="text/markdown")
 
 
-async def _proved(context: Context, answered: Answered, wait: Level) -> Answered:
+async def proved(context: Context, answered: Answered, wait: Level) -> Answered:
     """The answer with a proof of the level asked for, or of the one below where that did not come in time."""
     index, ledger = answered.leaf_index, context.coordinator.ledger
     timeout_s = min(MAX_WAIT_S, context.settings.request_timeout_s / 2)
@@ -153,32 +154,32 @@ async def _proved(context: Context, answered: Answered, wait: Level) -> Answered
     return replace(answered, level=level, proof=proof.decode())
 
 
-def render_answer(answered: Answered) -> PredictResponse:
-    """Render the answers: probabilities and values as JSON numbers; `opened` holds the exact committed
-    text.
+def render_answer(answered: Answered) -> bytes:
+    """Render the answers as a `PredictResponse`: probabilities and values as JSON numbers, `opened` as the
+    exact committed text.
     """
-    return PredictResponse.model_validate(
-        {
-            "model": answered.model,
-            "version": answered.version,
-            "answers": [_numbers(answer) for answer in answered.answers],
-            "decision": {
-                "id": answered.request_id,
-                "policies": list(answered.decision.policies),
-                "policy_set": answered.decision.policy_set,
-            },
-            "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
-            "receipt": answered.receipt,
-            "level": answered.level,
-            "proof": answered.proof,
-            "opened": list(answered.opened),
-            "sealed": answered.sealed,
-            "annotations": dict(answered.annotations),
-        }
-    )
+    document = {
+        "model": answered.model,
+        "version": answered.version,
+        "answers": [numbers(answer) for answer in answered.answers],
+        "decision": {
+            "id": answered.request_id,
+            "policies": answered.decision.policies,
+            "policy_set": answered.decision.policy_set,
+        },
+        "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
+        "receipt": answered.receipt,
+        "level": answered.level,
+        "proof": answered.proof,
+        "opened": answered.opened,
+        "sealed": answered.sealed,
+        "annotations": dict(answered.annotations),
+    }
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
+def numbers(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer with its numbers as numbers."""
     shown = dict(answer)
     for key in ("probability", "value"):
         if key in shown:

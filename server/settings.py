@@ -28,7 +28,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     policies: Path | None = None  # a Cedar file in place of the shipped rules
     max_body_bytes: Annotated[int, Field(ge=1_024, le=64 * 2**20)] = 1_048_576
-    max_rows: Annotated[int, Field(ge=1, le=384)] = 256  # two commitments a row, one entry
+    max_rows: Annotated[int, Field(ge=1, le=16_384)] = 1_024  # of one request: one entry, a tree of rows
     body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     request_timeout_s: Annotated[float, Field(gt=0, le=3_600)] = 30.0
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
