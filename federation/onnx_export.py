@@ -179,7 +179,7 @@ def _torch(
 
     from federation.torch_models import build_model, set_weights
 
-    model = build_model(layers, precision="float64")
+    model = build_model([dict(layer) for layer in layers], precision="float64")
     set_weights(model, weights)
     model.eval()
     with torch.inference_mode():
@@ -196,8 +196,10 @@ def _probe(layers: Sequence[Layer], inputs: int, rows: int) -> Array:
     whole = np.frombuffer(stream, dtype=">u8")[: rows * inputs].reshape(rows, inputs)
     embedding = next((layer for layer in layers if layer["layer"] == "embedding"), None)
     if embedding is not None:
-        return (whole % embedding["count"]).astype(np.float64)
-    return (whole >> 11).astype(np.float64) * 2.0**-52 - 1.0
+        codes: Array = (whole % embedding["count"]).astype(np.float64)
+        return codes
+    values: Array = (whole >> 11).astype(np.float64) * 2.0**-52 - 1.0
+    return values
 
 
 class _Graph:
@@ -206,7 +208,8 @@ class _Graph:
     def __init__(self, inputs: int) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._values: list[onnx.TensorProto] = []
-        self._now, self._shape = "rows", (inputs,)
+        self._now = "rows"
+        self._shape: Shape = (inputs,)
         self._inputs = [helper.make_tensor_value_info("rows", TensorProto.DOUBLE, ["n", inputs])]
 
     def add(self, layer: Layer, parameters: list[Array]) -> None:

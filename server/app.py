@@ -32,14 +32,16 @@ from server import (
 )
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
-from server.errors import ArtefactError
+from server.errors import ArtefactError, NotReadyError
 from server.guard import Guard
 from server.hooks import Hooks
 from server.journal import Clock, Journal, time_text, utc_now
 from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import CONTENT_TYPE, Monitoring
+from server.oip import routes as routes_oip
 from server.publishing import Publisher
+from server.readiness import Readiness
 from server.reading_log import ReadingLog
 from server.receipting import Receipting
 from server.schemas import problems
@@ -87,7 +89,9 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             await to_thread.run_sync(warm_up, context)
             await context.publisher.start()
             context.watching.start()
+            context.readiness.state = "ready"
             yield
+            context.readiness.state = "draining"
         finally:
             if context.predicting.shadowing is not None:
                 await context.predicting.shadowing.drain()
@@ -105,6 +109,10 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         lifespan=lifespan,
         openapi_tags=[
             {"name": "models", "description": "What is registered, and answers from what is live."},
+            {
+                "name": "inference protocol",
+                "description": "The same answers by the Open Inference Protocol v2.",
+            },
             {"name": "audit", "description": "The log: entries, proofs, checkpoints, evidence."},
             {"name": "subjects", "description": "A person: everything about them, or nothing any more."},
             {"name": "keys", "description": "API keys, for operators."},
@@ -119,7 +127,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         routes_subjects.router,
         routes_runs.router,
     )
-    for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
+    served = (routes_models.router, routes_oip.router, routes_audit.router, *officer, routes_keys.router)
+    for router in served:
         app.include_router(router)
     _service_routes(app)
     openapi.install(app)
@@ -166,6 +175,7 @@ def build_context(
         clock=clock,
         reading=ReadingLog(sealing, journal),
         vault=vault,
+        readiness=Readiness(live, warm, lambda: ""),
     )
 
 
@@ -204,6 +214,16 @@ def _service_routes(app: FastAPI) -> None:
     async def healthz(request: Request) -> dict[str, Any]:
         """200 while the log can be read; says nothing about any model."""
         return {"status": "ok", "tree_size": context_of(request).coordinator.ledger.tree_size}
+
+    @app.get(
+        "/readyz", tags=["service"], summary="Should the service be sent requests?", responses=problems(503)
+    )
+    async def readyz(request: Request) -> dict[str, Any]:
+        """200 once every live model is loaded and receipts can be signed, until the process drains."""
+        problem = await to_thread.run_sync(context_of(request).readiness.problem)
+        if problem:
+            raise NotReadyError(problem)
+        return {"status": "ready"}
 
     @app.get(
         "/metrics",

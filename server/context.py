@@ -22,6 +22,7 @@ from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import Monitoring
 from server.publishing import Publisher
+from server.readiness import Readiness
 from server.reading_log import ReadingLog
 from server.service import PredictService
 from server.settings import Settings
@@ -51,6 +52,7 @@ class Context:
     clock: Clock
     reading: ReadingLog
     vault: Vault
+    readiness: Readiness
 
 
 def context_of(request: Request) -> Context:

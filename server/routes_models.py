@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -13,16 +12,15 @@ from fastapi.responses import PlainTextResponse, Response
 from pydantic import ValidationError
 
 from audit.canonical import parse_strict
-from audit.checkpoints import parse_checkpoint_note
 from audit.entries import body_document
 from audit.errors import AuditError
-from audit.tlog_proof import TlogProof
-from server.context import Caller, Context, authorise, context_of
+from server.context import Caller, authorise, context_of
 from server.errors import MalformedRequestError, request_id_of
 from server.live import ServedVersion
+from server.proving import proved
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
 from server.service import Answered, Asked
-from server.watching import MAX_WAIT_S, Level
+from server.watching import Level
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -137,21 +135,6 @@ async def show_card(
 
     card = await to_thread.run_sync(model_card, context.coordinator.ledger, digest)
     return PlainTextResponse(card, media_type="text/markdown")
-
-
-async def proved(context: Context, answered: Answered, wait: Level) -> Answered:
-    """The answer with a proof of the level asked for, or of the one below where that did not come in time."""
-    index, ledger = answered.leaf_index, context.coordinator.ledger
-    timeout_s = min(MAX_WAIT_S, context.settings.request_timeout_s / 2)
-    level, note = wait, await context.watching.wait(index, wait, timeout_s)
-    if note is None and wait == "witnessed":
-        level, note = "checkpointed", await context.watching.wait(index, "checkpointed", 0.2)
-    if note is None:
-        return answered
-    size = parse_checkpoint_note(note).tree_size
-    hashes = await to_thread.run_sync(ledger.inclusion_proof, index, size)
-    proof = TlogProof(leaf_index=index, hashes=tuple(hashes), checkpoint_note=note).format()
-    return replace(answered, level=level, proof=proof.decode())
 
 
 def render_answer(answered: Answered) -> bytes:

@@ -54,7 +54,9 @@ class Shadowing:
     async def _ask(self, shadow: ServedVersion, answering: Answering, leaf_hash: str) -> None:
         asked, encoded = answering.asked, answering.encoded
         try:
-            warm = self._warm.ready(shadow.version) or await asyncio.to_thread(self._warm.get, shadow)
+            warm = self._warm.ready(shadow.version)
+            if warm is None:
+                warm = await asyncio.to_thread(self._warm.get, shadow)
             if warm.encoder.size != len(encoded[0]):
                 encoded = warm.encode(answering.plain)  # another charter: the same row, encoded its way
             answers = warm.answers(encoded, warm.site_index(asked.site))
