@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import Metric, RoundExamined, RunEvaluated, UpdateRefused
+from audit.round_bodies import Metric, RoundExamined, RunEvaluated, RunResumed, UpdateRefused
+from audit.secure_bodies import RoundOpened
 from audit.serving_bodies import PredictionShadowed, VersionExported
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
@@ -35,11 +36,17 @@ REFUSAL_CODES: Final = frozenset(
         "rate_limited",
         "refused_by_site",
         "waiting_for_site",
+        # masked rounds
+        "already_answered",
+        "roster_not_proved",
+        "survivors_not_agreed",
     }
 )
 """All that a site ever says about why it did not answer; file, row and reason stay on its own console."""
 
-RUN_FAILURE_CODES: Final = frozenset({"coordinator_error", "not_enough_sites", "site_refused", "stopped"})
+RUN_FAILURE_CODES: Final = frozenset(
+    {"coordinator_error", "not_enough_sites", "not_opened", "site_refused", "stopped"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +161,10 @@ class MechanismEvent:
     grid_bits: int
     relation: str  # "add_remove" | "zero_out" | "replace_one"
     unit: str  # "row" | "subject"
+    # where sites share the noise: each draws `share_grid`, and any `sharers` of them make sigma_grid together
+    share_grid: int = 0
+    sharers: int = 0
+    site_sensitivity_grid: int = 0  # what a whole site moves the sum by; 0: not bounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +185,7 @@ class SiteStatement:
     previous_event: str  # hash of event sequence-1; zeros for the first
     update: str  # digest of the update file as sent
     signature: str
+    roster: str = ""  # whose masks the update carries (`audit.secure_round`); "" where it carries none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -436,6 +448,8 @@ Body = (
     | UpdateRefused
     | RoundExamined
     | RunEvaluated
+    | RoundOpened
+    | RunResumed
     | SubjectExported
     | SubjectErased
     | VersionExported
@@ -477,6 +491,8 @@ TYPES: Final[dict[str, type[Any]]] = {
     "update.refused": UpdateRefused,
     "round.examined": RoundExamined,
     "run.evaluated": RunEvaluated,
+    "round.opened": RoundOpened,
+    "run.resumed": RunResumed,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
     "version.exported": VersionExported,

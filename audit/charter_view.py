@@ -27,6 +27,8 @@ from audit.models import outputs_of
 from audit.private_evaluation import METRIC, SOURCE, Evaluation
 from audit.replay import STRATEGIES, AggregationPlan
 from audit.robust import RULES, AggregationRule, check_rule
+from audit.secure_round import SecureTerms
+from audit.shared_noise import check_shares, site_sensitivity_grid
 from audit.update_bounds import GRID_SLACK, UpdateTerms, planned_sensitivity
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -67,6 +69,15 @@ class CharterPrivacy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SiteTerms:
+    """What a charter promises of a site as a whole."""
+
+    max_update_norm: Decimal
+    epsilon: Decimal  # at privacy.delta
+    sensitivity_grid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CharterView:
     """All that later steps compare with; `gates`, `features` and `label` stay plain JSON values."""
 
@@ -85,6 +96,8 @@ class CharterView:
     aggregation: AggregationPlan
     evaluation: Evaluation | None
     updates: Mapping[str, UpdateTerms]  # by site
+    secure: SecureTerms | None  # where updates are masked and the noise is shared
+    site_level: SiteTerms | None
     privacy: CharterPrivacy
     sites: tuple[CharterSite, ...]
     public_set: str  # digest; "" when the charter declares none
@@ -122,6 +135,8 @@ class CharterView:
             "grid_bits": privacy.grid_bits,
             "relation": privacy.relation,
             "unit": privacy.unit,
+            "sharers": 0 if self.secure is None else self.secure.sharers,
+            "site_sensitivity_grid": 0 if self.site_level is None else self.site_level.sensitivity_grid,
         }
         for name, value in agreed.items():
             if getattr(event, name) != value:
@@ -139,6 +154,12 @@ class CharterView:
             return (
                 f"event.sigma_grid is {ratio:.6g} x sensitivity, the charter says {privacy.noise_multiplier}"
             )
+        if self.secure is None and event.share_grid:
+            return f"event.share_grid is {event.share_grid}, the charter lets no sites share noise"
+        try:
+            check_shares(event)
+        except AuditError as error:
+            return str(error)
         return None
 
 
@@ -152,7 +173,7 @@ def read_charter(canonical: bytes) -> CharterView:
         document = parse_canonical(canonical)
     except AuditError as error:
         raise CharterFormError("bytes", str(error)) from error
-    top = _Part(document, "", optional=("public_set", "aggregation", "evaluation"), fields=_TOP)
+    top = _Part(document, "", optional=_TOP_OPTIONAL, fields=_TOP)
     if top.value["affidavit"] != 1:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
@@ -196,6 +217,7 @@ def read_charter(canonical: bytes) -> CharterView:
         precision=privacy.choice("precision", tuple(GRID_SLACK)),
         subject_id=privacy.text("subject_id"),
     )
+    secure = _secure(top, len(sites), minimum_sites)
     view = CharterView(
         digest=hashlib.sha256(canonical).hexdigest(),
         name=top.text("name"),
@@ -214,6 +236,8 @@ def read_charter(canonical: bytes) -> CharterView:
         updates={
             name: UpdateTerms.of_charter(top.value, name, dimension=size, released=released) for name in names
         },
+        secure=secure,
+        site_level=_site_level(top, terms, size, secure),
         privacy=terms,
         sites=sites,
         public_set=digest,
@@ -231,6 +255,7 @@ _TOP: Final = (
     "affidavit", "name", "task", "features", "label", "model", "plan", "privacy", "sites", "gates",
     "purposes", "officers",
 )  # fmt: skip
+_TOP_OPTIONAL: Final = ("public_set", "aggregation", "evaluation", "secure_aggregation", "site_level")
 _PLAN: Final = (
     "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
     "beta2", "tau", "round_timeout_s", "minimum_sites",
@@ -347,6 +372,46 @@ def _check_aggregation(top: _Part, minimum_sites: int) -> None:
         check_rule(AggregationRule.of_charter(top.value), minimum_sites)
     except AuditError as error:
         raise CharterFormError("aggregation", str(error)) from error
+
+
+def _secure(top: _Part, sites: int, minimum_sites: int) -> SecureTerms | None:
+    if "secure_aggregation" not in top.value:
+        return None
+    part = _Part(top.value["secure_aggregation"], "secure_aggregation", fields=("tolerated",))
+    terms = SecureTerms(sites=sites, tolerated=part.count("tolerated"), least=minimum_sites)
+    if sites < 3 or 2 * terms.tolerated >= sites or minimum_sites < terms.sharers:
+        raise part.fail(
+            "tolerated", f"{terms.tolerated} does not fit {sites} sites, {minimum_sites} at least"
+        )
+    plan, model = top.value["plan"], top.value["model"]
+    rule = AggregationRule.of_charter(top.value)
+    if plan["local_steps"] != 1 or model.get("local_layers") or rule.name != "mean" or rule.norm_bound:
+        raise CharterFormError("secure_aggregation", "needs one step, shared layers, a mean without a bound")
+    if any(site["weight"] != str(site["nominal_rows"]) for site in top.items("sites")):
+        raise CharterFormError("secure_aggregation", "needs every site's weight to be its nominal_rows")
+    return terms
+
+
+def _site_level(
+    top: _Part, privacy: CharterPrivacy, size: int, secure: SecureTerms | None
+) -> SiteTerms | None:
+    if "site_level" not in top.value:
+        return None
+    part = _Part(top.value["site_level"], "site_level", fields=("max_update_norm", "epsilon"))
+    if secure is None:
+        raise part.fail("max_update_norm", "needs secure_aggregation, or nobody but the site adds its noise")
+    norm, zero = part.decimal("max_update_norm", above=Decimal(0)), Decimal(0)
+    return SiteTerms(
+        max_update_norm=norm,
+        epsilon=part.decimal("epsilon", above=zero),
+        sensitivity_grid=site_sensitivity_grid(
+            grid_bits=privacy.grid_bits,
+            max_grad_norm=parse_decimal(privacy.max_grad_norm),
+            max_update_norm=norm,
+            dimension=size,
+            precision=privacy.precision,
+        ),
+    )
 
 
 def _site(value: Any, path: str) -> CharterSite:

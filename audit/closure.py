@@ -26,7 +26,8 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, RunEvaluated, UpdateRefused
+from audit.round_bodies import RoundExamined, RunEvaluated, RunResumed, UpdateRefused
+from audit.secure_bodies import RoundOpened
 
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
@@ -41,6 +42,8 @@ _OF_RUN: Final = (
     UpdateRefused,
     RoundExamined,
     RunEvaluated,
+    RoundOpened,
+    RunResumed,
 )
 
 
@@ -153,6 +156,8 @@ class Closure:
                 self._artefact(body.update)
             if isinstance(body, RoundExamined):
                 self._artefact(body.digest)
+            if isinstance(body, RoundOpened):
+                self._artefact(body.transcript)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):

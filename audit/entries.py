@@ -67,6 +67,7 @@ from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
 from audit.membership import MEMBERSHIP_DOMAINS
 from audit.round_bodies import Metric
+from audit.secure_bodies import SECURE_DOMAINS
 from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
@@ -154,6 +155,7 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     LogCompromised: "compromise",
     **SITE_DOMAINS,
     **MEMBERSHIP_DOMAINS,
+    **SECURE_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
@@ -184,9 +186,12 @@ _DIGEST_FIELDS: Final = frozenset(
         "previous_round",
         "previous_transition",
         "rows_root",
+        "roster",
         "schema_digest",
         "sealed",
         "start",
+        "total",
+        "transcript",
         "transition",
         "update",
         "version",

@@ -41,6 +41,9 @@ DOMAINS = frozenset(
         "joining",
         "leaving",
         "node-key",
+        "mask-keys",
+        "survivors",
+        "mask-shares",
     }
 )
 

@@ -14,6 +14,18 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunResumed:
+    """A coordinator took a run up again; everything it goes on from is in the log, and named here."""
+
+    run: str
+    charter: str
+    round: int  # the round that comes next; one more than the charter's rounds when only the end is left
+    previous_round: str  # leaf hash of the last completed round's entry; zeros when there is none
+    base_model: str  # the weights that round left, or the charter's initial ones
+    principal: str  # who resumed it, as the coordinator says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateRefused:
     """A release that arrived, and counts for nothing in its round; it stays debited."""
 

@@ -25,7 +25,7 @@ from clients.decisions import Decisions
 from clients.errors import DataFileError, RefusedError
 from clients.home import SiteHome
 from clients.identity import SiteKeys
-from clients.ledger import Reservation, SiteLedger
+from clients.ledger import Odometers, Reservation
 from clients.terms import Terms, charter_digest, read_terms
 from clients.trainer import Trainer
 from federation.accounting import LifetimeFilter, pld_epsilon
@@ -39,7 +39,7 @@ class Admission:
         self,
         home: SiteHome,
         keys: SiteKeys,
-        ledger: SiteLedger,
+        ledger: Odometers,
         trainer: Trainer,
         decisions: Decisions,
         *,

@@ -28,6 +28,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.keys import SigningKey
 from audit.notes import KeyType, NoteSigner
+from audit.secure_bodies import MaskKeys, SharesOpened, SurvivorsAgreed
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 from clients.errors import IdentityError
 
@@ -41,6 +42,9 @@ T = TypeVar(
     SiteDecided,
     RequestRefused,
     BundleDecided,
+    MaskKeys,
+    SurvivorsAgreed,
+    SharesOpened,
 )
 
 IDENTITY_KEY: Final = "identity.pem"

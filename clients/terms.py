@@ -19,6 +19,8 @@ from audit.errors import AuditError
 from audit.layers import shared_spans
 from audit.models import dimension, initial_weights, model_file
 from audit.private_evaluation import Evaluation
+from audit.secure_round import SecureTerms
+from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.dp.losses import Loss
@@ -62,11 +64,17 @@ class Terms:
     nominal_rows: int  # of this site
     site_index: int
     event: MechanismEvent  # the same in every round
+    secure: SecureTerms | None  # where updates are masked and the noise is shared
+    max_update_norm: Decimal | None  # of the whole site's sum, in gradient units
     evaluation: Evaluation | None
 
     @property
     def loss(self) -> Loss:
         return LOSSES[self.task]
+
+    def masks(self, number: int) -> bool:
+        """Whether the release of this number is masked: every round, and no evaluation."""
+        return self.secure is not None and number <= self.rounds
 
     @property
     def planned(self) -> tuple[MechanismEvent, ...]:
@@ -128,6 +136,8 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
             "charter_not_approved",
             "rows are sampled one by one, which gains nothing for a subject with several; set sample_rate: 1",
         )
+    secure = SecureTerms.of_charter(document)
+    whole = document.get("site_level")
     clip = parse_decimal(privacy["max_grad_norm"])
     check_clip(clip, rows_per_unit=rows, precision=privacy["precision"])
     return Terms(
@@ -157,12 +167,20 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         identities={name: member["identity"] for name, member in members.items()},
         nominal_rows=int(members[site]["nominal_rows"]),
         site_index=sites.index(site),
-        event=_event(plan, privacy, dimension(layers)),
+        event=_event(plan, privacy, dimension(layers), secure, whole),
+        secure=secure,
+        max_update_norm=None if whole is None else parse_decimal(whole["max_update_norm"]),
         evaluation=Evaluation.of_charter(document),
     )
 
 
-def _event(plan: dict[str, Any], privacy: dict[str, Any], parameters: int) -> MechanismEvent:
+def _event(
+    plan: dict[str, Any],
+    privacy: dict[str, Any],
+    parameters: int,
+    secure: SecureTerms | None,
+    whole: dict[str, Any] | None,
+) -> MechanismEvent:
     sensitivity = sensitivity_grid(
         grid_bits=privacy["grid_bits"],
         dimension=parameters,
@@ -172,7 +190,9 @@ def _event(plan: dict[str, Any], privacy: dict[str, Any], parameters: int) -> Me
     sigma = sigma_grid(
         noise_multiplier=Fraction(parse_decimal(privacy["noise_multiplier"])), sensitivity=sensitivity
     )
-    sum_limit(grid_bits=privacy["grid_bits"], sigma=sigma, steps=1)
+    share = 0 if secure is None else share_grid(sigma, secure.sharers)
+    sites = 1 if secure is None else secure.sites
+    sum_limit(grid_bits=privacy["grid_bits"], sigma=share or sigma, steps=1, sites=sites)
     event = MechanismEvent(
         mechanism="discrete_gaussian",
         sampling="full" if privacy["sample_rate"] == "1" else "poisson",
@@ -184,6 +204,17 @@ def _event(plan: dict[str, Any], privacy: dict[str, Any], parameters: int) -> Me
         grid_bits=privacy["grid_bits"],
         relation=privacy["relation"],
         unit=privacy["unit"],
+        share_grid=share,
+        sharers=0 if secure is None else secure.sharers,
+        site_sensitivity_grid=0
+        if whole is None
+        else site_sensitivity_grid(
+            grid_bits=privacy["grid_bits"],
+            max_grad_norm=parse_decimal(privacy["max_grad_norm"]),
+            max_update_norm=parse_decimal(whole["max_update_norm"]),
+            dimension=parameters,
+            precision=privacy["precision"],
+        ),
     )
     check_event(event)
     return event

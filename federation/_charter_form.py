@@ -84,6 +84,13 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "keep": rule.keep,
             "norm_bound": int(rule.norm_bound),
         }
+    if charter.secure_aggregation is not None:
+        document["secure_aggregation"] = {"tolerated": charter.secure_aggregation.tolerated}
+    if charter.site_level is not None:
+        document["site_level"] = {
+            "max_update_norm": decimal_text(charter.site_level.max_update_norm),
+            "epsilon": decimal_text(charter.site_level.epsilon),
+        }
     if charter.public_set is not None:
         document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
     return document
@@ -140,6 +147,7 @@ _DECIMALS = frozenset(
         "delta",
         "sample_rate",
         "max_grad_norm",
+        "max_update_norm",
         "noise_multiplier",
         "weight",
         "floor",

@@ -85,6 +85,7 @@ class Exchange:
     def __init__(self, grid: Grid, *, poll_s: float = 0.01, discovery_s: float = 30.0) -> None:
         self._grid, self._poll_s, self._discovery_s = grid, poll_s, discovery_s
         self._nodes: dict[str, int] = {}
+        self._sites: dict[int, str] = {}
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -111,7 +112,7 @@ class Exchange:
                 enrolment = answer.header.get("enrolment")
                 name = enrolment.get("site") if isinstance(enrolment, dict) else None
                 if isinstance(name, str) and name in missing and not answer.failure:
-                    self._nodes[name] = reply.metadata.src_node_id
+                    self._connect(name, reply.metadata.src_node_id)
                     found[name] = answer
                     missing.discard(name)
             if missing and not fresh:
@@ -146,10 +147,7 @@ class Exchange:
 
     def site_of(self, reply: Message) -> str | None:
         """Return the site whose node a reply says it comes from."""
-        for site, node in self._nodes.items():
-            if node == reply.metadata.src_node_id:
-                return site
-        return None
+        return self._sites.get(reply.metadata.src_node_id)
 
     def collect(
         self,
@@ -178,11 +176,13 @@ class Exchange:
                 break
         return replies
 
+    def _connect(self, site: str, node_id: int) -> None:
+        """Note which node a site answers from; of several sites at one node the first found speaks for it."""
+        self._nodes[site] = node_id
+        self._sites.setdefault(node_id, site)
+
     def _addressee(self, message: Message) -> str | None:
-        for site, node in self._nodes.items():
-            if node == message.metadata.dst_node_id:
-                return site
-        return None
+        return self._sites.get(message.metadata.dst_node_id)
 
     def _send(self, messages: list[Message], timeout_s: float) -> list[Message]:
         ids = set(self._grid.push_messages(messages)) if messages else set[str]()

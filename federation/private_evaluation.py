@@ -7,13 +7,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from audit.entries import ZERO_DIGEST, event_hash
+from audit.entries import ZERO_DIGEST
 from audit.private_evaluation import METRIC, SOURCE, Evaluation, EvaluationError, Worth, worth
 from audit.round_bodies import Metric, RunEvaluated
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import StatementError
 from federation.exchange import Exchange, Request
-from federation.statements import AcceptedUpdate, RoundTerms, verify_statement
+from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_statement
 
 _logger = logging.getLogger(__name__)
 
@@ -37,12 +37,14 @@ def evaluate_privately(
     *,
     timeout_s: float,
     minimum_sites: int,
+    logged: Mapping[str, AcceptedUpdate] | None = None,
 ) -> Evaluated:
     """Ask the participants of `terms`, prove their answers, and write statements and run.evaluated.
 
-    What a site released is logged whatever becomes of the evaluation: it is spent.
+    What a site released is logged whatever becomes of the evaluation: it is spent. `logged` are releases
+    that are in the log already, in a run that is resumed; their sites are not in `requests`.
     """
-    accepted: dict[str, AcceptedUpdate] = {}
+    accepted: dict[str, AcceptedUpdate] = dict(logged or {})
     rejected: dict[str, StatementError] = {}
     answers = exchange.ask(requests, timeout_s=timeout_s, group_id=str(terms.round))
     for site in sorted(requests):
@@ -56,17 +58,13 @@ def evaluate_privately(
             _logger.warning("evaluation: %s", error)
             rejected[site] = error
     leaves, own_leaf = [], {}
-    for site, found in accepted.items():
-        coordinator.blobs.put(found.update)
-        sequenced = coordinator.append(
-            found.statement, f"site:{site}", stable_event_id("site.statement", event_hash(found.statement))
-        )
+    for site, sequenced in record_statements(coordinator, dict(sorted(accepted.items()))).items():
         leaves.append(sequenced.leaf_hash.hex())
         own_leaf[site] = sequenced.leaf_index
     said = None
     if len(accepted) >= minimum_sites:
         try:
-            said = worth(evaluation, [update.values for update in accepted.values()])
+            said = worth(evaluation, [accepted[site].values for site in sorted(accepted)])
         except EvaluationError as error:
             _logger.warning("evaluation: %s", error)
     metric = (
@@ -79,7 +77,7 @@ def evaluate_privately(
         round=terms.round,
         weights=hashlib.sha256(model).hexdigest(),
         statements=tuple(leaves),
-        missing=tuple(sorted(set(requests) - set(accepted))),
+        missing=tuple(sorted(set(terms.participants) - set(accepted))),
         metrics=metric,
         baseline="" if said is None else said.baseline,
         spread="" if said is None else said.spread,

@@ -11,6 +11,7 @@ from audit.notes import parse_note
 from audit.tlog_proof import TlogProof
 from federation.coordinator import Coordinator
 from federation.exchange import Exchange, Request
+from federation.trust import OPERATOR, asked_to_cosign
 
 COSIGN_TIMEOUT_S = 60.0
 _MEETINGS = 3  # how often to publish again for a site that watched the log meanwhile and is ahead
@@ -23,17 +24,18 @@ class Witnessing:
         self, coordinator: Coordinator, exchange: Exchange, *, timeout_s: float = COSIGN_TIMEOUT_S
     ) -> None:
         self._coordinator, self._exchange, self._timeout_s = coordinator, exchange, timeout_s
+        self._shown: dict[int, dict[str, str]] = {}  # what `logged` said under the present note
         self._seen: dict[str, int] = {}  # tree size that each site cosigned last
         self._note: bytes | None = None
         self._is_behind = False
 
     def cosign(self, sites: Iterable[str]) -> int:
         """Sign the log as it is, collect the sites' cosignatures, return how many there are."""
-        wanted = sorted(set(sites))
+        wanted = asked_to_cosign(sites, self._operators())
         for _ in range(_MEETINGS):
             self._is_behind = False
             note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted))
-            self._note = note
+            self._note, self._shown = note, {}
             if not self._is_behind:
                 break
         return len(parse_note(note).signatures) - 1
@@ -51,16 +53,24 @@ class Witnessing:
         """Return a leaf with its tlog-proof to the last cosigned checkpoint, as agents read it."""
         if self._note is None or not self.covers(leaf_index):
             raise ValueError(f"leaf {leaf_index} is not in a cosigned tree yet")
+        if leaf_index in self._shown:
+            return self._shown[leaf_index]
         ledger = self._coordinator.ledger
         proof = TlogProof(
             leaf_index=leaf_index,
             hashes=tuple(ledger.inclusion_proof(leaf_index, self.tree_size)),
             checkpoint_note=self._note,
         )
-        return {
+        shown = self._shown[leaf_index] = {
             "entry": base64.b64encode(ledger.entry(leaf_index)).decode(),
             "proof": proof.format().decode(),
         }
+        return shown
+
+    def _operators(self) -> dict[str, str]:
+        """Who runs each enrolled site: several sites of one operator count once, so not all are asked."""
+        enrolled = self._coordinator.enrolments()
+        return {site: body.operator for site, body in enrolled.items() if OPERATOR.fullmatch(body.operator)}
 
     def _collect(self, note: bytes, sites: list[str]) -> dict[str, list[bytes]]:
         lines: dict[str, list[bytes]] = {}
