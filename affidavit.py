@@ -86,6 +86,7 @@ Operator: keep it running
   coordinator init | up   a coordinator for sites on other machines, kept up
   site invite | approve | revoke | list   who may come
   runs start | list | show | follow | stop | plot | updates   runs over the network
+  runs resume RUN         go on with a run whose coordinator died; nothing is spent twice
   init                    a coordinator's home and a signer's
   serve                   the HTTP API
   keys create | list | revoke   API keys and their roles

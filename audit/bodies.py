@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import Metric, RoundExamined, RunEvaluated, RunResumed, UpdateRefused
+from audit.round_bodies import (
+    Metric,
+    RoundExamined,
+    RunEvaluated,
+    RunReferenced,
+    RunResumed,
+    UpdateRefused,
+)
+from audit.runtime_bodies import PredictionShadowed, VersionExported
 from audit.secure_bodies import RoundOpened
-from audit.serving_bodies import PredictionShadowed, VersionExported
+from audit.serving_bodies import SERVING_TYPES, ServingBody
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
 
 ZERO_DIGEST: Final = "0" * 64
@@ -294,6 +302,8 @@ class KeyCreated:
     role: str
     principal: str
     expires: str  # time, or "" for never
+    region: str = ""  # where its holder asks from; "" where nobody said
+    models: tuple[str, ...] = ()  # the only models it may ask; empty: any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +347,9 @@ class Prediction:
     # many rows: `rows` is empty, and each row is a leaf of a tree of its own (`audit.row_tree`)
     row_count: int = 0
     rows_root: str = ""
+    # as the decision was asked with; of a named person, `legal_basis` is in the vault beside the purpose
+    legal_basis: str = ""
+    region: str = ""  # of whoever asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,9 +359,12 @@ class PredictionDenied:
     purpose: str
     principal: str
     role: str
-    reason: str
+    reason: str  # "policy" or "quota"
     policies: tuple[str, ...]
     policy_set: str
+    version: str = ""  # that would have answered
+    legal_basis: str = ""
+    region: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -450,11 +466,13 @@ Body = (
     | RunEvaluated
     | RoundOpened
     | RunResumed
+    | RunReferenced
     | SubjectExported
     | SubjectErased
     | VersionExported
     | PredictionShadowed
     | MembershipBody
+    | ServingBody
 )
 
 TYPES: Final[dict[str, type[Any]]] = {
@@ -493,10 +511,12 @@ TYPES: Final[dict[str, type[Any]]] = {
     "run.evaluated": RunEvaluated,
     "round.opened": RoundOpened,
     "run.resumed": RunResumed,
+    "run.referenced": RunReferenced,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
     "version.exported": VersionExported,
     "prediction.shadowed": PredictionShadowed,
     **MEMBERSHIP_TYPES,
+    **SERVING_TYPES,
 }
 TYPE_OF: Final[dict[type[Any], str]] = {body: name for name, body in TYPES.items()}

@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from audit.canonical import parse_canonical
+from audit.charter_serving import ServingTerms
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import MechanismEvent
@@ -95,6 +96,7 @@ class CharterView:
     minimum_sites: int
     aggregation: AggregationPlan
     evaluation: Evaluation | None
+    serving: ServingTerms
     updates: Mapping[str, UpdateTerms]  # by site
     secure: SecureTerms | None  # where updates are masked and the noise is shared
     site_level: SiteTerms | None
@@ -108,8 +110,8 @@ class CharterView:
 
     @property
     def releases(self) -> int:
-        """How many releases a run asks of each site: its rounds, and the evaluation if there is one."""
-        return self.rounds + (self.evaluation is not None)
+        """How many releases a run asks of each site: its rounds, then evaluation and sketch if there are."""
+        return self.rounds + (self.evaluation is not None) + (self.serving.reference is not None)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -233,6 +235,7 @@ def read_charter(canonical: bytes) -> CharterView:
         minimum_sites=minimum_sites,
         aggregation=aggregation,
         evaluation=_evaluation(top),
+        serving=_serving(top),
         updates={
             name: UpdateTerms.of_charter(top.value, name, dimension=size, released=released) for name in names
         },
@@ -255,7 +258,10 @@ _TOP: Final = (
     "affidavit", "name", "task", "features", "label", "model", "plan", "privacy", "sites", "gates",
     "purposes", "officers",
 )  # fmt: skip
-_TOP_OPTIONAL: Final = ("public_set", "aggregation", "evaluation", "secure_aggregation", "site_level")
+_TOP_OPTIONAL: Final = (
+    "public_set", "aggregation", "evaluation", "secure_aggregation", "site_level", "reference", "answers",
+    "fairness",
+)  # fmt: skip
 _PLAN: Final = (
     "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
     "beta2", "tau", "round_timeout_s", "minimum_sites",
@@ -359,6 +365,13 @@ def _evaluation(top: _Part) -> Evaluation | None:
         raise CharterFormError("evaluation", str(error)) from error
 
 
+def _serving(top: _Part) -> ServingTerms:
+    try:
+        return ServingTerms.of_charter(top.value)
+    except AuditError as error:
+        raise CharterFormError("reference, answers or fairness", str(error)) from error
+
+
 def _check_aggregation(top: _Part, minimum_sites: int) -> None:
     if "aggregation" not in top.value:
         return
@@ -398,8 +411,8 @@ def _site_level(
     if "site_level" not in top.value:
         return None
     part = _Part(top.value["site_level"], "site_level", fields=("max_update_norm", "epsilon"))
-    if secure is None:
-        raise part.fail("max_update_norm", "needs secure_aggregation, or nobody but the site adds its noise")
+    if secure is None or "evaluation" in top.value:
+        raise part.fail("max_update_norm", "needs secure_aggregation, and no evaluation")
     norm, zero = part.decimal("max_update_norm", above=Decimal(0)), Decimal(0)
     return SiteTerms(
         max_update_norm=norm,

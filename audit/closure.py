@@ -26,7 +26,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, RunEvaluated, RunResumed, UpdateRefused
+from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
 from audit.secure_bodies import RoundOpened
 
 B = TypeVar("B")
@@ -44,6 +44,7 @@ _OF_RUN: Final = (
     RunEvaluated,
     RoundOpened,
     RunResumed,
+    RunReferenced,
 )
 
 
@@ -158,6 +159,8 @@ class Closure:
                 self._artefact(body.digest)
             if isinstance(body, RoundOpened):
                 self._artefact(body.transcript)
+            if isinstance(body, RunReferenced) and body.sketch:
+                self._artefact(body.sketch)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):

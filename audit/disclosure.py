@@ -25,7 +25,7 @@ from audit.bodies import AuditRead, Body, Prediction
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.commitments import SALT_SIZE
 from audit.errors import AuditError, CommitmentError
-from audit.serving_bodies import PredictionShadowed
+from audit.runtime_bodies import PredictionShadowed
 
 CONTEXT: Final = "context"
 TERMS: Final = "terms"

@@ -68,6 +68,7 @@ from audit.errors import AuditError
 from audit.membership import MEMBERSHIP_DOMAINS
 from audit.round_bodies import Metric
 from audit.secure_bodies import SECURE_DOMAINS
+from audit.serving_bodies import SERVING_DOMAINS
 from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
@@ -156,6 +157,7 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     **SITE_DOMAINS,
     **MEMBERSHIP_DOMAINS,
     **SECURE_DOMAINS,
+    **SERVING_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
@@ -182,6 +184,8 @@ _DIGEST_FIELDS: Final = frozenset(
         "last_round",
         "output_model",
         "policy_set",
+        "prediction",
+        "previous_change",
         "previous_event",
         "previous_round",
         "previous_transition",

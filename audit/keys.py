@@ -44,6 +44,8 @@ DOMAINS = frozenset(
         "mask-keys",
         "survivors",
         "mask-shares",
+        "review",
+        "access-policy",
     }
 )
 

@@ -28,13 +28,17 @@ _SCANNED: Final = 1000  # entries looked at for one page of somebody who may not
 PRIVATE_TYPES: Final = frozenset(
     {
         "access.denied",
+        "alarm.closed",
+        "alarm.raised",
         "audit.read",
         "evidence.exported",
         "key.bound",
         "key.created",
+        "key.replaced",
         "key.revoked",
         "prediction",
         "prediction.denied",
+        "prediction.reviewed",
         "round.examined",
         "site.refused",
         "site.statement",

@@ -61,3 +61,14 @@ class RunEvaluated:
     metrics: tuple[Metric, ...]
     baseline: str  # the share of the largest class, by the same counts
     spread: str  # standard deviation of the accuracy that the noise alone makes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReferenced:
+    """The sketch of the run's training rows, by counts that the sites released with noise."""
+
+    run: str
+    round: int  # one after the last, or after the evaluation
+    statements: tuple[str, ...]  # leaf hashes, in the order of the sites' names
+    missing: tuple[str, ...]
+    sketch: str  # digest of the sketch's file; "" where too few sites counted

@@ -21,6 +21,7 @@ from audit.entries import (
 from audit.epsilon import epsilon_floor, recompute
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
+from audit.shared_noise import site_level
 from clients.decisions import Decisions
 from clients.errors import DataFileError, RefusedError
 from clients.home import SiteHome
@@ -205,3 +206,10 @@ def check_promise(terms: Terms) -> None:
             f"the charter promises epsilon {terms.epsilon} at delta {terms.delta}, its plan costs "
             f"{cost:.4f}; `affidavit charter check` names the noise it needs",
         )
+    if terms.site_epsilon is not None:
+        whole = recompute([site_level(event) for event in planned], delta).value
+        if whole > float(terms.site_epsilon) * (1 + 1e-9):
+            raise RefusedError(
+                "charter_not_approved",
+                f"the charter promises a whole site epsilon {terms.site_epsilon}, its plan costs {whole:.4f}",
+            )

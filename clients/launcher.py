@@ -165,7 +165,9 @@ def _leave_no_packages() -> None:
     """The bundle brings packages of these names; it gets its own copies, never this process's."""
     root = str(Path(__file__).resolve().parent.parent)
     sys.path[:] = [entry for entry in sys.path if entry != root or "site-packages" in root]
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("audit", "clients")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("audit", "clients", "federation")
+    ]:
         del sys.modules[name]
 
 

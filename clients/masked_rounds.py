@@ -44,7 +44,7 @@ from audit.secure_round import (
 from audit.shamir import SHARE_BYTES, split
 from clients.errors import RefusedError
 from clients.identity import SiteKeys
-from clients.ledger import SiteLedger
+from clients.ledger import Odometers
 from clients.requests import RoundRequest, charter_digest_of, names_of, parse_header, round_number
 from clients.terms import Terms
 from federation.errors import StatementError
@@ -92,7 +92,7 @@ class MaskedUpdate:
 class MaskedRounds:
     """The masked rounds of one site; every method raises `RefusedError` for what it will not do."""
 
-    def __init__(self, site: str, origin: str, keys: SiteKeys, ledger: SiteLedger) -> None:
+    def __init__(self, site: str, origin: str, keys: SiteKeys, ledger: Odometers) -> None:
         self._site, self._origin, self._keys, self._ledger = site, origin, keys, ledger
 
     def keys(self, request: MaskedRequest, terms: Terms) -> dict[str, Any]:
@@ -305,7 +305,7 @@ class MaskedRounds:
             raise RefusedError("round_out_of_order", f"round {later[0]} of run {request.run} has begun")
 
     def _read_keys(self, asked: Any, terms: Terms) -> tuple[list[MaskKeys], dict[str, str]]:
-        """Return the keys, and each site's statement key from an enrolment that its pinned identity signed."""
+        """Return the keys, and each site's statement key from an enrolment that its identity signed."""
         keys, signers = [], {}
         try:
             for item in _list(asked):

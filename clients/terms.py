@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from audit.canonical import parse_canonical
 from audit.charter_view import read_charter
@@ -19,12 +19,15 @@ from audit.errors import AuditError
 from audit.layers import shared_spans
 from audit.models import dimension, initial_weights, model_file
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
 from audit.secure_round import SecureTerms
 from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
-from clients.dp.losses import Loss
 from clients.errors import RefusedError
+
+if TYPE_CHECKING:
+    from clients.dp.losses import Loss  # torch is the trainer's; who reads a charter needs none of it
 
 LOSSES: Final[dict[str, Loss]] = {
     "binary": "binary_cross_entropy",
@@ -65,8 +68,10 @@ class Terms:
     site_index: int
     event: MechanismEvent  # the same in every round
     secure: SecureTerms | None  # where updates are masked and the noise is shared
+    site_epsilon: Decimal | None  # what a run may cost this site as a whole; None: nothing is promised
     max_update_norm: Decimal | None  # of the whole site's sum, in gradient units
     evaluation: Evaluation | None
+    reference: Reference | None
 
     @property
     def loss(self) -> Loss:
@@ -80,7 +85,12 @@ class Terms:
     def planned(self) -> tuple[MechanismEvent, ...]:
         """Every release of a run, in order."""
         rounds = (self.event,) * self.rounds
-        return rounds if self.evaluation is None else (*rounds, self.evaluation.event)
+        return (*rounds, *(terms.event for terms in self.after))
+
+    @property
+    def after(self) -> tuple[Evaluation | Reference, ...]:
+        """What is released once after the last round, in order."""
+        return tuple(terms for terms in (self.evaluation, self.reference) if terms is not None)
 
     @property
     def normaliser(self) -> float:
@@ -169,8 +179,10 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         site_index=sites.index(site),
         event=_event(plan, privacy, dimension(layers), secure, whole),
         secure=secure,
+        site_epsilon=None if whole is None else parse_decimal(whole["epsilon"]),
         max_update_norm=None if whole is None else parse_decimal(whole["max_update_norm"]),
         evaluation=Evaluation.of_charter(document),
+        reference=Reference.of_charter(document),
     )
 
 

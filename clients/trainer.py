@@ -9,11 +9,13 @@ import torch
 
 from audit.errors import AuditError
 from audit.models import weights_of_file
+from audit.reference import Reference
 from clients.dp.mechanism import Mechanism, MechanismTerms
 from clients.errors import DataFileError, RefusedError
 from clients.evaluation import noisy_counts
 from clients.loader import TrainingData, load_evaluation_data, load_training_data
 from clients.local_layers import LocalLayers, moved_locally, overlaid, shared_values
+from clients.sketching import noisy_sketch
 from clients.terms import Terms
 from federation.torch_models import build_model
 
@@ -48,13 +50,16 @@ class Trainer:
             weights = weights_of_file(list(terms.layers), base_model)
         except AuditError as error:
             raise RefusedError("base_model_mismatch", str(error)) from error
-        evaluation = terms.evaluation if server_round > terms.rounds else None
+        after = terms.after[server_round - terms.rounds - 1] if server_round > terms.rounds else None
+        counted = after is not None and not isinstance(after, Reference)
         try:
-            data = self._load(terms) if evaluation is None else load_evaluation_data(self._path, terms)
+            data = load_evaluation_data(self._path, terms) if counted else self._load(terms)
         except DataFileError as error:
             raise RefusedError("contract_not_met", str(error)) from error
-        if evaluation is not None:
-            return noisy_counts(evaluation, terms, weights, data)
+        if isinstance(after, Reference):
+            return noisy_sketch(after, terms, data)
+        if after is not None:
+            return noisy_counts(after, terms, weights, data)
         mechanism = self._mechanism(terms)
         kept = self._local.load(run, server_round - 1) if terms.spans else None
         if kept is not None:

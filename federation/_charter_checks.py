@@ -11,6 +11,7 @@ from audit.keys import parse_public_key
 from audit.metrics import LOWER_IS_BETTER, METRICS_OF_TASK
 from audit.private_evaluation import SOURCE
 from federation._aggregation_checks import check_aggregation, check_local_training
+from federation._charter_serving import check_serving
 from federation._evaluation_checks import check_evaluation, check_private_gate
 from federation._secure_checks import check_grid, check_secure
 from federation.errors import LayerError, Problem
@@ -41,6 +42,7 @@ def check_charter(charter: Charter) -> list[Problem]:
         *check_aggregation(charter),
         *check_evaluation(charter),
         *check_secure(charter),
+        *check_serving(charter),
     ]
     found = found or [*_model(charter), *check_local_training(charter)]
     return found or [*check_grid(charter)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from audit.decimals import decimal_text, parse_decimal
+from federation._charter_serving import serving_document, serving_fields
 
 if TYPE_CHECKING:
     from federation.charter import Charter, Feature
@@ -91,6 +92,7 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "max_update_norm": decimal_text(charter.site_level.max_update_norm),
             "epsilon": decimal_text(charter.site_level.epsilon),
         }
+    document |= serving_document(charter)
     if charter.public_set is not None:
         document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
     return document
@@ -160,6 +162,7 @@ def fields_of_canonical(document: dict[str, Any]) -> dict[str, Any]:
     """Return what a `Charter` is built from, given its canonical JSON values."""
     fields: dict[str, Any] = _decimals(document, "")
     fields["model"] = _model_fields(document["model"])
+    serving_fields(fields)
     return fields
 
 

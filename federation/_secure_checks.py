@@ -76,7 +76,7 @@ def _numbers(secure: SecureTerms) -> Iterator[Problem]:
     if secure.least < secure.sharers:
         yield Problem(
             path="plan.minimum_sites",
-            message=f"{secure.least} sites' shares make less than the charter's noise; {secure.sharers} make it",
+            message=f"{secure.least} sites' shares make less than the noise; {secure.sharers} make it",
             fix=f"write at least {secure.sharers}: all sites but those tolerated",
         )
 
@@ -94,6 +94,12 @@ def _excluded(charter: Charter) -> Iterator[Problem]:
             path="model.local_layers",
             message="would be moved by sums that carry one site's share of the noise alone",
             fix="share every layer, or remove `secure_aggregation`",
+        )
+    if charter.site_level is not None and charter.evaluation is not None:
+        yield Problem(
+            path="evaluation",
+            message="releases counts that no norm bounds for a whole site",
+            fix="judge by a public set, or remove `site_level`",
         )
     for index, site in enumerate(charter.sites):
         if site.weight is not None and site.weight != site.nominal_rows:

@@ -24,6 +24,7 @@ from federation._charter_checks import check_charter
 from federation._charter_errors import problems_of
 from federation._charter_form import canonical_document, fields_of_canonical, yaml_text
 from federation._charter_open import NOISE, PLACEHOLDER, placeholder_problems, split_path, with_lines
+from federation._charter_serving import Answers, Fairness, Reference
 from federation._numbers import Count, Number
 from federation.errors import AccountingError, CharterError, CharterFileError, Problem
 from federation.families import Layer, cnn, logistic_regression, mlp, normalise_layers
@@ -188,6 +189,9 @@ class Charter(_Part):
     aggregation: Aggregation | None = None  # absent: the weighted mean, and no bound on an update's length
     secure_aggregation: SecureAggregation | None = None
     site_level: SiteLevel | None = None
+    reference: Reference | None = None
+    answers: Answers | None = None
+    fairness: Fairness | None = None
     sites: tuple[Site, ...] = Field(min_length=1, max_length=1000)
     public_set: PublicSet | None = None
     gates: tuple[Gate, ...] = ()

@@ -148,6 +148,12 @@ def check_charter(
         ],
         "warnings": list(cost.warnings),
     }
+    if loaded.secure is not None:
+        document["tolerated"] = loaded.secure.tolerated
+        document["colluders"] = loaded.secure.colluders(loaded.secure.least)
+        document["epsilon_alone"] = cost.alone
+    if cost.whole_site is not None:
+        document["epsilon_whole_site"] = cost.whole_site
     emit(document, plan_report(loaded).rstrip(), as_json=as_json)
     if not cost.fits:
         raise typer.Exit(1)

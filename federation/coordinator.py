@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import yaml
 
+from audit._files import write_durably
 from audit.checkpoints import add_signatures, open_checkpoint, parse_checkpoint_note
 from audit.entries import (
     Body,
@@ -343,9 +344,9 @@ class Coordinator:
         return parse_checkpoint_note(note).tree_size
 
     def keep_run(self, run: str, document: Mapping[str, Any]) -> None:
-        """Keep what a run needs to start, for the ServerApp that will carry it out."""
+        """Keep what a run needs to start, for the ServerApp that will carry it out; durable on return."""
         (self.home / "runs").mkdir(exist_ok=True)
-        (self.home / "runs" / f"{run}.json").write_text(json.dumps(document), encoding="utf-8")
+        write_durably(self.home / "runs" / f"{run}.json", json.dumps(document).encode())
 
     def kept_run(self, run: str) -> dict[str, Any]:
         """Return what `keep_run` kept.

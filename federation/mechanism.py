@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from audit.decimals import decimal_text
 from audit.entries import MechanismEvent
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
 from audit.shared_noise import share_grid, site_sensitivity_grid
 
 if TYPE_CHECKING:
@@ -71,10 +72,11 @@ def release_event(
 
 
 def planned_events(charter: Charter) -> tuple[MechanismEvent, ...]:
-    """Return every event of a run at one site, in order: its rounds, and the evaluation if there is one."""
-    evaluation = Evaluation.of_charter(charter.document)
+    """Return every event of a run at one site, in order: its rounds, then evaluation and sketch if any."""
+    document = charter.document
+    after = (Evaluation.of_charter(document), Reference.of_charter(document))
     rounds = (planned_event(charter),) * charter.plan.rounds
-    return rounds if evaluation is None else (*rounds, evaluation.event)
+    return (*rounds, *(terms.event for terms in after if terms is not None))
 
 
 def planned_event(charter: Charter) -> MechanismEvent:

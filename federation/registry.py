@@ -23,7 +23,7 @@ from audit.entries import (
     decode_entry,
 )
 from audit.ledger import Ledger, StoredEntry
-from audit.round_bodies import RunEvaluated
+from audit.round_bodies import RunEvaluated, RunReferenced
 from federation.errors import NotFoundError
 
 B = TypeVar("B")
@@ -196,6 +196,13 @@ def run_completed(log: Ledger, run: str) -> RunCompleted:
 def run_evaluated(log: Ledger, run: str) -> RunEvaluated | None:
     """Return what the sites' released counts said of a run's weights, if its charter asked for that."""
     for _, body in bodies(log, RunEvaluated, run=run):
+        return body
+    return None
+
+
+def run_referenced(log: Ledger, run: str) -> RunReferenced | None:
+    """Return the sketch of a run's training rows, if its charter asked for one."""
+    for _, body in bodies(log, RunReferenced, run=run):
         return body
     return None
 

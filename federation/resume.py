@@ -28,23 +28,34 @@ from audit.entries import (
     SiteUndelivered,
     decode_entry,
     event_hash,
+    parse_body,
 )
 from audit.errors import AuditError
 from audit.ledger import Ledger, StoredEntry
 from audit.models import model_file
-from audit.round_bodies import RoundExamined, RunEvaluated, RunResumed, UpdateRefused
+from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
 from audit.weights import decode_update
+from federation import registry
 from federation.anomaly import record_view
 from federation.blobs import BlobStore
 from federation.charter import Charter
 from federation.coordinator import Coordinator
-from federation.errors import BlobAlteredError, BlobMissingError, ResumeError
-from federation.preparation import Prepared, SiteHistory, latest_enrolments
+from federation.errors import BlobAlteredError, BlobMissingError, NotFoundError, ResumeError
+from federation.preparation import Prepared, SiteHistory
 from federation.run_state import LoggedRelease, RunState
 from federation.statements import AcceptedUpdate, OdometerHead
 from federation.strategies import Strategy
 
 RESTORE = "restore the coordinator's home from a backup that is not older than the log"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRun:
+    """What a run was prepared with."""
+
+    charter: Charter
+    charter_author: str
+    started: RunStarted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +82,7 @@ class RunPast:
     examined: set[int] = field(default_factory=set)
     abandoned: int = 0  # the round that was given up, if one was
     evaluated: RunEvaluated | None = None
+    referenced: RunReferenced | None = None
     resumed: list[RunResumed] = field(default_factory=list)
     ended: RunCompleted | RunFailed | None = None
 
@@ -110,19 +122,24 @@ class RunPast:
 
     def open_releases(self) -> dict[str, LoggedRelease]:
         """Return the releases of the round that was broken off, as far as the log holds them."""
-        return self._of_round(self.statements)
+        return self.release_of(self._open_round)
+
+    def release_of(self, number: int) -> dict[str, LoggedRelease]:
+        return {site: release for (of, site), release in sorted(self.statements.items()) if of == number}
 
     def open_written_off(self) -> dict[str, LoggedRelease]:
         """Return the releases of that round that were written off; their sites are asked no more."""
-        return self._of_round(self.written_off)
+        number = self._open_round
+        return {site: release for (of, site), release in sorted(self.written_off.items()) if of == number}
 
     def open_refused(self) -> dict[str, UpdateRefused]:
         """Return the updates of that round that were refused for their length."""
-        return {site: body for (number, site), body in self.refused.items() if number == self.next_round}
+        return {site: body for (number, site), body in self.refused.items() if number == self._open_round}
 
-    def _of_round(self, found: Mapping[tuple[int, str], LoggedRelease]) -> dict[str, LoggedRelease]:
-        number = self.next_round
-        return {site: release for (of, site), release in sorted(found.items()) if of == number}
+    @property
+    def _open_round(self) -> int:
+        """The number of the release that was broken off; an evaluation takes one after the last round's."""
+        return self.next_round + (self.evaluated is not None)
 
     def _take(self, row: StoredEntry, body: Any) -> None:
         place: dict[str, Any] = {"leaf_index": row.leaf_index, "leaf_hash": row.leaf_hash.hex()}
@@ -149,6 +166,8 @@ class RunPast:
             self.abandoned = body.round
         elif isinstance(body, RunEvaluated):
             self.evaluated = body
+        elif isinstance(body, RunReferenced):
+            self.referenced = body
         elif isinstance(body, RunResumed):
             self.resumed.append(body)
         elif isinstance(body, (RunCompleted, RunFailed)):
@@ -168,6 +187,27 @@ class RunPast:
             raise ResumeError(
                 self.run, f"the log tells two stories of it: {problem}", "run `affidavit log fsck`"
             )
+
+
+def prepared_run(coordinator: Coordinator, run: str) -> PreparedRun:
+    """Return what a run was prepared with: from the log once it was begun there, else from the home's file.
+
+    Raises:
+        HomeError: no run of that id was prepared here.
+    """
+    ledger = coordinator.ledger
+    for _, started in registry.bodies(ledger, RunStarted, run=run):
+        try:
+            text, author = registry.charter_text(ledger, started.charter)
+        except NotFoundError:
+            break  # it ended before its charter was published
+        return PreparedRun(charter=Charter.from_canonical(text), charter_author=author, started=started)
+    kept = coordinator.kept_run(run)
+    return PreparedRun(
+        charter=Charter.from_canonical(kept["charter"]),
+        charter_author=kept["charter_author"],
+        started=parse_body(RunStarted, kept["run_started"]),
+    )
 
 
 def recall(blobs: BlobStore, run: str, release: LoggedRelease) -> AcceptedUpdate:
@@ -248,6 +288,9 @@ def take_up(
         done = past.rounds[-1]
         state.previous_round, state.round_leaf = done.leaf_hash, done.leaf_index
         state.own_leaf = {site: release.leaf_index for site, release in done.releases.items()}
+    if past.evaluated is not None:
+        counted = past.release_of(past.next_round)
+        state.own_leaf |= {site: release.leaf_index for site, release in counted.items()}
     refused = past.open_refused()
     state.silent = set(state.participants) - set(connected)
     for site, release in past.open_written_off().items():
@@ -262,7 +305,7 @@ def take_up(
 def _set_odometers(coordinator: Coordinator, prepared: Prepared, state: RunState) -> None:
     """Give every participant the keys and the odometer that its release of this round must continue."""
     heads = SiteHistory.read(coordinator, before_run="").heads
-    for site, enrolment in latest_enrolments(coordinator).items():
+    for site, enrolment in coordinator.enrolments().items():
         known = prepared.enrolments.setdefault(site, enrolment)
         prepared.heads.setdefault(site, heads.get((site, known.population), OdometerHead()))
     for site, release in state.logged.items():

@@ -35,6 +35,7 @@ from audit.entries import (
 from audit.epsilon import recompute
 from audit.models import initial_weights, model_file
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
 from audit.replay import average
 from federation.anomaly import record_view
 from federation.charter import Charter
@@ -66,6 +67,7 @@ from federation.resume import RESTORE, RunPast, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunState
 from federation.secure_round import MaskedRound
+from federation.sketching import sketch_rows
 from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
@@ -73,6 +75,7 @@ from federation.witnessing import Witnessing
 _logger = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S = 10.0
+ROUND_TROUBLE_S = 90.0  # a node that was killed is refused for up to a minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +118,7 @@ class RoundLoop:
         self._started = time.monotonic()
         data = None if charter.public_set is None else coordinator.blobs.find(charter.public_set.digest)
         self._public = None if data is None else PublicData.read(charter, data)
+        self._counted: tuple[str, ...] | None = None  # who answered the evaluation, where there is one
 
     def carry_out(self, author: str, *, principal: str = ACTOR) -> RunOutcome:
         """Do everything that the log does not show as done.
@@ -134,7 +138,7 @@ class RoundLoop:
                 return self._go_on(past, self._prepare(author, past))
             self._check_same(past)
             if past.ended is not None:
-                return self._end_again(past)
+                return self._end_again(past, past.ended)
             prepared = self._prepare(author, past)
             self._coordinator.append(resumed_body(self._charter, past, principal), ACTOR)
             self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
@@ -163,7 +167,7 @@ class RoundLoop:
             problem = "it was started on other terms than those prepared here"
             raise ResumeError(self._run.run, problem, RESTORE)
 
-    def _end_again(self, past: RunPast) -> RunOutcome:
+    def _end_again(self, past: RunPast, ended: RunCompleted | RunFailed) -> RunOutcome:
         """Tell the sites once more how the run ended, in case nobody did.
 
         Raises:
@@ -176,14 +180,11 @@ class RoundLoop:
             for (_, site), release in sorted((past.statements | past.written_off).items())
         }
         state = RunState(participants=sites, base_model=b"", own_leaf=own_leaf)
-        if isinstance(past.ended, RunCompleted):
-            state.participants = tuple(past.rounds[-1].releases)
-            return self._outcome(past.ended.weights, state, self._finish(state, sites))
-        self._finish(state)
-        number, reason = (
-            (0, "coordinator_error") if past.ended is None else (past.ended.round, past.ended.reason)
-        )
-        raise RunFailedError(self._run.run, number, reason, "it had ended before; the log has the reason")
+        witnesses = self._finish(state)
+        if isinstance(ended, RunFailed):
+            raise RunFailedError(self._run.run, ended.round, ended.reason, "it had ended before")
+        state.participants = tuple(past.rounds[-1].releases)
+        return self._outcome(ended.weights, state, witnesses)
 
     def _prepare(self, author: str, past: RunPast) -> Prepared:
         coordinator, charter = self._coordinator, self._charter
@@ -251,6 +252,7 @@ class RoundLoop:
             requests,
             timeout_s=float(self._charter.plan.round_timeout_s),
             group_id=str(number),
+            trouble_s=ROUND_TROUBLE_S,
             on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
         output, _ = strategy.aggregate_train(number, replies)
@@ -341,7 +343,9 @@ class RoundLoop:
             heads=prepared.heads,
         )
 
-    def _request(self, number: int, site: str, state: RunState) -> Request:
+    def _request(
+        self, number: int, site: str, state: RunState, *, participants: tuple[str, ...] | None = None
+    ) -> Request:
         shown: dict[str, Any] = {"previous_round": None, "own_statement": None}
         if number > 1 and state.round_leaf is not None:
             shown["previous_round"] = self._witnessing.logged(state.round_leaf)
@@ -350,7 +354,7 @@ class RoundLoop:
             "run": self._run.run,
             "round": number,
             "charter": self._charter.digest,
-            "participants": list(state.participants),
+            "participants": list(state.participants if participants is None else participants),
             **shown,
         }
         return Request(kind="round", header=header, blobs={"base_model": state.base_model})
@@ -422,6 +426,10 @@ class RoundLoop:
             logged=self._recalled(state),
         )
         state.own_leaf |= evaluated.own_leaf
+        state.logged = {}
+        self._counted = tuple(sorted(evaluated.own_leaf))
+        for site, update in evaluated.accepted.items():
+            prepared.heads[site] = prepared.heads[site].after(update.statement)
         worth = evaluated.worth
         self._emit(
             "evaluated",
@@ -431,12 +439,53 @@ class RoundLoop:
             detail="; ".join(str(error) for error in evaluated.rejected.values()),
         )
 
+    def _sketch(self, reference: Reference, prepared: Prepared, state: RunState, *, number: int) -> None:
+        """Have the training rows counted by bin; who did not answer the release before is not asked."""
+        asked = state.participants if self._counted is None else self._counted
+        if number > self._charter.plan.rounds + 1:
+            self._witnessing.cosign(asked)  # the evaluation's statements must be witnessed first
+        terms = dataclasses.replace(
+            self._terms(number, prepared, state),
+            participants=asked,
+            event=reference.event,
+            released=reference.event.dimension,
+        )
+        logged = self._recalled(state)
+        requests = {
+            site: self._request(number, site, state, participants=asked)
+            for site in asked
+            if site not in logged and site not in state.silent
+        }
+        counted = sketch_rows(
+            self._coordinator,
+            self._exchange,
+            terms,
+            reference,
+            requests,
+            timeout_s=float(self._charter.plan.round_timeout_s),
+            minimum_sites=self._charter.minimum_sites,
+            logged=logged,
+        )
+        state.own_leaf |= counted.own_leaf
+        self._emit(
+            "sketched",
+            number=number,
+            sites=tuple(sorted(counted.own_leaf)),
+            detail="; ".join(str(error) for error in counted.rejected.values()),
+        )
+
     def _complete(self, past: RunPast, prepared: Prepared, state: RunState) -> RunOutcome:
         state.base_model = model_file(self._charter.layers, average(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
         evaluation = Evaluation.of_charter(self._charter.document)
-        if evaluation is not None and past.evaluated is None:
+        if past.evaluated is not None:
+            self._counted = tuple(s for s in state.participants if s not in past.evaluated.missing)
+        elif evaluation is not None:
             self._evaluate(evaluation, prepared, state)
+        reference = Reference.of_charter(self._charter.document)
+        if reference is not None and past.referenced is None:
+            self._sketch(reference, prepared, state, number=len(planned_events(self._charter)))
+        state.own_leaf |= {site: release.leaf_index for site, release in state.logged.items()}
         self._coordinator.append(
             RunCompleted(
                 run=self._run.run,
@@ -469,14 +518,13 @@ class RoundLoop:
         )
         return outcome
 
-    def _finish(self, state: RunState, sites: Sequence[str] = ()) -> int:
+    def _finish(self, state: RunState) -> int:
         """Have the end witnessed, and tell every site that the run is over; what it did not release is free
         again.
         """
-        told = sites or state.participants
-        witnesses = self._witnessing.cosign(told)
+        witnesses = self._witnessing.cosign(state.participants)
         finished = {}
-        for site in told:
+        for site in state.participants:
             header: dict[str, Any] = {"run": self._run.run}
             leaf = state.own_leaf.get(site)
             if leaf is not None and self._witnessing.covers(leaf):

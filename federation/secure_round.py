@@ -92,7 +92,7 @@ class MaskedRound:
         ]
         sites = [item.site for item in self._keys]
         answers = self._ask("masked.shares", sites, lambda _: {"keys": shown})
-        sealed = {site: found for site in sites if (found := self._read_shares(site, answers[site], sites))}
+        sealed = {site: texts for site in sites if (texts := self._read_shares(site, answers[site], sites))}
         self._members = tuple(sealed)
         if len(self._members) < self._secure.least:
             return {}
@@ -133,19 +133,11 @@ class MaskedRound:
         )
         signed: list[JsonValue] = [body_document(item) for item in agreed]
         answers = self._ask("masked.open", [item.site for item in agreed], lambda _: {"agreed": signed})
+        same = {"roster": self.terms.roster}
         opened = [
-            found
-            for item in agreed
-            if (
-                found := self._read(
-                    SharesOpened,
-                    "opened",
-                    "shares",
-                    item.site,
-                    answers[item.site],
-                    {"roster": self.terms.roster},
-                )
-            )
+            given
+            for site in sorted(answers)
+            if (given := self._read(SharesOpened, "opened", "shares", site, answers[site], same))
         ]
         self.opened = self._first_that_holds(accepted, tuple(agreed), opened)
         return self.opened.total
@@ -156,7 +148,7 @@ class MaskedRound:
         agreed: tuple[SurvivorsAgreed, ...],
         opened: Sequence[SharesOpened],
     ) -> OpenedSum:
-        """Open with the first set of givers whose shares hold: a liar among more than enough costs nothing."""
+        """Open with the first set of givers whose shares hold: one liar among enough costs nothing."""
         problem = SecureRoundError(
             "shares", f"{len(opened)} sites gave shares, {self._secure.least} are needed"
         )
@@ -197,7 +189,8 @@ class MaskedRound:
         try:
             check_keys(self._name, (found,), self._key_of, least=1)
         except SecureRoundError as error:
-            return self._reject(site, "keys", str(error))
+            self._reject(site, "keys", str(error))
+            return None
         return found
 
     def _read_shares(self, site: str, answer: Answer, sites: Sequence[str]) -> dict[str, str] | None:
@@ -205,9 +198,11 @@ class MaskedRound:
         wanted = set(sites) - {site}
         if not isinstance(shares, dict) or set(shares) != wanted:
             self._note_refusal(site, answer)
-            return self._reject(site, "shares", answer.failure or "are not one for each other site")
+            self._reject(site, "shares", answer.failure or "are not one for each other site")
+            return None
         if not all(isinstance(text, str) and len(text) < 400 for text in shares.values()):
-            return self._reject(site, "shares", "are not sealed texts")
+            self._reject(site, "shares", "are not sealed texts")
+            return None
         return dict(shares)
 
     def _read(
@@ -222,7 +217,8 @@ class MaskedRound:
         """Return a signed piece of an answer, or None after saying why there is none."""
         if answer.failure or field not in answer.header:
             self._note_refusal(site, answer)
-            return self._reject(site, field, answer.failure or "holds no such field")
+            self._reject(site, field, answer.failure or "holds no such field")
+            return None
         try:
             body = parse_body(kind, answer.header[field])
             if body.site != site:
@@ -237,7 +233,8 @@ class MaskedRound:
                     raise SecureRoundError(part, f"{name} is not the round's", site)
             verify_signed(body, self._key_of(site), part)
         except AuditError as error:
-            return self._reject(site, field, str(error))
+            self._reject(site, field, str(error))
+            return None
         return body
 
     def _note_refusal(self, site: str, answer: Answer) -> None:

@@ -26,7 +26,7 @@ from audit.entries import (
 from audit.keys import SigningKey
 from audit.models import initial_weights, model_file, weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
-from audit.serving_bodies import VersionExported
+from audit.runtime_bodies import VersionExported
 from federation import registry
 from federation.accounting import plan_cost
 from federation.charter import Charter
@@ -44,6 +44,7 @@ from federation.evaluation import PublicData
 from federation.gates import epsilons, failed_gates, judge
 from federation.progress import Listener, listening
 from federation.registry import APPROVED, CANDIDATE, LIVE, RETIRED, Version
+from federation.resume import prepared_run
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +59,13 @@ class TrainRequest:
 
     charter: Charter
     model: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeRequest:
+    """Go on with a run whose coordinator died."""
+
+    run: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +117,12 @@ def start_run(
     charter, model = request.charter, request.model or request.charter.name
     require(authorizer, principal, Question(action="runs.start", resource=model))
     cost = plan_cost(charter)
+    if not cost.whole_site_fits and charter.site_level is not None:
+        raise PlanDoesNotFitError(
+            planned="none" if cost.whole_site is None else f"{cost.whole_site:.4f} for a whole site",
+            allowed=str(charter.site_level.epsilon),
+            noise="(a larger one), or a smaller site_level.max_update_norm",
+        )
     if not cost.fits:
         raise PlanDoesNotFitError(
             planned=cost.sites[0].spent.pld_text,
@@ -159,14 +173,44 @@ def train(
         RunFailedError: the run stopped; the log says why.
     """
     run = start_run(coordinator, principal, authorizer, request, author)
-    config = {
+    with listening(run, on_event):
+        launch(run_config(coordinator, run, principal))
+    return trained_run(coordinator, run)
+
+
+def resume(
+    coordinator: Coordinator,
+    principal: Principal,
+    authorizer: Authorizer,
+    request: ResumeRequest,
+    launch: Launch,
+    *,
+    on_event: Listener | None = None,
+) -> TrainedRun:
+    """Go on with a run that was begun, from its last completed round; of a run that ended, tell the sites.
+
+    Raises:
+        AccessDeniedError: the authoriser said no.
+        HomeError: no such run was prepared in this home.
+        RunHeldError: another process carries it out.
+        ResumeError: it cannot go on; `ResumeLaterError`: not with the sites that are there now.
+        RunFailedError: the run stopped; the log says why.
+    """
+    prepared = prepared_run(coordinator, request.run)
+    require(authorizer, principal, Question(action="runs.start", resource=prepared.started.model))
+    with listening(request.run, on_event):
+        launch(run_config(coordinator, request.run, principal))
+    return trained_run(coordinator, request.run)
+
+
+def run_config(coordinator: Coordinator, run: str, principal: Principal) -> RunConfig:
+    """Return what the ServerApp is told: where the log is, which run, and who asked for it."""
+    return {
         "home": str(coordinator.home.absolute()),
         "signer-home": str(coordinator.signer_home.absolute()),
         "run": run,
+        "principal": principal.id,
     }
-    with listening(run, on_event):
-        launch(config)
-    return trained_run(coordinator, run)
 
 
 def trained_run(coordinator: Coordinator, run: str) -> TrainedRun:
@@ -185,6 +229,7 @@ def register(
 ) -> Version:
     """Judge a completed run's weights by the charter's gates and enter the version as a candidate.
 
+    A run is registered once; asked again, the version is returned as it was judged.
     A version that fails a gate is registered too, so that the failure is on record; it can never be approved.
 
     Raises:
@@ -192,6 +237,9 @@ def register(
         PublicSetError: the public set is not here.
     """
     ledger = coordinator.ledger
+    for _, known in registry.bodies(ledger, VersionRegistered, run=request.run):
+        require(authorizer, principal, Question(action="models.register", resource=known.model))
+        return registry.find_version(ledger, known.version)
     started, completed = (
         registry.run_started(ledger, request.run),
         registry.run_completed(ledger, request.run),

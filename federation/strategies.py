@@ -60,6 +60,7 @@ class ProvableAggregation:
         self._nodes: dict[int, str] = {}
         self._requests: list[Message] = []
         self._open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None
+        self._total: Sequence[int] = ()
         self.not_opened: SecureRoundError | None = None
 
     def open_round(
@@ -73,8 +74,7 @@ class ProvableAggregation:
         `open_sum` returns the sum of accepted updates that are masked; None where they are not.
         """
         self._terms, self._open_sum = terms, open_sum
-        self._total: Sequence[int] = ()
-        self.not_opened: SecureRoundError | None = None
+        self._total, self.not_opened = (), None
         self._requests = [requests[site] for site in sorted(requests)]
         self._nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
         self.accepted, self.rejected, self.too_long = {}, {}, {}

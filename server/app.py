@@ -33,6 +33,7 @@ from server import (
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError, NotReadyError
+from server.explaining import Explaining
 from server.guard import Guard
 from server.hooks import Hooks
 from server.journal import Clock, Journal, time_text, utc_now
@@ -45,6 +46,7 @@ from server.readiness import Readiness
 from server.reading_log import ReadingLog
 from server.receipting import Receipting
 from server.schemas import problems
+from server.scoring import Scoring
 from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
@@ -82,17 +84,25 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context = build_context(settings, authorizer, monitoring, clock)
-        app.state.context = context
+        app.state.context, grpc_server = context, None
         try:
             await record_policies(context)
             await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
             await context.publisher.start()
             context.watching.start()
+            if settings.grpc_port is not None:
+                from server.oip.grpc_service import InferenceServer
+
+                grpc_server = InferenceServer(context, app.version)
+                app.state.grpc_port = await grpc_server.start(f"{settings.host}:{settings.grpc_port}")
+                _logger.info("gRPC on port %d", app.state.grpc_port)
             context.readiness.state = "ready"
             yield
-            context.readiness.state = "draining"
         finally:
+            context.readiness.state = "draining"
+            if grpc_server is not None:
+                await grpc_server.stop(settings.request_timeout_s)
             if context.predicting.shadowing is not None:
                 await context.predicting.shadowing.drain()
             await context.watching.stop()
@@ -129,7 +139,9 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     )
     served = (routes_models.router, routes_oip.router, routes_audit.router, *officer, routes_keys.router)
     for router in served:
-        app.include_router(router)
+        # The routes themselves, as they stand: `include_router` would analyse each signature again, once an
+        # application, and lay a second lookup over every request.
+        app.router.routes.extend(router.routes)
     _service_routes(app)
     openapi.install(app)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
@@ -151,6 +163,8 @@ def build_context(
     sealing = Sealing(vault, journal, settings.request_timeout_s / 2)
     receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
     warm = WarmModels(coordinator.blobs)
+    scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
+    explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
     return Context(
         settings=settings,
         coordinator=coordinator,
@@ -166,7 +180,7 @@ def build_context(
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
-            hooks=Hooks(facts=(), annotators=(), observers=()),
+            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=()),
             shadowing=Shadowing(warm, journal, sealing, monitoring),
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),

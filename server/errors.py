@@ -136,6 +136,8 @@ STATUS: Final[dict[str, int]] = {
     "models.not_found": 404,
     "models.version_not_found": 404,
     "models.artefact_unusable": 503,
+    "explain.not_available": 501,
+    "explain.not_allowed": 422,
     "server.busy": 503,
     "server.not_ready": 503,
     "audit.stale_view": 503,
@@ -202,6 +204,7 @@ TITLES: Final[dict[int, str]] = {
     415: "Unsupported media type",
     422: "The request cannot be processed",
     500: "Internal error",
+    501: "Not available on this server",
     503: "Try again later",
 }
 

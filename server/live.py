@@ -34,7 +34,7 @@ from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
 from audit.ledger import Guard, Ledger
 from audit.merkle import hash_leaf
-from audit.serving_bodies import VersionExported
+from audit.runtime_bodies import VersionExported
 from federation.registry import ALLOWED, ANSWERING, APPROVED, CANARY, CANDIDATE, LIVE, RETIRED, SHADOW
 from server.errors import ModelNotFoundError, VersionNotFoundError
 

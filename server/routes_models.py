@@ -68,6 +68,7 @@ async def predict(
             site=asked.site,
             version=asked.version,
             subject=asked.subject,
+            explain=asked.explain,
             request_id=request_id_of(request),
         ),
     )

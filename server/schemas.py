@@ -50,6 +50,11 @@ class PredictRequest(_Strict):
         ),
     ]
 
+    explain: Annotated[
+        bool,
+        Field(default=False, description="Attribute each answer to its features; at most 16 rows a request."),
+    ]
+
     subject: Annotated[
         str | None,
         Field(

@@ -66,6 +66,7 @@ class Asked:
     site: str | None = None
     version: str | None = None  # a digest, "live" or "candidate"; None: live, or a canary by its share
     subject: str | None = None  # the caller's own id for the person that the rows are about
+    explain: bool = False  # attribute each answer to its features
     request_id: str
 
 
@@ -164,17 +165,17 @@ class PredictService:
             policy_set=decision.policy_set,
             rows=(),
         )
-        body = with_fields(body, added.body)
+        body, outputs = with_fields(body, added.body), added.outputs(answers)
         sealed = None
         if asked.subject is None:
             committed, opened = (
-                await asyncio.to_thread(_commit, body, plain, answers)
+                await asyncio.to_thread(_commit, body, plain, outputs)
                 if many
-                else _commit(body, plain, answers)
+                else _commit(body, plain, outputs)
             )
             sequenced = await self.journal.append(committed, guard=guard)
         else:
-            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, answers, guard)
+            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, outputs, guard)
         self.live.confirm(guard, sequenced.leaf_index)
         receipt = await self.receipting.receipt(sequenced)
         self.monitoring.predicted_rows.labels(served.model).inc(len(answers))

@@ -15,7 +15,7 @@ from typing import Final
 
 from audit.canonical import canonical_bytes
 from audit.disclosure import CONTEXT, new_part
-from audit.serving_bodies import PredictionShadowed
+from audit.runtime_bodies import PredictionShadowed
 from audit.vault_records import PERSON, READER
 from server.errors import ServerError
 from server.hooks import Answering

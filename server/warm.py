@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from audit.answers import AnswerTerms
 from audit.encoding import RowEncoder
 from audit.errors import AuditError
 from audit.models import answer_of, dimension, weights_of_file
@@ -34,6 +35,7 @@ class WarmModel:
     label: Mapping[str, Any]
     sites: tuple[str, ...]
     forward: Forward
+    terms: AnswerTerms
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Encode the rows by the charter.
@@ -65,17 +67,17 @@ class WarmModel:
         return self.sites.index(site)
 
     def answers(self, encoded: Sequence[Sequence[float]], site: int | None) -> list[dict[str, Any]]:
-        """Return one answer a row, numbers as decimal text of six places."""
+        """Return one answer a row, as much of it as the charter lets out; numbers as decimal text."""
         return self.answers_of(self.forward(encoded, site))
 
     def answers_of(self, outputs: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-        """Return what the model's outputs mean.
+        """Return what the charter lets out of the model's outputs.
 
         Raises:
             RowContractError: for these rows the model gives no finite number.
         """
         try:
-            return [answer_of(self.task, self.label, row) for row in outputs]
+            return [self.terms.released(answer_of(self.task, self.label, row)) for row in outputs]
         except AuditError as error:
             raise RowContractError(f"the version has no answer to such a row: {error}") from error
 
@@ -123,6 +125,7 @@ class WarmModels:
             label=served.charter["label"],
             sites=tuple(site["name"] for site in served.charter["sites"]),
             forward=forward,
+            terms=AnswerTerms.of_charter(served.charter),
         )
 
     def _forward(

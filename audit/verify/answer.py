@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Final
 
+from audit.answers import EXACT, AnswerTerms
 from audit.canonical import parse_canonical
 from audit.commitments import commit, verify_opening
 from audit.decimals import parse_decimal
@@ -17,6 +18,7 @@ from audit.forward import forward
 from audit.models import answer_of
 from audit.receipts import Receipt, find_signer, verify_kept
 from audit.row_tree import RowPathError, verify_row
+from audit.verify.additions import addition_problem, said_of, split_answer
 from audit.verify.aggregation import CHEAP_WORK, WEIGHTS
 from audit.verify.approval import ANSWERING
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
@@ -85,20 +87,36 @@ def check_answer(chain: Chain) -> Outcome:
     encoder = RowEncoder(charter.features)
     names = charter.site_names
     site = names.index(leaf.body.site) if leaf.body.site else None
-    for number, (given, answered) in enumerate(opened, start=1):
+    parts = [(given, *split_answer(answered)) for given, answered in opened]
+    for number, (given, answered, added) in enumerate(parts, start=1):
         try:
-            outputs = forward(charter.layers, weights, encoder.encode(given), site)
+            encoded = encoder.encode(given)
+            outputs = forward(charter.layers, weights, encoded, site)
             computed = answer_of(charter.task, charter.label, outputs)
         except AuditError as error:
             raise FailError("answer.not_recomputable", f"row {number}: {error}", leaf.index) from error
-        problem = _difference(answered, computed, charter.label)
+        problem = _difference(answered, computed, charter.label, charter.serving.answers)
         if problem:
             raise FailError("answer.other_model", f"row {number}: {problem}", leaf.index)
+        problem = addition_problem(
+            chain,
+            charter,
+            weights,
+            encoded=encoded,
+            outputs=outputs,
+            answer=answered,
+            added=added,
+            site=site,
+        )
+        if problem:
+            raise FailError("answer.additions", f"row {number}: {problem}", leaf.index)
     count, of = len(opened), leaf.body.row_count
     shown = f"{count} of {of} rows" if of else f"{count} row{'s' if count > 1 else ''}"
     return Outcome(
         word=Word.PROVED,
-        detail=f"{shown} opened; this version gives exactly this answer",
+        detail=f"{shown} opened; this version gives exactly this answer"
+        + _rounding(charter.serving.answers)
+        + said_of([added for _, _, added in parts]),
     )
 
 
@@ -233,20 +251,38 @@ def _value(row: Mapping[str, str], commitment: str, field: str, number: int, sea
     return parse_canonical(value)
 
 
-def _difference(answered: Mapping[str, Any], computed: Mapping[str, Any], label: Mapping[str, Any]) -> str:
+def _rounding(terms: AnswerTerms) -> str:
+    """Return what the charter holds back of an answer, for the step's detail."""
+    if terms.label_only:
+        return ", of which the charter lets out the label alone"
+    return "" if terms.decimals == EXACT else f", rounded by the charter to {terms.decimals} decimals"
+
+
+def _difference(
+    answered: Mapping[str, Any],
+    computed: Mapping[str, Any],
+    label: Mapping[str, Any],
+    terms: AnswerTerms,
+) -> str:
     """Return how the answer differs from the recomputed one by more than rounding, or ""."""
-    if set(answered) != set(computed):
-        return f"the answer has {sorted(answered)}, the model gives {sorted(computed)}"
+    wanted = terms.released(computed)
+    if set(answered) != set(wanted):
+        return f"the answer has {sorted(answered)}, the model gives {sorted(wanted)}"
+    tolerance = _TOLERANCE + terms.slack
     labels = [computed["label"]]
     for field in ("probability", "value", "probabilities"):
         if field not in computed:
             continue
-        theirs, ours = _numbers(answered[field]), _numbers(computed[field])
-        same_shape = isinstance(answered[field], list) == isinstance(computed[field], list)
+        ours = _numbers(computed[field])
+        theirs = _numbers(answered[field]) if field in wanted else ours
+        same_shape = field not in wanted or isinstance(answered[field], list) == isinstance(
+            computed[field], list
+        )
         if (
             not same_shape
             or len(theirs) != len(ours)
-            or any(abs(a - b) > _TOLERANCE for a, b in zip(theirs, ours, strict=True))
+            or any(abs(a - b) > tolerance for a, b in zip(theirs, ours, strict=True))
+            or (field in wanted and not all(map(terms.is_rounded, theirs)))
         ):
             return f"{field} is {answered[field]!s:.60}, the model gives {computed[field]!s:.60}"
         if field != "value":  # rounding may decide between classes as likely as each other

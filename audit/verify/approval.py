@@ -20,6 +20,7 @@ from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect
 from audit.verify.evaluation import check_evaluation
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
+from audit.verify.reference import check_reference
 from audit.verify.report import Word
 from audit.verify.training import ROUNDS
 
@@ -100,7 +101,7 @@ def check_metrics(chain: Chain) -> Outcome:
     charter = need(chain.charter, CHARTER)
     if not chain.rounds:
         need(None, ROUNDS)
-    counted = check_evaluation(chain, charter)
+    counted = check_evaluation(chain, charter) + check_reference(chain, charter)
     claims = [(found, metric) for found in chain.rounds for metric in found.leaf.body.metrics]
     for found, metric in claims:
         expect(

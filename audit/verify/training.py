@@ -95,8 +95,8 @@ def check_noise(chain: Chain) -> Outcome:
     if charter.secure is not None:
         fewest = min(len(found.statements) for found in chain.rounds)
         shared = (
-            f"; the noise is whole only as the sum of {charter.secure.sharers} honest sites' shares: as long as "
-            f"at most {charter.secure.colluders(fewest)} of the {fewest} or more that took part in a round "
+            f"; the noise is whole only as the sum of {charter.secure.sharers} honest sites' shares: as long "
+            f"as at most {charter.secure.colluders(fewest)} of the {fewest} or more in a round "
             "collude with the coordinator"
         )
     return Outcome(
@@ -114,6 +114,15 @@ def evaluation_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
         return []
     number = charter.rounds + 1
     return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == (run, number)]
+
+
+def reference_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
+    """Return the run's statements of a sketch, its last release, where the charter asks for one."""
+    charter = need(chain.charter, CHARTER)
+    if charter.serving.reference is None:
+        return []
+    wanted = (run, charter.releases)
+    return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == wanted]
 
 
 def check_statement(chain: Chain, leaf: Leaf[SiteStatement], wanted: Mapping[str, object]) -> None:
@@ -282,6 +291,7 @@ def _check_nothing_besides(chain: Chain, run: str, rounds: Sequence[Round]) -> N
     known = {found.leaf.index for found in rounds}
     known |= {statement.index for found in rounds for statement in found.statements}
     known |= {leaf.index for leaf in evaluation_statements(chain, run)}
+    known |= {leaf.index for leaf in reference_statements(chain, run)}
     for leaf in chain.leaves(RoundCompleted):
         if leaf.body.run == run and leaf.index not in known:
             raise FailError(

@@ -100,7 +100,7 @@ def sigma_grid(*, noise_multiplier: float | Decimal | Fraction, sensitivity: int
 
 
 def sum_limit(*, grid_bits: int, sigma: int, steps: int, sites: int = 1) -> int:
-    """Return the largest magnitude of a coordinate for which `steps` noisy sums of `sites` sites fit in int64.
+    """Return the largest magnitude of a coordinate with which `steps` noisy sums of `sites` fit in int64.
 
     The noise sampler cannot pass 43 (sigma + 1).
 
