@@ -1,8 +1,8 @@
 """The protocol over gRPC: the six calls, behind the same keys, policies and log as the REST routes.
 
-The caller's key travels in the metadata as `authorization: Bearer …`, what the answer is for in the parameter
-`purpose` or the metadata `affidavit-purpose`. Errors are gRPC statuses; the trailing metadata `affidavit-code`
-holds the stable code, `affidavit-entry` the leaf that records a refusal.
+The caller's key travels in the metadata as `authorization: Bearer …`, what the answer is for in the
+parameter `purpose` or the metadata `affidavit-purpose`. Errors are gRPC statuses; the trailing metadata
+`affidavit-code` holds the stable code, `affidavit-entry` the leaf that records a refusal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from anyio import to_thread
 from audit.principal import AccessDeniedError, Principal, Question, require
 from federation.errors import FederationError
 from server.context import Context, record_denial
-from server.errors import STATUS, MalformedRequestError, ServerError, UnauthenticatedError
+from server.errors import STATUS, MalformedRequestError, SettingsError, UnauthenticatedError
 from server.oip.inference import EXTENSIONS, PURPOSE, infer, is_ready, metadata, served_version
 from server.oip.messages import RPCS, SERVICE, message
 from server.oip.tensors import MAX_TENSORS, InferAsk, Tensor, TensorError, from_raw, size_of, to_raw
@@ -65,7 +65,7 @@ class InferenceServer:
         """Listen on `address` ("host:port", port 0 for a free one); return the port.
 
         Raises:
-            ServerError: the address is taken.
+            SettingsError: the address is taken.
         """
         limit = self._context.settings.max_body_bytes
         self._server = grpc.aio.server(
@@ -86,9 +86,7 @@ class InferenceServer:
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise ServerError(
-                f"gRPC cannot listen on {address}: {error}; choose another grpc_port"
-            ) from error
+            raise SettingsError(f"gRPC cannot listen on {address}; choose another grpc_port") from error
         await self._server.start()
         return self.port
 
