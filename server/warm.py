@@ -43,17 +43,22 @@ class WarmModel:
         Raises:
             RowContractError: a row is outside the contract; names each row, field, problem and fix.
         """
-        fields = [
-            {"row": number, "field": found.field, "problem": found.message, "code": found.code}
-            for number, row in enumerate(rows)
-            for found in self.encoder.check(row)
-        ]
+        encoded: list[list[float]] = []
+        fields: list[dict[str, Any]] = []
+        for number, row in enumerate(rows):
+            values, problems = self.encoder.read(row)
+            encoded.append(values)
+            if problems:
+                fields += [
+                    {"row": number, "field": found.field, "problem": found.message, "code": found.code}
+                    for found in problems
+                ]
         if fields:
             first = fields[0]
             raise RowContractError(
                 f"row {first['row']}, {first['field']}: {first['problem']}", fields=fields[:100]
             )
-        return [self.encoder.encode(row) for row in rows]
+        return encoded
 
     def site_index(self, site: str | None) -> int | None:
         if site is None:
