@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from audit.canonical import parse_canonical
+from audit.charter_masking import SiteTerms, masked_terms
 from audit.charter_serving import ServingTerms
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
@@ -29,7 +30,7 @@ from audit.private_evaluation import METRIC, SOURCE, Evaluation
 from audit.replay import STRATEGIES, AggregationPlan
 from audit.robust import RULES, AggregationRule, check_rule
 from audit.secure_round import SecureTerms
-from audit.shared_noise import check_shares, site_sensitivity_grid
+from audit.shared_noise import check_shares
 from audit.update_bounds import GRID_SLACK, UpdateTerms, planned_sensitivity
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -67,15 +68,6 @@ class CharterPrivacy:
     grid_bits: int
     precision: str
     subject_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteTerms:
-    """What a charter promises of a site as a whole."""
-
-    max_update_norm: Decimal
-    epsilon: Decimal  # at privacy.delta
-    sensitivity_grid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +211,10 @@ def read_charter(canonical: bytes) -> CharterView:
         precision=privacy.choice("precision", tuple(GRID_SLACK)),
         subject_id=privacy.text("subject_id"),
     )
-    secure = _secure(top, len(sites), minimum_sites)
+    try:
+        secure, site_level = masked_terms(top.value, dimension=size)
+    except AuditError as error:
+        raise CharterFormError("secure_aggregation or site_level", str(error)) from error
     view = CharterView(
         digest=hashlib.sha256(canonical).hexdigest(),
         name=top.text("name"),
@@ -240,7 +235,7 @@ def read_charter(canonical: bytes) -> CharterView:
             name: UpdateTerms.of_charter(top.value, name, dimension=size, released=released) for name in names
         },
         secure=secure,
-        site_level=_site_level(top, terms, size, secure),
+        site_level=site_level,
         privacy=terms,
         sites=sites,
         public_set=digest,
@@ -385,46 +380,6 @@ def _check_aggregation(top: _Part, minimum_sites: int) -> None:
         check_rule(AggregationRule.of_charter(top.value), minimum_sites)
     except AuditError as error:
         raise CharterFormError("aggregation", str(error)) from error
-
-
-def _secure(top: _Part, sites: int, minimum_sites: int) -> SecureTerms | None:
-    if "secure_aggregation" not in top.value:
-        return None
-    part = _Part(top.value["secure_aggregation"], "secure_aggregation", fields=("tolerated",))
-    terms = SecureTerms(sites=sites, tolerated=part.count("tolerated"), least=minimum_sites)
-    if sites < 3 or 2 * terms.tolerated >= sites or minimum_sites < terms.sharers:
-        raise part.fail(
-            "tolerated", f"{terms.tolerated} does not fit {sites} sites, {minimum_sites} at least"
-        )
-    plan, model = top.value["plan"], top.value["model"]
-    rule = AggregationRule.of_charter(top.value)
-    if plan["local_steps"] != 1 or model.get("local_layers") or rule.name != "mean" or rule.norm_bound:
-        raise CharterFormError("secure_aggregation", "needs one step, shared layers, a mean without a bound")
-    if any(site["weight"] != str(site["nominal_rows"]) for site in top.items("sites")):
-        raise CharterFormError("secure_aggregation", "needs every site's weight to be its nominal_rows")
-    return terms
-
-
-def _site_level(
-    top: _Part, privacy: CharterPrivacy, size: int, secure: SecureTerms | None
-) -> SiteTerms | None:
-    if "site_level" not in top.value:
-        return None
-    part = _Part(top.value["site_level"], "site_level", fields=("max_update_norm", "epsilon"))
-    if secure is None or "evaluation" in top.value:
-        raise part.fail("max_update_norm", "needs secure_aggregation, and no evaluation")
-    norm, zero = part.decimal("max_update_norm", above=Decimal(0)), Decimal(0)
-    return SiteTerms(
-        max_update_norm=norm,
-        epsilon=part.decimal("epsilon", above=zero),
-        sensitivity_grid=site_sensitivity_grid(
-            grid_bits=privacy.grid_bits,
-            max_grad_norm=parse_decimal(privacy.max_grad_norm),
-            max_update_norm=norm,
-            dimension=size,
-            precision=privacy.precision,
-        ),
-    )
 
 
 def _site(value: Any, path: str) -> CharterSite:

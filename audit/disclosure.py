@@ -21,7 +21,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from audit.bodies import AuditRead, Body, Prediction
+from audit.access_bodies import AuditRead
+from audit.bodies import Body, Prediction
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.commitments import SALT_SIZE
 from audit.errors import AuditError, CommitmentError

@@ -63,7 +63,7 @@ from federation.preparation import (
 from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
 from federation.refusals import record_masked, record_opened, record_too_long
-from federation.resume import RESTORE, RunPast, recall, resumed_body, take_up
+from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunState
 from federation.secure_round import MaskedRound
@@ -134,17 +134,13 @@ class RoundLoop:
         """
         with self._hold:
             past = RunPast.read(self._coordinator.ledger, self._run.run)
-            if past.started is None:
-                return self._go_on(past, self._prepare(author, past))
-            self._check_same(past)
+            if past.started is not None:
+                self._check_same(past)
             if past.ended is not None:
                 return self._end_again(past, past.ended)
-            prepared = self._prepare(author, past)
-            self._coordinator.append(resumed_body(self._charter, past, principal), ACTOR)
-            self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
-            return self._go_on(past, prepared)
+            return self._go_on(past, self._prepare(author, past), principal)
 
-    def _go_on(self, past: RunPast, prepared: Prepared) -> RunOutcome:
+    def _go_on(self, past: RunPast, prepared: Prepared, principal: str) -> RunOutcome:
         charter = self._charter
         weights = initial_weights(charter.layers, charter.digest)
         strategy = strategy_of(charter, weights)
@@ -154,6 +150,9 @@ class RoundLoop:
         if past.started is not None:
             connected = self._exchange.sites
             state = take_up(self._coordinator, charter, past, strategy, prepared, connected)
+            self._hold.check()
+            self._coordinator.append(resumed_body(charter, past, principal), ACTOR)
+            self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
         for number in range(past.next_round, charter.plan.rounds + 1):
             self._hold.check()
             if self._stop():
@@ -232,17 +231,23 @@ class RoundLoop:
 
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: RunState) -> None:
         terms = self._terms(number, prepared, state)
-        requests = self._requests(number, state)
-        masked = self._masked(terms)
+        masked = self._masked(terms, state)
+        total = opened_total(self._coordinator.blobs, state.opened)
+        requests = self._requests(number, state, again=masked is not None)
         if masked is not None:
-            requests = masked.begin(requests)
+            there = [site for site in state.participants if site not in state.silent]
+            begun = masked.begin({site: self._request(number, site, state) for site in there})
+            requests = {site: request for site, request in begun.items() if site in requests}
             terms = masked.terms
+        elif state.opened is not None:
+            terms = dataclasses.replace(terms, roster=state.opened.roster)
+        opening = (lambda _: total) if total is not None else None
         strategy.open_round(
             terms,
             {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()},
-            None if masked is None else masked.open,
+            opening if masked is None else masked.open,
         )
-        for site, known in self._recalled(state).items():
+        for site, known in (self._recalled(state) if masked is None else {}).items():
             strategy.offer(site, body_document(known.statement), known.update)
         arrays: ArrayRecord = strategy.arrays()
         addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
@@ -288,11 +293,11 @@ class RoundLoop:
         completed = self._coordinator.append(
             body, ACTOR, stable_event_id("round.completed", self._run.run, str(number))
         )
-        if self._charter.aggregation is not None and masked is None:
+        if self._charter.aggregation is not None and self._charter.secure is None:
             seen = {site: update.values for site, update in (accepted | strategy.too_long).items()}
             record_view(self._coordinator, self._charter, body, seen)
         state.previous_round, state.round_leaf = completed.leaf_hash.hex(), completed.leaf_index
-        state.participants, state.logged, state.silent = tuple(accepted), {}, set()
+        state.participants, state.logged, state.silent, state.opened = tuple(accepted), {}, set(), None
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]
         if self._charter.average_last == 1:
             state.outputs = [weights]
@@ -307,13 +312,21 @@ class RoundLoop:
             witnesses=witnesses,
         )
 
-    def _masked(self, terms: RoundTerms) -> MaskedRound | None:
+    def _masked(self, terms: RoundTerms, state: RunState) -> MaskedRound | None:
+        """Return the masked round to play; None where there are no masks, or its sum was opened before."""
+        if state.opened is not None:
+            return None
         secure, timeout_s = self._charter.secure, float(self._charter.plan.round_timeout_s)
         return None if secure is None else MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s)
 
-    def _requests(self, number: int, state: RunState) -> dict[str, Request]:
-        """Return the question to each participant whose release is not in the log already."""
-        asked = [site for site in state.participants if site not in state.logged and site not in state.silent]
+    def _requests(self, number: int, state: RunState, *, again: bool = False) -> dict[str, Request]:
+        """Return the question to each participant whose release is not in the log already.
+
+        A masked round is asked `again` as a whole: sites give the same keys, shares and bytes, and what the
+        log holds of it must come out of it.
+        """
+        known = () if again else state.logged
+        asked = [site for site in state.participants if site not in known and site not in state.silent]
         return {site: self._request(number, site, state) for site in asked}
 
     def _recalled(self, state: RunState) -> dict[str, AcceptedUpdate]:
