@@ -15,6 +15,8 @@ from fractions import Fraction
 from typing import Any, Final
 
 from audit.canonical import parse_canonical
+from audit.charter_masking import SiteTerms, masked_terms
+from audit.charter_serving import ServingTerms
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import MechanismEvent
@@ -27,6 +29,8 @@ from audit.models import outputs_of
 from audit.private_evaluation import METRIC, SOURCE, Evaluation
 from audit.replay import STRATEGIES, AggregationPlan
 from audit.robust import RULES, AggregationRule, check_rule
+from audit.secure_round import SecureTerms
+from audit.shared_noise import check_shares
 from audit.update_bounds import GRID_SLACK, UpdateTerms, planned_sensitivity
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -84,7 +88,10 @@ class CharterView:
     minimum_sites: int
     aggregation: AggregationPlan
     evaluation: Evaluation | None
+    serving: ServingTerms
     updates: Mapping[str, UpdateTerms]  # by site
+    secure: SecureTerms | None  # where updates are masked and the noise is shared
+    site_level: SiteTerms | None
     privacy: CharterPrivacy
     sites: tuple[CharterSite, ...]
     public_set: str  # digest; "" when the charter declares none
@@ -99,8 +106,8 @@ class CharterView:
 
     @property
     def releases(self) -> int:
-        """How many releases a run asks of each site: its rounds, and the evaluation if there is one."""
-        return self.rounds + (self.evaluation is not None)
+        """How many releases a run asks of each site: its rounds, then evaluation and sketch if there are."""
+        return self.rounds + (self.evaluation is not None) + (self.serving.reference is not None)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -126,6 +133,8 @@ class CharterView:
             "grid_bits": privacy.grid_bits,
             "relation": privacy.relation,
             "unit": privacy.unit,
+            "sharers": 0 if self.secure is None else self.secure.sharers,
+            "site_sensitivity_grid": 0 if self.site_level is None else self.site_level.sensitivity_grid,
         }
         for name, value in agreed.items():
             if getattr(event, name) != value:
@@ -143,6 +152,12 @@ class CharterView:
             return (
                 f"event.sigma_grid is {ratio:.6g} x sensitivity, the charter says {privacy.noise_multiplier}"
             )
+        if self.secure is None and event.share_grid:
+            return f"event.share_grid is {event.share_grid}, the charter lets no sites share noise"
+        try:
+            check_shares(event)
+        except AuditError as error:
+            return str(error)
         return None
 
 
@@ -156,7 +171,7 @@ def read_charter(canonical: bytes) -> CharterView:
         document = parse_canonical(canonical)
     except AuditError as error:
         raise CharterFormError("bytes", str(error)) from error
-    top = _Part(document, "", optional=_OPTIONAL, fields=_TOP)
+    top = _Part(document, "", optional=_TOP_OPTIONAL, fields=_TOP)
     if top.value["affidavit"] != 1:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
@@ -200,6 +215,10 @@ def read_charter(canonical: bytes) -> CharterView:
         precision=privacy.choice("precision", tuple(GRID_SLACK)),
         subject_id=privacy.text("subject_id"),
     )
+    try:
+        secure, site_level = masked_terms(top.value, dimension=size)
+    except AuditError as error:
+        raise CharterFormError("secure_aggregation or site_level", str(error)) from error
     view = CharterView(
         digest=hashlib.sha256(canonical).hexdigest(),
         name=top.text("name"),
@@ -215,9 +234,12 @@ def read_charter(canonical: bytes) -> CharterView:
         minimum_sites=minimum_sites,
         aggregation=aggregation,
         evaluation=_evaluation(top),
+        serving=_serving(top),
         updates={
             name: UpdateTerms.of_charter(top.value, name, dimension=size, released=released) for name in names
         },
+        secure=secure,
+        site_level=site_level,
         privacy=terms,
         sites=sites,
         public_set=digest,
@@ -239,8 +261,9 @@ _TOP: Final = (
     "affidavit", "name", "task", "features", "label", "model", "plan", "privacy", "sites", "gates",
     "purposes", "officers",
 )  # fmt: skip
-_OPTIONAL: Final = (
-    "public_set", "aggregation", "evaluation", "decisions", "legal_basis", "regions", "max_age_days",
+_TOP_OPTIONAL: Final = (
+    "public_set", "aggregation", "evaluation", "secure_aggregation", "site_level", "reference", "answers",
+    "fairness", "decisions", "legal_basis", "regions", "max_age_days",
 )  # fmt: skip
 _PLAN: Final = (
     "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
@@ -343,6 +366,13 @@ def _evaluation(top: _Part) -> Evaluation | None:
         return Evaluation.of_charter(top.value)
     except AuditError as error:
         raise CharterFormError("evaluation", str(error)) from error
+
+
+def _serving(top: _Part) -> ServingTerms:
+    try:
+        return ServingTerms.of_charter(top.value)
+    except AuditError as error:
+        raise CharterFormError("reference, answers or fairness", str(error)) from error
 
 
 def _check_aggregation(top: _Part, minimum_sites: int) -> None:

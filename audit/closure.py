@@ -27,7 +27,14 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, RunEvaluated, UpdateRefused
+from audit.round_bodies import (
+    RoundExamined,
+    RunEvaluated,
+    RunReferenced,
+    RunResumed,
+    UpdateRefused,
+)
+from audit.secure_bodies import RoundOpened
 from audit.serving_bodies import PolicyChanged, PredictionReviewed
 
 B = TypeVar("B")
@@ -43,6 +50,9 @@ _OF_RUN: Final = (
     UpdateRefused,
     RoundExamined,
     RunEvaluated,
+    RunReferenced,
+    RoundOpened,
+    RunResumed,
 )
 
 
@@ -190,6 +200,10 @@ class Closure:
                 self._artefact(body.update)
             if isinstance(body, RoundExamined):
                 self._artefact(body.digest)
+            if isinstance(body, RunReferenced) and body.sketch:
+                self._artefact(body.sketch)
+            if isinstance(body, RoundOpened):
+                self._artefact(body.transcript)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):

@@ -9,7 +9,8 @@ discrete Gaussian lies within total variation 1/(16 sigma**2) a coordinate, sigm
 rounded continuous one (sigma >= 8), and rounding is post-processing. So a guarantee of the continuous one
 at (epsilon, delta - slack) is one of ours at (epsilon, delta), with slack = (1 + exp(epsilon)) *
 sum(steps * dimension) / (16 sigma**2). Where the slack would consume delta (epsilon above about 20), the
-RDP bound stands alone.
+RDP bound stands alone. Where sites share the noise, `sigma_grid` is what enough of their shares make
+together, and their sum counts as one draw (`audit.shared_noise`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Final
 from audit.decimals import DecimalError, parse_decimal
 from audit.entries import MechanismEvent, SiteStatement
 from audit.errors import AuditError
+from audit.shared_noise import SharedNoiseError, check_shares
 
 MIN_SIGMA_GRID: Final = 8
 MAX_ORDER: Final = 256
@@ -63,14 +65,18 @@ def check_event(event: MechanismEvent) -> float:
         raise EpsilonError(f"event.sample_rate: {event.sample_rate} is not in (0, 1]")
     if event.relation not in RELATIONS:
         raise EpsilonError(f"event.relation: {event.relation!r} is none of {RELATIONS}")
-    if event.unit not in ("row", "subject"):
-        raise EpsilonError(f"event.unit: {event.unit!r} is neither row nor subject")
+    if event.unit not in ("row", "subject", "site"):
+        raise EpsilonError(f"event.unit: {event.unit!r} is neither row, subject nor site")
     if event.steps < 1 or event.dimension < 1 or event.sensitivity_grid < 1:
         raise EpsilonError("event: steps, dimension and sensitivity_grid are at least 1")
     if event.sigma_grid < MIN_SIGMA_GRID:
         raise EpsilonError(
             f"event.sigma_grid: {event.sigma_grid} is below {MIN_SIGMA_GRID}; use a finer grid"
         )
+    try:
+        check_shares(event)
+    except SharedNoiseError as error:
+        raise EpsilonError(str(error)) from error
     return rate
 
 

@@ -43,6 +43,9 @@ DOMAINS = frozenset(
         "node-key",
         "review",
         "access-policy",
+        "mask-keys",
+        "survivors",
+        "mask-shares",
     }
 )
 

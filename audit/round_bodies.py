@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,6 +12,18 @@ class Metric:
     value: str
     source: str  # "public_set" | "private_release"
     dataset: str  # digest of the public set; of a private release, zeros
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResumed:
+    """A coordinator took a run up again; everything it goes on from is in the log, and named here."""
+
+    run: str
+    charter: str
+    round: int  # the round that comes next; one more than the charter's rounds when only the end is left
+    previous_round: str  # leaf hash of the last completed round's entry; zeros when there is none
+    base_model: str  # the weights that round left, or the charter's initial ones
+    principal: str  # who resumed it, as the coordinator says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,3 +62,25 @@ class RunEvaluated:
     metrics: tuple[Metric, ...]
     baseline: str  # the share of the largest class, by the same counts
     spread: str  # standard deviation of the accuracy that the noise alone makes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReferenced:
+    """The sketch of the run's training rows, by counts that the sites released with noise."""
+
+    run: str
+    round: int  # one after the last, or after the evaluation
+    statements: tuple[str, ...]  # leaf hashes, in the order of the sites' names
+    missing: tuple[str, ...]
+    sketch: str  # digest of the sketch's file; "" where too few sites counted
+
+
+RoundBody = UpdateRefused | RoundExamined | RunEvaluated | RunReferenced | RunResumed
+
+ROUND_TYPES: Final[dict[str, type[Any]]] = {
+    "update.refused": UpdateRefused,
+    "round.examined": RoundExamined,
+    "run.evaluated": RunEvaluated,
+    "run.referenced": RunReferenced,
+    "run.resumed": RunResumed,
+}

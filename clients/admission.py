@@ -21,11 +21,12 @@ from audit.entries import (
 from audit.epsilon import epsilon_floor, recompute
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
+from audit.shared_noise import site_level
 from clients.decisions import Decisions
 from clients.errors import DataFileError, RefusedError
 from clients.home import SiteHome
 from clients.identity import SiteKeys
-from clients.ledger import Reservation, SiteLedger
+from clients.ledger import Odometers, Reservation
 from clients.terms import Terms, charter_digest, read_terms
 from clients.trainer import Trainer
 from federation.accounting import LifetimeFilter, pld_epsilon
@@ -39,7 +40,7 @@ class Admission:
         self,
         home: SiteHome,
         keys: SiteKeys,
-        ledger: SiteLedger,
+        ledger: Odometers,
         trainer: Trainer,
         decisions: Decisions,
         *,
@@ -205,3 +206,10 @@ def check_promise(terms: Terms) -> None:
             f"the charter promises epsilon {terms.epsilon} at delta {terms.delta}, its plan costs "
             f"{cost:.4f}; `affidavit charter check` names the noise it needs",
         )
+    if terms.site_epsilon is not None:
+        whole = recompute([site_level(event) for event in planned], delta).value
+        if whole > float(terms.site_epsilon) * (1 + 1e-9):
+            raise RefusedError(
+                "charter_not_approved",
+                f"the charter promises a whole site epsilon {terms.site_epsilon}, its plan costs {whole:.4f}",
+            )

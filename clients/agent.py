@@ -30,6 +30,7 @@ from audit.entries import (
 )
 from audit.errors import AuditError, WitnessConflictError, WitnessError
 from audit.site_bodies import BundleDecided
+from audit.weights import encode_update
 from clients.admission import Admission
 from clients.code_digest import agent_code
 from clients.decisions import Decisions
@@ -37,14 +38,16 @@ from clients.errors import HomeError, LedgerBehindError, RefusedError, WaitingEr
 from clients.high_water import Head
 from clients.history import Clock, History
 from clients.home import SiteHome
-from clients.ledger import Release, Reservation, SiteLedger
+from clients.ledger import Odometers, Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from clients.local_layers import LocalLayers
+from clients.masked_rounds import MaskedRequest, MaskedRounds, MaskedStep, parse_masked
 from clients.refusal_book import RefusalBook
 from clients.requests import (
     LoggedEntry,
     ProposeRequest,
     RoundRequest,
+    names_of,
     parse_bundle,
     parse_charter_request,
     parse_cosign,
@@ -53,7 +56,7 @@ from clients.requests import (
     parse_propose,
     parse_round,
 )
-from clients.site_log import SiteLog
+from clients.site_log import Diary, SiteLog
 from clients.story import SiteStory
 from clients.terms import Terms
 from clients.trainer import Trainer
@@ -71,7 +74,7 @@ def _utc_now() -> datetime:
 class Agent:
     """One site's agent. Thread-safe: requests are answered one after the other."""
 
-    def __init__(self, home: SiteHome, ledger: SiteLedger, log: SiteLog, *, clock: Clock = _utc_now) -> None:
+    def __init__(self, home: SiteHome, ledger: Odometers, log: Diary, *, clock: Clock = _utc_now) -> None:
         """Take the home, its open ledger and its open log.
 
         Raises:
@@ -84,10 +87,12 @@ class Agent:
         self._trainer = Trainer(home.config.data, LocalLayers(home.local_layers_path))
         policy = home.policy()
         self._origin = policy.logs[0].origin
+        self._masked = MaskedRounds(home.name, self._origin, self._keys, ledger)
         self.refusals = RefusalBook(home.name, self._note, self._keys.signed)
         decisions = Decisions(home, self._keys, ledger, log, self.refusals, clock)
         self.admission = Admission(home, self._keys, ledger, self._trainer, decisions, origin=self._origin)
-        self._history = History(policy, self._keys.statement.verify_key, clock)
+        own = (self._keys.statement.verify_key, *self._keys.past_statements)
+        self._history = History(policy, own, clock)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
         self._closed = False
@@ -99,6 +104,10 @@ class Agent:
             "run.propose": self._propose,
             "round": self._ask_round,
             "run.finished": self._finished,
+            "masked.keys": self._masked_step(self._masked.keys, "participants"),
+            "masked.shares": self._masked_step(self._masked.shares, "keys"),
+            "masked.survivors": self._masked_step(self._masked.survivors, "survivors", "updates"),
+            "masked.open": self._masked_step(self._masked.open, "agreed"),
             "bundle.check": self._check_bundle,
         }
         self._story = SiteStory(log, ledger)
@@ -139,11 +148,11 @@ class Agent:
         return self.home.config.population.pseudonym
 
     @property
-    def ledger(self) -> SiteLedger:
+    def ledger(self) -> Odometers:
         return self._ledger
 
     @property
-    def log(self) -> SiteLog:
+    def log(self) -> Diary:
         return self._log
 
     def settle(self) -> None:
@@ -246,6 +255,7 @@ class Agent:
         if finished.own_statement is not None:
             self._note_own(finished.own_statement)
         self._ledger.close_run(finished.run)
+        self._masked.forget(finished.run)
         return {}, {}
 
     def _signed_refusal(self, run: str, charter: str, number: int, act: Any, request: Any) -> Answer:
@@ -277,8 +287,9 @@ class Agent:
         self.admission.refresh()
         reservation = self.admission.accept(request.run, request.charter)
         self._story.accepted(reservation)
+        # signed anew: it is logged now, and from now on only the present key's signatures count
         undelivered = [
-            body_document(statement)
+            body_document(self._keys.signed(statement))
             for statement in self._ledger.undelivered(self.population)
             if statement.run != request.run.run
         ]
@@ -295,23 +306,43 @@ class Agent:
                 )
             self._story.released(released)
             return _answer(released)
-        reservation = self._ledger.reservation(request.run)
-        if reservation is None or reservation.closed:
-            raise RefusedError(
-                "run_not_accepted", f"this site has not accepted run {request.run}, or it is over"
-            )
-        self.admission.check_not_withdrawn(request.run)
-        terms = self.admission.approved_terms(reservation.charter)
-        if request.charter != terms.digest:
-            raise RefusedError("charter_not_approved", "the round names another charter than its run")
+        reservation, terms = self._running(request.run, request.charter)
         self.admission.check_participants(request.participants, terms)
         if not 1 <= request.round <= len(terms.planned):
             raise RefusedError("round_out_of_order", f"the charter has {len(terms.planned)} releases a run")
+        if (request.shares is not None) != terms.masks(request.round):
+            raise RefusedError("bad_request", "shares come with a masked round, and with no other")
         previous_round = self._check_past(request, terms)
         self._check_budget(reservation, terms, request.round)
         released = self._release(request, terms, previous_round, digest)
         self._story.released(released)
         return _answer(released)
+
+    def _running(self, run: str, charter: str) -> tuple[Reservation, Terms]:
+        """Return an accepted run's reservation and terms."""
+        reservation = self._ledger.reservation(run)
+        if reservation is None or reservation.closed:
+            raise RefusedError("run_not_accepted", f"this site has not accepted run {run}, or it is over")
+        self.admission.check_not_withdrawn(run)
+        terms = self.admission.approved_terms(reservation.charter)
+        if charter != terms.digest:
+            raise RefusedError("charter_not_approved", "the round names another charter than its run")
+        return reservation, terms
+
+    def _masked_step(self, step: MaskedStep, *fields: str) -> Handler:
+        """Return the handler of one step of a masked round."""
+
+        def act(request: MaskedRequest) -> Answer:
+            _, terms = self._running(request.run, request.charter)
+            if "participants" in fields:
+                self.admission.check_participants(names_of(request.document, "participants"), terms)
+            return step(request, terms), {}
+
+        def handle(header: bytes, _: Mapping[str, bytes]) -> Answer:
+            request = parse_masked(header, *fields)
+            return self._signed_refusal(request.run, request.charter, request.round, act, request)
+
+        return handle
 
     def _check_past(self, request: RoundRequest, terms: Terms) -> str:
         """Return the leaf hash of the previous round, once the base model is proved to be its output."""
@@ -320,17 +351,17 @@ class Agent:
             if base != hashlib.sha256(terms.initial_model()).hexdigest():
                 raise RefusedError("base_model_mismatch", "round 1 does not start from the charter's weights")
             return ZERO_DIGEST
-        number = request.round - 1
+        number = min(request.round - 1, terms.rounds)  # what is released after the last round builds on it
         completed, leaf_hash = self._history.round_completed(
             request.previous_round, run=request.run, number=number
         )
-        self._check_own(request, completed.statements)
+        self._check_own(request, completed.statements, in_a_round=request.round - 1 <= terms.rounds)
         # the averaged weights are no round's output; any model's counts have the same cost
         if request.round <= terms.rounds and base != completed.output_model:
             raise RefusedError("base_model_mismatch", f"the base model is not the output of round {number}")
         return leaf_hash
 
-    def _check_own(self, request: RoundRequest, leaves: tuple[str, ...]) -> None:
+    def _check_own(self, request: RoundRequest, leaves: tuple[str, ...], *, in_a_round: bool) -> None:
         own = self._ledger.release_of(request.run, request.round - 1)
         if request.own_statement is None:
             if own is not None:
@@ -342,7 +373,7 @@ class Agent:
         self.observe(statement)
         if own is None or own.statement != statement:
             raise RefusedError("unwitnessed_history", "the statement shown is not this site's for that round")
-        if in_round and leaf_hash not in leaves:
+        if in_a_round and in_round and leaf_hash not in leaves:
             raise RefusedError("unwitnessed_history", "the round's entry leaves this site's statement out")
         self._ledger.mark_delivered(request.run, request.round - 1)
 
@@ -353,9 +384,9 @@ class Agent:
             self._ledger.mark_delivered(statement.run, statement.round)
 
     def _check_budget(self, reservation: Reservation, terms: Terms, number: int) -> None:
-        releases = self._ledger.releases(self.population)
-        used = sum(release.statement.run == reservation.run for release in releases)
-        spent = [release.statement.event for release in releases]
+        releases = self._ledger.spent(self.population)
+        used = sum(release.run == reservation.run for release in releases)
+        spent = [release.event for release in releases]
         event = terms.planned[number - 1]
         if used >= len(reservation.planned) or reservation.planned[used] != event:
             raise RefusedError("budget_exhausted", f"run {reservation.run} has used its whole reservation")
@@ -363,9 +394,9 @@ class Agent:
             raise RefusedError("budget_exhausted", "this site's lifetime cap is reached")
 
     def _release(self, request: RoundRequest, terms: Terms, previous_round: str, digest: str) -> Release:
-        update_file = self._trainer.update(
-            terms, request.base_model, run=request.run, server_round=request.round
-        )
+        values = self._trainer.update(terms, request.base_model, run=request.run, server_round=request.round)
+        masked = self._masked.mask(request, terms, values) if terms.masks(request.round) else None
+        update_file = encode_update(values if masked is None else masked.values)
         head = self._ledger.head(self.population)
         unsigned = SiteStatement(
             run=request.run,
@@ -382,8 +413,10 @@ class Agent:
             previous_event=head.event_hash,
             update=hashlib.sha256(update_file).hexdigest(),
             signature="",
+            roster="" if masked is None else masked.roster,
         )
-        return self._ledger.commit_release(self._keys.signed(unsigned), update_file, digest)
+        kept = None if masked is None else masked.state
+        return self._ledger.commit_release(self._keys.signed(unsigned), update_file, digest, kept)
 
     def _cosign(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
         request = parse_cosign(header)
@@ -401,7 +434,7 @@ class Agent:
         return {"cosignature": line.decode()}, {}
 
 
-def _check_population(home: SiteHome, ledger: SiteLedger) -> None:
+def _check_population(home: SiteHome, ledger: Odometers) -> None:
     """A new pseudonym would set the odometer back to 1, and nothing signed says that nobody is in both."""
     others = sorted(ledger.populations() - {home.config.population.pseudonym})
     if others:
@@ -437,4 +470,6 @@ def _request_digest(request: RoundRequest) -> str:
         "own_statement": leaf(request.own_statement),
         "base_model": hashlib.sha256(request.base_model).hexdigest(),
     }
+    if request.shares is not None:
+        document["shares"] = dict(request.shares)
     return hashlib.sha256(b"affidavit/request/v1\x00" + canonical_bytes(document)).hexdigest()

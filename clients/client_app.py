@@ -26,7 +26,19 @@ from clients.link import DEFAULT_TARGET, MAX_BLOB_BYTES, MAX_HEADER_BYTES, conne
 _logger = logging.getLogger(__name__)
 
 ROUND_KINDS: Final = frozenset({"round"})
-QUERY_KINDS: Final = frozenset({"hello", "charter.sign", "run.propose", "cosign", "run.finished"})
+QUERY_KINDS: Final = frozenset(
+    {
+        "hello",
+        "charter.sign",
+        "run.propose",
+        "cosign",
+        "run.finished",
+        "masked.keys",
+        "masked.shares",
+        "masked.survivors",
+        "masked.open",
+    }
+)
 
 app = ClientApp()
 

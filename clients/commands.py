@@ -32,9 +32,10 @@ def register(application: typer.Typer) -> None:
     register_network(site)
     application.command("demo")(demo)
     application.command("train")(train)
-    from clients import site_commands
+    from clients import resume_commands, site_commands
 
     site_commands.register(site)
+    resume_commands.register(application)
     application.add_typer(identity)
     application.add_typer(site)
     for group in application.registered_groups:
@@ -62,7 +63,6 @@ def demo(
     """
     import dataclasses
 
-    from clients.demo import run_demo
     from clients.demo_screen import Screen
 
     _quiet()
@@ -74,6 +74,8 @@ def demo(
         if not as_json:
             typer.echo(f"{outcome.verdict} in {outcome.seconds:.0f} s; everything is in {folder}")
     else:
+        from clients.demo import run_demo
+
         outcome = run_demo(folder, Screen(quiet=as_json), engine=_engine(engine))
     if as_json:
         emit(dataclasses.asdict(outcome), "", as_json=True)

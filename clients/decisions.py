@@ -22,11 +22,11 @@ from audit.site_bodies import SiteDecided
 from clients.errors import RefusedError, WaitingError
 from clients.home import SiteHome
 from clients.identity import SiteKeys
-from clients.ledger import SiteLedger
+from clients.ledger import Odometers
 from clients.proposals import Proposal, Proposals
 from clients.refusal_book import RefusalBook
 from clients.rules import Breach, Rule, RunFacts, breaches
-from clients.site_log import SiteLog, event_id
+from clients.site_log import Diary, event_id
 from clients.terms import Terms
 
 YEAR = timedelta(days=365)
@@ -66,21 +66,19 @@ def run_cost(terms: Terms, delta: float) -> float:
     return recompute((terms.event,) * terms.rounds, delta).value
 
 
-def year_events(
-    log: SiteLog, ledger: SiteLedger, population: str, now: datetime
-) -> tuple[MechanismEvent, ...]:
+def year_events(log: Diary, ledger: Odometers, population: str, now: datetime) -> tuple[MechanismEvent, ...]:
     """Return the releases of the last 365 days and all that open runs may still add."""
     released = [body.event for _, _, body in log.entries(SiteStatement, since=now - YEAR)]
     open_runs = ledger.open_reservations(population)
-    done = ledger.releases(population) if open_runs else ()
+    done = ledger.spent(population) if open_runs else ()
     for reservation in open_runs:
-        used = sum(release.statement.run == reservation.run for release in done)
+        used = sum(release.run == reservation.run for release in done)
         released += reservation.planned[used:]
     return tuple(released)
 
 
 def facts_of(
-    run: RunStarted, terms: Terms, home: SiteHome, log: SiteLog, ledger: SiteLedger, now: datetime
+    run: RunStarted, terms: Terms, home: SiteHome, log: Diary, ledger: Odometers, now: datetime
 ) -> RunFacts:
     """Return what the site's rules look at in a proposed run."""
     delta = float(home.config.lifetime.delta)
@@ -106,8 +104,8 @@ class Decisions:
         self,
         home: SiteHome,
         keys: SiteKeys,
-        ledger: SiteLedger,
-        log: SiteLog,
+        ledger: Odometers,
+        log: Diary,
         refusals: RefusalBook,
         clock: Callable[[], datetime],
     ) -> None:

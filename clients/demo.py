@@ -7,10 +7,8 @@ calls what the commands call; what happens is told to a `Screen` (`clients.demo_
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -22,9 +20,9 @@ from typing import IO, Any, Final
 
 from audit.console import CommandError, ask_api, call_api
 from audit.principal import LocalOwner, Principal
-from audit.verify.report import Verdict
 from clients.demo_data import LABEL, demo_charter, write_demo_files
 from clients.demo_screen import Screen
+from clients.demo_steps import PURPOSE, first_row, make_folder, verdict_of, verify_alone
 from clients.home import SiteHome
 from clients.identity import Identity
 from clients.service import AddSiteRequest, add_site, approve_charter, witness_once
@@ -38,9 +36,7 @@ from federation.service import ApproveRequest, RegisterRequest, approve, registe
 from federation.trust import federation_policy
 
 ORIGIN: Final = "demo.invalid/four-hospitals"
-PURPOSE: Final = "diagnosis-support"
 WRONG_PURPOSE: Final = "insurance-pricing"
-_MARK: Final = ".made-by-affidavit-demo"
 _LIFETIME: Final = ("10", "0.00001")
 _START_S: Final = 60.0
 
@@ -200,17 +196,6 @@ def _serve_and_verify(
     screen.caught(caught.stdout or caught.stderr, caught.returncode)
 
 
-def make_folder(folder: Path) -> None:
-    if folder.exists() and not (folder / _MARK).exists() and any(folder.iterdir()):
-        raise CommandError(
-            f"{folder} holds something that is not this demo's; give --folder", code="demo.folder_taken"
-        )
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / _MARK).write_text("The demo replaces this folder.\n", encoding="utf-8")
-
-
 def _write_policy(folder: Path, coordinator: Coordinator, sites: Mapping[str, SiteHome]) -> None:
     """Write the policy that the verifier is given: not from the evidence, but from those who met."""
     witnesses = {name: home.keys().witness_signer(name).vkey for name, home in sites.items()}
@@ -223,12 +208,6 @@ def _plot(events: list[RunEvent], charter: Charter, path: Path, screen: Screen) 
 
     save_history(events, path, budget=float(charter.privacy.epsilon), title=charter.name)
     screen.note(f"AUC and epsilon by round: {path}")
-
-
-def first_row(public: Path, charter: Charter) -> dict[str, float]:
-    with public.open(encoding="utf-8", newline="") as file:
-        row = next(csv.DictReader(file))
-    return {feature.name: float(row[feature.name]) for feature in charter.features}
 
 
 def _command(*arguments: str) -> list[str]:
@@ -300,21 +279,3 @@ def _await_checkpoint(url: str, leaf_index: int) -> None:
         if time.monotonic() > until:
             raise CommandError("the API signed no checkpoint", code="demo.failed")
         time.sleep(0.1)
-
-
-def verify_alone(evidence: Path, policy: Path) -> subprocess.CompletedProcess[str]:
-    """Run the verifier isolated: no environment, no user site, nothing but the file and the policy."""
-    return subprocess.run(
-        [sys.executable, "-I", "-m", "audit.verify", str(evidence), "--policy", str(policy)],
-        env={},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def verdict_of(report: str) -> str:
-    """Return the word that the verifier's report closes with."""
-    closing = [line for line in report.splitlines() if line.partition(":")[0] in set(Verdict)]
-    return closing[-1].partition(":")[0] if closing else "none"

@@ -17,20 +17,28 @@ from pathlib import Path
 from typing import Final
 
 _NET: Final = "10.77.0"
+_SPACES: Final = Path("/var/run/netns")
 _CLONE_NEWNET: Final = 0x40000000
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """Where the coordinator is, and what a command at a site begins with."""
+    """Where the coordinator is, and how a process gets to a site's machine."""
 
     host: str
     separate: bool
-    prefixes: dict[str, list[str]] = field(default_factory=dict)
+    spaces: dict[str, Path] = field(default_factory=dict)
 
-    def at(self, site: str) -> list[str]:
-        return self.prefixes.get(site, [])
+    def enter(self, site: str) -> None:
+        """Take this process to the site's machine; nothing happens where all share one.
+
+        Raises:
+            OSError: the system does not let it.
+        """
+        space = self.spaces.get(site)
+        if space is not None:
+            _enter(space)
 
 
 @contextmanager
@@ -61,7 +69,7 @@ def _build(tag: str, sites: Sequence[str], made: list[str]) -> Machines:
     _ip("-n", hub, "link", "add", "br0", "type", "bridge")
     _ip("-n", hub, "addr", "add", f"{_NET}.1/24", "dev", "br0")
     _ip("-n", hub, "link", "set", "br0", "up")
-    prefixes = {}
+    spaces = {}
     for number, site in enumerate(sites):
         name, outer = f"aff{tag}-{number}", f"v{tag}{number}"
         _namespace(name, made)
@@ -69,11 +77,15 @@ def _build(tag: str, sites: Sequence[str], made: list[str]) -> Machines:
         _ip("-n", hub, "link", "set", outer, "master", "br0", "up")
         _ip("-n", name, "addr", "add", f"{_NET}.{number + 10}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
-        prefixes[site] = ["ip", "netns", "exec", name]
-    with Path(f"/var/run/netns/{hub}").open("rb") as target:
+        spaces[site] = _SPACES / name
+    _enter(_SPACES / hub)
+    return Machines(host=f"{_NET}.1", separate=True, spaces=spaces)
+
+
+def _enter(space: Path) -> None:
+    with space.open("rb") as target:
         if _libc.setns(target.fileno(), _CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "setns")
-    return Machines(host=f"{_NET}.1", separate=True, prefixes=prefixes)
 
 
 def _namespace(name: str, made: list[str]) -> None:

@@ -10,27 +10,28 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from audit.console import CommandError, ask_api
-from clients.demo import PURPOSE, first_row, make_folder, verdict_of, verify_alone
+from clients.demo_commands import Call, Started, call_all, last_line, preload, start
 from clients.demo_data import demo_charter, write_demo_files
 from clients.demo_namespaces import Machines, machines
 from clients.demo_screen import Screen
+from clients.demo_steps import PURPOSE, first_row, make_folder, verdict_of, verify_alone
 from federation.charter import Charter
 
 ORIGIN: Final = "demo.invalid/network"
 PORTS: Final = {"--port": 28443, "--superlink-port": 28444, "--api-port": 28445}
 START_S: Final = 120.0
-ROUNDS: Final = 6
+ROUNDS: Final = 4
+SECURE: Final = (
+    "\nsecure_aggregation: {tolerated: 1}   # updates are masked: the coordinator reads sums alone\n"
+)
 
 
 @dataclass(slots=True)
@@ -60,10 +61,23 @@ class _Demo:
         return self.folder / "hospitals" / site
 
     def at_centre(self, *arguments: str) -> dict[str, Any]:
-        return _affidavit([], *arguments, "--home", str(self.central), "--json")
+        return self.call_centre(*arguments).result()
 
-    def at_site(self, site: str, *arguments: str) -> dict[str, Any]:
-        return _affidavit(self.place.at(site), *arguments, "--home", str(self.home(site)), "--json")
+    def call_centre(self, *arguments: str) -> Call:
+        return Call([*arguments, "--home", str(self.central), "--json"], lambda: None)
+
+    def call_site(self, site: str, *arguments: str) -> Call:
+        return Call([*arguments, "--home", str(self.home(site)), "--json"], lambda: self.place.enter(site))
+
+    @contextmanager
+    def up(self, log: Path, *arguments: str, site: str = "") -> Iterator[Started]:
+        """Run a command that stays up for the time of the block; its output goes to `log`."""
+        with log.open("wb") as output:
+            started = start([*arguments, "--json"], lambda: self.place.enter(site), output, output)
+        try:
+            yield started
+        finally:
+            started.stop()
 
 
 def run_network_demo(
@@ -88,12 +102,17 @@ def run_network_demo(
             nonlocal lap
             outcome.timings[step], lap = round(time.monotonic() - lap, 1), time.monotonic()
 
+        preload()
+        took("imports")
         _coordinator(demo, stack)
         took("coordinator up")
-        _join_all(demo, stack)
+        joining = _join_all(demo, stack)
         took("four sites joined")
         charter = _agree(demo)
         took("charter signed")
+        for site in demo.sites:
+            _await_ready(demo.folder / f"{site}.log", {"supernode", "agent", "watch"}, joining[site])
+        took("agents up")
         run = _train(demo)
         outcome.version, outcome.epsilon = run["version"], run["epsilon"]
         took("trained")
@@ -111,22 +130,24 @@ def _coordinator(demo: _Demo, stack: ExitStack) -> None:
     ports = [text for name, port in PORTS.items() for text in (name, str(port))]
     made = demo.at_centre("coordinator", "init", ORIGIN, "--host", demo.place.host, *ports)
     demo.screen.note(f"gateway {made['address']}, CA {made['ca_fingerprint'][:16]}…")
-    up = _command("coordinator", "up", "--home", str(demo.central), "--json")
-    stack.enter_context(_running(up, demo.folder / "coordinator.log", {"gateway"}))
+    log = demo.folder / "coordinator.log"
+    started = stack.enter_context(demo.up(log, "coordinator", "up", "--home", str(demo.central)))
+    _await_ready(log, {"gateway"}, started)
 
 
-def _join_all(demo: _Demo, stack: ExitStack) -> None:
+def _join_all(demo: _Demo, stack: ExitStack) -> dict[str, Started]:
     demo.screen.step("Each hospital is invited, makes its keys, asks to join; the operator approves")
     joining = {}
     for site in demo.sites:
         invited = demo.at_centre("site", "invite", site)
-        arguments = _command(
+        command = demo.up(
+            demo.folder / f"{site}.log",
             *("site", "join", invited["invitation"], "--data", str(demo.files.sites[site])),
             *("--population", f"patients of {site}", "--lifetime-epsilon", "10"),
-            *("--home", str(demo.home(site)), "--json"),
+            *("--home", str(demo.home(site))),
+            site=site,
         )
-        log = demo.folder / f"{site}.log"
-        joining[site] = stack.enter_context(_started([*demo.place.at(site), *arguments], log))
+        joining[site] = stack.enter_context(command)
     until = time.monotonic() + START_S
     waiting = set(demo.sites)
     while waiting:
@@ -139,55 +160,75 @@ def _join_all(demo: _Demo, stack: ExitStack) -> None:
         if time.monotonic() > until:
             raise CommandError(f"{', '.join(sorted(waiting))} did not ask to join", code="demo.failed")
         time.sleep(0.2)
-    for site in demo.sites:
-        _await_events(demo.folder / f"{site}.log", {"supernode"}, joining[site])
+    return joining
 
 
 def _agree(demo: _Demo) -> Charter:
     demo.screen.step("The charter names the identities that joined; each hospital reads and signs it")
-    officer = _affidavit([], "identity", "new", "olsen", "--home", str(demo.central), "--json")
-    demo.at_centre("identity", "new", "curie", "--role", "scientist")
-    identities = {item["site"]: item["identity_key"] for item in demo.at_centre("site", "list")["sites"]}
+    people = call_all(
+        {
+            "olsen": demo.call_centre("identity", "new", "olsen"),
+            "curie": demo.call_centre("identity", "new", "curie", "--role", "scientist"),
+            "sites": demo.call_centre("site", "list"),
+        }
+    )
     text = demo_charter(
         public=demo.files.public,
-        identities=identities,
-        officers={"olsen": officer["key"]},
+        identities={item["site"]: item["identity_key"] for item in people["sites"]["sites"]},
+        officers={"olsen": people["olsen"]["key"]},
         rounds=demo.rounds,
     ).replace("round_timeout_s: 20", "round_timeout_s: 120")
+    text += SECURE
     path = demo.folder / "charter.yaml"
     path.write_text(text, encoding="utf-8")
+    # each site by itself: what it waits for is its own people, not the other sites
+    call_all(
+        {
+            site: demo.call_site(site, "site", "bundle", "approve", "own", "--site", site)
+            for site in demo.sites
+        }
+    )
+    signed = call_all(
+        {site: demo.call_site(site, "charter", "sign", str(path), "--site", site) for site in demo.sites}
+    )
     for site in demo.sites:
-        signed = demo.at_site(site, "charter", "sign", str(path), "--site", site)
-        demo.at_site(site, "site", "bundle", "approve", "own", "--site", site)
-        demo.screen.note(f"{site} agrees: epsilon {signed['epsilon']:.3f} of 10 for life")
+        demo.screen.note(f"{site} agrees: epsilon {signed[site]['epsilon']:.3f} of 10 for life")
     return Charter.load(path)
 
 
 def _train(demo: _Demo) -> dict[str, Any]:
     demo.screen.step("Training over the network: a signed release a site a round, witnessed before the next")
-    command = _command(
-        *(
-            "runs",
-            "start",
-            str(demo.folder / "charter.yaml"),
-            "--author",
-            str(demo.central / "scientists" / "curie"),
-        ),
-        *("--public-set", str(demo.files.public), "--home", str(demo.central), "--json"),
-    )
-    last: dict[str, Any] = {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None  # noqa: S101 - a pipe was asked for
-        for line in process.stdout:
-            last = json.loads(line)
-            if last.get("kind") == "round":
-                demo.screen.note(
-                    f"round {last['round']:>2}: {len(last['sites'])} sites, "
-                    f"auc {last['metrics']['auc']:.3f}, epsilon {last['epsilon']:.3f}, "
-                    f"{last['witnesses']} witnesses, {last['elapsed_s']:.0f} s"
-                )
-    if process.returncode != 0 or "version" not in last:
-        raise CommandError(f"the run failed; see {demo.central}/coordinator/network/logs", code="demo.failed")
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as events, (demo.folder / "run.log").open("wb") as errors:
+        with os.fdopen(writing, "wb") as output:
+            started = start(
+                [
+                    *("runs", "start", str(demo.folder / "charter.yaml")),
+                    *("--author", str(demo.central / "scientists" / "curie")),
+                    *("--public-set", str(demo.files.public), "--home", str(demo.central), "--json"),
+                ],
+                lambda: None,
+                output,
+                errors,
+            )
+        last: dict[str, Any] = {}
+        try:
+            for line in events:
+                last = json.loads(line)
+                if last.get("kind") == "round":
+                    demo.screen.note(
+                        f"round {last['round']:>2}: {len(last['sites'])} sites, "
+                        f"auc {last['metrics']['auc']:.3f}, epsilon {last['epsilon']:.3f}, "
+                        f"{last['witnesses']} witnesses, {last['elapsed_s']:.0f} s"
+                    )
+            code = started.wait(START_S)
+        finally:
+            started.stop()
+    if code != 0 or "version" not in last:
+        said = last_line(demo.folder / "run.log")
+        raise CommandError(
+            f"the run failed: {said}; see {demo.central}/coordinator/network/logs", code="demo.failed"
+        )
     demo.screen.note(f"run {last['run']}, epsilon {last['epsilon']}, gates passed: {last['gates_passed']}")
     return last
 
@@ -271,50 +312,7 @@ def _await_witnesses(url: str, index: int, *, need: int) -> None:
         time.sleep(0.3)
 
 
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "affidavit", *arguments]
-
-
-def _affidavit(prefix: Sequence[str], *arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [*prefix, *_command(*arguments)], capture_output=True, text=True, timeout=240, check=False
-    )
-    if done.returncode != 0:
-        raise CommandError(f"affidavit {' '.join(arguments[:2])}: {done.stderr.strip()}", code="demo.failed")
-    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return document
-
-
-@contextmanager
-def _running(command: Sequence[str], log: Path, ready: set[str]) -> Iterator[subprocess.Popen[bytes]]:
-    with _started(command, log) as process:
-        _await_events(log, ready, process)
-        yield process
-
-
-@contextmanager
-def _started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            list(command), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _await_events(log: Path, names: set[str], process: subprocess.Popen[bytes]) -> None:
+def _await_ready(log: Path, names: set[str], process: Started) -> None:
     until = time.monotonic() + START_S
     while True:
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
@@ -322,6 +320,5 @@ def _await_events(log: Path, names: set[str], process: subprocess.Popen[bytes]) 
         if names <= {event["name"] for event in events if event.get("kind") == "ready"}:
             return
         if process.poll() is not None or time.monotonic() > until:
-            tail = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise CommandError(f"{log.name}: not ready: {' '.join(tail)}", code="demo.failed")
+            raise CommandError(f"{log.name}: not ready: {last_line(log)}", code="demo.failed")
         time.sleep(0.1)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from audit.entries import REFUSAL_CODES
-
 
 class ClientsError(Exception):
     """Base of every error `clients` raises on purpose."""
@@ -105,6 +103,8 @@ class RefusedError(ClientsError):
     code = "clients.refused"
 
     def __init__(self, refusal: str, reason: str) -> None:
+        from audit.entries import REFUSAL_CODES  # here: every message's relay loads this module
+
         if refusal not in REFUSAL_CODES:
             raise ValueError(f"{refusal!r} is not in the closed list audit.entries.REFUSAL_CODES")
         super().__init__(f"{refusal}: {reason}")

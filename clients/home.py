@@ -33,9 +33,7 @@ from audit.tlog_policy import Policy
 from audit.witness import Witness
 from clients.errors import HomeError
 from clients.identity import SiteKeys
-from clients.ledger import SiteLedger
 from clients.rules import Rules, exact
-from clients.site_log import SiteLog
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _CONFIG: Final = "site.yaml"
@@ -94,6 +92,9 @@ class SiteHome:
             HomeError: the home exists, or a value is not allowed.
             IdentityError: the keys cannot be written.
         """
+        from clients.ledger import SiteLedger
+        from clients.site_log import SiteLog
+
         if (path / _CONFIG).exists():
             raise HomeError(path, "is a site's home already", "choose another folder; a site is added once")
         document = {

@@ -15,29 +15,31 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, cast
 from urllib.parse import quote
 
 from sqlalchemy import event, text
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlmodel import create_engine, insert, select, update
+from sqlmodel import create_engine, delete, insert, select, update
 
-from audit.canonical import canonical_bytes, parse_canonical
+from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import ZERO_DIGEST, MechanismEvent, SiteStatement, body_document, event_hash, parse_body
 from audit.errors import AuditError
 from clients.errors import HomeError, LedgerBehindError, OdometerError
 from clients.high_water import Head, HighWaterMarks
-from clients.ledger_tables import ReleaseRow, ReservationRow, SiteTable
+from clients.ledger_tables import MaskedRoundRow, ReleaseRow, ReservationRow, SiteTable
 
 SCHEMA_VERSION: Final = 1
 
 
 _RELEASE: Final = ReleaseRow.__table__  # type: ignore[attr-defined]
 _RESERVATION: Final = ReservationRow.__table__  # type: ignore[attr-defined]
+_MASKED: Final = MaskedRoundRow.__table__  # type: ignore[attr-defined]
+_WITHOUT_UPDATE: Final = [column for column in _RELEASE.c if column.name != "update"]  # which may be large
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,14 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """What a budget is counted by: one release's run and event."""
+
+    run: str
+    event: MechanismEvent
+
+
+@dataclass(frozen=True, slots=True)
 class Reservation:
     run: str
     population: str
@@ -56,6 +66,35 @@ class Reservation:
     planned: tuple[MechanismEvent, ...]
     acceptance: bytes
     closed: bool
+
+
+class Odometers(Protocol):
+    """What an agent asks of its ledger; `SiteLedger` keeps it on disk, `clients.virtual` in memory."""
+
+    def close(self) -> None: ...
+    def head(self, population: str) -> Head: ...
+    def populations(self) -> frozenset[str]: ...
+    def release_of(self, run: str, server_round: int) -> Release | None: ...
+    def releases(self, population: str) -> tuple[Release, ...]: ...
+    def spent(self, population: str) -> Sequence[Spent]: ...
+    def commit_release(
+        self,
+        statement: SiteStatement,
+        update_file: bytes,
+        request_digest: str,
+        masked: Mapping[str, JsonValue] | None = None,
+    ) -> Release: ...
+    def masked_round(self, run: str, server_round: int) -> dict[str, Any] | None: ...
+    def masked_rounds(self, run: str) -> tuple[int, ...]: ...
+    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None: ...
+    def mark_delivered(self, run: str, server_round: int) -> None: ...
+    def undelivered(self, population: str) -> tuple[SiteStatement, ...]: ...
+    def reserve(self, reservation: Reservation) -> None: ...
+    def reservation(self, run: str) -> Reservation | None: ...
+    def open_reservations(self, population: str) -> tuple[Reservation, ...]: ...
+    def committed_events(self, population: str) -> tuple[MechanismEvent, ...]: ...
+    def close_run(self, run: str) -> None: ...
+    def check_not_behind(self, population: str, seen: Head, *, witness: str) -> None: ...
 
 
 class SiteLedger:
@@ -72,10 +111,14 @@ class SiteLedger:
         """
         self._path, self._marks = path, HighWaterMarks(high_water_path)
         self._mutex = threading.RLock()
+        self._is_look = look
+        self._spent: dict[str, list[Spent]] = {}  # read once: nobody else writes while this process holds it
         self._lock = -1 if look else _exclusive_lock(path.with_suffix(".lock"))
         self._engine = _engine(path, look=look)
         try:
             self._check_schema()
+            if not look:  # an older release's ledger lacks the table that masked rounds need
+                _MASKED.create(self._engine, checkfirst=True)
             for population, seen in self._marks.read().items():
                 self.check_not_behind(population, seen, witness=str(high_water_path))
             self._check_chains()
@@ -136,10 +179,30 @@ class SiteLedger:
         return tuple(_release(row) for row in rows)
 
     def events(self, population: str) -> tuple[MechanismEvent, ...]:
-        return tuple(release.statement.event for release in self.releases(population))
+        return tuple(spent.event for spent in self.spent(population))
 
-    def commit_release(self, statement: SiteStatement, update_file: bytes, request_digest: str) -> Release:
+    def spent(self, population: str) -> Sequence[Spent]:
+        """Return what the population has released, in order, without the released bytes."""
+        with self._mutex:
+            known = self._spent.get(population)
+            if known is None or self._is_look:
+                query = select(*_WITHOUT_UPDATE).where(_RELEASE.c.population == population)
+                with self._read() as connection:
+                    rows = connection.execute(query.order_by(_RELEASE.c.sequence))
+                    known = [Spent(row.run, _statement(row).event) for row in rows]
+                self._spent[population] = known
+            return tuple(known)
+
+    def commit_release(
+        self,
+        statement: SiteStatement,
+        update_file: bytes,
+        request_digest: str,
+        masked: Mapping[str, JsonValue] | None = None,
+    ) -> Release:
         """Write debit, bytes and statement in one durable transaction; only then may anything be sent.
+
+        `masked` is what the site knows of the round from here on, where its update is masked.
 
         Raises:
             OdometerError: the statement does not continue the odometer, or the round was released before.
@@ -170,8 +233,31 @@ class SiteLedger:
                     delivered=0,
                 )
             )
+            if masked is not None:
+                _put_masked(connection, statement.run, statement.round, masked)
+        if statement.population in self._spent:
+            self._spent[statement.population].append(Spent(statement.run, statement.event))
         self._marks.raise_to(statement.population, Head(statement.sequence, event_hash(statement)))
         return Release(statement, update_file, request_digest, False)
+
+    def masked_round(self, run: str, server_round: int) -> dict[str, Any] | None:
+        """Return what the site knows of a masked round."""
+        with self._read() as connection:
+            found = connection.execute(
+                select(_MASKED.c.state).where(_MASKED.c.run == run, _MASKED.c.round == server_round)
+            ).scalar_one_or_none()
+        return None if found is None else cast("dict[str, Any]", parse_canonical(found))
+
+    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None:
+        """Keep what the site knows of a masked round, before it answers from it."""
+        with self._write() as connection:
+            _put_masked(connection, run, server_round, state)
+
+    def masked_rounds(self, run: str) -> tuple[int, ...]:
+        """Return the numbers of a run's masked rounds, ascending."""
+        with self._read() as connection:
+            rows = connection.execute(select(_MASKED.c.round).where(_MASKED.c.run == run)).all()
+        return tuple(sorted(number for (number,) in rows))
 
     def mark_delivered(self, run: str, server_round: int) -> None:
         """Note that a witnessed checkpoint shows the release."""
@@ -184,7 +270,10 @@ class SiteLedger:
 
     def undelivered(self, population: str) -> tuple[SiteStatement, ...]:
         """Return the releases that no witnessed checkpoint has shown yet; they stay debited."""
-        return tuple(release.statement for release in self.releases(population) if not release.delivered)
+        query = select(*_WITHOUT_UPDATE).where(_RELEASE.c.population == population, _RELEASE.c.delivered == 0)
+        with self._read() as connection:
+            rows = connection.execute(query.order_by(_RELEASE.c.sequence)).all()
+        return tuple(_statement(row) for row in rows)
 
     def reserve(self, reservation: Reservation) -> None:
         """Set a run's whole plan aside.
@@ -223,12 +312,7 @@ class SiteLedger:
 
     def committed_events(self, population: str) -> tuple[MechanismEvent, ...]:
         """Return what is spent and what open runs may still spend: the events a new plan comes on top of."""
-        releases = self.releases(population)
-        events = [release.statement.event for release in releases]
-        for reservation in self.open_reservations(population):
-            used = sum(release.statement.run == reservation.run for release in releases)
-            events += reservation.planned[used:]
-        return tuple(events)
+        return committed_events(self, population)
 
     def close_run(self, run: str) -> None:
         """End a run: no further round of it is answered, and what it had not used is free again."""
@@ -253,18 +337,16 @@ class SiteLedger:
         """Count every population's releases from 1 and follow their hashes: what is counted is spent."""
         with self._read() as connection:
             rows = connection.execute(
-                select(_RELEASE).order_by(_RELEASE.c.population, _RELEASE.c.sequence)
-            ).all()
-        heads: dict[str, Head] = {}
-        for row in rows:
-            last = heads.get(row.population, Head(0, ZERO_DIGEST))
-            if not _continues(row, last):
-                raise HomeError(
-                    self._path,
-                    f"release {last.sequence + 1} of population {row.population} is missing or was altered",
-                    "restore the file from the site's own backup",
-                )
-            heads[row.population] = Head(row.sequence, row.event_hash)
+                select(*_WITHOUT_UPDATE).order_by(_RELEASE.c.population, _RELEASE.c.sequence)
+            )
+            heads: dict[str, Head] = {}
+            for row in rows:
+                last = heads.get(row.population, Head(0, ZERO_DIGEST))
+                if not _continues(row, last):
+                    problem = f"release {last.sequence + 1} of population {row.population} is missing"
+                    fix = "restore the file from the site's own backup"
+                    raise HomeError(self._path, f"{problem} or was altered", fix)
+                heads[row.population] = Head(row.sequence, row.event_hash)
 
     def check_not_behind(self, population: str, seen: Head, *, witness: str) -> None:
         """Compare the ledger with an event that this population is known to have released.
@@ -309,12 +391,18 @@ def _engine(path: Path, *, look: bool = False) -> Engine:
         if not look:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA secure_delete = ON")  # keys of a masked round do not linger
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN" if look else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _put_masked(connection: Connection, run: str, number: int, state: Mapping[str, JsonValue]) -> None:
+    connection.execute(delete(_MASKED).where(_MASKED.c.run == run, _MASKED.c.round == number))
+    connection.execute(insert(_MASKED).values(run=run, round=number, state=canonical_bytes(dict(state))))
 
 
 def _exclusive_lock(path: Path) -> int:
@@ -342,7 +430,7 @@ def _head(connection: Connection, population: str) -> Head:
 def _continues(row: Any, last: Head) -> bool:
     """Whether a row's columns say what its statement says, and the statement follows the last event."""
     try:
-        statement = _release(row).statement
+        statement = _statement(row)
     except (AuditError, AttributeError):  # SQLite gives text where text was written in place of bytes
         return False
     told = (row.population, row.sequence, row.run, row.round, row.event_hash)
@@ -358,8 +446,22 @@ def _continues(row: Any, last: Head) -> bool:
     )
 
 
+def committed_events(ledger: Odometers, population: str) -> tuple[MechanismEvent, ...]:
+    """Return the events that any new plan comes on top of; see `SiteLedger.committed_events`."""
+    spent = ledger.spent(population)
+    events = [release.event for release in spent]
+    for reservation in ledger.open_reservations(population):
+        used = sum(release.run == reservation.run for release in spent)
+        events += reservation.planned[used:]
+    return tuple(events)
+
+
+def _statement(row: Any) -> SiteStatement:
+    return parse_body(SiteStatement, parse_canonical(row.statement))
+
+
 def _release(row: Any) -> Release:
-    statement = parse_body(SiteStatement, parse_canonical(row.statement))
+    statement = _statement(row)
     return Release(statement, row.update, row.request_digest, bool(row.delivered))
 
 

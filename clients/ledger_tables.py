@@ -28,6 +28,15 @@ class ReleaseRow(SiteTable, table=True):
     delivered: int = 0
 
 
+class MaskedRoundRow(SiteTable, table=True):
+    """What the site knows of one masked round; secrets are dropped once they have served."""
+
+    __tablename__ = "masked_round"
+    run: str = Field(primary_key=True)
+    round: int = Field(primary_key=True)
+    state: bytes = Field(sa_type=LargeBinary)  # canonical bytes, see clients.masked_rounds
+
+
 class ReservationRow(SiteTable, table=True):
     __tablename__ = "reservation"
     run: str = Field(primary_key=True)

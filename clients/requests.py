@@ -56,6 +56,7 @@ class RoundRequest:
     previous_round: LoggedEntry | None
     own_statement: LoggedEntry | None
     base_model: bytes
+    shares: Mapping[str, str] | None = None  # sealed for this site, by sender; where updates are masked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,27 +114,21 @@ def parse_propose(header: bytes) -> ProposeRequest:
 
 def parse_round(header: bytes, blobs: Mapping[str, bytes]) -> RoundRequest:
     document = parse_header(
-        header, frozenset({"run", "round", "charter", "participants", "previous_round", "own_statement"})
+        header,
+        frozenset({"run", "round", "charter", "participants", "previous_round", "own_statement"}),
+        frozenset({"shares"}),
     )
-    participants = document["participants"]
-    if not isinstance(participants, list) or not all(isinstance(name, str) for name in participants):
-        raise _bad("participants: is a list of sites' names")
-    number = document["round"]
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise _bad("round: is a whole number from 1")
     if set(blobs) != {"base_model"}:
         raise _bad("a round comes with the one blob base_model")
-    charter = _text(document, "charter")
-    if not _DIGEST.fullmatch(charter):
-        raise _bad("charter: is a digest")
     return RoundRequest(
         run=_text(document, "run"),
-        round=number,
-        charter=charter,
-        participants=tuple(participants),
+        round=round_number(document),
+        charter=charter_digest_of(document),
+        participants=names_of(document, "participants"),
         previous_round=_entry(document["previous_round"]),
         own_statement=_entry(document["own_statement"]),
         base_model=blobs["base_model"],
+        shares=_texts_by_name(document["shares"], "shares") if "shares" in document else None,
     )
 
 
@@ -161,6 +156,33 @@ def parse_bundle(header: bytes) -> str:
     if not _DIGEST.fullmatch(digest):
         raise _bad("digest: is the SHA-256 of a bundle, in hex")
     return digest
+
+
+def round_number(document: Mapping[str, Any]) -> int:
+    number = document["round"]
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise _bad("round: is a whole number from 1")
+    return number
+
+
+def charter_digest_of(document: Mapping[str, Any]) -> str:
+    charter = _text(document, "charter")
+    if not _DIGEST.fullmatch(charter):
+        raise _bad("charter: is a digest")
+    return charter
+
+
+def names_of(document: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    names = document[field]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _bad(f"{field}: is a list of texts")
+    return tuple(names)
+
+
+def _texts_by_name(value: JsonValue, field: str) -> Mapping[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise _bad(f"{field}: is an object of texts by site")
+    return {name: str(text) for name, text in value.items()}
 
 
 def _entry(value: JsonValue) -> LoggedEntry | None:

@@ -43,7 +43,8 @@ from federation.coordinator import Coordinator
 from federation.evaluation import PublicData, metrics_of
 from federation.progress import Listener, RunEvent
 from federation.registry import statements
-from federation.service import Launch, RunConfig, TrainedRun, TrainRequest, train
+from federation.resume import prepared_run
+from federation.service import Launch, ResumeRequest, RunConfig, TrainedRun, TrainRequest, resume, train
 from federation.trust import federation_policy
 
 if TYPE_CHECKING:
@@ -91,16 +92,57 @@ def run_federation(
         coordinator.blobs.put(public_set.read_bytes())
     join_all(homes, coordinator)
     with ExitStack() as stack:
-        agents = {}
-        for name, home in homes.items():
-            agents[name] = Agent.open(home)
-            stack.callback(agents[name].close)
-            for statement in statements(coordinator.ledger, site=name):
-                agents[name].observe(statement)
-        launch = _launchers[engine](agents)
+        launch = _launchers[engine](_open_agents(homes, coordinator, stack))
         principal = Principal(id=author.verify_key.fingerprint, role="scientist", key=author.text)
         request = TrainRequest(charter=charter, model=model)
         return train(coordinator, principal, LocalOwner(), request, author, launch, on_event=on_event)
+
+
+def resume_federation(
+    run: str,
+    homes: Mapping[str, SiteHome],
+    coordinator: Coordinator,
+    principal: Principal,
+    *,
+    engine: Engine = "inprocess",
+    on_event: Listener | None = None,
+) -> TrainedRun:
+    """Go on with a run of `run_federation` whose process died; every release is answered as it was stored.
+
+    Args:
+        run: its id.
+        homes: of the charter's sites, by name; no other process may hold their ledgers.
+        coordinator: open; the run is logged there.
+        principal: who resumes it, as the log will say.
+        engine: see `run_federation`. on_event: called after each step, from a thread of the run.
+
+    Raises:
+        SimulationError: the sites are not the charter's, or the engine is not installed.
+        HomeError: no such run was prepared in this home.
+        RunHeldError: another process carries it out. ResumeError: it cannot go on, or not now.
+        LedgerBehindError: the log shows a release that a site's ledger does not have: an old copy.
+        RunFailedError: the run stopped; the log says why.
+    """
+    charter = prepared_run(coordinator, run).charter
+    if sorted(homes) != list(charter.site_names):
+        raise SimulationError(f"homes of {sorted(homes)} for a charter of {list(charter.site_names)}")
+    join_all(homes, coordinator)
+    with ExitStack() as stack:
+        launch = _launchers[engine](_open_agents(homes, coordinator, stack))
+        request = ResumeRequest(run=run)
+        return resume(coordinator, principal, LocalOwner(), request, launch, on_event=on_event)
+
+
+def _open_agents(
+    homes: Mapping[str, SiteHome], coordinator: Coordinator, stack: ExitStack
+) -> dict[str, Agent]:
+    agents = {}
+    for name, home in homes.items():
+        agents[name] = Agent.open(home)
+        stack.callback(agents[name].close)
+        for statement in statements(coordinator.ledger, site=name):
+            agents[name].observe(statement)
+    return agents
 
 
 def join_all(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> None:
@@ -350,6 +392,7 @@ __all__ = [
     "join_all",
     "new_coordinator",
     "ray_launch",
+    "resume_federation",
     "run_federation",
     "simulate",
 ]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from audit.entries import TYPE_OF as _TYPE_OF
 from audit.entries import (
@@ -56,6 +56,25 @@ def event_id(*parts: str) -> str:
 
 def origin_of(site: str) -> str:
     return f"site.{site}"
+
+
+class Diary(Protocol):
+    """What an agent asks of its site's own log; `SiteLog` keeps it on disk, `clients.virtual` in memory."""
+
+    site: str
+
+    @property
+    def log_key(self) -> str: ...
+    @property
+    def tree_size(self) -> int: ...
+    def append(self, body: Body, *, event_id: str | None = None) -> int: ...
+    def publish(self) -> bytes: ...
+    def entries(
+        self, kind: type[B], *, run: str | None = None, since: datetime | None = None
+    ) -> Iterator[tuple[int, Entry, B]]: ...
+    def latest(self, kind: type[B], *, run: str | None = None) -> B | None: ...
+    def count(self, kind: type[Any]) -> int: ...
+    def close(self) -> None: ...
 
 
 class SiteLog:

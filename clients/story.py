@@ -13,14 +13,14 @@ from audit.entries import (
     parse_body,
 )
 from clients.errors import LedgerBehindError
-from clients.ledger import Release, Reservation, SiteLedger
-from clients.site_log import SiteLog, event_id
+from clients.ledger import Odometers, Release, Reservation
+from clients.site_log import Diary, event_id
 
 
 class SiteStory:
     """Writes one site's side of the story."""
 
-    def __init__(self, log: SiteLog, ledger: SiteLedger) -> None:
+    def __init__(self, log: Diary, ledger: Odometers) -> None:
         self._log, self._ledger = log, ledger
         self._enrolled: SiteEnrolled | None = log.latest(SiteEnrolled)
 

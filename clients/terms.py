@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from audit.canonical import parse_canonical
 from audit.charter_view import read_charter
@@ -19,10 +19,15 @@ from audit.errors import AuditError
 from audit.layers import shared_spans
 from audit.models import dimension, initial_weights, model_file
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
+from audit.secure_round import SecureTerms
+from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
-from clients.dp.losses import Loss
 from clients.errors import RefusedError
+
+if TYPE_CHECKING:
+    from clients.dp.losses import Loss  # torch is the trainer's; who reads a charter needs none of it
 
 LOSSES: Final[dict[str, Loss]] = {
     "binary": "binary_cross_entropy",
@@ -62,17 +67,30 @@ class Terms:
     nominal_rows: int  # of this site
     site_index: int
     event: MechanismEvent  # the same in every round
+    secure: SecureTerms | None  # where updates are masked and the noise is shared
+    site_epsilon: Decimal | None  # what a run may cost this site as a whole; None: nothing is promised
+    max_update_norm: Decimal | None  # of the whole site's sum, in gradient units
     evaluation: Evaluation | None
+    reference: Reference | None
 
     @property
     def loss(self) -> Loss:
         return LOSSES[self.task]
 
+    def masks(self, number: int) -> bool:
+        """Whether the release of this number is masked: every round, and no evaluation."""
+        return self.secure is not None and number <= self.rounds
+
     @property
     def planned(self) -> tuple[MechanismEvent, ...]:
         """Every release of a run, in order."""
         rounds = (self.event,) * self.rounds
-        return rounds if self.evaluation is None else (*rounds, self.evaluation.event)
+        return (*rounds, *(terms.event for terms in self.after))
+
+    @property
+    def after(self) -> tuple[Evaluation | Reference, ...]:
+        """What is released once after the last round, in order."""
+        return tuple(terms for terms in (self.evaluation, self.reference) if terms is not None)
 
     @property
     def normaliser(self) -> float:
@@ -128,6 +146,8 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
             "charter_not_approved",
             "rows are sampled one by one, which gains nothing for a subject with several; set sample_rate: 1",
         )
+    secure = SecureTerms.of_charter(document)
+    whole = document.get("site_level")
     clip = parse_decimal(privacy["max_grad_norm"])
     check_clip(clip, rows_per_unit=rows, precision=privacy["precision"])
     return Terms(
@@ -157,12 +177,22 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         identities={name: member["identity"] for name, member in members.items()},
         nominal_rows=int(members[site]["nominal_rows"]),
         site_index=sites.index(site),
-        event=_event(plan, privacy, dimension(layers)),
+        event=_event(plan, privacy, dimension(layers), secure, whole),
+        secure=secure,
+        site_epsilon=None if whole is None else parse_decimal(whole["epsilon"]),
+        max_update_norm=None if whole is None else parse_decimal(whole["max_update_norm"]),
         evaluation=Evaluation.of_charter(document),
+        reference=Reference.of_charter(document),
     )
 
 
-def _event(plan: dict[str, Any], privacy: dict[str, Any], parameters: int) -> MechanismEvent:
+def _event(
+    plan: dict[str, Any],
+    privacy: dict[str, Any],
+    parameters: int,
+    secure: SecureTerms | None,
+    whole: dict[str, Any] | None,
+) -> MechanismEvent:
     sensitivity = sensitivity_grid(
         grid_bits=privacy["grid_bits"],
         dimension=parameters,
@@ -172,7 +202,9 @@ def _event(plan: dict[str, Any], privacy: dict[str, Any], parameters: int) -> Me
     sigma = sigma_grid(
         noise_multiplier=Fraction(parse_decimal(privacy["noise_multiplier"])), sensitivity=sensitivity
     )
-    sum_limit(grid_bits=privacy["grid_bits"], sigma=sigma, steps=1)
+    share = 0 if secure is None else share_grid(sigma, secure.sharers)
+    sites = 1 if secure is None else secure.sites
+    sum_limit(grid_bits=privacy["grid_bits"], sigma=share or sigma, steps=1, sites=sites)
     event = MechanismEvent(
         mechanism="discrete_gaussian",
         sampling="full" if privacy["sample_rate"] == "1" else "poisson",
@@ -184,6 +216,17 @@ def _event(plan: dict[str, Any], privacy: dict[str, Any], parameters: int) -> Me
         grid_bits=privacy["grid_bits"],
         relation=privacy["relation"],
         unit=privacy["unit"],
+        share_grid=share,
+        sharers=0 if secure is None else secure.sharers,
+        site_sensitivity_grid=0
+        if whole is None
+        else site_sensitivity_grid(
+            grid_bits=privacy["grid_bits"],
+            max_grad_norm=parse_decimal(privacy["max_grad_norm"]),
+            max_update_norm=parse_decimal(whole["max_update_norm"]),
+            dimension=parameters,
+            precision=privacy["precision"],
+        ),
     )
     check_event(event)
     return event

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from audit.errors import AuditError
 from audit.models import weights_of_file
-from audit.weights import encode_update
+from audit.reference import Reference
 from clients.dp.mechanism import Mechanism, MechanismTerms
 from clients.errors import DataFileError, RefusedError
 from clients.evaluation import noisy_counts
 from clients.loader import TrainingData, load_evaluation_data, load_training_data
 from clients.local_layers import LocalLayers, moved_locally, overlaid, shared_values
+from clients.sketching import noisy_sketch
 from clients.terms import Terms
 from federation.torch_models import build_model
 
@@ -34,8 +36,8 @@ class Trainer:
         """
         self._load(terms)
 
-    def update(self, terms: Terms, base_model: bytes, *, run: str, server_round: int) -> bytes:
-        """Return the update file of one noised release from `base_model`.
+    def update(self, terms: Terms, base_model: bytes, *, run: str, server_round: int) -> Sequence[int]:
+        """Return the whole numbers of one noised release from `base_model`.
 
         Layers that the charter leaves at the site are taken from and kept in the site's own folder. They are
         moved by the same noised sums as the rest: were they fitted to the rows without noise, the other
@@ -48,13 +50,16 @@ class Trainer:
             weights = weights_of_file(list(terms.layers), base_model)
         except AuditError as error:
             raise RefusedError("base_model_mismatch", str(error)) from error
-        evaluation = terms.evaluation if server_round > terms.rounds else None
+        after = terms.after[server_round - terms.rounds - 1] if server_round > terms.rounds else None
+        counted = after is not None and not isinstance(after, Reference)
         try:
-            data = self._load(terms) if evaluation is None else load_evaluation_data(self._path, terms)
+            data = load_evaluation_data(self._path, terms) if counted else self._load(terms)
         except DataFileError as error:
             raise RefusedError("contract_not_met", str(error)) from error
-        if evaluation is not None:
-            return encode_update(noisy_counts(evaluation, terms, weights, data))
+        if isinstance(after, Reference):
+            return noisy_sketch(after, terms, data)
+        if after is not None:
+            return noisy_counts(after, terms, weights, data)
         mechanism = self._mechanism(terms)
         kept = self._local.load(run, server_round - 1) if terms.spans else None
         if kept is not None:
@@ -63,13 +68,21 @@ class Trainer:
         release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
-        if made != (event.sigma_grid, event.sensitivity_grid, event.dimension, event.steps):
+        share = event.share_grid or event.sigma_grid
+        if (*made, release.share_grid, release.site_sensitivity_grid) != (
+            event.sigma_grid,
+            event.sensitivity_grid,
+            event.dimension,
+            event.steps,
+            share,
+            event.site_sensitivity_grid,
+        ):
             raise RefusedError("internal_error", f"the mechanism ran {made}, the charter asks for {event}")
         values: list[int] = release.update.tolist()
         if terms.spans:
             moved = moved_locally(terms, mechanism.terms.scale, weights, values)
             self._local.save(run, server_round, moved, keep=terms.average_last)
-        return encode_update(shared_values(terms.spans, values))
+        return shared_values(terms.spans, values)
 
     def _mechanism(self, terms: Terms) -> Mechanism:
         if terms.digest not in self._mechanisms:
@@ -105,6 +118,9 @@ def mechanism_terms(terms: Terms) -> MechanismTerms:
         local_learning_rate=terms.local_learning_rate if local else None,
         proximal=terms.proximal,
         normaliser=terms.normaliser if local else None,
+        sharers=0 if terms.secure is None else terms.secure.sharers,
+        summed_sites=1 if terms.secure is None else terms.secure.sites,
+        max_update_norm=terms.max_update_norm,
     )
 
 

@@ -19,7 +19,7 @@ def check_aggregation(charter: Charter) -> Iterator[Problem]:
     part = charter.aggregation
     if part is None:
         return
-    if getattr(charter, "secure_aggregation", None):
+    if charter.secure_aggregation is not None:
         for name, asked in (("rule", part.rule != "mean"), ("norm_bound", part.norm_bound)):
             if asked:
                 yield Problem(

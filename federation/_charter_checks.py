@@ -11,7 +11,9 @@ from audit.keys import parse_public_key
 from audit.metrics import LOWER_IS_BETTER, METRICS_OF_TASK
 from audit.private_evaluation import SOURCE
 from federation._aggregation_checks import check_aggregation, check_local_training
+from federation._charter_serving import check_serving
 from federation._evaluation_checks import check_evaluation, check_private_gate
+from federation._secure_checks import check_grid, check_secure
 from federation.errors import LayerError, Problem
 from federation.families import check_layers
 
@@ -39,8 +41,11 @@ def check_charter(charter: Charter) -> list[Problem]:
         *_gates(charter),
         *check_aggregation(charter),
         *check_evaluation(charter),
+        *check_serving(charter),
+        *check_secure(charter),
     ]
-    return found or [*_model(charter), *check_local_training(charter)]
+    found = found or [*_model(charter), *check_local_training(charter)]
+    return found or [*check_grid(charter)]
 
 
 def warnings_of(charter: Charter) -> list[str]:

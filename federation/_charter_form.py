@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from audit.decimals import decimal_text, parse_decimal
+from federation._charter_serving import serving_document, serving_fields
 
 if TYPE_CHECKING:
     from federation.charter import Charter, Feature
@@ -84,6 +85,14 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "keep": rule.keep,
             "norm_bound": int(rule.norm_bound),
         }
+    document |= serving_document(charter)
+    if charter.secure_aggregation is not None:
+        document["secure_aggregation"] = {"tolerated": charter.secure_aggregation.tolerated}
+    if charter.site_level is not None:
+        document["site_level"] = {
+            "max_update_norm": decimal_text(charter.site_level.max_update_norm),
+            "epsilon": decimal_text(charter.site_level.epsilon),
+        }
     if charter.public_set is not None:
         document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
     if charter.decisions == "legal_effect":
@@ -148,6 +157,7 @@ _DECIMALS = frozenset(
         "delta",
         "sample_rate",
         "max_grad_norm",
+        "max_update_norm",
         "noise_multiplier",
         "weight",
         "floor",
@@ -160,6 +170,7 @@ def fields_of_canonical(document: dict[str, Any]) -> dict[str, Any]:
     """Return what a `Charter` is built from, given its canonical JSON values."""
     fields: dict[str, Any] = _decimals(document, "")
     fields["model"] = _model_fields(document["model"])
+    serving_fields(fields)
     return fields
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from audit.entries import MechanismEvent
 from audit.epsilon import check_event, epsilon_with_discretisation, gaussian_epsilon, rdp_epsilon, recompute
+from audit.shared_noise import alone, site_level
 from federation.errors import AccountingError
 from federation.mechanism import planned_event, planned_events, release_event
 
@@ -31,6 +32,7 @@ _MOST_EPSILON: Final = 100.0
 _LEAST_NOISE: Final = 0.05
 _CLOSE: Final = 1.0005
 _STEPS: Final = 40
+_ANSWERS: Final = 1024  # deltas that a loss distribution remembers: every site asks the same
 
 Kind = tuple[float, float, int]  # sample rate, noise multiplier for one gradient's sensitivity, steps
 
@@ -76,10 +78,13 @@ class PlanCost:
     sites: tuple[SiteCost, ...]
     warnings: tuple[str, ...]
     suggested_noise_multiplier: Decimal | None  # when the plan does not fit
+    whole_site: float | None = None  # what the plan costs a site as a whole, where the charter bounds that
+    whole_site_fits: bool = True
+    alone: float | None = None  # what it costs where all others collude, where sites share the noise
 
     @property
     def fits(self) -> bool:
-        return all(site.fits for site in self.sites)
+        return self.whole_site_fits and all(site.fits for site in self.sites)
 
 
 def ceil_text(value: float, places: int = 4) -> str:
@@ -178,13 +183,18 @@ def _loss(kinds: tuple[Kind, ...], relation: str, grid: float) -> _Loss:
 
 
 class _Loss:
-    """A composed loss distribution that only answers questions."""
+    """A composed loss distribution that only answers questions, each of them once."""
 
     def __init__(self, accountant: object) -> None:
         self._accountant = accountant
+        self._answers: dict[float, float] = {}
 
     def get_epsilon_for_delta(self, delta: float) -> float:
-        return float(self._accountant.get_epsilon(delta))  # type: ignore[attr-defined]
+        if delta not in self._answers:
+            if len(self._answers) >= _ANSWERS:
+                self._answers.clear()
+            self._answers[delta] = float(self._accountant.get_epsilon(delta))  # type: ignore[attr-defined]
+        return self._answers[delta]
 
 
 def plan_cost(charter: Charter) -> PlanCost:
@@ -192,7 +202,11 @@ def plan_cost(charter: Charter) -> PlanCost:
     from federation._charter_checks import warnings_of
 
     event, privacy = planned_event(charter), charter.privacy
-    total = spent(planned_events(charter), float(privacy.delta))
+    events, delta = planned_events(charter), float(privacy.delta)
+    total = spent(events, delta)
+    whole = None
+    if charter.site_level is not None:
+        whole = recompute(list(map(site_level, events)), delta).value
     fits = Decimal(total.pld_text) <= privacy.epsilon if math.isfinite(total.pld) else False
     suggestion = None
     if not fits:
@@ -206,7 +220,14 @@ def plan_cost(charter: Charter) -> PlanCost:
         ),
         warnings=tuple(warnings_of(charter)),
         suggested_noise_multiplier=suggestion,
+        whole_site=whole,
+        whole_site_fits=whole is None or whole <= float(_promised(charter)),
+        alone=None if charter.secure is None else recompute(list(map(alone, events)), delta).value,
     )
+
+
+def _promised(charter: Charter) -> Decimal:
+    return Decimal(0) if charter.site_level is None else charter.site_level.epsilon
 
 
 def noise_for(charter: Charter) -> Decimal:
@@ -321,6 +342,29 @@ class LifetimeFilter:
         return self.spent([*events, *planned]) <= float(self.epsilon)
 
 
+def _trust_lines(charter: Charter, cost: PlanCost) -> list[str]:
+    """Whom these numbers count on, where sites share the noise, and what a whole site pays."""
+    secure, lines = charter.secure, list[str]()
+    if secure is not None:
+        sharers, least, most = secure.sharers, secure.least, secure.sites
+        few, many = secure.colluders(least), secure.colluders(most)
+        lines.append("")
+        lines.append(f"masked: the coordinator reads a round's sum alone, of {least} or more of {most} sites")
+        lines.append(f"shared noise: a site draws 1/sqrt({sharers}) of it; {sharers} honest sites make it")
+        lines.append(f"  with {least} in a round at most {few} may collude, with all {most} at most {many}")
+        lines.append(f"  a site whose partners all collude: epsilon {_shown(cost.alone)}")
+    if charter.site_level is not None:
+        fits = "yes" if cost.whole_site_fits else "NO"
+        allowed = charter.site_level.epsilon
+        lines.append(f"a whole site: epsilon {_shown(cost.whole_site)}, allowed {allowed}, fits: {fits}")
+        lines.append("  zeroed out, every round counted in full: who took part is in the log")
+    return lines
+
+
+def _shown(value: float | None) -> str:
+    return ceil_text(value) if value is not None and math.isfinite(value) else "none"
+
+
 def plan_report(charter: Charter) -> str:
     """Return the plain text that `affidavit charter check` prints."""
     cost, privacy = plan_cost(charter), charter.privacy
@@ -341,6 +385,7 @@ def plan_report(charter: Charter) -> str:
         lines.append(
             f"{site.site:<20} {pld:>14} {rdp:>14} {site.epsilon!s:>8}  {'yes' if site.fits else 'NO'}"
         )
+    lines += _trust_lines(charter, cost)
     if cost.suggested_noise_multiplier is not None:
         lines += [
             "",

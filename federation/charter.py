@@ -19,10 +19,12 @@ from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
 from audit.layers import dimension, shared_spans
 from audit.robust import AggregationRule
+from audit.secure_round import SecureTerms
 from federation._charter_checks import check_charter
 from federation._charter_errors import problems_of
 from federation._charter_form import canonical_document, fields_of_canonical, yaml_text
 from federation._charter_open import NOISE, PLACEHOLDER, placeholder_problems, split_path, with_lines
+from federation._charter_serving import Answers, Fairness, Reference
 from federation._numbers import Count, Number
 from federation.errors import AccountingError, CharterError, CharterFileError, Problem
 from federation.families import Layer, cnn, logistic_regression, mlp, normalise_layers
@@ -76,6 +78,22 @@ class Evaluation(_Part):
 
     share: Number = Field(gt=0, lt=1)
     noise_multiplier: Number = Field(gt=0)
+
+
+class SecureAggregation(_Part):
+    """Updates are masked, so that the coordinator reads their sum alone, and the sites share the noise.
+
+    `tolerated`: of all sites, how many may drop out or collude while the others' noise still suffices.
+    """
+
+    tolerated: Annotated[int, Field(strict=True, ge=0, le=499)]
+
+
+class SiteLevel(_Part):
+    """A bound on what a whole site contributes, and what the run may cost it; the noise is the sites' own."""
+
+    max_update_norm: Number = Field(gt=0)  # of a site's sum of clipped gradients, in gradient units
+    epsilon: Number = Field(gt=0, le=1000)  # for a whole site, at privacy.delta
 
 
 class Label(_Part):
@@ -169,6 +187,11 @@ class Charter(_Part):
     privacy: Privacy
     evaluation: Evaluation | None = None
     aggregation: Aggregation | None = None  # absent: the weighted mean, and no bound on an update's length
+    reference: Reference | None = None
+    answers: Answers | None = None
+    fairness: Fairness | None = None
+    secure_aggregation: SecureAggregation | None = None
+    site_level: SiteLevel | None = None
     sites: tuple[Site, ...] = Field(min_length=1, max_length=1000)
     public_set: PublicSet | None = None
     gates: tuple[Gate, ...] = ()
@@ -312,6 +335,14 @@ class Charter(_Part):
     def minimum_sites(self) -> int:
         """Fewest sites a round may end with."""
         return self.plan.minimum_sites or len(self.sites)
+
+    @property
+    def secure(self) -> SecureTerms | None:
+        """The terms of masked rounds, where updates are masked."""
+        part = self.secure_aggregation
+        if part is None:
+            return None
+        return SecureTerms(sites=len(self.sites), tolerated=part.tolerated, least=self.minimum_sites)
 
     @property
     def document(self) -> dict[str, Any]:

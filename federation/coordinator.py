@@ -12,13 +12,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import yaml
 
+from audit._files import write_durably
 from audit.checkpoints import add_signatures, open_checkpoint, parse_checkpoint_note
 from audit.entries import (
     Body,
@@ -35,7 +37,7 @@ from audit.entries import (
     signing_payload,
 )
 from audit.errors import AuditError, LocationError
-from audit.ledger import Ledger, Sequenced, StoredEntry
+from audit.ledger import MAX_BATCH, Ledger, Sequenced, StoredEntry
 from audit.location import LOG_FILE, Location, log_location
 from audit.notes import NoteSigner, NoteVerifier
 from audit.signer import Signer
@@ -44,9 +46,13 @@ from federation.blobs import BlobStore
 from federation.errors import HomeError
 
 B = TypeVar("B")
+Addition = tuple[Body, str, str | None]
+"""(body, actor, event id or None for a new one): one entry to be."""
 
 CONFIG = "config.yaml"
 LOG = LOG_FILE
+_LOOKED_UP: Final = 300  # event ids in one question to the database
+_APPEND_TIMEOUT_S: Final = 60.0
 
 
 class Clock(Protocol):
@@ -76,6 +82,8 @@ class Coordinator:
         self.publisher = publisher_of(ledger, signer, self.watchers)
         self.clock: Clock = clock or SystemClock()
         self.blobs = BlobStore(home / "blobs")
+        self._enrolled: dict[str, SiteEnrolled] = {}
+        self._enrolled_until: int | None = None
 
     @classmethod
     def create(
@@ -190,6 +198,35 @@ class Coordinator:
         data, columns = encode_entry(entry), index_columns(entry)
         return self.ledger.append_wait(data, event_id=entry.event_id, index_columns=columns)
 
+    def append_all(self, additions: Sequence[Addition]) -> list[Sequenced]:
+        """Write entries together and wait until all are durable: `append` for many, in the order given.
+
+        They share commits, so a thousand cost hardly more than a few. Those that are there already, by event
+        id and body, keep their place.
+
+        Raises:
+            AuditError: an entry breaks a rule, or the log cannot take it; entries before it may be durable.
+        """
+        ids = [event_id for _, _, event_id in additions if event_id is not None]
+        known: set[str] = set()
+        for start in range(0, len(ids), _LOOKED_UP):
+            known |= self.ledger.logged_events(ids[start : start + _LOOKED_UP])
+        time = self.clock.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        placed: list[Sequenced] = []
+        for start in range(0, len(additions), MAX_BATCH):
+            waiting: list[Sequenced | Future[Sequenced]] = []
+            for body, actor, event_id in additions[start : start + MAX_BATCH]:
+                if event_id in known:
+                    waiting.append(self.append(body, actor, event_id))
+                    continue
+                entry = new_entry(body, actor=actor, time=time, event_id=event_id)
+                data, columns = encode_entry(entry), index_columns(entry)
+                waiting.append(self.ledger.append(data, event_id=entry.event_id, index_columns=columns))
+            placed += [
+                item if isinstance(item, Sequenced) else item.result(_APPEND_TIMEOUT_S) for item in waiting
+            ]
+        return placed
+
     def publish(self) -> bytes:
         """Return a checkpoint of the log as it is now, signed here or by the process that holds the lease."""
         return self.publisher.publish()
@@ -248,16 +285,28 @@ class Coordinator:
         witness key over this note is dropped.
         """
         note = self.publish()
-        keys = self.witness_keys()
+        collected = collect(note)
+        enrolled = self.enrolments()
         good: list[bytes] = []
-        for site, lines in collect(note).items():
-            good += [line for line in lines if site in keys and self._is_cosigned(note, line, keys[site])]
+        for site, lines in collected.items():
+            if site in enrolled:
+                key = NoteVerifier.parse(enrolled[site].witness_key)
+                good += [line for line in lines if self._is_cosigned(note, line, key)]
         return self.ledger.store_checkpoint(add_signatures(note, good) if good else note)
 
     def witness_keys(self) -> dict[str, NoteVerifier]:
         """Return each enrolled site's latest witness key."""
-        found = self.bodies(SiteEnrolled)
-        return {body.site: NoteVerifier.parse(body.witness_key) for _, body in found}
+        return {site: NoteVerifier.parse(body.witness_key) for site, body in self.enrolments().items()}
+
+    def enrolments(self) -> Mapping[str, SiteEnrolled]:
+        """Return each site's latest enrolment in the log; what was read before is not read again."""
+        while page := self.ledger.search(type="site.enrolled", after=self._enrolled_until, limit=1000):
+            for stored in page:
+                body = decode_entry(stored.body).body
+                if isinstance(body, SiteEnrolled):
+                    self._enrolled[body.site] = body
+            self._enrolled_until = page[-1].leaf_index
+        return self._enrolled
 
     def _is_cosigned(self, note: bytes, line: bytes, key: NoteVerifier) -> bool:
         try:
@@ -295,9 +344,9 @@ class Coordinator:
         return parse_checkpoint_note(note).tree_size
 
     def keep_run(self, run: str, document: Mapping[str, Any]) -> None:
-        """Keep what a run needs to start, for the ServerApp that will carry it out."""
+        """Keep what a run needs to start, for the ServerApp that will carry it out; durable on return."""
         (self.home / "runs").mkdir(exist_ok=True)
-        (self.home / "runs" / f"{run}.json").write_text(json.dumps(document), encoding="utf-8")
+        write_durably(self.home / "runs" / f"{run}.json", json.dumps(document).encode())
 
     def kept_run(self, run: str) -> dict[str, Any]:
         """Return what `keep_run` kept.

@@ -167,6 +167,32 @@ class RunFailedError(FederationError):
         self.run, self.round, self.reason, self.detail = run, round_number, reason, detail
 
 
+class RunHeldError(FederationError):
+    """Another process carries the run out."""
+
+    code = "federation.run_held"
+
+    def __init__(self, run: str, problem: str) -> None:
+        super().__init__(f"run {run}: {problem}; watch it with `affidavit runs follow {run[:12]}`")
+        self.run, self.problem = run, problem
+
+
+class ResumeError(FederationError):
+    """The run cannot go on from what log and files hold; nothing was written."""
+
+    code = "federation.not_resumable"
+
+    def __init__(self, run: str, problem: str, fix: str) -> None:
+        super().__init__(f"run {run} cannot be resumed: {problem}; {fix}")
+        self.run, self.problem, self.fix = run, problem, fix
+
+
+class ResumeLaterError(ResumeError):
+    """The run can go on, but not with the sites that are there now; nothing was written."""
+
+    code = "federation.resume_later"
+
+
 class NotFoundError(FederationError):
     code = "federation.not_found"
 
@@ -193,6 +219,18 @@ class OfficerError(TransitionError):
     """The key is not one of the charter's officers, or belongs to the version's own author."""
 
     code = "federation.officer"
+
+
+class ExportError(FederationError):
+    """A version has no ONNX form, or a file is not the one that its weights make."""
+
+    code = "federation.export"
+
+
+class LayerNotExportedError(ExportError):
+    """A layer has no float64 form in ONNX Runtime; torch serves such a model."""
+
+    code = "federation.layer_not_exported"
 
 
 class NotAllowedError(FederationError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,8 +18,12 @@ from flwr.serverapp import Grid
 
 from audit.canonical import JsonValue, canonical_bytes, parse_strict
 from audit.errors import AuditError
+from federation.asking import TROUBLE, Asking
 
 TRAIN_KINDS: Final = frozenset({"round"})
+TROUBLE_S: Final = 20.0  # for how long a node or relay in trouble is asked again
+LOOK_S: Final = 0.5
+HELLO_AGAIN_S: Final = 5.0
 MAX_HEADER_BYTES: Final = 4 << 20
 MAX_BLOB_BYTES: Final = 512 << 20
 
@@ -85,6 +89,7 @@ class Exchange:
     def __init__(self, grid: Grid, *, poll_s: float = 0.01, discovery_s: float = 30.0) -> None:
         self._grid, self._poll_s, self._discovery_s = grid, poll_s, discovery_s
         self._nodes: dict[str, int] = {}
+        self._sites: dict[int, str] = {}
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -98,26 +103,32 @@ class Exchange:
             The hello answers by the name the node claims; the caller checks the claim.
         """
         missing, found = set(wanted), dict[str, Answer]()
-        deadline = time.monotonic() + self._discovery_s
-        asked: set[int] = set()
-        while missing and time.monotonic() < deadline:
-            fresh = [node for node in self._grid.get_node_ids() if node not in asked]
-            asked |= set(fresh)
-            replies = self._send(
-                [Request(kind="hello", header={}).message(node, "hello") for node in fresh], 15.0
-            )
+        deadline, looked = time.monotonic() + self._discovery_s, 0.0
+        asked, ids = dict[int, float](), set[str]()
+        while missing and (now := time.monotonic()) < deadline:
+            if now - looked >= min(LOOK_S, self._discovery_s / 4):
+                looked = now
+                due = [
+                    node
+                    for node in self._grid.get_node_ids()
+                    if node not in self._sites and now - asked.get(node, -HELLO_AGAIN_S) >= HELLO_AGAIN_S
+                ]
+                asked |= dict.fromkeys(due, now)
+                hello = Request(kind="hello", header={})
+                messages = [hello.message(node, "hello") for node in due]
+                ids |= set(filter(None, self._grid.push_messages(messages))) if messages else set()
+            replies = list(self._grid.pull_messages(ids)) if ids else []
             for reply in replies:
+                ids.discard(reply.metadata.reply_to_message_id)
                 answer = read_answer("?", reply)
                 enrolment = answer.header.get("enrolment")
                 name = enrolment.get("site") if isinstance(enrolment, dict) else None
                 if isinstance(name, str) and name in missing and not answer.failure:
-                    self._nodes[name] = reply.metadata.src_node_id
+                    self._connect(name, reply.metadata.src_node_id)
                     found[name] = answer
                     missing.discard(name)
-            if missing and not fresh:
-                time.sleep(min(0.2, self._poll_s * 10))
-                if time.monotonic() > deadline - self._discovery_s / 2:
-                    asked = set(self._nodes.values())
+            if missing and not replies:
+                time.sleep(self._poll_s)
         return found
 
     def ask(
@@ -125,8 +136,7 @@ class Exchange:
     ) -> dict[str, tuple[Answer, Message | None]]:
         """Send each site its request; return one answer a site within `timeout_s`.
 
-        A request unanswered after half of the time is sent once more; a site that stays silent has the
-        failure "timeout".
+        A site that stays silent, asked again, has the failure "timeout".
         """
         connected = {site: request for site, request in requests.items() if site in self._nodes}
         answers: dict[str, tuple[Answer, Message | None]] = {
@@ -146,10 +156,7 @@ class Exchange:
 
     def site_of(self, reply: Message) -> str | None:
         """Return the site whose node a reply says it comes from."""
-        for site, node in self._nodes.items():
-            if node == reply.metadata.src_node_id:
-                return site
-        return None
+        return self._sites.get(reply.metadata.src_node_id)
 
     def collect(
         self,
@@ -158,48 +165,37 @@ class Exchange:
         *,
         timeout_s: float,
         group_id: str = "",
+        trouble_s: float = TROUBLE_S,
         on_reply: Callable[[str], None] = lambda site: None,
     ) -> list[Message]:
-        """Push `messages`, repeat those unanswered at half time, return at most one reply a site."""
-        waiting = {site for message in messages if (site := self._addressee(message)) is not None}
+        """Push `messages`, ask again as `federation.asking` says, return at most one reply a site."""
+        first = {site: message for message in messages if (site := self._addressee(message)) is not None}
+        asking = Asking(
+            self._grid,
+            site_of=self.site_of,
+            is_trouble=_is_trouble,
+            poll_s=self._poll_s,
+            timeout_s=timeout_s,
+            trouble_s=min(timeout_s, trouble_s),
+        )
         replies: list[Message] = []
-        ids = set(self._grid.push_messages(messages)) if messages else set[str]()
-        for part in (0, 1):
-            if part:
-                again = [self.message(site, requests[site], group_id) for site in sorted(waiting)]
-                ids |= set(self._grid.push_messages(again))
-            for reply in self._pull(ids, timeout_s / 2, lambda: len(waiting)):
-                site = self.site_of(reply)
-                if site is not None and site in waiting:
-                    replies.append(reply)
-                    waiting.discard(site)
-                    on_reply(site)
-            if not waiting:
-                break
+        for site, reply in asking.ask(first, lambda site: self.message(site, requests[site], group_id)):
+            replies.append(reply)
+            on_reply(site)
         return replies
 
+    def _connect(self, site: str, node_id: int) -> None:
+        """Note which node a site answers from; of several sites at one node the first found speaks for it."""
+        self._nodes[site] = node_id
+        self._sites.setdefault(node_id, site)
+
     def _addressee(self, message: Message) -> str | None:
-        for site, node in self._nodes.items():
-            if node == message.metadata.dst_node_id:
-                return site
-        return None
+        return self._sites.get(message.metadata.dst_node_id)
 
-    def _send(self, messages: list[Message], timeout_s: float) -> list[Message]:
-        ids = set(self._grid.push_messages(messages)) if messages else set[str]()
-        return list(self._pull(ids, timeout_s, lambda: len(ids)))
 
-    def _pull(self, ids: set[str], timeout_s: float, open_questions: Callable[[], int]) -> Iterator[Message]:
-        """Yield replies as they come; `ids` shrinks, and nothing open or the time-out ends it."""
-        deadline = time.monotonic() + timeout_s
-        while ids and open_questions():
-            found = list(self._grid.pull_messages(ids))
-            for reply in found:
-                ids.discard(reply.metadata.reply_to_message_id)
-                yield reply
-            if not ids or time.monotonic() >= deadline:
-                return
-            if not found:
-                time.sleep(self._poll_s)
+def _is_trouble(reply: Message) -> bool:
+    """Whether the site's node, relay or agent is in trouble that may pass; no agent's own decision is."""
+    return reply.has_error() or read_answer("?", reply).header.get("error") in TROUBLE
 
 
 def header_text(header: Mapping[str, JsonValue]) -> str:

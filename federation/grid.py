@@ -1,17 +1,21 @@
 """An in-process `Grid`: Flower's real ServerApp and ClientApp objects, without Ray, processes or ports.
 
-Each node is one ClientApp with its own `node_config` and its own queue, served by one worker thread. A
-transport can be told to lose, delay or repeat messages, which is how the round loop is tested against a bad
-network.
+Each node is one ClientApp with its own `node_config` and its own queue: its messages are handled one after
+the other, in order. Up to `MANY_NODES` nodes have a thread each, so that a slow one holds up nobody; more
+share a few threads, for a thousand would only fight for the processor. A transport can be told to lose, delay
+or repeat messages, which is how the round loop is tested against a bad network.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import queue
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,6 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 SERVER_NODE_ID: Final = 1  # Flower's own constant for the SuperLink
 _CLIENT_APP_RAISED: Final = 2  # Flower's error code for an exception in a ClientApp
 _POLL_S: Final = 0.002
+MANY_NODES: Final = 32
 
 Fault = Callable[[str, Message], float | None]
 """(site, message) -> seconds to wait before delivery, 0 for now, None to lose it. Called for requests and
@@ -38,8 +43,8 @@ class _Node:
     node_id: int
     site: str
     context: Context
-    inbox: queue.SimpleQueue[Message | None] = field(default_factory=queue.SimpleQueue)
-    worker: threading.Thread | None = None
+    inbox: deque[Message] = field(default_factory=deque)
+    is_scheduled: bool = False  # in the queue of nodes with work, or with a worker now
 
 
 class InProcessGrid(Grid):
@@ -53,8 +58,12 @@ class InProcessGrid(Grid):
         run_config: Mapping[str, str | int | float | bool] | None = None,
         fault: Fault | None = None,
         poll_s: float = _POLL_S,
+        workers: int | None = None,
     ) -> None:
-        """Start one node for each site: `sites` maps its name to its node_config (`site` is added)."""
+        """Start one node for each site: `sites` maps its name to its node_config (`site` is added).
+
+        `workers` is how many threads serve them: by default one a node up to `MANY_NODES`, else one a core.
+        """
         run_id = secrets.randbits(62) | 1
         self._run = Run.create_empty(run_id)
         self._fault, self._poll_s = fault, poll_s
@@ -64,6 +73,7 @@ class InProcessGrid(Grid):
         self._ids = itertools.count(1)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SERVER_NODE_ID
         self._nodes: dict[int, _Node] = {}
+        self._ready: queue.SimpleQueue[_Node | None] = queue.SimpleQueue()
         for name, config in sorted(sites.items()):
             node_id = secrets.randbits(62) | 2
             context = Context(
@@ -73,10 +83,14 @@ class InProcessGrid(Grid):
                 state=RecordDict(),
                 run_config=dict(run_config or {}),
             )
-            node = _Node(node_id=node_id, site=name, context=context)
-            node.worker = threading.Thread(target=self._serve, args=(node,), name=f"node-{name}", daemon=True)
-            self._nodes[node_id] = node
-            node.worker.start()
+            self._nodes[node_id] = _Node(node_id=node_id, site=name, context=context)
+        few = len(self._nodes) if len(self._nodes) <= MANY_NODES else (os.cpu_count() or 1)
+        self._workers = [
+            threading.Thread(target=self._serve, name=f"grid-{number}", daemon=True)
+            for number in range(workers or few)
+        ]
+        for worker in self._workers:
+            worker.start()
 
     def __enter__(self) -> InProcessGrid:
         return self
@@ -87,11 +101,11 @@ class InProcessGrid(Grid):
     def close(self) -> None:
         """Stop the workers; messages still queued are dropped."""
         self._closed = True
-        for node in self._nodes.values():
-            node.inbox.put(None)
-        for node in self._nodes.values():
-            if node.worker is not None and node.worker is not threading.current_thread():
-                node.worker.join(timeout=5)
+        for _ in self._workers:
+            self._ready.put(None)
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join(timeout=5)
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -123,12 +137,15 @@ class InProcessGrid(Grid):
             ids.append(message.metadata.message_id)
             node = self._nodes.get(message.metadata.dst_node_id)
             if node is not None and not self._closed:
-                self._deliver(node.site, message, node.inbox.put)
+                self._deliver(node.site, message, functools.partial(self._enqueue, node))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         with self._lock:
-            return [self._replies.pop(name) for name in message_ids if name in self._replies]
+            if not self._replies:
+                return []
+            wanted = self._replies.keys() & set(message_ids)
+            return [self._replies.pop(name) for name in sorted(wanted)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -144,13 +161,25 @@ class InProcessGrid(Grid):
                 time.sleep(self._poll_s)
         return replies
 
-    def _serve(self, node: _Node) -> None:
-        while (message := node.inbox.get()) is not None and not self._closed:
+    def _enqueue(self, node: _Node, message: Message) -> None:
+        with self._lock:
+            node.inbox.append(message)
+            if not node.is_scheduled:
+                node.is_scheduled = True
+                self._ready.put(node)
+
+    def _serve(self) -> None:
+        while (node := self._ready.get()) is not None and not self._closed:
+            message = node.inbox.popleft()
             try:
                 reply = self._client_app(message, node.context)
             except Exception as error:  # noqa: BLE001 - a node's failure is an error reply, as Flower's is
                 reply = Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
             self._deliver(node.site, reply, self._store)
+            with self._lock:
+                node.is_scheduled = bool(node.inbox)
+                if node.is_scheduled:
+                    self._ready.put(node)
 
     def _store(self, reply: Message) -> None:
         with self._lock:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 from audit.decimals import decimal_text
 from audit.entries import MechanismEvent
 from audit.private_evaluation import Evaluation
+from audit.reference import Reference
+from audit.shared_noise import share_grid, site_sensitivity_grid
 
 if TYPE_CHECKING:
     from federation.charter import Charter
@@ -42,37 +44,44 @@ def release_event(
     relation: str,
     unit: str,
     precision: str = "float64",
+    sharers: int = 0,
+    site_sensitivity: int = 0,
 ) -> MechanismEvent:
     """Return the event of one release under the given terms; noise_multiplier is relative to the
-    sensitivity.
+    sensitivity, `sharers` how many sites' shares make the noise together (0: each makes it alone).
     """
     sensitivity = sensitivity_grid(
         grid_bits=grid_bits, dimension=dimension, relation=relation, precision=precision
     )
+    sigma = math.ceil(Fraction(noise_multiplier) * sensitivity)
     return MechanismEvent(
         mechanism="discrete_gaussian",
         sampling="full" if sample_rate == 1 else "poisson",
         sample_rate=decimal_text(sample_rate),
         steps=local_steps,
-        sigma_grid=math.ceil(Fraction(noise_multiplier) * sensitivity),
+        sigma_grid=sigma,
         sensitivity_grid=sensitivity,
         dimension=dimension,
         grid_bits=grid_bits,
         relation=relation,
         unit=unit,
+        share_grid=share_grid(sigma, sharers) if sharers else 0,
+        sharers=sharers,
+        site_sensitivity_grid=site_sensitivity,
     )
 
 
 def planned_events(charter: Charter) -> tuple[MechanismEvent, ...]:
-    """Return every event of a run at one site, in order: its rounds, and the evaluation if there is one."""
-    evaluation = Evaluation.of_charter(charter.document)
+    """Return every event of a run at one site, in order: its rounds, then evaluation and sketch if any."""
+    document = charter.document
+    after = (Evaluation.of_charter(document), Reference.of_charter(document))
     rounds = (planned_event(charter),) * charter.plan.rounds
-    return rounds if evaluation is None else (*rounds, evaluation.event)
+    return (*rounds, *(terms.event for terms in after if terms is not None))
 
 
 def planned_event(charter: Charter) -> MechanismEvent:
     """Return the event that every site's statement must carry, the same in every round."""
-    privacy = charter.privacy
+    privacy, secure, site = charter.privacy, charter.secure, charter.site_level
     return release_event(
         noise_multiplier=privacy.noise_multiplier,
         sample_rate=privacy.sample_rate,
@@ -82,4 +91,14 @@ def planned_event(charter: Charter) -> MechanismEvent:
         relation=privacy.relation,
         unit=privacy.unit,
         precision=privacy.precision,
+        sharers=0 if secure is None else secure.sharers,
+        site_sensitivity=0
+        if site is None
+        else site_sensitivity_grid(
+            grid_bits=privacy.grid_bits,
+            max_grad_norm=privacy.max_grad_norm,
+            max_update_norm=site.max_update_norm,
+            dimension=charter.dimension,
+            precision=privacy.precision,
+        ),
     )

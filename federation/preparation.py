@@ -8,13 +8,14 @@ not written twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from audit.entries import (
     CharterPublished,
     CharterSigned,
+    RunAccepted,
     RunStarted,
     SiteEnrolled,
     SiteStatement,
@@ -23,7 +24,7 @@ from audit.entries import (
     event_hash,
 )
 from federation.charter import Charter
-from federation.coordinator import Coordinator, stable_event_id
+from federation.coordinator import Addition, Coordinator, stable_event_id
 from federation.errors import FederationError, ReplyError, SiteRefusedError, StatementError
 from federation.exchange import Answer, Exchange, Request
 from federation.mechanism import planned_events
@@ -54,18 +55,6 @@ class Prepared:
     failed: dict[str, FederationError]
 
 
-def record_enrolment(coordinator: Coordinator, body: SiteEnrolled) -> None:
-    """Write a proved enrolment, unless the same one is the site's latest already."""
-    latest = latest_enrolments(coordinator).get(body.site)
-    if latest is None or body_document(latest) != body_document(body):
-        coordinator.append(body, f"site:{body.site}")
-
-
-def latest_enrolments(coordinator: Coordinator) -> dict[str, SiteEnrolled]:
-    """Return each site's latest enrolment in the log."""
-    return {body.site: body for _, body in coordinator.bodies(SiteEnrolled)}
-
-
 def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> str:
     """Publish the charter's canonical bytes, once; return the author that it is published with."""
     for _, published in coordinator.bodies(CharterPublished):
@@ -76,10 +65,13 @@ def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> s
     return author
 
 
-def record_charter_signature(coordinator: Coordinator, body: CharterSigned) -> None:
-    """Write a proved signature of a charter, once a site."""
-    if body.site not in signed_by(coordinator, body.digest):
-        coordinator.append(body, f"site:{body.site}")
+def record_charter_signatures(coordinator: Coordinator, bodies: Sequence[CharterSigned]) -> None:
+    """Write proved signatures of one charter together, each once a site, in the order given."""
+    if bodies:
+        known = signed_by(coordinator, bodies[0].digest)
+        coordinator.append_all(
+            [(body, f"site:{body.site}", None) for body in bodies if body.site not in known]
+        )
 
 
 def signed_by(coordinator: Coordinator, digest: str) -> set[str]:
@@ -87,11 +79,18 @@ def signed_by(coordinator: Coordinator, digest: str) -> set[str]:
     return {body.site for _, body in coordinator.bodies(CharterSigned) if body.digest == digest}
 
 
-def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter) -> Prepared:
-    """Find the members, prove their enrolments and record them; who is not there has failed, and why."""
-    answers = exchange.discover(charter.site_names)
+def connect_sites(
+    coordinator: Coordinator, exchange: Exchange, charter: Charter, only: tuple[str, ...] = ()
+) -> Prepared:
+    """Find the members, prove their enrolments and record them; who is not there has failed, and why.
+
+    With `only` nobody else is looked for.
+    """
+    wanted = only or charter.site_names
+    answers = exchange.discover(wanted)
     prepared = Prepared(sites=(), enrolments={}, heads={}, failed={})
-    for name in charter.site_names:
+    known, fresh = coordinator.enrolments(), list[SiteEnrolled]()
+    for name in wanted:
         try:
             if name not in answers:
                 raise ReplyError(name, "is not connected; start its agent and relay, or check its name")
@@ -100,8 +99,10 @@ def connect_sites(coordinator: Coordinator, exchange: Exchange, charter: Charter
         except FederationError as error:
             prepared.failed[name] = error
             continue
-        record_enrolment(coordinator, body)
+        if name not in known or body_document(known[name]) != body_document(body):
+            fresh.append(body)
         prepared.enrolments[name] = body
+    coordinator.append_all([(body, f"site:{body.site}", None) for body in fresh])
     return prepared
 
 
@@ -135,16 +136,16 @@ def gather_signatures(
         patience_s=patience_s,
         waiting=waiting,
     )
-    for name in sorted(missing):
-        answer = answers[name][0]
-        if "signature" not in answer.header:
-            raise SiteRefusedError(name, str(answer.header.get("error", answer.failure or "bad reply")))
-        record_charter_signature(
-            coordinator,
-            verify_charter_signature(
-                name, charter.site(name).identity, charter.digest, author, answer.header["signature"]
-            ),
-        )
+    signed: list[CharterSigned] = []
+    try:
+        for name in sorted(missing):
+            answer = answers[name][0]
+            if "signature" not in answer.header:
+                raise SiteRefusedError(name, str(answer.header.get("error", answer.failure or "bad reply")))
+            signature, identity = answer.header["signature"], charter.site(name).identity
+            signed.append(verify_charter_signature(name, identity, charter.digest, author, signature))
+    finally:
+        record_charter_signatures(coordinator, signed)
 
 
 def propose_run(
@@ -155,15 +156,18 @@ def propose_run(
     prepared: Prepared,
     witnessing: Witnessing,
     *,
+    accepted: Mapping[str, RunAccepted] | None = None,
     patience_s: float = PATIENCE_S,
     waiting: Waiting | None = None,
 ) -> None:
     """Ask every connected member to reserve the run's whole plan, those whose people decide again and again.
 
     Acceptances, refusals and undelivered releases become entries; `prepared.sites` are those that accepted.
+    `accepted` are the acceptances of a run that is resumed: they are asked for again, and must be the same.
     """
     coordinator.append(run_started, ACTOR, stable_event_id("run.started", run_started.run))
-    history = SiteHistory.read(coordinator, before_run=run_started.run)
+    before = accepted or {}
+    history = SiteHistory.read(coordinator, before_run="" if before else run_started.run)
     requests = {}
     for name in sorted(prepared.enrolments):
         header: dict[str, Any] = {
@@ -177,29 +181,36 @@ def propose_run(
     answers = ask_patiently(
         exchange, requests, timeout_s=PREPARE_TIMEOUT_S, patience_s=patience_s, waiting=waiting
     )
+    joined: list[str] = []
+    entries: list[Addition] = []
     for name in sorted(requests):
         enrolment, answer = prepared.enrolments[name], answers[name][0]
         try:
-            head = _accept(coordinator, charter, run_started, enrolment, answer, history)
+            prepared.heads[name] = _accept(
+                entries, charter, run_started, enrolment, answer, history, before.get(name)
+            )
         except FederationError as error:
             prepared.failed[name] = error
             continue
-        prepared.heads[name] = head
-        prepared.sites = (*prepared.sites, name)
+        joined.append(name)
+    coordinator.append_all(entries)
+    prepared.sites = (*prepared.sites, *joined)
 
 
 def _accept(
-    coordinator: Coordinator,
+    entries: list[Addition],
     charter: Charter,
     run_started: RunStarted,
     enrolment: SiteEnrolled,
     answer: Answer,
     history: SiteHistory,
+    before: RunAccepted | None,
 ) -> OdometerHead:
+    """Prove one answer; put what becomes of it into `entries`, return where the site's odometer stands."""
     site, run = enrolment.site, run_started.run
     if "refusal" in answer.header:
         refusal = verify_refusal(site, enrolment, answer.header["refusal"])
-        coordinator.append(refusal, f"site:{site}", stable_event_id("site.refused", run, site, "0"))
+        entries.append((refusal, f"site:{site}", stable_event_id("site.refused", run, site, "0")))
         raise SiteRefusedError(site, refusal.reason)
     if is_waiting(answer):
         raise SiteRefusedError(site, WAITING)
@@ -207,6 +218,8 @@ def _accept(
         raise ReplyError(site, answer.failure or "sent no acceptance")
     releases = len(planned_events(charter))
     acceptance = verify_acceptance(site, enrolment, run_started, releases, answer.header["acceptance"])
+    if before is not None and before != acceptance:
+        raise StatementError(site, "acceptance", "is another than the one in the log")
     key = (site, enrolment.population)
     undelivered = answer.header.get("undelivered", [])
     if not isinstance(undelivered, list):
@@ -223,16 +236,18 @@ def _accept(
                 site, "undelivered", f"event {statement.sequence} does not follow {head.sequence}"
             )
         head = head.after(statement)
-    if (acceptance.next_sequence, acceptance.previous_event) != (head.sequence + 1, head.event_hash):
+    starts = (acceptance.next_sequence, acceptance.previous_event)
+    if before is None and starts != (head.sequence + 1, head.event_hash):
         raise StatementError(
             site,
             "next_sequence",
             f"starts at event {acceptance.next_sequence}, log and reported releases end at {head.sequence}",
         )
-    coordinator.append(acceptance, f"site:{site}", stable_event_id("run.accepted", run, site))
+    if before is None:
+        entries.append((acceptance, f"site:{site}", stable_event_id("run.accepted", run, site)))
     for statement in fresh:
         body = SiteUndelivered(statement=statement)
-        coordinator.append(body, f"site:{site}", stable_event_id("site.undelivered", event_hash(statement)))
+        entries.append((body, f"site:{site}", stable_event_id("site.undelivered", event_hash(statement))))
     return head
 
 
@@ -246,7 +261,7 @@ class SiteHistory:
 
     @classmethod
     def read(cls, coordinator: Coordinator, *, before_run: str) -> SiteHistory:
-        """Read the log as it was before `before_run`, so that a run which is resumed finds its own start."""
+        """Read the log without the statements of `before_run`, which is "" to leave none out."""
         history = cls({}, {}, set())
         for stored, entry in coordinator.entries(type=["site.statement", "site.undelivered"]):
             body: Any = entry.body

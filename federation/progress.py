@@ -14,7 +14,8 @@ _logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEvent:
     """`kind` is enrolled, waiting (for a site's people), charter_signed, accepted, asked, answered, refused,
-    round, abandoned, evaluated, completed or failed.
+    round, abandoned, evaluated, sketched, completed or failed; resumed (who, in `detail`) or not_resumed
+    (why) when a run is taken up again.
     """
 
     kind: str

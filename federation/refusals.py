@@ -7,8 +7,12 @@ from collections.abc import Mapping
 
 from audit.entries import SiteUndelivered, event_hash
 from audit.round_bodies import UpdateRefused
+from audit.secure_bodies import RoundOpened
 from audit.update_bounds import UpdateTerms, square_norm
+from audit.weights import encode_update
 from federation.coordinator import Coordinator, stable_event_id
+from federation.errors import StatementError
+from federation.secure_round import MaskedRound
 from federation.statements import AcceptedUpdate
 
 
@@ -42,3 +46,29 @@ def record_too_long(
             body, "coordinator", stable_event_id("update.refused", statement.run, site, str(statement.round))
         )
     return leaves
+
+
+def record_masked(coordinator: Coordinator, masked: MaskedRound, rejected: dict[str, StatementError]) -> None:
+    """Log what sites refused in the steps around a masked round, and name it in `rejected`."""
+    for site, refusal in masked.refusals.items():
+        event_id = stable_event_id("site.refused", refusal.run, site, f"{refusal.round} masked")
+        coordinator.append(refusal, f"site:{site}", event_id)
+    for site, problem in masked.rejected.items():
+        rejected.setdefault(site, problem)
+
+
+def record_opened(coordinator: Coordinator, masked: MaskedRound) -> None:
+    """Keep the transcript and the sum of a masked round, and log that it was opened."""
+    opened = masked.opened
+    if opened is None:
+        return
+    transcript = opened.transcript
+    body = RoundOpened(
+        run=masked.terms.run,
+        round=masked.terms.round,
+        roster=transcript.roster,
+        survivors=transcript.survivors,
+        transcript=coordinator.blobs.put(transcript.encode()),
+        total=coordinator.blobs.put(encode_update(opened.total)),
+    )
+    coordinator.append(body, "coordinator", stable_event_id("round.opened", body.run, str(body.round)))

@@ -23,7 +23,7 @@ from audit.entries import (
     decode_entry,
 )
 from audit.ledger import Ledger, StoredEntry
-from audit.round_bodies import RunEvaluated
+from audit.round_bodies import RunEvaluated, RunReferenced
 from federation.errors import NotFoundError
 
 B = TypeVar("B")
@@ -32,6 +32,9 @@ CANDIDATE: Final = "candidate"
 APPROVED: Final = "approved"
 LIVE: Final = "live"
 RETIRED: Final = "retired"
+CANARY: Final = "canary"  # answers a share of the requests
+SHADOW: Final = "shadow"  # is asked beside the live version; its answers are logged and told to nobody
+ANSWERING: Final = frozenset({LIVE, CANARY})
 ALLOWED: Final = frozenset(
     {
         (CANDIDATE, APPROVED),
@@ -40,6 +43,15 @@ ALLOWED: Final = frozenset(
         (CANDIDATE, RETIRED),
         (APPROVED, RETIRED),
         (RETIRED, LIVE),
+        (APPROVED, CANARY),
+        (APPROVED, SHADOW),
+        (CANARY, APPROVED),
+        (CANARY, LIVE),
+        (CANARY, RETIRED),
+        (SHADOW, APPROVED),
+        (SHADOW, CANARY),
+        (SHADOW, LIVE),
+        (SHADOW, RETIRED),
     }
 )
 """Legal moves; retired -> live is a rollback, for a version that was live before."""
@@ -184,6 +196,13 @@ def run_completed(log: Ledger, run: str) -> RunCompleted:
 def run_evaluated(log: Ledger, run: str) -> RunEvaluated | None:
     """Return what the sites' released counts said of a run's weights, if its charter asked for that."""
     for _, body in bodies(log, RunEvaluated, run=run):
+        return body
+    return None
+
+
+def run_referenced(log: Ledger, run: str) -> RunReferenced | None:
+    """Return the sketch of a run's training rows, if its charter asked for one."""
+    for _, body in bodies(log, RunReferenced, run=run):
         return body
     return None
 

@@ -3,6 +3,10 @@
 A round ends when every participant answered or its time-out passed, whichever is first; a lost message
 costs one repetition, never the round. A site that gave no statement is out for the rest of the run, for it
 could not show its own release in witnessed history.
+
+A run whose coordinator died goes on by the same call: what the log holds of it (`federation.resume`) is not
+done again, and the round that was broken off is asked once more. One process at a time carries a run out
+(`federation.run_hold`).
 """
 
 from __future__ import annotations
@@ -12,30 +16,36 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from audit.entries import (
-    ZERO_DIGEST,
     RoundAbandoned,
     RoundCompleted,
     RunCompleted,
     RunFailed,
     RunStarted,
     SiteUndelivered,
+    body_document,
     event_hash,
 )
 from audit.epsilon import recompute
 from audit.models import initial_weights, model_file
-from audit.private_evaluation import Evaluation
 from audit.replay import average
+from federation.after_rounds import AfterRounds
 from federation.anomaly import record_view
 from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
-from federation.errors import FederationError, RunFailedError, StatementError
+from federation.errors import (
+    FederationError,
+    ResumeError,
+    ResumeLaterError,
+    RunFailedError,
+    StatementError,
+)
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Exchange, Request, read_answer
 from federation.mechanism import planned_event, planned_events
@@ -49,16 +59,20 @@ from federation.preparation import (
     propose_run,
     record_charter,
 )
-from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
-from federation.refusals import record_too_long
-from federation.statements import RoundTerms, verify_refusal
+from federation.refusals import record_masked, record_opened, record_too_long
+from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
+from federation.run_hold import TTL_S, RunHold
+from federation.run_state import RunState
+from federation.secure_round import MaskedRound
+from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
 
 _logger = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S = 10.0
+ROUND_TROUBLE_S = 90.0  # a node that was killed is refused for up to a minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +88,6 @@ class RunOutcome:
     elapsed_s: float
 
 
-@dataclass(slots=True)
-class _Progress:
-    participants: tuple[str, ...]
-    base_model: bytes
-    previous_round: str = ZERO_DIGEST
-    round_leaf: int | None = None
-    own_leaf: dict[str, int] = field(default_factory=dict)
-    outputs: list[list[float]] = field(default_factory=list)
-
-
 class RoundLoop:
     """One run, from the first hello to run.completed."""
 
@@ -97,39 +101,91 @@ class RoundLoop:
         exchange: Exchange | None = None,
         patience_s: float = PATIENCE_S,
         stop: Callable[[], bool] = lambda: False,
+        hold_s: float = TTL_S,
     ) -> None:
-        """`patience_s`: how long to wait for sites whose people have to decide."""
+        """`patience_s`: how long to wait for sites whose people have to decide; `hold_s`: how long a hold
+        on the run outlives a process that is killed.
+        """
         self._coordinator, self._charter, self._run = coordinator, charter, run_started
         self._grid, self._patience_s, self._stop = grid, patience_s, stop
         self._exchange = exchange or Exchange(grid)
         self._witnessing = Witnessing(coordinator, self._exchange)
+        self._hold = RunHold(coordinator.ledger, run_started.run, ttl_s=hold_s)
         self._event = planned_event(charter)
         self._started = time.monotonic()
         data = None if charter.public_set is None else coordinator.blobs.find(charter.public_set.digest)
         self._public = None if data is None else PublicData.read(charter, data)
 
-    def carry_out(self, author: str) -> RunOutcome:
-        """Do everything. `author` is the public key under which the charter is published.
+    def carry_out(self, author: str, *, principal: str = ACTOR) -> RunOutcome:
+        """Do everything that the log does not show as done.
+
+        Args:
+            author: the public key under which the charter is published.
+            principal: whoever takes the run up again, where it was begun before.
 
         Raises:
             RunFailedError: the run stopped; the log says why.
+            RunHeldError: another process carries it out.
+            ResumeError: it was begun, and cannot go on; `ResumeLaterError`: not with the sites that are here.
         """
-        weights = initial_weights(self._charter.layers, self._charter.digest)
-        prepared = self._prepare(author)
-        strategy = strategy_of(self._charter, weights)
-        base = model_file(self._charter.layers, weights)
+        with self._hold:
+            past = RunPast.read(self._coordinator.ledger, self._run.run)
+            if past.started is not None:
+                self._check_same(past)
+            if past.ended is not None:
+                return self._end_again(past, past.ended)
+            return self._go_on(past, self._prepare(author, past), principal)
+
+    def _go_on(self, past: RunPast, prepared: Prepared, principal: str) -> RunOutcome:
+        charter = self._charter
+        weights = initial_weights(charter.layers, charter.digest)
+        strategy = strategy_of(charter, weights)
+        base = model_file(charter.layers, weights)
         self._coordinator.blobs.put(base)
-        state = _Progress(participants=prepared.sites, base_model=base)
-        for number in range(1, self._charter.plan.rounds + 1):
+        state = RunState(participants=prepared.sites, base_model=base)
+        if past.started is not None:
+            connected = self._exchange.sites
+            state = take_up(self._coordinator, charter, past, strategy, prepared, connected)
+            self._hold.check()
+            self._coordinator.append(resumed_body(charter, past, principal), ACTOR)
+            self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
+        for number in range(past.next_round, charter.plan.rounds + 1):
+            self._hold.check()
             if self._stop():
                 raise self._fail(number, "stopped", "somebody asked it to stop", state)
             self._round(number, strategy, prepared, state)
-        return self._complete(prepared, state)
+        self._hold.check()
+        return self._complete(past, prepared, state)
 
-    def _prepare(self, author: str) -> Prepared:
+    def _check_same(self, past: RunPast) -> None:
+        if past.started != self._run:
+            problem = "it was started on other terms than those prepared here"
+            raise ResumeError(self._run.run, problem, RESTORE)
+
+    def _end_again(self, past: RunPast, ended: RunCompleted | RunFailed) -> RunOutcome:
+        """Tell the sites once more how the run ended, in case nobody did.
+
+        Raises:
+            RunFailedError: it had failed.
+        """
+        sites = tuple(sorted(past.accepted))
+        connect_sites(self._coordinator, self._exchange, self._charter, sites)
+        own_leaf = {
+            site: release.leaf_index
+            for (_, site), release in sorted((past.statements | past.written_off).items())
+        }
+        state = RunState(participants=sites, base_model=b"", own_leaf=own_leaf)
+        witnesses = self._finish(state)
+        if isinstance(ended, RunFailed):
+            raise RunFailedError(self._run.run, ended.round, ended.reason, "it had ended before")
+        state.participants = tuple(past.rounds[-1].releases)
+        return self._outcome(ended.weights, state, witnesses)
+
+    def _prepare(self, author: str, past: RunPast) -> Prepared:
         coordinator, charter = self._coordinator, self._charter
+        participants = past.participants(charter.minimum_sites)
         try:
-            prepared = connect_sites(coordinator, self._exchange, charter)
+            prepared = connect_sites(coordinator, self._exchange, charter, participants)
             self._emit("enrolled", sites=tuple(sorted(prepared.enrolments)))
             published_by = record_charter(coordinator, charter, author)
             patience: dict[str, Any] = {"patience_s": self._patience_s, "waiting": self._tell_waiting}
@@ -137,28 +193,58 @@ class RoundLoop:
             self._emit("charter_signed", sites=charter.site_names)
             self._witnessing.cosign(prepared.enrolments)
             propose_run(
-                coordinator, self._exchange, charter, self._run, prepared, self._witnessing, **patience
+                coordinator,
+                self._exchange,
+                charter,
+                self._run,
+                prepared,
+                self._witnessing,
+                accepted=past.accepted if past.started is not None else None,
+                **patience,
             )
         except FederationError as error:
+            if past.started is not None:
+                raise self._later(str(error)) from error
             coordinator.append(self._run, ACTOR, stable_event_id("run.started", self._run.run))
             raise self._fail(0, "site_refused", str(error)) from error
         for site, failure in prepared.failed.items():
             self._emit("refused", sites=(site,), detail=str(failure))
         if len(prepared.sites) < charter.minimum_sites:
+            if past.started is not None:
+                raise self._later(failures_text(prepared.failed))
             raise self._fail(0, "site_refused", failures_text(prepared.failed))
         self._emit("accepted", sites=prepared.sites)
         self._witnessing.cosign(prepared.sites)
         return prepared
 
+    def _later(self, problem: str) -> ResumeLaterError:
+        """A run that is resumed does not end because a site is not back yet."""
+        fix = f"at least {self._charter.minimum_sites} sites must be there; resume it again then"
+        return ResumeLaterError(self._run.run, problem, fix)
+
     def _tell_waiting(self, sites: tuple[str, ...]) -> None:
         self._emit("waiting", sites=sites, detail="for the sites' people to decide")
 
-    def _round(self, number: int, strategy: Any, prepared: Prepared, state: _Progress) -> None:
+    def _round(self, number: int, strategy: Any, prepared: Prepared, state: RunState) -> None:
         terms = self._terms(number, prepared, state)
-        requests = {site: self._request(number, site, state) for site in state.participants}
+        masked = self._masked(terms, state)
+        total = opened_total(self._coordinator.blobs, state.opened)
+        requests = self._requests(number, state, again=masked is not None)
+        if masked is not None:
+            there = [site for site in state.participants if site not in state.silent]
+            begun = masked.begin({site: self._request(number, site, state) for site in there})
+            requests = {site: request for site, request in begun.items() if site in requests}
+            terms = masked.terms
+        elif state.opened is not None:
+            terms = dataclasses.replace(terms, roster=state.opened.roster)
+        opening = (lambda _: total) if total is not None else None
         strategy.open_round(
-            terms, {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()}
+            terms,
+            {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()},
+            opening if masked is None else masked.open,
         )
+        for site, known in (self._recalled(state) if masked is None else {}).items():
+            strategy.offer(site, body_document(known.statement), known.update)
         arrays: ArrayRecord = strategy.arrays()
         addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
         self._emit("asked", number=number, sites=state.participants)
@@ -167,29 +253,30 @@ class RoundLoop:
             requests,
             timeout_s=float(self._charter.plan.round_timeout_s),
             group_id=str(number),
+            trouble_s=ROUND_TROUBLE_S,
             on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
         output, _ = strategy.aggregate_train(number, replies)
+        if masked is not None:
+            record_masked(self._coordinator, masked, strategy.rejected)
+        self._check_logged(strategy, state)
+        self._hold.check()
         self._record_refusals(number, replies, strategy, prepared)
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
         state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
         if output is None:
-            self._abandon(number, accepted, missing, strategy.rejected, state)
+            self._abandon(number, accepted, missing, strategy, state)
         leaves: list[str] = []
-        for site, update in accepted.items():
-            self._coordinator.blobs.put(update.update)
-            sequenced = self._coordinator.append(
-                update.statement,
-                f"site:{site}",
-                stable_event_id("site.statement", event_hash(update.statement)),
-            )
+        for site, sequenced in record_statements(self._coordinator, accepted).items():
             leaves.append(sequenced.leaf_hash.hex())
             state.own_leaf[site] = sequenced.leaf_index
-            prepared.heads[site] = prepared.heads[site].after(update.statement)
+            prepared.heads[site] = prepared.heads[site].after(accepted[site].statement)
         weights: list[float] = strategy.weights.tolist()
         state.base_model = model_file(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
+        if masked is not None:
+            record_opened(self._coordinator, masked)
         body = RoundCompleted(
             run=self._run.run,
             round=number,
@@ -202,11 +289,11 @@ class RoundLoop:
         completed = self._coordinator.append(
             body, ACTOR, stable_event_id("round.completed", self._run.run, str(number))
         )
-        if self._charter.aggregation is not None:
+        if self._charter.aggregation is not None and self._charter.secure is None:
             seen = {site: update.values for site, update in (accepted | strategy.too_long).items()}
             record_view(self._coordinator, self._charter, body, seen)
         state.previous_round, state.round_leaf = completed.leaf_hash.hex(), completed.leaf_index
-        state.participants = tuple(accepted)
+        state.participants, state.logged, state.silent, state.opened = tuple(accepted), {}, set(), None
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]
         if self._charter.average_last == 1:
             state.outputs = [weights]
@@ -221,7 +308,37 @@ class RoundLoop:
             witnesses=witnesses,
         )
 
-    def _terms(self, number: int, prepared: Prepared, state: _Progress) -> RoundTerms:
+    def _masked(self, terms: RoundTerms, state: RunState) -> MaskedRound | None:
+        """Return the masked round to play; None where there are no masks, or its sum was opened before."""
+        if state.opened is not None:
+            return None
+        secure, timeout_s = self._charter.secure, float(self._charter.plan.round_timeout_s)
+        return None if secure is None else MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s)
+
+    def _requests(self, number: int, state: RunState, *, again: bool = False) -> dict[str, Request]:
+        """Return the question to each participant whose release is not in the log already.
+
+        A masked round is asked `again` as a whole: sites give the same keys, shares and bytes, and what the
+        log holds of it must come out of it.
+        """
+        known = () if again else state.logged
+        asked = [site for site in state.participants if site not in known and site not in state.silent]
+        return {site: self._request(number, site, state) for site in asked}
+
+    def _recalled(self, state: RunState) -> dict[str, AcceptedUpdate]:
+        return {
+            site: recall(self._coordinator.blobs, self._run.run, release)
+            for site, release in state.logged.items()
+        }
+
+    def _check_logged(self, strategy: Any, state: RunState) -> None:
+        """What is logged as a round's statement must count in it, or the log could never be verified."""
+        lost = sorted(set(state.logged) - set(strategy.accepted) - set(strategy.too_long))
+        if lost:
+            problem = f"the log's own statement does not hold: {strategy.rejected[lost[0]]}"
+            raise ResumeError(self._run.run, problem, RESTORE)
+
+    def _terms(self, number: int, prepared: Prepared, state: RunState) -> RoundTerms:
         return RoundTerms(
             run=self._run.run,
             round=number,
@@ -235,7 +352,7 @@ class RoundLoop:
             heads=prepared.heads,
         )
 
-    def _request(self, number: int, site: str, state: _Progress) -> Request:
+    def _request(self, number: int, site: str, state: RunState) -> Request:
         shown: dict[str, Any] = {"previous_round": None, "own_statement": None}
         if number > 1 and state.round_leaf is not None:
             shown["previous_round"] = self._witnessing.logged(state.round_leaf)
@@ -272,61 +389,43 @@ class RoundLoop:
             self._emit("refused", number=number, sites=(site,), detail=str(rejection))
 
     def _abandon(
-        self, number: int, accepted: Any, missing: tuple[str, ...], rejected: Any, state: _Progress
+        self, number: int, accepted: Any, missing: tuple[str, ...], strategy: Any, state: RunState
     ) -> None:
+        rejected, not_opened = strategy.rejected, strategy.not_opened
+        reason = "not_enough_sites" if not_opened is None else "not_opened"
         for site, update in accepted.items():
             body = SiteUndelivered(statement=update.statement)
             event_id = stable_event_id("site.undelivered", event_hash(update.statement))
             state.own_leaf[site] = self._coordinator.append(body, f"site:{site}", event_id).leaf_index
         self._coordinator.append(
-            RoundAbandoned(run=self._run.run, round=number, reason="not_enough_sites", missing=missing), ACTOR
+            RoundAbandoned(run=self._run.run, round=number, reason=reason, missing=missing), ACTOR
         )
         self._emit("abandoned", number=number, sites=tuple(accepted), missing=missing)
         silent = [f"site {site}: no answer in time" for site in missing if site not in rejected]
-        detail = "; ".join([*(str(error) for error in rejected.values()), *silent])
-        raise self._fail(number, "not_enough_sites", detail, state)
+        lost = [] if not_opened is None else [str(not_opened)]
+        detail = "; ".join([*lost, *(str(error) for error in rejected.values()), *silent])
+        raise self._fail(number, reason, detail, state)
 
-    def _fail(self, number: int, reason: str, detail: str, state: _Progress | None = None) -> RunFailedError:
+    def _fail(self, number: int, reason: str, detail: str, state: RunState | None = None) -> RunFailedError:
         body = RunFailed(run=self._run.run, charter=self._charter.digest, round=number, reason=reason)
         self._coordinator.append(body, ACTOR, stable_event_id("run.failed", self._run.run))
-        self._finish(_Progress(participants=self._exchange.sites, base_model=b"") if state is None else state)
+        self._finish(RunState(participants=self._exchange.sites, base_model=b"") if state is None else state)
         self._emit("failed", number=number, detail=f"{reason}: {detail}")
         return RunFailedError(self._run.run, number, reason, detail)
 
-    def _evaluate(self, evaluation: Evaluation, prepared: Prepared, state: _Progress) -> None:
-        """Have the averaged weights counted at the sites; `state.base_model` holds them."""
-        number = self._charter.plan.rounds + 1
-        terms = dataclasses.replace(
-            self._terms(number, prepared, state),
-            event=evaluation.event,
-            released=evaluation.event.dimension,
-        )
-        evaluated = evaluate_privately(
-            self._coordinator,
-            self._exchange,
-            terms,
-            evaluation,
-            {site: self._request(number, site, state) for site in state.participants},
-            state.base_model,
-            timeout_s=float(self._charter.plan.round_timeout_s),
-            minimum_sites=self._charter.minimum_sites,
-        )
-        state.own_leaf |= evaluated.own_leaf
-        worth = evaluated.worth
-        self._emit(
-            "evaluated",
-            number=number,
-            sites=tuple(sorted(evaluated.own_leaf)),
-            metrics={} if worth is None else {"accuracy": float(worth.accuracy)},
-            detail="; ".join(str(error) for error in evaluated.rejected.values()),
-        )
-
-    def _complete(self, prepared: Prepared, state: _Progress) -> RunOutcome:
+    def _complete(self, past: RunPast, prepared: Prepared, state: RunState) -> RunOutcome:
         state.base_model = model_file(self._charter.layers, average(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
-        evaluation = Evaluation.of_charter(self._charter.document)
-        if evaluation is not None:
-            self._evaluate(evaluation, prepared, state)
+        AfterRounds(
+            coordinator=self._coordinator,
+            exchange=self._exchange,
+            witnessing=self._witnessing,
+            charter=self._charter,
+            run=self._run.run,
+            terms=self._terms,
+            requests=self._requests,
+            emit=self._emit,
+        ).carry_out(past, prepared, state)
         self._coordinator.append(
             RunCompleted(
                 run=self._run.run,
@@ -338,7 +437,9 @@ class RoundLoop:
             ACTOR,
             stable_event_id("run.completed", self._run.run),
         )
-        witnesses = self._finish(state)
+        return self._outcome(weights, state, self._finish(state))
+
+    def _outcome(self, weights: str, state: RunState, witnesses: int) -> RunOutcome:
         outcome = RunOutcome(
             run=self._run.run,
             charter=self._charter.digest,
@@ -357,7 +458,7 @@ class RoundLoop:
         )
         return outcome
 
-    def _finish(self, state: _Progress) -> int:
+    def _finish(self, state: RunState) -> int:
         """Have the end witnessed, and tell every site that the run is over; what it did not release is free
         again.
         """

@@ -1,5 +1,5 @@
 """Commands about runs: `runs start | list | show | follow | stop | plot`; `runs updates` is in
-`federation.update_commands`.
+`federation.update_commands`, `runs resume` in `clients.resume_commands`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def start(
     from federation.charter import Charter
     from federation.network.submit import follow as follow_run
     from federation.network.submit import submit
-    from federation.service import RegisterRequest, TrainRequest, start_run
+    from federation.service import RegisterRequest, TrainRequest, run_config, start_run
     from federation.service import register as register_version
 
     loaded, key = Charter.load(charter), _identity(author)
@@ -72,12 +72,7 @@ def start(
         if public_set is not None:
             opened.blobs.put(public_set.read_bytes())
         run = start_run(opened, principal, LocalOwner(), TrainRequest(charter=loaded), key)
-        config = {
-            "home": str(opened.home.absolute()),
-            "signer-home": str(opened.signer_home.absolute()),
-            "run": run,
-        }
-        number = submit(opened, config)
+        number = submit(opened, run_config(opened, run, principal))
         if not follow:
             emit({"run": run, "superlink": str(number)}, f"run {run}", as_json=as_json)
             return
@@ -99,7 +94,7 @@ def start(
 @runs.command("list")
 @guarded
 def list_runs(delta: Delta = 1e-5, home: Home = None, as_json: AsJson = False) -> None:
-    """List the runs of the log with round, epsilon so far, and who is awaited.
+    """List the runs of the log with round, epsilon so far, who is awaited, and which can be resumed.
 
     Exit codes: 0 done, 1 no log here, 2 wrong usage.
     """
@@ -111,7 +106,7 @@ def list_runs(delta: Delta = 1e-5, home: Home = None, as_json: AsJson = False) -
         [
             view.run[:12],
             view.model,
-            view.state,
+            "resumable" if view.resumable else view.state,
             f"{view.round}/{view.rounds}",
             f"{max(view.epsilon.values(), default=0.0):.4f}",
             ", ".join(view.awaited) or "-",
@@ -144,9 +139,9 @@ def follow(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run until it ends: a live table, or one JSON event a line.
+    """Show a run until it ends, or nobody carries it out: a live table, or one JSON event a line.
 
-    Exit codes: 0 it completed, 1 it failed or was stopped, 2 wrong usage.
+    Exit codes: 0 it completed, 1 it failed, was stopped or was broken off, 2 wrong usage.
     """
     with _ledger(home) as (ledger, folder):
         from federation.run_journal import RunJournal
@@ -160,7 +155,7 @@ def follow(
                 for event in events:
                     _tell(event, as_json=True)
                 view = find_run(ledger, run, delta=delta)
-                if view.state != "running" and not events:
+                if (view.state != "running" or view.resumable) and not events:
                     break
                 time.sleep(every_s if not events else 0)
         else:
@@ -231,19 +226,24 @@ def _live(read: Any, every_s: float) -> RunView:
         while True:
             view: RunView = read()
             live.update(Text(_screen(view)), refresh=True)
-            if view.state != "running":
+            if view.state != "running" or view.resumable:
                 return view
             time.sleep(every_s)
 
 
 def _screen(view: RunView) -> str:
     reason = f" ({view.reason})" if view.reason else ""
+    state = "broken off, resumable" if view.resumable else view.state
     head = [
         f"run      {view.run}",
         f"model    {view.model}   charter {view.charter[:16]}",
-        f"state    {view.state}{reason}, round {view.round} of {view.rounds}",
+        f"state    {state}{reason}, round {view.round} of {view.rounds}",
         f"awaited  {', '.join(view.awaited) or '-'}",
     ]
+    if view.resumed:
+        head.append(f"resumed  {view.resumed} times")
+    if view.needs:
+        head.append(f"needs    {view.needs}")
     if view.metrics:
         head.append(
             "metrics  " + "  ".join(f"{name} {value:.4f}" for name, value in sorted(view.metrics.items()))
@@ -254,10 +254,11 @@ def _screen(view: RunView) -> str:
             "accepted" if name in view.accepted else "-",
             f"{view.epsilon.get(name, 0.0):.4f}",
             view.refused.get(name, "missing in the last round" if name in view.missing else "-"),
+            str(view.undelivered.get(name, 0) or "-"),
         ]
         for name in view.members
     ]
-    return "\n".join([*head, table("", ("site", "run", "epsilon", "refused"), rows)])
+    return "\n".join([*head, table("", ("site", "run", "epsilon", "refused", "undelivered"), rows)])
 
 
 def _document(view: RunView) -> dict[str, Any]:

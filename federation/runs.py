@@ -14,12 +14,19 @@ from audit.entries import (
     RunStarted,
     SiteRefused,
     SiteStatement,
+    SiteUndelivered,
     decode_entry,
+    event_hash,
 )
 from audit.epsilon import recompute
 from audit.ledger import Ledger
-from federation.errors import HomeError
+from audit.round_bodies import RunResumed
+from federation import registry
+from federation.charter import Charter
+from federation.errors import HomeError, NotFoundError, ResumeError
 from federation.progress import RunEvent
+from federation.resume import RunPast
+from federation.run_hold import is_held
 
 State = Literal["running", "completed", "failed", "stopped"]
 
@@ -28,16 +35,22 @@ _TYPES: Final = (
     "run.accepted",
     "run.completed",
     "run.failed",
+    "run.resumed",
     "round.completed",
     "round.abandoned",
     "site.refused",
     "site.statement",
+    "site.undelivered",
 )
 
 
 @dataclass(slots=True)
 class RunView:
-    """One run. `awaited` is known only while it goes, from its journal."""
+    """One run. `awaited` is known only while it goes, from its journal.
+
+    `resumable` runs have no end in the log and nobody who carries them out; `needs` says what going on takes,
+    or why it cannot be. `undelivered` are releases that reached no round: they stay debited.
+    """
 
     run: str
     model: str
@@ -55,6 +68,10 @@ class RunView:
     epsilon: dict[str, float] = field(default_factory=dict)  # by site, this run's so far
     metrics: dict[str, float] = field(default_factory=dict)  # of the last round
     weights: str = ""
+    resumed: int = 0  # how often it was taken up again
+    resumable: bool = False
+    needs: str = ""
+    undelivered: dict[str, int] = field(default_factory=dict)  # by site
 
     def follow(self, events: Iterable[RunEvent]) -> RunView:
         """Take in what the run's journal tells beyond the log: who is being waited for, and refusals."""
@@ -73,10 +90,24 @@ class RunView:
         return self
 
 
+@dataclass(slots=True)
+class _Released:
+    """One site's releases in one run, each debited once, by the hash of the event."""
+
+    events: dict[str, Any] = field(default_factory=dict)
+    delivered: set[str] = field(default_factory=set)
+
+    def take(self, statement: SiteStatement, *, delivered: bool) -> None:
+        name = event_hash(statement)
+        self.events[name] = statement.event
+        if delivered:
+            self.delivered.add(name)
+
+
 def list_runs(ledger: Ledger, *, delta: float = 1e-5, run: str | None = None) -> list[RunView]:
     """Return the runs of a log, oldest first; epsilon at `delta`, by the verifier's own arithmetic."""
     found: dict[str, RunView] = {}
-    events: dict[tuple[str, str], list[Any]] = {}
+    released: dict[tuple[str, str], _Released] = {}
     after = -1
     while page := ledger.search(type=_TYPES, after=after, limit=500, run=run):
         for row in page:
@@ -88,11 +119,16 @@ def list_runs(ledger: Ledger, *, delta: float = 1e-5, run: str | None = None) ->
                     body.run,
                     RunView(body.run, body.model, body.charter, entry.time, body.rounds, body.sites),
                 )
-            view = found.get(body.run)
+            view = found.get((body.statement if isinstance(body, SiteUndelivered) else body).run)
             if view is not None:
-                _take(view, body, events)
-    for (name, site), list_of in events.items():
-        found[name].epsilon[site] = recompute(list_of, delta).value
+                _take(view, body, released)
+    for (name, site), known in released.items():
+        found[name].epsilon[site] = recompute(list(known.events.values()), delta).value
+        if lost := len(known.events) - len(known.delivered):
+            found[name].undelivered[site] = lost
+    for view in found.values():
+        if view.state == "running" and not is_held(ledger, view.run):
+            _tell_resumable(ledger, view)
     return list(found.values())
 
 
@@ -110,13 +146,34 @@ def find_run(ledger: Ledger, prefix: str, *, delta: float = 1e-5) -> RunView:
     return matching[0]
 
 
-def _take(view: RunView, body: Any, events: dict[tuple[str, str], list[Any]]) -> None:
+def _tell_resumable(ledger: Ledger, view: RunView) -> None:
+    """Say what going on with a run takes that nobody carries out."""
+    try:
+        past = RunPast.read(ledger, view.run)
+        charter = Charter.from_canonical(registry.charter_text(ledger, view.charter)[0])
+    except (ResumeError, NotFoundError) as error:
+        view.needs = str(error)
+        return
+    view.resumable = True
+    wanted = past.participants(charter.minimum_sites) or view.members
+    view.needs = (
+        f"round {min(past.next_round, view.rounds)}: at least {charter.minimum_sites} of the sites "
+        f"{', '.join(wanted)}; then `affidavit runs resume {view.run[:12]}`"
+    )
+
+
+def _take(view: RunView, body: Any, released: dict[tuple[str, str], _Released]) -> None:
     if isinstance(body, RunAccepted):
         view.accepted.append(body.site)
     elif isinstance(body, SiteRefused):
         view.refused[body.site] = body.reason
     elif isinstance(body, SiteStatement):
-        events.setdefault((body.run, body.site), []).append(body.event)
+        released.setdefault((body.run, body.site), _Released()).take(body, delivered=True)
+    elif isinstance(body, SiteUndelivered):
+        said = body.statement
+        released.setdefault((said.run, said.site), _Released()).take(said, delivered=False)
+    elif isinstance(body, RunResumed):
+        view.resumed += 1
     elif isinstance(body, RoundCompleted):
         view.round, view.missing = body.round, body.missing
         view.metrics = {metric.name: float(metric.value) for metric in body.metrics}

@@ -1,9 +1,10 @@
 """The Flower ServerApp. It opens the coordinator's home, reads the prepared run, and carries it out.
 
 Run config: `home` (the coordinator's home), `run` (the id that `federation.service.start_run` gave), and
-optionally `signer-home`, `poll-s`, `discovery-s` (how long to wait for sites to connect) and `patience-s`
-(how long for sites whose people have to decide). The same object runs under the in-process grid, Flower's
-simulation and its deployment.
+optionally `principal` (who resumes it), `hold-s` (how long a hold on the run outlives a killed process),
+`signer-home`, `poll-s`, `discovery-s` (how long to wait for sites to connect) and `patience-s` (how long for
+sites whose people have to decide). The same object runs under the in-process grid, Flower's simulation and
+its deployment.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Final
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from audit.entries import RunStarted, parse_body
-from federation.charter import Charter
 from federation.coordinator import Coordinator
-from federation.errors import HomeError
+from federation.errors import HomeError, ResumeError, RunHeldError
 from federation.exchange import Exchange
+from federation.network.ringing import with_bells
 from federation.patience import PATIENCE_S
-from federation.progress import listening
+from federation.preparation import ACTOR
+from federation.progress import RunEvent, emit, listening
+from federation.resume import prepared_run
 from federation.rounds import RoundLoop, RunOutcome
+from federation.run_hold import TTL_S
 from federation.run_journal import RunJournal
 
 DEFAULT_POLL_S: Final = 0.01
@@ -37,15 +40,22 @@ def main(grid: Grid, context: Context) -> None:
     if not isinstance(home, str) or not isinstance(run, str) or not home or not run:
         raise HomeError("run config", "`home` and `run` must name a coordinator's home and a prepared run")
     signer_home = config.get("signer-home")
-    exchange = Exchange(
-        grid,
-        poll_s=_seconds(config.get("poll-s"), DEFAULT_POLL_S),
-        discovery_s=_seconds(config.get("discovery-s"), DEFAULT_DISCOVERY_S),
-    )
     chosen = signer_home if isinstance(signer_home, str) and signer_home else None
-    with Coordinator.open(home, chosen) as coordinator:
-        patience_s = _seconds(config.get("patience-s"), PATIENCE_S)
-        carry_out(grid, coordinator, run, exchange=exchange, patience_s=patience_s)
+    with Coordinator.open(home, chosen) as coordinator, with_bells(grid, coordinator.home) as heard:
+        principal = config.get("principal")
+        carry_out(
+            heard,
+            coordinator,
+            run,
+            exchange=Exchange(
+                heard,
+                poll_s=_seconds(config.get("poll-s"), DEFAULT_POLL_S),
+                discovery_s=_seconds(config.get("discovery-s"), DEFAULT_DISCOVERY_S),
+            ),
+            patience_s=_seconds(config.get("patience-s"), PATIENCE_S),
+            hold_s=_seconds(config.get("hold-s"), TTL_S),
+            principal=principal if isinstance(principal, str) and principal else ACTOR,
+        )
 
 
 def _seconds(value: object, default: float) -> float:
@@ -59,25 +69,31 @@ def carry_out(
     *,
     exchange: Exchange | None = None,
     patience_s: float = PATIENCE_S,
+    hold_s: float = TTL_S,
+    principal: str = ACTOR,
 ) -> RunOutcome:
-    """Carry out the prepared run over `grid`.
+    """Carry out the prepared run over `grid`, or go on with it; see `RoundLoop.carry_out`.
 
     Raises:
         HomeError: no such run was prepared in this home.
         RunFailedError: the run stopped; the log says why.
+        RunHeldError, ResumeError: it was begun, and cannot go on here and now.
     """
-    kept = coordinator.kept_run(run)
-    charter = Charter.from_canonical(kept["charter"])
-    run_started = parse_body(RunStarted, kept["run_started"])
+    prepared = prepared_run(coordinator, run)
     journal = RunJournal(coordinator.home, run)
     loop = RoundLoop(
         coordinator,
         grid,
-        charter,
-        run_started,
+        prepared.charter,
+        prepared.started,
         exchange=exchange,
         patience_s=patience_s,
         stop=lambda: journal.is_asked_to_stop,
+        hold_s=hold_s,
     )
     with listening(run, journal.write):
-        return loop.carry_out(kept["charter_author"])
+        try:
+            return loop.carry_out(prepared.charter_author, principal=principal)
+        except (ResumeError, RunHeldError) as error:
+            emit(RunEvent(kind="not_resumed", run=run, detail=f"{error.code}: {error}"))
+            raise

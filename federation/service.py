@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from audit.decimals import decimal_text
 from audit.entries import (
     RunCompleted,
     RunStarted,
@@ -24,6 +26,7 @@ from audit.entries import (
 from audit.keys import SigningKey
 from audit.models import initial_weights, model_file, weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
+from audit.runtime_bodies import VersionExported
 from federation import registry
 from federation.accounting import plan_cost
 from federation.charter import Charter
@@ -31,6 +34,7 @@ from federation.code_digest import aggregation_code
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import (
     GateNotPassedError,
+    LayerNotExportedError,
     OfficerError,
     PlanDoesNotFitError,
     RunFailedError,
@@ -40,6 +44,9 @@ from federation.evaluation import PublicData
 from federation.gates import epsilons, failed_gates, judge
 from federation.progress import Listener, listening
 from federation.registry import APPROVED, CANDIDATE, LIVE, RETIRED, Version
+from federation.resume import prepared_run
+
+_logger = logging.getLogger(__name__)
 
 RunConfig = Mapping[str, str]
 Launch = Callable[[RunConfig], None]
@@ -52,6 +59,13 @@ class TrainRequest:
 
     charter: Charter
     model: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeRequest:
+    """Go on with a run whose coordinator died."""
+
+    run: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +117,12 @@ def start_run(
     charter, model = request.charter, request.model or request.charter.name
     require(authorizer, principal, Question(action="runs.start", resource=model))
     cost = plan_cost(charter)
+    if not cost.whole_site_fits and charter.site_level is not None:
+        raise PlanDoesNotFitError(
+            planned="none" if cost.whole_site is None else f"{cost.whole_site:.4f} for a whole site",
+            allowed=str(charter.site_level.epsilon),
+            noise="(a larger one), or a smaller site_level.max_update_norm",
+        )
     if not cost.fits:
         raise PlanDoesNotFitError(
             planned=cost.sites[0].spent.pld_text,
@@ -153,14 +173,44 @@ def train(
         RunFailedError: the run stopped; the log says why.
     """
     run = start_run(coordinator, principal, authorizer, request, author)
-    config = {
+    with listening(run, on_event):
+        launch(run_config(coordinator, run, principal))
+    return trained_run(coordinator, run)
+
+
+def resume(
+    coordinator: Coordinator,
+    principal: Principal,
+    authorizer: Authorizer,
+    request: ResumeRequest,
+    launch: Launch,
+    *,
+    on_event: Listener | None = None,
+) -> TrainedRun:
+    """Go on with a run that was begun, from its last completed round; of a run that ended, tell the sites.
+
+    Raises:
+        AccessDeniedError: the authoriser said no.
+        HomeError: no such run was prepared in this home.
+        RunHeldError: another process carries it out.
+        ResumeError: it cannot go on; `ResumeLaterError`: not with the sites that are there now.
+        RunFailedError: the run stopped; the log says why.
+    """
+    prepared = prepared_run(coordinator, request.run)
+    require(authorizer, principal, Question(action="runs.start", resource=prepared.started.model))
+    with listening(request.run, on_event):
+        launch(run_config(coordinator, request.run, principal))
+    return trained_run(coordinator, request.run)
+
+
+def run_config(coordinator: Coordinator, run: str, principal: Principal) -> RunConfig:
+    """Return what the ServerApp is told: where the log is, which run, and who asked for it."""
+    return {
         "home": str(coordinator.home.absolute()),
         "signer-home": str(coordinator.signer_home.absolute()),
         "run": run,
+        "principal": principal.id,
     }
-    with listening(run, on_event):
-        launch(config)
-    return trained_run(coordinator, run)
 
 
 def trained_run(coordinator: Coordinator, run: str) -> TrainedRun:
@@ -179,6 +229,7 @@ def register(
 ) -> Version:
     """Judge a completed run's weights by the charter's gates and enter the version as a candidate.
 
+    A run is registered once; asked again, the version is returned as it was judged.
     A version that fails a gate is registered too, so that the failure is on record; it can never be approved.
 
     Raises:
@@ -186,6 +237,9 @@ def register(
         PublicSetError: the public set is not here.
     """
     ledger = coordinator.ledger
+    for _, known in registry.bodies(ledger, VersionRegistered, run=request.run):
+        require(authorizer, principal, Question(action="models.register", resource=known.model))
+        return registry.find_version(ledger, known.version)
     started, completed = (
         registry.run_started(ledger, request.run),
         registry.run_completed(ledger, request.run),
@@ -207,7 +261,51 @@ def register(
         epsilons=epsilons(charter, request.run, registry.statements(ledger)),
     )
     coordinator.append(body, "coordinator", stable_event_id("version.registered", request.run))
+    export(coordinator, body, charter, weights)
     return registry.find_version(ledger, completed.weights)
+
+
+def export(
+    coordinator: Coordinator, registered: VersionRegistered, charter: Charter, weights: Sequence[float]
+) -> VersionExported | None:
+    """Make the version's ONNX file, measure it against the definition, and enter its digest.
+
+    Returns:
+        The entry, or None for a model with a layer that ONNX has no float64 form of: torch serves that one.
+
+    Raises:
+        ExportError: the file's answers are not the version's.
+    """
+    from federation import onnx_export
+
+    known = next(registry.bodies(coordinator.ledger, VersionExported, version=registered.version), None)
+    if known is not None:
+        return known[1]
+    inputs = charter.encoded_width
+    try:
+        data = onnx_export.export_onnx(charter.layers, weights, inputs)
+    except LayerNotExportedError as error:
+        _logger.info("version=%s: %s", registered.version, error)
+        return None
+    parity = onnx_export.measure_parity(
+        data, charter.layers, weights, inputs, task=charter.task, label=charter.document["label"]
+    )
+    body = VersionExported(
+        model=registered.model,
+        version=registered.version,
+        charter=registered.charter,
+        format="onnx",
+        digest=coordinator.blobs.put(data),
+        size_bytes=len(data),
+        opset=onnx_export.OPSET,
+        precision="float64",
+        tolerance=decimal_text(onnx_export.TOLERANCE),
+        difference=decimal_text(parity.difference),
+        rows=parity.rows,
+        runtime=parity.runtime,
+    )
+    coordinator.append(body, "coordinator", stable_event_id("version.exported", registered.version))
+    return body
 
 
 def approve(

@@ -24,8 +24,10 @@ from audit.entries import (
 )
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
+from audit.ledger import Sequenced
 from audit.notes import NoteVerifier
 from audit.weights import decode_update
+from federation.coordinator import Addition, Coordinator, stable_event_id
 from federation.errors import StatementError
 from federation.trust import OPERATOR
 
@@ -57,6 +59,7 @@ class RoundTerms:
     released: int  # numbers in an update; the event's dimension counts those that stay at the site too
     enrolments: Mapping[str, SiteEnrolled]
     heads: Mapping[str, OdometerHead]
+    roster: str = ""  # whose masks the updates carry; "" where they carry none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,7 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
         "sequence": head.sequence + 1,
         "previous_event": head.event_hash,
         "update": hashlib.sha256(update).hexdigest(),
+        "roster": terms.roster,
     }
     for name, value in wanted.items():
         found = getattr(statement, name)
@@ -105,6 +109,18 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
     if len(values) != terms.released:
         raise StatementError(site, "update", f"has {len(values)} numbers, the model {terms.released}")
     return AcceptedUpdate(statement=statement, update=update, values=values)
+
+
+def record_statements(
+    coordinator: Coordinator, accepted: Mapping[str, AcceptedUpdate]
+) -> dict[str, Sequenced]:
+    """Keep the sites' updates, then enter their statements, together and in the order given."""
+    coordinator.blobs.put_all([update.update for update in accepted.values()])
+    entries: list[Addition] = [
+        (update.statement, f"site:{site}", stable_event_id("site.statement", event_hash(update.statement)))
+        for site, update in accepted.items()
+    ]
+    return dict(zip(accepted, coordinator.append_all(entries), strict=True))
 
 
 def verify_enrolment(site: str, identity: str, origin: str, document: object) -> SiteEnrolled:

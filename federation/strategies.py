@@ -10,7 +10,7 @@ the same order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
 
 from audit.layers import parameter_specs
 from audit.replay import AggregationPlan, ReplayError
+from audit.secure_round import SecureRoundError
 from audit.update_bounds import UpdateTerms, is_too_long
 from federation.charter import Charter
 from federation.errors import StatementError
@@ -58,10 +59,22 @@ class ProvableAggregation:
         self._terms: RoundTerms | None = None
         self._nodes: dict[int, str] = {}
         self._requests: list[Message] = []
+        self._open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None
+        self._total: Sequence[int] = ()
+        self.not_opened: SecureRoundError | None = None
 
-    def open_round(self, terms: RoundTerms, requests: Mapping[str, Message]) -> None:
-        """Say what the coming round's statements must hold, and which message each participant gets."""
-        self._terms = terms
+    def open_round(
+        self,
+        terms: RoundTerms,
+        requests: Mapping[str, Message],
+        open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None,
+    ) -> None:
+        """Say what the coming round's statements must hold, and which message each participant gets.
+
+        `open_sum` returns the sum of accepted updates that are masked; None where they are not.
+        """
+        self._terms, self._open_sum = terms, open_sum
+        self._total, self.not_opened = (), None
         self._requests = [requests[site] for site in sorted(requests)]
         self._nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
         self.accepted, self.rejected, self.too_long = {}, {}, {}
@@ -89,19 +102,48 @@ class ProvableAggregation:
             if site is None or site in self.accepted or site in self.too_long:
                 continue
             answer = read_answer(site, reply)
-            try:
-                if answer.failure or "statement" not in answer.header:
-                    raise StatementError(site, "reply", answer.failure or "holds no statement")
-                update = answer.blobs.get("update", b"")
-                self.accepted[site] = verify_statement(terms, site, answer.header["statement"], update)
-                self.rejected.pop(site, None)
-                self._check_length(site)
-            except StatementError as error:
-                self.rejected[site] = error
+            if answer.failure or "statement" not in answer.header:
+                self.rejected[site] = StatementError(site, "reply", answer.failure or "holds no statement")
+                continue
+            self.offer(site, answer.header["statement"], answer.blobs.get("update", b""))
         if len(self.accepted) < self.charter.minimum_sites:
             return None, None
+        if self._open_sum is not None:
+            try:
+                self._total = self._open_sum(self.accepted)
+            except SecureRoundError as error:
+                self.not_opened = error
+                return None, None
         self.weights = self._step(server_round)
         return self.arrays(), MetricRecord({"sites": len(self.accepted)})
+
+    def offer(self, site: str, statement: object, update: bytes) -> None:
+        """Prove one release for the open round, come by message or from the log; see `aggregate_train`."""
+        if self._terms is None:
+            raise ReplayError("no round was opened")
+        try:
+            self.accepted[site] = verify_statement(self._terms, site, statement, update)
+            self.rejected.pop(site, None)
+            self._check_length(site)
+        except StatementError as error:
+            self.rejected[site] = error
+
+    def repeat(
+        self,
+        server_round: int,
+        updates: Mapping[str, AcceptedUpdate],
+        total: Sequence[int] | None = None,
+    ) -> list[float]:
+        """Make a completed round's step again from the releases that it counted; return its weights.
+
+        `total` is their opened sum where they are masked.
+        """
+        self.accepted, self.rejected, self.too_long = dict(updates), {}, {}
+        self._open_sum, self._total = None, ()
+        if total is not None:
+            self._open_sum, self._total = (lambda _: total), total
+        self.weights = self._step(server_round)
+        return [float(weight) for weight in self.weights]
 
     def _check_length(self, site: str) -> None:
         terms = self.update_terms[site]
@@ -133,6 +175,11 @@ class ProvableAggregation:
     def _pseudo_gradient(self) -> Vector:
         plan, document = self.plan, {site["name"]: site for site in self.charter.document["sites"]}
         names = sorted(self.accepted)
+        if self._open_sum is not None:
+            rows = sum(document[site]["nominal_rows"] for site in names)
+            whole = np.array(self._total, dtype=np.int64).astype(np.float64) / plan.divisor(rows)
+            acc = combine(plan.rule, (whole,), [float(rows)])
+            return spread(plan.spans, -acc if plan.is_gradient else acc, len(self.weights))
         vectors = (
             np.array(self.accepted[site].values, dtype=np.int64).astype(np.float64)
             / plan.divisor(document[site]["nominal_rows"])

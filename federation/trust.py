@@ -6,8 +6,9 @@ other members hold before believing it, since whoever runs the log wrote it.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from audit.entries import SiteEnrolled, decode_entry
@@ -17,6 +18,8 @@ from audit.log_keys import LogKeys
 from audit.tlog_policy import NO_QUORUM, Policy
 
 QUORUM: Final = "members"
+ASKED_OF_ONE: Final = 4  # sites of one operator: they count once, and one of them may be silent
+MAX_VOICES: Final = 64  # a note holds at most 100 signatures, the log's keys among them
 OPERATOR: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -33,10 +36,12 @@ def federation_policy(
         witnesses: each site's witness vkey; with none the quorum is `none`.
         operators: who runs a site's machines, where several sites share an operator. Sites under one
             operator count once, as `group <operator> any`, because whoever runs both can make both sign.
+
+    Every site has its witness line, which is what anchors its identity; of more than `MAX_VOICES` independent
+    ones the quorum is over the `MAX_VOICES` that `chosen_voices` gives.
     """
-    shared: dict[str, list[str]] = {}
-    for name in sorted(witnesses):
-        shared.setdefault((operators or {}).get(name) or name, []).append(name)
+    by_operator = voices_of(witnesses, operators or {})
+    shared = {name: by_operator[name] for name in chosen_voices(by_operator)}
     voices: dict[str, list[str]] = {}
     for operator, sites in shared.items():
         name = sites[0] if len(sites) == 1 else operator
@@ -54,6 +59,34 @@ def federation_policy(
     quorum = QUORUM if QUORUM not in (*voices, *witnesses) else f"quorum:{QUORUM}"
     lines += [f"group {quorum} {need} {' '.join(sorted(voices))}", f"quorum {quorum}"]
     return Policy.parse("\n".join(lines) + "\n")
+
+
+def voices_of(sites: Iterable[str], operators: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the sites by who runs them, sorted; one without an operator is its own."""
+    shared: dict[str, list[str]] = {}
+    for name in sorted(sites):
+        shared.setdefault(operators.get(name) or name, []).append(name)
+    return shared
+
+
+def chosen_voices(names: Iterable[str]) -> list[str]:
+    """Return at most `MAX_VOICES` of the names, the same for everybody who has the same names.
+
+    They are those whose SHA-256 is smallest, so that a member who joins or leaves moves at most one seat and
+    nobody is chosen for how its name sorts.
+    """
+    found = sorted(set(names))
+    if len(found) <= MAX_VOICES:
+        return found
+    return sorted(sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())[:MAX_VOICES])
+
+
+def asked_to_cosign(sites: Iterable[str], operators: Mapping[str, str]) -> list[str]:
+    """Return whom a coordinator asks for cosignatures: of each chosen voice at most `ASKED_OF_ONE` sites."""
+    voices = voices_of(sites, operators)
+    chosen = chosen_voices(voices)
+    share = max(1, MAX_VOICES // max(1, len(chosen)))
+    return sorted(name for voice in chosen for name in voices[voice][: min(share, ASKED_OF_ONE)])
 
 
 def log_policy(ledger: Ledger) -> Policy:

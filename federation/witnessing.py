@@ -11,8 +11,10 @@ from audit.notes import parse_note
 from audit.tlog_proof import TlogProof
 from federation.coordinator import Coordinator
 from federation.exchange import Exchange, Request
+from federation.trust import OPERATOR, asked_to_cosign
 
 COSIGN_TIMEOUT_S = 60.0
+_LOOKED_AT = 20  # checkpoints, newest first, for what a site cosigned last
 _MEETINGS = 3  # how often to publish again for a site that watched the log meanwhile and is ahead
 
 
@@ -23,17 +25,18 @@ class Witnessing:
         self, coordinator: Coordinator, exchange: Exchange, *, timeout_s: float = COSIGN_TIMEOUT_S
     ) -> None:
         self._coordinator, self._exchange, self._timeout_s = coordinator, exchange, timeout_s
+        self._shown: dict[int, dict[str, str]] = {}  # what `logged` said under the present note
         self._seen: dict[str, int] = {}  # tree size that each site cosigned last
         self._note: bytes | None = None
         self._is_behind = False
 
     def cosign(self, sites: Iterable[str]) -> int:
         """Sign the log as it is, collect the sites' cosignatures, return how many there are."""
-        wanted = sorted(set(sites))
+        wanted = asked_to_cosign(sites, self._operators())
         for _ in range(_MEETINGS):
             self._is_behind = False
             note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted))
-            self._note = note
+            self._note, self._shown = note, {}
             if not self._is_behind:
                 break
         return len(parse_note(note).signatures) - 1
@@ -51,20 +54,29 @@ class Witnessing:
         """Return a leaf with its tlog-proof to the last cosigned checkpoint, as agents read it."""
         if self._note is None or not self.covers(leaf_index):
             raise ValueError(f"leaf {leaf_index} is not in a cosigned tree yet")
+        if leaf_index in self._shown:
+            return self._shown[leaf_index]
         ledger = self._coordinator.ledger
         proof = TlogProof(
             leaf_index=leaf_index,
             hashes=tuple(ledger.inclusion_proof(leaf_index, self.tree_size)),
             checkpoint_note=self._note,
         )
-        return {
+        shown = self._shown[leaf_index] = {
             "entry": base64.b64encode(ledger.entry(leaf_index)).decode(),
             "proof": proof.format().decode(),
         }
+        return shown
+
+    def _operators(self) -> dict[str, str]:
+        """Who runs each enrolled site: several sites of one operator count once, so not all are asked."""
+        enrolled = self._coordinator.enrolments()
+        return {site: body.operator for site, body in enrolled.items() if OPERATOR.fullmatch(body.operator)}
 
     def _collect(self, note: bytes, sites: list[str]) -> dict[str, list[bytes]]:
         lines: dict[str, list[bytes]] = {}
         waiting = sites
+        self._catch_up(sites)
         for _ in range(2):  # the second time from the sizes that the stale ones named
             answers = self._exchange.ask(
                 {site: self._request(note, self._seen.get(site, 0)) for site in waiting},
@@ -87,6 +99,24 @@ class Witnessing:
                 break
             waiting = stale
         return lines
+
+    def _catch_up(self, sites: list[str]) -> None:
+        """Learn from the log's newest checkpoints what each site has cosigned by its own watch since.
+
+        A wrong guess costs one more question; a site that never cosigned is not looked for for ever.
+        """
+        missing, looked = set(sites), 0
+
+        def is_enough(note: bytes) -> bool:
+            nonlocal looked
+            looked += 1
+            parsed = parse_note(note)
+            for name in missing & {signature.name for signature in parsed.signatures}:
+                missing.discard(name)
+                self._seen[name] = max(self._seen.get(name, 0), parse_checkpoint_note(note).tree_size)
+            return not missing or looked >= _LOOKED_AT
+
+        self._coordinator.ledger.latest_checkpoint(is_enough)
 
     def _request(self, note: bytes, old_size: int) -> Request:
         proof = self._coordinator.ledger.consistency_proof(old_size, parse_checkpoint_note(note).tree_size)

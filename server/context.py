@@ -18,14 +18,18 @@ from audit.principal import AccessDeniedError, Decision, Principal, Question, re
 from audit.vault import Vault
 from federation.coordinator import Coordinator
 from server.access import CedarAuthorizer, PolicyText
+from server.alarming import Alarming
 from server.errors import MalformedRequestError, request_id_of
+from server.explaining import Explaining
 from server.identity import Identities
 from server.journal import Clock, Journal
 from server.keys import KeyStore
 from server.live import LiveModels
+from server.marks import note_principal
 from server.monitoring import Monitoring
 from server.publishing import Publisher
 from server.quotas import Quotas
+from server.readiness import Readiness
 from server.reading_log import ReadingLog
 from server.rules import RulesInForce
 from server.rules_follower import RulesFollower
@@ -63,6 +67,9 @@ class Context:
     rules_follower: RulesFollower
     quotas: Quotas
     first_policies: PolicyText  # that decide until an officer changes the rules
+    alarming: Alarming
+    explaining: Explaining
+    readiness: Readiness
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -81,7 +88,9 @@ async def principal_of(
 ) -> Principal:
     """Return who asks; errors as `Identities.principal`."""
     given = None if credentials is None else credentials.credentials
-    return await context_of(request).identities.principal(request, given)
+    principal = await context_of(request).identities.principal(request, given)
+    note_principal(request.scope, principal.id)
+    return principal
 
 
 Caller = Annotated[Principal, Depends(principal_of)]
@@ -99,24 +108,29 @@ async def denials_recorded(request: Request) -> AsyncIterator[None]:
     try:
         yield
     except AccessDeniedError as denied:
-        action, principal = denied.question.action, denied.principal
-        for policy in denied.decision.policies:
-            context.monitoring.denials.labels(action, policy).inc()
-        sequenced = await context.journal.append(
-            AccessDenied(
-                request_id=request_id_of(request),
-                action=action,
-                principal=principal.id,
-                role=principal.role,
-                policies=denied.decision.policies,
-                policy_set=denied.decision.policy_set,
-            )
-        )
-        denied.entry = {
-            "leaf_index": sequenced.leaf_index,
-            "leaf_hash": sequenced.leaf_hash.hex(),
-        }
+        await record_denial(context, denied, request_id_of(request))
         raise
+
+
+async def record_denial(context: Context, denied: AccessDeniedError, request_id: str) -> None:
+    """Make a refusal an entry, and name it in `denied.entry`; LedgerUnavailableError: it is none."""
+    action, principal = denied.question.action, denied.principal
+    for policy in denied.decision.policies:
+        context.monitoring.denials.labels(action, policy).inc()
+    sequenced = await context.journal.append(
+        AccessDenied(
+            request_id=request_id,
+            action=action,
+            principal=principal.id,
+            role=principal.role,
+            policies=denied.decision.policies,
+            policy_set=denied.decision.policy_set,
+        )
+    )
+    denied.entry = {
+        "leaf_index": sequenced.leaf_index,
+        "leaf_hash": sequenced.leaf_hash.hex(),
+    }
 
 
 async def authorise(request: Request, principal: Principal, action: str) -> Decision:

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from audit.principal import AttributeValue, Principal
+from federation.registry import LIVE
 from server.hooks import Facts
 from server.journal import Clock
 from server.rules import RulesInForce
@@ -54,7 +55,7 @@ def model_attributes(served: ServedVersion) -> dict[str, AttributeValue]:
     return {
         "name": served.model,
         "purposes": served.purposes,
-        "state": served.state,
+        "state": LIVE if served.is_answering else served.state,  # a canary answers by a signature too
         "epsilon_micro": served.epsilon_micro,
         "epsilon_limit_micro": served.epsilon_limit_micro,
         "regions": tuple(charter.get("regions", ())),

@@ -52,6 +52,12 @@ class Annotation:
 
     shown: Mapping[str, Any] = field(default_factory=dict)  # members of the answer's `annotations`
     body: Mapping[str, Any] = field(default_factory=dict)  # fields of the `Prediction` entry
+    rows: Sequence[Mapping[str, Any]] = ()  # for each row, what is committed to and sealed with its answer
+
+    def outputs(self, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the answers as they are committed to: each with what was added to its row."""
+        added = self.rows or ({},) * len(answers)
+        return [{**answer, **more} for answer, more in zip(answers, added, strict=True)]
 
 
 class FactProvider(Protocol):
@@ -100,12 +106,15 @@ class Hooks:
         """Return every annotator's additions as one."""
         shown: dict[str, Any] = {}
         body: dict[str, Any] = {}
+        rows: list[dict[str, Any]] = [{} for _ in answering.answers]
         for annotator in self.annotators:
             found = annotator.annotate(answering)
             added = await found if inspect.isawaitable(found) else found
             shown.update(added.shown)
             body.update(added.body)
-        return Annotation(shown=shown, body=body)
+            for row, more in zip(rows, added.rows, strict=False):
+                row.update(more)
+        return Annotation(shown=shown, body=body, rows=rows)
 
     def observe(self, answering: Answering, answered: Answered) -> None:
         """Tell every observer; the answer goes out whatever they do."""

@@ -1,12 +1,19 @@
-"""Counters and histograms for Prometheus, one registry an application; no label is a caller's own word."""
+"""Counters and histograms for Prometheus, one registry an application; no label is a caller's own word.
+
+With several workers (`server.metric_files`) whichever is asked adds up everybody's.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from server.metric_files import folder_of, forget_dead
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_SCORES: Final = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
@@ -31,6 +38,12 @@ class Monitoring:
         self.predicted_rows = Counter(
             "affidavit_predicted_rows", "Rows answered.", ("model",), registry=self.registry
         )
+        self.shadowed = Counter(
+            "affidavit_shadow_rows",
+            "Rows that a shadow version was asked, by how its label compares; skipped under load.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
         self.denials = Counter(
             "affidavit_denials",
             "Requests refused, by the policy that decided.",
@@ -53,16 +66,65 @@ class Monitoring:
             "Entries that did not become durable; their requests got no answer.",
             registry=self.registry,
         )
-        self.tree_size = Gauge("affidavit_log_tree_size", "Entries in the log.", registry=self.registry)
+        self.tree_size = Gauge(
+            "affidavit_log_tree_size",
+            "Entries in the log.",
+            registry=self.registry,
+            multiprocess_mode="max",
+        )
         self.checkpoint_size = Gauge(
             "affidavit_log_checkpoint_size",
             "Entries under the newest signed checkpoint.",
             registry=self.registry,
+            multiprocess_mode="max",
         )
         self.cosignatures = Counter(
             "affidavit_cosignatures", "Cosignatures accepted from witnesses.", registry=self.registry
         )
+        self.in_flight = Gauge(
+            "affidavit_http_requests_in_flight",
+            "Requests that arrived and are not answered yet.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self.shed = Counter(
+            "affidavit_shed_requests",
+            "Requests told to come back later, unread, so that the others keep their pace.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.ood_score = Histogram(
+            "affidavit_ood_score",
+            "How far a row lies from what the model was trained on, by sketch or by bounds.",
+            ("model", "basis"),
+            buckets=_SCORES,
+            registry=self.registry,
+        )
+        self.ood_rows = Counter(
+            "affidavit_ood_rows",
+            "Rows beyond the limit that sketch or bounds set.",
+            ("model", "basis"),
+            registry=self.registry,
+        )
+        self.explain_seconds = Histogram(
+            "affidavit_explain_seconds",
+            "Seconds until a request's attributions were there, or given up.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.alarms = Counter(
+            "affidavit_alarms",
+            "Alarms that this server raised.",
+            ("model", "kind"),
+            registry=self.registry,
+        )
 
     def render(self) -> bytes:
-        """Return the exposition text, format 0.0.4."""
-        return generate_latest(self.registry)
+        """Return the exposition text, format 0.0.4; of all workers, where there are several."""
+        folder = folder_of()
+        if folder is None:
+            return generate_latest(self.registry)
+        forget_dead(folder)
+        everybody = CollectorRegistry(auto_describe=True)
+        MultiProcessCollector(everybody, path=str(folder))  # type: ignore[no-untyped-call]  # has no types
+        return generate_latest(everybody)

@@ -11,6 +11,7 @@ from audit.replay import Aggregator, SiteUpdate, average
 from audit.robust import MEAN
 from audit.verify.chain import Chain, FailError, GapError, Outcome, Round, expect, need
 from audit.verify.history import LINKS
+from audit.verify.masked import opened_update
 from audit.verify.members import CHARTER
 from audit.verify.refused import check_examined, check_lengths, check_refused_updates
 from audit.verify.report import Word
@@ -27,7 +28,8 @@ def check_aggregation(chain: Chain) -> Outcome:
     charter = need(chain.charter, CHARTER)
     if not chain.rounds:
         need(None, ROUNDS)
-    additions = sum(len(found.statements) for found in chain.rounds) * charter.dimension
+    passes = 1 if charter.secure is None else 2 + charter.secure.tolerated  # masks to make and to take off
+    additions = sum(len(found.statements) for found in chain.rounds) * charter.dimension * passes
     if chain.replay is False or (chain.replay is None and additions > CHEAP_ADDITIONS):
         why = "as you asked" if chain.replay is False else f"{additions:,} additions"
         why += "; run again with --replay"
@@ -40,8 +42,11 @@ def check_aggregation(chain: Chain) -> Outcome:
         updates = [_update(chain, found, position) for position in range(len(found.statements))]
         if charter.aggregation.rule.norm_bound:
             check_lengths(charter, found, updates)
+        summed: list[SiteUpdate] = updates
+        if charter.secure is not None:
+            summed = [opened_update(chain, charter, charter.secure, found, updates)]
         try:
-            weights = aggregator.step(found.leaf.body.round, weights, updates)
+            weights = aggregator.step(found.leaf.body.round, weights, summed)
             digest = hashlib.sha256(model_file(charter.layers, weights)).hexdigest()
         except AuditError as error:
             raise FailError("replay.refused", str(error), found.leaf.index) from error
@@ -59,6 +64,8 @@ def check_aggregation(chain: Chain) -> Outcome:
     said = "" if rule == MEAN else f" under {rule.name}, of {rule.byzantine} lying sites"
     if rule.norm_bound:
         said += f"; no update is longer than an honest one can be, {refused} were and are left out"
+    if charter.secure is not None:
+        said += ", whose masks come off in the sum alone: each round's keys, survivors and shares are signed"
     return Outcome(
         word=Word.PROVED,
         detail=f"{len(outputs)} rounds replayed from the sites' updates{said}; every output model is rebuilt "

@@ -20,16 +20,20 @@ from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect
 from audit.verify.evaluation import check_evaluation
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
+from audit.verify.reference import check_reference
 from audit.verify.report import Word
 from audit.verify.training import ROUNDS
 
 METRICS, GATES, APPROVALS = "The rounds' metrics", "The gates", "The approvals"
 LEGAL: Final = {
     "candidate": ("approved", "retired"),
-    "approved": ("live", "retired"),
+    "approved": ("live", "retired", "canary", "shadow"),
+    "canary": ("live", "retired", "approved"),  # answers a share of the requests
+    "shadow": ("live", "retired", "approved", "canary"),  # is asked beside the live one; answers nobody
     "live": ("retired",),
     "retired": ("live",),  # a rollback, for a version that was live before
 }
+ANSWERING: Final = ("live", "canary")
 _TOLERANCE: Final = Decimal("0.000002")
 _CHEAP_WORK: Final = 5_000_000  # multiplications that take a moment in plain Python
 
@@ -97,7 +101,7 @@ def check_metrics(chain: Chain) -> Outcome:
     charter = need(chain.charter, CHARTER)
     if not chain.rounds:
         need(None, ROUNDS)
-    counted = check_evaluation(chain, charter)
+    counted = check_evaluation(chain, charter) + check_reference(chain, charter)
     claims = [(found, metric) for found in chain.rounds for metric in found.leaf.body.metrics]
     for found, metric in claims:
         expect(
@@ -177,7 +181,7 @@ def check_approvals(chain: Chain) -> Outcome:
             _check_officer(chain, leaf, registered.leaf_hash)
     state = states[registered.body.version]
     is_test = chain.prediction is not None and chain.prediction.body.role == "tester"
-    if chain.prediction is not None and state != "live" and not is_test:
+    if chain.prediction is not None and state not in ANSWERING and not is_test:
         raise FailError("prediction.version_not_live", f"the version is {state}", chain.prediction.index)
     officers = sorted(
         {

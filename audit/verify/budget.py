@@ -29,6 +29,7 @@ from audit.epsilon import (
     recompute,
 )
 from audit.errors import AuditError
+from audit.shared_noise import site_level
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
@@ -128,7 +129,8 @@ def check_epsilon(chain: Chain) -> Outcome:
                 claimed=claim.run_epsilon if claim else "",
             )
         )
-    chain.epsilons = tuple(lines)
+    shared, whole = _shared(charter, chain), _whole_sites(chain, charter, run, taking_part, entry)
+    chain.epsilons = (*lines, *whole)
     most = max(
         lines,
         key=lambda line: parse_decimal(line.run_epsilon) if line.run_epsilon != "none" else Decimal(10**9),
@@ -137,14 +139,67 @@ def check_epsilon(chain: Chain) -> Outcome:
         f"at most {most.run_epsilon} for the run (charter: {charter.privacy.epsilon}), one "
         f"{charter.privacy.unit}, "
         f"{charter.privacy.relation.replace('_', '/')}, delta {decimal_text(charter.privacy.delta)}, "
-        f"{most.method}"
+        f"{most.method}{shared}"
     )
+    if whole:
+        top = max(whole, key=lambda line: parse_decimal(line.run_epsilon))
+        detail += f"; a whole site: at most {top.run_epsilon} for the run, {top.method}"
     if attested:
         detail += (
             "; a claim below that bound is its author's word: install affidavit[accounting] to recompute it"
         )
         return Outcome(word=Word.ATTESTED, code="epsilon.bound_only", detail=detail, entry=entry)
     return Outcome(word=Word.PROVED, detail=detail)
+
+
+def _shared(charter: CharterView, chain: Chain) -> str:
+    """Return under which assumption an epsilon of shared noise holds."""
+    if charter.secure is None:
+        return ""
+    fewest = min(len(found.statements) for found in chain.rounds)
+    most = charter.secure.colluders(fewest)
+    return f", while at most {most} of {fewest} sites collude with the coordinator"
+
+
+def _whole_sites(
+    chain: Chain, charter: CharterView, run: str, taking_part: set[str], entry: int | None
+) -> list[EpsilonLine]:
+    """Return what the run cost each site as a whole, from the same events; q = 1: who took part is logged.
+
+    Raises:
+        FailError: it is above what the charter promises a site.
+    """
+    if charter.site_level is None:
+        return []
+    lines, delta = [], float(charter.privacy.delta)
+    for site in sorted(taking_part):
+        history = chain.histories[site]
+        bound = recompute(
+            [site_level(statement.event) for statement in history if statement.run == run], delta
+        )
+        if Decimal(bound.value) > charter.site_level.epsilon:
+            raise FailError(
+                "epsilon.over_charter",
+                f"site {site} as a whole: {bound.value:.4f} is above {charter.site_level.epsilon}",
+                entry,
+            )
+        ever = "none"
+        if all(statement.event.site_sensitivity_grid for statement in history):
+            ever = _up(recompute([site_level(statement.event) for statement in history], delta).value)
+        lines.append(
+            EpsilonLine(
+                site=site,
+                run_epsilon=_up(bound.value),
+                lifetime_epsilon=ever,
+                events=len(history),
+                delta=decimal_text(charter.privacy.delta),
+                unit="site",
+                relation="zero_out",
+                method=bound.method,
+                claimed="",
+            )
+        )
+    return lines
 
 
 class Spent:
@@ -187,6 +242,8 @@ def _unanswered(chain: Chain) -> list[str]:
                 unknown.append(f"{site} in round {body.round}")
     if chain.evaluated is not None:
         unknown += [f"{site} in the evaluation" for site in chain.evaluated.body.missing]
+    if chain.sketched is not None:
+        unknown += [f"{site} in the sketch" for site in chain.sketched.body.missing]
     return unknown
 
 

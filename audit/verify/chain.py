@@ -28,7 +28,7 @@ from audit.evidence import Evidence
 from audit.keys import VerifyKey, parse_public_key
 from audit.log_keys import LogKeys
 from audit.notes import NoteVerifier
-from audit.round_bodies import RunEvaluated
+from audit.round_bodies import RunEvaluated, RunReferenced
 from audit.tlog_policy import Policy
 from audit.verify.report import EpsilonLine, Word
 
@@ -126,6 +126,8 @@ class Chain:
     outputs: tuple[list[float], ...] = ()  # replayed weights after each round
     weights: list[float] | None = None  # the version's
     evaluated: Leaf[RunEvaluated] | None = None  # once its counts are added up again
+    sketch: tuple[int, ...] | None = None  # of the training rows, once it is added up again
+    sketched: Leaf[RunReferenced] | None = None
     histories: dict[str, tuple[SiteStatement, ...]] = field(default_factory=dict)  # by site, in sequence
     epsilons: tuple[EpsilonLine, ...] = ()
 

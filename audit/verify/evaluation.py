@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from audit.charter_view import CharterView
+from audit.entries import SiteStatement
 from audit.errors import AuditError
 from audit.private_evaluation import METRIC, SOURCE, Evaluation, worth
-from audit.round_bodies import RunEvaluated
+from audit.round_bodies import RunEvaluated, RunReferenced
 from audit.verify.chain import Chain, FailError, GapError, Leaf, expect, need
 from audit.verify.history import LINKS
 from audit.verify.training import check_statement, evaluation_statements
@@ -55,39 +58,58 @@ def check_evaluation(chain: Chain, charter: CharterView) -> str:
 def _matrices(
     chain: Chain, charter: CharterView, evaluation: Evaluation, leaf: Leaf[RunEvaluated]
 ) -> list[list[int]]:
-    body, last = leaf.body, chain.rounds[-1]
-    released = evaluation_statements(chain, body.run)
-    if sorted(statement.leaf_hash for statement in released) != sorted(body.statements):
-        raise FailError("evaluation.statements", "not each statement of counts is counted, once", leaf.index)
-    by_hash = {statement.leaf_hash: statement for statement in released}
-    ordered = [by_hash[name] for name in body.statements]
-    sites = [statement.body.site for statement in ordered]
+    last = chain.rounds[-1]
     asked = [statement.body.site for statement in last.statements]
-    if sites != sorted(set(sites)) or sorted([*sites, *body.missing]) != asked:
-        raise FailError(
-            "evaluation.sites", "those who counted and those missing are not who took part", leaf.index
-        )
     wanted = {
         "charter": charter.digest,
-        "base_model": body.weights,
+        "base_model": leaf.body.weights,
         "participants": tuple(asked),
         "previous_round": last.leaf.leaf_hash,
         "event": evaluation.event,
     }
+    released = evaluation_statements(chain, leaf.body.run)
+    return released_counts(chain, leaf, released, asked, wanted, code="evaluation")
+
+
+def released_counts(
+    chain: Chain,
+    leaf: Leaf[RunEvaluated] | Leaf[RunReferenced],
+    released: Sequence[Leaf[SiteStatement]],
+    asked: Sequence[str],
+    wanted: Mapping[str, object],
+    *,
+    code: str,
+) -> list[list[int]]:
+    """Return the counts of each statement that an entry names, once statements and sites are as they must be.
+
+    Raises:
+        FailError: under `code`; a statement is left out, doubled, or of other fields.
+        GapError: counts are not in the file.
+    """
+    body = leaf.body
+    if sorted(statement.leaf_hash for statement in released) != sorted(body.statements):
+        raise FailError(f"{code}.statements", "not each statement of counts is counted, once", leaf.index)
+    by_hash = {statement.leaf_hash: statement for statement in released}
+    ordered = [by_hash[name] for name in body.statements]
+    sites = [statement.body.site for statement in ordered]
+    if sites != sorted(set(sites)) or sorted([*sites, *body.missing]) != list(asked):
+        raise FailError(
+            f"{code}.sites", "those who counted and those missing are not who took part", leaf.index
+        )
     matrices = []
     for statement in ordered:
         check_statement(chain, statement, wanted)
         data = chain.evidence.artefacts.get(statement.body.update)
         if data is None:
             raise GapError(
-                "evaluation.counts_missing",
+                f"{code}.counts_missing",
                 f"the counts of site {statement.body.site} are not in the file",
                 leaf.index,
             )
         try:
             matrices.append(decode_update(data))
         except AuditError as error:
-            raise FailError("evaluation.counts", str(error), statement.index) from error
+            raise FailError(f"{code}.counts", str(error), statement.index) from error
     return matrices
 
 

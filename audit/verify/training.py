@@ -15,8 +15,10 @@ from audit.entries import (
     run_digest,
 )
 from audit.models import initial_weights, model_file
+from audit.round_bodies import RunResumed
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, Round, expect, need, verify_body
 from audit.verify.history import CHECKPOINT, LINKS
+from audit.verify.masked import check_rosters
 from audit.verify.members import CHARTER, SITES
 from audit.verify.report import Word
 
@@ -71,27 +73,37 @@ def check_rounds(chain: Chain) -> Outcome:
     rounds.reverse()
     _check_models(started.body.initial_model, rounds)
     _check_nothing_besides(chain, started.body.run, rounds)
+    resumed = _check_resumes(chain, rounds)
     chain.rounds = tuple(rounds)
     count = sum(len(found.statements) for found in rounds)
     return Outcome(
         word=Word.PROVED,
         detail=f"rounds 1 to {len(rounds)} without a gap, each on the model before it; {count} statements "
         f"signed "
-        "by the sites' statement keys, each with the charter's noise, sampling and clipping terms",
+        "by the sites' statement keys, each with the charter's noise, sampling and clipping terms" + resumed,
     )
 
 
 def check_noise(chain: Chain) -> Outcome:
     """What nobody can prove from outside: say so, and whose word it is."""
+    charter = need(chain.charter, CHARTER)
     if not chain.rounds:
         need(None, ROUNDS)
     codes = sorted({leaf.body.agent_code for found in chain.rounds for leaf in found.statements})
     sites = sorted({leaf.body.site for found in chain.rounds for leaf in found.statements})
+    shared = ""
+    if charter.secure is not None:
+        fewest = min(len(found.statements) for found in chain.rounds)
+        shared = (
+            f"; the noise is whole only as the sum of {charter.secure.sharers} honest sites' shares: as long "
+            f"as at most {charter.secure.colluders(fewest)} of the {fewest} or more in a round "
+            "collude with the coordinator"
+        )
     return Outcome(
         word=Word.ATTESTED,
         detail=f"by the statement keys of {', '.join(sites)}: that rows were clipped and the noise was "
         f"drawn, and "
-        f"what the rows were; agent code {', '.join(code[:16] + '…' for code in codes[:4])}",
+        f"what the rows were; agent code {', '.join(code[:16] + '…' for code in codes[:4])}{shared}",
     )
 
 
@@ -102,6 +114,15 @@ def evaluation_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
         return []
     number = charter.rounds + 1
     return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == (run, number)]
+
+
+def reference_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
+    """Return the run's statements of a sketch, its last release, where the charter asks for one."""
+    charter = need(chain.charter, CHARTER)
+    if charter.serving.reference is None:
+        return []
+    wanted = (run, charter.releases)
+    return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == wanted]
 
 
 def check_statement(chain: Chain, leaf: Leaf[SiteStatement], wanted: Mapping[str, object]) -> None:
@@ -194,7 +215,9 @@ def _round(
     previous = statements[0].body.previous_round
     for statement in statements:
         _check_statement(chain, charter, run, body, statement, participants, previous)
-    return Round(leaf, statements)
+    found = Round(leaf, statements)
+    check_rosters(charter.secure, found)
+    return found
 
 
 def _check_statement(
@@ -236,10 +259,39 @@ def _check_models(initial: str, rounds: Sequence[Round]) -> None:
         participants = tuple(statement.body.site for statement in found.statements)
 
 
+def _check_resumes(chain: Chain, rounds: Sequence[Round]) -> str:
+    """Each time that the run was taken up again, it went on from where its own rounds had left it.
+
+    Raises:
+        FailError: it was taken up outside its life, at another round, or from another model.
+    """
+    charter = need(chain.charter, CHARTER)
+    started, completed = need(chain.started, LINKS), need(chain.completed, LINKS)
+    resumes = [leaf for leaf in chain.leaves(RunResumed) if leaf.body.run == started.body.run]
+    for leaf in resumes:
+        body, entry = leaf.body, leaf.index
+        if not started.index < entry < completed.index:
+            raise FailError("verify.order", "the run was resumed before it began or after it ended", entry)
+        done = [found for found in rounds if found.leaf.index < entry]
+        wanted = {
+            "charter": charter.digest,
+            "round": len(done) + 1,
+            "previous_round": done[-1].leaf.leaf_hash if done else ZERO_DIGEST,
+            "base_model": done[-1].leaf.body.output_model if done else started.body.initial_model,
+        }
+        for field, value in wanted.items():
+            expect(getattr(body, field), value, code="run.resumed", field=field, entry=entry)
+    if not resumes:
+        return ""
+    rounds_text = ", ".join(str(leaf.body.round) for leaf in resumes[:8])
+    return f"; taken up again {len(resumes)} times, at round {rounds_text}, each from the model before it"
+
+
 def _check_nothing_besides(chain: Chain, run: str, rounds: Sequence[Round]) -> None:
     known = {found.leaf.index for found in rounds}
     known |= {statement.index for found in rounds for statement in found.statements}
     known |= {leaf.index for leaf in evaluation_statements(chain, run)}
+    known |= {leaf.index for leaf in reference_statements(chain, run)}
     for leaf in chain.leaves(RoundCompleted):
         if leaf.body.run == run and leaf.index not in known:
             raise FailError(

@@ -99,15 +99,15 @@ def sigma_grid(*, noise_multiplier: float | Decimal | Fraction, sensitivity: int
     return sigma
 
 
-def sum_limit(*, grid_bits: int, sigma: int, steps: int) -> int:
-    """Return the largest magnitude of a coordinate for which `steps` noisy sums fit in int64.
+def sum_limit(*, grid_bits: int, sigma: int, steps: int, sites: int = 1) -> int:
+    """Return the largest magnitude of a coordinate with which `steps` noisy sums of `sites` fit in int64.
 
     The noise sampler cannot pass 43 (sigma + 1).
 
     Raises:
         GridOverflowError: fewer than MAX_ROWS clipped rows would fit.
     """
-    limit = (2**63 - 1) // steps - 44 * (sigma + 1)
+    limit = (2**63 - 1) // (steps * sites) - 44 * (sigma + 1)
     if limit < MAX_ROWS * 2 ** (grid_bits + 1):
         raise GridOverflowError(grid_bits=grid_bits, sigma_grid=sigma)
     return limit

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.bookkeeping import ClippedGradient
 from clients.dp.errors import ShapeError, TermsError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
@@ -48,6 +49,9 @@ class MechanismTerms:
     normaliser: float | Decimal | None = None  # nominal rows * sample_rate; required when local_steps > 1
     proximal: float | Decimal = 0  # FedProx's mu: each local step is also drawn back towards the base model
     rows_per_unit: int = 1  # rows one person may have; each is clipped to C / rows_per_unit, a person to C
+    sharers: int = 0  # how many sites' noise together makes sigma_grid; 0: this site's alone does
+    summed_sites: int = 1  # how many sites' releases are added up in 64 bits
+    max_update_norm: float | Decimal | None = None  # what the whole sum is clipped to, in gradient units
 
     def __post_init__(self) -> None:
         sampling_of(self.sample_rate)
@@ -72,6 +76,12 @@ class MechanismTerms:
         pull = float(self.proximal) * float(self.local_learning_rate or 1)
         if not 0 <= pull <= 1:
             raise TermsError("proximal", self.proximal, "give 0 to 1 / local_learning_rate")
+        if self.sharers < 0 or (self.sharers and self.local_steps > 1):
+            raise TermsError("sharers", self.sharers, "give 0, or a count with local_steps 1")
+        if self.max_update_norm is not None and not (
+            self.max_update_norm > 0 and math.isfinite(self.max_update_norm) and self.local_steps == 1
+        ):
+            raise TermsError("max_update_norm", self.max_update_norm, "give a positive number, in one step")
         self.sigma_grid(1)
 
     @property
@@ -91,6 +101,23 @@ class MechanismTerms:
             noise_multiplier=self.noise_multiplier, sensitivity=self.sensitivity_grid(dimension)
         )
 
+    def share_grid(self, dimension: int) -> int:
+        """Return the noise parameter of what this site draws itself: sigma_grid where it does not share."""
+        sigma = self.sigma_grid(dimension)
+        return share_grid(sigma, self.sharers) if self.sharers else sigma
+
+    def site_sensitivity_grid(self, dimension: int) -> int:
+        """Return the bound, in grid units, on the length of the whole sum; 0 where there is none."""
+        if self.max_update_norm is None:
+            return 0
+        return site_sensitivity_grid(
+            grid_bits=self.grid_bits,
+            max_grad_norm=Decimal(str(self.max_grad_norm)),
+            max_update_norm=Decimal(str(self.max_update_norm)),
+            dimension=dimension,
+            precision=self.precision,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
@@ -106,6 +133,8 @@ class Release:
     grid_bits: int
     max_grad_norm: float | Decimal
     relation: Relation
+    share_grid: int
+    site_sensitivity_grid: int
 
 
 class Mechanism:
@@ -141,7 +170,11 @@ class Mechanism:
         self.dimension = self._gradient.dimension
         self.sensitivity_grid = terms.sensitivity_grid(self.dimension)
         self.sigma_grid = terms.sigma_grid(self.dimension)
-        self._limit = sum_limit(grid_bits=terms.grid_bits, sigma=self.sigma_grid, steps=1)
+        self.share_grid = terms.share_grid(self.dimension)
+        self.site_sensitivity_grid = terms.site_sensitivity_grid(self.dimension)
+        self._limit = sum_limit(
+            grid_bits=terms.grid_bits, sigma=self.share_grid, steps=1, sites=terms.summed_sites
+        )
         random = SecureRandom() if random is None else random
         self._coins, self._noise = random.child("coins"), random.child("noise")
         self._recorder = recorder
@@ -200,6 +233,8 @@ class Mechanism:
             grid_bits=terms.grid_bits,
             max_grad_norm=terms.max_grad_norm,
             relation=terms.relation,
+            share_grid=self.share_grid,
+            site_sensitivity_grid=self.site_sensitivity_grid,
         )
         self._record("release", release)
         return release
@@ -209,9 +244,9 @@ class Mechanism:
         if chosen is not None:
             index = torch.from_numpy(chosen)
             inputs, targets = inputs[index], targets[index]
-        total = self._to_grid(self._gradient(inputs, targets))
+        total = self._to_grid(self._bounded(self._gradient(inputs, targets)))
         self._record("inside.sum", total)
-        noise = self._noise.discrete_gaussian(self.sigma_grid, self.dimension)
+        noise = self._noise.discrete_gaussian(self.share_grid, self.dimension)
         self._record("inside.noise", noise)
         return total + noise
 
@@ -235,6 +270,18 @@ class Mechanism:
         finally:
             self._set(base)
         return self._to_grid(weights - base)
+
+    def _bounded(self, total: Tensor) -> Tensor:
+        """Return the sum drawn back into the ball of max_update_norm.
+
+        That is the nearest point of a convex set, so it brings neighbouring sums no further apart.
+        """
+        bound = self.terms.max_update_norm
+        if bound is None:
+            return total
+        values = total.to(torch.float64)
+        norm = float(torch.linalg.vector_norm(values))
+        return values if norm <= float(bound) else values * (float(bound) / norm)
 
     def _to_grid(self, values: Tensor) -> NDArray[np.int64]:
         """Return values * scale, rounded to whole numbers and held within what int64 takes with noise."""

@@ -3,6 +3,7 @@
 membership.json   where the coordinator is, its log's key, the invitation's hash, the node key's end
 ca.pem            the CA that the invitation pinned
 node.key          the key that the SuperNode authenticates with (P-384, OpenSSH)
+task.secret       what the relay shows to the SuperNode, so that nobody else on the machine is given a task
 """
 
 from __future__ import annotations
@@ -68,9 +69,14 @@ class NetworkFolder:
         return self.folder / "run"
 
     @property
-    def relay(self) -> Path:
-        """The warm relay's socket."""
-        return self.sockets / "relay"
+    def bell(self) -> Path:
+        """Where the SuperNode rings for the relay."""
+        return self.sockets / "bell"
+
+    @property
+    def task_secret(self) -> Path:
+        """What the relay shows to the SuperNode for each task."""
+        return self.folder / "task.secret"
 
     @property
     def pid_file(self) -> Path:

@@ -1,13 +1,13 @@
-"""The processes of `affidavit site up`: the agent, the SuperNode that calls it, the witness's watch.
+"""The processes of `affidavit site up`: the agent, the SuperNode, the relay between, the witness's watch.
 
 All connections go out. The agent is reached by a Unix socket in a folder of the site's own user.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Final
 
 from audit._files import write_durably
+from clients.agent_place import PLACE, RUN
 from clients.errors import ClientsError, HomeError
 from clients.home import SiteHome
+from clients.identity import STATEMENT_KEY
 from clients.network.joining import needs_rotation, rotate_keys
 from clients.network.membership import NetworkFolder, network_folder
-from clients.network.warm_relay import STUB, write_stub
 from federation.network.errors import NetworkError
 from federation.network.supervisor import Part, PartEvent, Supervisor
 
@@ -30,8 +31,51 @@ WATCH_S: Final = 10.0
 SUPERNODE_WAITS_S: Final = (1.0, 10.0)  # after a kill, SuperLink refuses a node for up to a minute
 
 
-def site_parts(home: SiteHome, base: Path) -> list[Part]:
-    """Return the agent, the SuperNode and the watch of a site that was approved.
+class Watched:
+    """Files that parts read when they start: another content means a restart of those parts."""
+
+    def __init__(self, *paths: Path) -> None:
+        """The first of `paths` has to be there for a part to start at all."""
+        self._paths = paths
+        self._started: dict[str, tuple[int, ...]] = {}
+
+    def begin(self, name: str) -> Callable[[], bool]:
+        """Return whether `name` can start; asked just before it does."""
+
+        def may_begin() -> bool:
+            self._started[name] = self._stamps()
+            return self._started[name][0] > 0
+
+        return may_begin
+
+    def outdated(self) -> tuple[str, ...]:
+        """Return the parts that started under other files than there are now."""
+        now = self._stamps()
+        return tuple(name for name, then in self._started.items() if then[0] > 0 and then != now)
+
+    def _stamps(self) -> tuple[int, ...]:
+        return tuple(_stamp(path) for path in self._paths)
+
+
+def _stamp(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def agent_of(home: SiteHome) -> int | None:
+    """Return the process of the site's agent, None where none answers."""
+    try:
+        place = json.loads((home.path / RUN / PLACE).read_bytes())
+        os.kill(place["pid"], 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return int(place["pid"])
+
+
+def site_parts(home: SiteHome, base: Path, trust: Watched, node: Watched) -> list[Part]:
+    """Return the agent, the SuperNode, its relay and the watch of a site that was approved.
 
     Raises:
         NotJoinedError: it belongs nowhere.
@@ -39,40 +83,35 @@ def site_parts(home: SiteHome, base: Path) -> list[Part]:
     folder = network_folder(home.path)
     membership = folder.read()
     folder.sockets.mkdir(parents=True, exist_ok=True, mode=0o700)
-    policy = home.path / "policy.txt"
+    port = _free_port()
     return [
         Part(
             name="agent",
             command=_agent_command(home, base, folder),
             ready=(folder.sockets / f"{home.name}.sock").exists,
-            begin=policy.is_file,
-        ),
-        Part(
-            name="relay",
-            command=[
-                *(sys.executable, "-P", "-m", "clients.network.warm_relay", str(folder.relay)),
-                *("--agent", f"unix:{folder.sockets.absolute()}", "--site", home.name),
-                *("--scratch", str(folder.folder / "scratch")),
-            ],
-            environment=relay_environment(folder, home.name),
-            ready=folder.relay.exists,
+            begin=trust.begin("agent"),
+            after=(),
         ),
         Part(
             name="supernode",
-            command=[
-                *(sys.executable, "-P", "-m", "clients.network.supernode"),
-                *("--superlink", membership.address, "--root-certificates", str(folder.ca)),
-                *("--auth-supernode-private-key", str(folder.node_key)),
-                *("--host", "127.0.0.1", "--port", str(_free_port())),
-                *("--node-config", f'site="{home.name}" agent="unix:{folder.sockets.absolute()}"'),
-            ],
-            environment=relay_environment(folder, home.name),
+            command=supernode_command(folder, membership.address, home.name, port),
+            environment=flower_environment(folder),
+            begin=node.begin("supernode"),
             backoff_s=SUPERNODE_WAITS_S,
+            after=(),
+        ),
+        Part(
+            name="relay",
+            command=relay_command(folder, home.name, port),
+            environment=flower_environment(folder),
+            ready=folder.bell.exists,
+            after=(),
         ),
         Part(
             name="watch",
             command=[sys.executable, "-P", "-m", "clients.network.watching", str(home.path)],
-            begin=policy.is_file,
+            begin=trust.begin("watch"),
+            after=(),
         ),
     ]
 
@@ -82,29 +121,46 @@ def _agent_command(home: SiteHome, base: Path, folder: NetworkFolder) -> list[st
     return [*affidavit, "site", "agent", home.name, "--run", str(folder.sockets), "--home", str(base)]
 
 
-def relay_environment(folder: NetworkFolder, site: str) -> dict[str, str]:
-    """Return what the SuperNode's process sees; nothing of it is secret.
+def supernode_command(folder: NetworkFolder, address: str, site: str, port: int) -> list[str]:
+    """Return Flower's SuperNode, which gives its tasks to the relay alone."""
+    return [
+        *(sys.executable, "-P", "-m", "clients.network.supernode"),
+        *("--superlink", address, "--root-certificates", str(folder.ca)),
+        *("--auth-supernode-private-key", str(folder.node_key)),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(_task_secret(folder))),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--node-config", f'site="{site}" agent="unix:{folder.sockets.absolute()}"'),
+    ]
 
-    Where this installation confines bundles (`clients.launcher`), a cold start does so too.
-    """
-    flower, own = folder.folder / "flower", Path(sys.executable).parent
+
+def relay_command(folder: NetworkFolder, site: str, port: int) -> list[str]:
+    """Return the relay that takes the tasks of the SuperNode on `port`."""
+    return [
+        *(sys.executable, "-P", "-m", "clients.network.warm_relay", str(folder.bell)),
+        *("--agent", f"unix:{folder.sockets.absolute()}", "--site", site),
+        *("--scratch", str(folder.folder / "scratch")),
+        *("--runtime-api-address", f"127.0.0.1:{port}", "--secret-file", str(_task_secret(folder))),
+    ]
+
+
+def flower_environment(folder: NetworkFolder) -> dict[str, str]:
+    """Return what the SuperNode's process and the relay's see; nothing of it is secret."""
+    flower = folder.folder / "flower"
     flower.mkdir(parents=True, exist_ok=True, mode=0o700)
-    cold = own / STUB
-    if importlib.util.find_spec("clients.launcher") is not None:
-        launcher = importlib.import_module("clients.launcher")
-        agent = f"unix:{folder.sockets.absolute()}"
-        cold = launcher.install_stub(
-            folder.folder / "bin" / "cold", agent=agent, site=site, scratch=folder.folder / "scratch"
-        )
-    stub = write_stub(folder.folder / "bin", folder.relay, cold)
     return {
-        "PATH": os.pathsep.join((str(stub.parent.absolute()), str(own), os.environ.get("PATH", ""))),
         "FLWR_HOME": str(flower.absolute()),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+        "AFFIDAVIT_RELAY_BELL": str(folder.bell.absolute()),
     }
+
+
+def _task_secret(folder: NetworkFolder) -> Path:
+    """The secret that the relay shows to the SuperNode, made once."""
+    if not folder.task_secret.exists():
+        write_durably(folder.task_secret, secrets.token_hex(32).encode())
+    return folder.task_secret
 
 
 def carry_out(
@@ -119,26 +175,24 @@ def carry_out(
     folder = network_folder(home.path)
     folder.read()
     _claim(folder)
-    due, seen = time.monotonic(), _stamp(home)
+    due, node = time.monotonic(), Watched(folder.node_key, folder.ca)
+    trust = Watched(home.path / "policy.txt", home.path / "keys" / STATEMENT_KEY)
 
     def tick() -> None:
-        nonlocal due, seen
-        if _stamp(home) != seen:
-            seen = _stamp(home)
-            for name in ("agent", "watch"):
-                supervisor.restart(name)
+        nonlocal due
+        for name in (*trust.outdated(), *node.outdated()):
+            supervisor.restart(name)
         if time.monotonic() < due:
             return
         due = time.monotonic() + CHECK_S
         if needs_rotation(folder):
             try:
                 rotate_keys(home)
-                supervisor.restart("supernode")
                 on_warning("the node key was exchanged for a new one")
             except (ClientsError, NetworkError) as error:
                 on_warning(f"the node key ends {folder.read().node_expires} and was not exchanged: {error}")
 
-    supervisor = Supervisor(site_parts(home, base), folder.logs, on_event=on_event, tick=tick)
+    supervisor = Supervisor(site_parts(home, base, trust, node), folder.logs, on_event=on_event, tick=tick)
     supervisor.install_signals()
     try:
         supervisor.run()
@@ -178,13 +232,6 @@ def _claim(folder: NetworkFolder) -> None:
             folder.pid_file, f"the site is up already, as process {pid}", "`affidavit site down` first"
         )
     write_durably(folder.pid_file, str(os.getpid()).encode())
-
-
-def _stamp(home: SiteHome) -> int:
-    try:
-        return (home.path / "policy.txt").stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
 
 
 def _free_port() -> int:

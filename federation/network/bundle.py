@@ -33,6 +33,8 @@ clientapp = "clients.client_app:app"
 home = ""
 signer-home = ""
 run = ""
+principal = ""
+hold-s = 10.0
 poll-s = 0.05
 discovery-s = 30.0
 """

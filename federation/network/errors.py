@@ -66,6 +66,12 @@ class ProcessError(NetworkError):
     code = "network.process"
 
 
+class NotCarriedOutError(NetworkError):
+    """Nobody carries the run out now; it has no end in the log and can be resumed."""
+
+    code = "network.not_carried_out"
+
+
 class RunControlError(NetworkError):
     """A run cannot be submitted, found or stopped."""
 

@@ -31,7 +31,7 @@ class NetworkSettings(BaseModel, frozen=True, extra="forbid"):
     body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     requests_per_s: Annotated[float, Field(gt=0)] = 60.0  # a node
     burst: Annotated[int, Field(ge=1)] = 400
-    superexec_poll_s: Annotated[float, Field(gt=0, le=10)] = 0.25
+    superexec_poll_s: Annotated[float, Field(gt=0, le=10)] = 0.5
 
     @property
     def address(self) -> str:
@@ -76,6 +76,11 @@ class NetworkHome:
                 f"{coordinator_home}: has no network part; run `affidavit coordinator init` first"
             )
         return home
+
+    @classmethod
+    def exists(cls, coordinator_home: Path) -> bool:
+        """Whether `coordinator init` was run there."""
+        return (coordinator_home / "network" / FILE).is_file()
 
     def settings(self) -> NetworkSettings:
         """Read the settings.

@@ -12,13 +12,13 @@ from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import RunFailedError
 from federation.network.bundle import build_bundle
 from federation.network.control import SuperLinkControl
-from federation.network.errors import NetworkError, RunControlError
+from federation.network.errors import NetworkError, NotCarriedOutError, RunControlError
 from federation.network.settings import NetworkHome
 from federation.progress import Listener
 from federation.run_journal import RunJournal
 from federation.service import RunConfig
 
-POLL_S: Final = 0.1  # between the ServerApp's looks for replies
+POLL_S: Final = 0.02  # between the ServerApp's looks for replies, each of which waits for a bell
 DISCOVERY_S: Final = 90.0  # a restarted SuperNode is refused for up to a minute
 STATUS_EVERY_S: Final = 3.0
 LOST_S: Final = 20.0  # SuperLink says finished and the log shows no end
@@ -44,28 +44,34 @@ def submit(coordinator: Coordinator, config: RunConfig) -> int:
 
 
 def network_launch(coordinator: Coordinator, on_event: Listener | None = None) -> Callable[[RunConfig], None]:
-    """Return what `federation.service.train` calls to carry a run out over the network."""
+    """Return what `federation.service.train` and `resume` call to carry a run out over the network."""
 
     def launch(config: RunConfig) -> None:
+        _, after = RunJournal(coordinator.home, config["run"]).read()
         number = submit(coordinator, config)
-        follow(coordinator, config["run"], number, on_event)
+        follow(coordinator, config["run"], number, on_event, after=after)
 
     return launch
 
 
-def follow(coordinator: Coordinator, run: str, number: int, on_event: Listener | None = None) -> None:
-    """Pass the run's events on until it ended.
+def follow(
+    coordinator: Coordinator, run: str, number: int, on_event: Listener | None = None, *, after: int = 0
+) -> None:
+    """Pass the run's events behind byte `after` of its journal on until it ended.
 
     Raises:
-        RunFailedError: it failed, or its ServerApp went without a word.
+        RunFailedError: it failed.
+        NotCarriedOutError: it was not taken up, or its ServerApp went without a word; it can be resumed.
     """
     journal, control = RunJournal(coordinator.home, run), control_of(coordinator)
-    after, looked, gone = 0, time.monotonic(), 0.0
+    looked, gone = time.monotonic(), 0.0
     while True:
         events, after = journal.read(after)
         for event in events:
             if on_event is not None:
                 on_event(event)
+            if event.kind == "not_resumed":
+                raise NotCarriedOutError(event.detail)
         ended = end_of(coordinator.ledger, run)
         if isinstance(ended, RunCompleted):
             return
@@ -76,8 +82,9 @@ def follow(coordinator: Coordinator, run: str, number: int, on_event: Listener |
             looked = now
             gone = _gone_since(control, number, gone, now)
             if gone and now - gone > LOST_S:
-                raise RunFailedError(
-                    run, 0, "coordinator_error", "the ServerApp is gone and the run has no end in the log"
+                raise NotCarriedOutError(
+                    f"run {run}: its ServerApp is gone and the log has no end of it; "
+                    f"go on with `affidavit runs resume {run[:12]}`"
                 )
         time.sleep(0.1)
 

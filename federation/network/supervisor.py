@@ -1,4 +1,4 @@
-"""Processes that belong together: started in order, restarted with back-off, stopped in one go.
+"""Processes that belong together: started in their order, restarted with back-off, stopped in one go.
 
 Each is the leader of a process group of its own, so that what it starts goes with it; and each dies with the
 supervisor even when that is killed. Output goes to one file a process, kept between restarts.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -36,6 +37,7 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
     ready: Callable[[], bool] | None = None
     begin: Callable[[], bool] | None = None  # started only once this says so
+    after: tuple[str, ...] | None = None  # started once these are ready; None: all that come before it
     backoff_s: tuple[float, float] = (0.5, 15.0)  # first, longest
 
 
@@ -97,7 +99,7 @@ class Supervisor:
         }
 
     def run(self) -> None:
-        """Start the parts in order, each when the one before is ready, and keep them up.
+        """Start the parts, each when those it comes after are ready, and keep them up.
 
         Raises:
             ProcessError: the folder of logs cannot be used, or a command does not exist.
@@ -119,29 +121,36 @@ class Supervisor:
 
     def _step(self) -> None:
         now = time.monotonic()
+        before: list[str] = []
         for running in self._running.values():
+            part = running.part
+            needed = tuple(before) if part.after is None else part.after
+            before.append(part.name)
             if running.restart:
                 running.restart = False
                 self._terminate(running)
                 running.due = 0.0
             if running.process is None:
-                if now < running.due:
-                    return
-                if running.part.begin is not None and not running.part.begin():
+                if now < running.due or not all(self._holds_nobody_up(name) for name in needed):
+                    continue
+                if part.begin is not None and not part.begin():
                     if not running.told_waiting:
                         running.told_waiting = True
-                        self._on_event(PartEvent(kind="waiting", name=running.part.name))
-                    continue  # a part that waits for people holds nobody up
+                        self._on_event(PartEvent(kind="waiting", name=part.name))
+                    continue
                 self._start(running)
             status = running.process.poll() if running.process is not None else None
             if status is not None:
                 self._exited(running, status, now)
-            elif not running.is_ready and (running.part.ready is None or running.part.ready()):
+            elif not running.is_ready and (part.ready is None or part.ready()):
                 running.is_ready = True
                 pid = running.process.pid if running.process is not None else 0
-                self._on_event(PartEvent(kind="ready", name=running.part.name, pid=pid))
-            if not running.is_ready:
-                return
+                self._on_event(PartEvent(kind="ready", name=part.name, pid=pid))
+
+    def _holds_nobody_up(self, name: str) -> bool:
+        """Whether those that come after it may start: it is ready, or waits for people."""
+        running = self._running[name]
+        return running.is_ready or (running.process is None and running.told_waiting)
 
     def _start(self, running: _Running) -> None:
         part = running.part
@@ -154,7 +163,7 @@ class Supervisor:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **part.environment},
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=_begin_child,
                 )
             except OSError as error:
                 raise ProcessError(
@@ -210,5 +219,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
+def _begin_child() -> None:
+    """In the child: die with the supervisor, and leave no core dump, whose memory may hold keys."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -32,7 +32,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.run_pb2 import GetRunRequest
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message
 
 from audit.membership import NODE_REFUSALS
 from federation.network.pki import node_fingerprint, node_key_text
@@ -119,23 +119,32 @@ class FleetGate:
             InvalidSignature, UnsupportedAlgorithm,
         ) as error:  # fmt: skip
             raise NodeRefusedError("") from error
-        member, fingerprint = self._roster.of_node_key(node_key), node_fingerprint(node_key)
-        if member is None:
-            raise NodeRefusedError("unregistered", fingerprint=fingerprint)
-
-        def refuse(reason: str) -> NodeRefusedError:
-            return NodeRefusedError(reason, site=member.site, fingerprint=fingerprint)
-
-        standing = member.standing(self._clock())
-        if standing in ("revoked", "left", "expired"):
-            raise refuse(standing)
-        if standing != "approved" or member.node_key != node_key:
-            raise refuse("unregistered")
+        site, fingerprint = self._standing(node_key), node_fingerprint(node_key)
         if not -NEWEST_S < age < OLDEST_S or not self._once.is_new(
             hashlib.sha256(node_key.encode() + timestamp.encode()).digest()
         ):
-            raise refuse("replayed")
-        return NodeIdentity(site=member.site, node_key=node_key, pem=pem, fingerprint=fingerprint)
+            raise NodeRefusedError("replayed", site=site, fingerprint=fingerprint)
+        return NodeIdentity(site=site, node_key=node_key, pem=pem, fingerprint=fingerprint)
+
+    def check_standing(self, node: NodeIdentity) -> None:
+        """Prove that the node's site still belongs, for a request that has waited.
+
+        Raises:
+            NodeRefusedError: it does not any more.
+        """
+        self._standing(node.node_key)
+
+    def _standing(self, node_key: str) -> str:
+        """Return the approved site whose present key this is."""
+        member, fingerprint = self._roster.of_node_key(node_key), node_fingerprint(node_key)
+        if member is None:
+            raise NodeRefusedError("unregistered", fingerprint=fingerprint)
+        standing = member.standing(self._clock())
+        if standing in ("revoked", "left", "expired"):
+            raise NodeRefusedError(standing, site=member.site, fingerprint=fingerprint)
+        if standing != "approved" or member.node_key != node_key:
+            raise NodeRefusedError("unregistered", site=member.site, fingerprint=fingerprint)
+        return member.site
 
     def check_body(self, path: str, node: NodeIdentity, body: bytes) -> None:
         """Prove that the body speaks for the node that signed.

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -27,6 +28,7 @@ from audit.errors import AuditError
 from federation.network.membership import Membership
 from server.network.directory import NodeDirectory
 from server.network.fleet import FLEET, FleetGate, NodeRefusedError
+from server.network.holding import PullHold
 from server.network.joining import Joining, JoinProblem
 from server.network.limits import RateLimit
 
@@ -38,6 +40,9 @@ LOG_READS: Final = frozenset({"/v1/audit/checkpoint", "/v1/audit/consistency"})
 LOG_TILES: Final = "/v1/audit/tile/"
 COSIGNATURES: Final = "/v1/audit/cosignatures"
 COSIGNATURE_BYTES: Final = 16 << 10
+PULL: Final = "/v1/fleet/pull-messages"
+PUSH: Final = "/v1/fleet/push-messages"
+PUSH_PART: Final = "/v1/fleet/push-object"
 UPSTREAM_S: Final = 60.0
 STRANGER_PER_S: Final = 5.0
 STRANGER_BURST: Final = 60
@@ -71,7 +76,9 @@ class Gateway:
         api: httpx.AsyncClient,
         ca_pem: bytes,
         limits: Limits,
+        bell: Path | None = None,
     ) -> None:
+        """`bell`: where the ServerApps ring when they have sent something."""
         self._membership, self._directory = membership, directory
         self._superlink, self._api = superlink, api
         self._limits = limits
@@ -79,6 +86,7 @@ class Gateway:
         self._joining = Joining(membership, ca_pem)
         self._node_rate = RateLimit(limits.requests_per_s, limits.burst)
         self._stranger_rate = RateLimit(STRANGER_PER_S, STRANGER_BURST)
+        self._bell, self._hold = bell, PullHold()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -127,7 +135,20 @@ class Gateway:
         self._gate.check_body(path, node, body)
         passed = {name: headers[name] for name in PASSED_HEADERS if name in headers}
         passed |= {name: value for name, value in headers.items() if name.startswith("flwr-")}
+        hold, rings = self._hold, self._hold.rings
+        if path == PULL:
+            if not await hold.wait(node.node_key, receive):
+                raise _GoneError
+            self._gate.check_standing(node)
+            rings = hold.rings
         reply = await self._superlink.post(path, content=body, headers=passed, timeout=UPSTREAM_S)
+        if reply.status_code == 200:
+            if path == PULL:
+                hold.answered(node.node_key, rings, reply.content)
+            elif path == PUSH:
+                hold.reply_begun(node.node_key, reply.content)
+            elif path == PUSH_PART:
+                hold.reply_part(node.node_key)
         await respond(send, reply)
 
     async def _join(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -177,8 +198,11 @@ class Gateway:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self._directory.start()
+                if self._bell is not None and not self._hold.start(self._bell):
+                    _logger.warning("no bell at %s; SuperNodes look by themselves", self._bell)
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
+                self._hold.stop()
                 await to_thread.run_sync(self._directory.stop)
                 await self._superlink.aclose()
                 await self._api.aclose()

@@ -18,6 +18,7 @@ from audit.ledger import Ledger
 from audit.location import log_location
 from federation.network.control import SuperLinkControl
 from federation.network.membership import Membership
+from federation.network.ringing import GATEWAY, bells_folder
 from federation.network.settings import NetworkHome
 from server.network.directory import NodeDirectory
 from server.network.gateway import Gateway, Limits
@@ -40,6 +41,7 @@ def build_gateway(home: Path, ledger: Ledger) -> Gateway:
         superlink=httpx.AsyncClient(base_url=f"https://{settings.superlink}", verify=context),
         api=httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.api_port}"),
         ca_pem=pki.ca.read_bytes(),
+        bell=bells_folder(home) / GATEWAY,
         limits=Limits(
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_s,

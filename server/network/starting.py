@@ -28,7 +28,7 @@ QUIET: Final = {
 
 
 def coordinator_parts(base: Path) -> list[Part]:
-    """Return SuperLink, the SuperExec that runs ServerApps, the API and the gateway, in order of start.
+    """Return SuperLink, the SuperExec that runs ServerApps, the API and the gateway, which comes last.
 
     Args:
         base: the folder that holds the coordinator's and the signer's homes.
@@ -68,12 +68,14 @@ def coordinator_parts(base: Path) -> list[Part]:
             command=superlink,
             environment=flower,
             ready=tls_answers("127.0.0.1", settings.superlink_port, network.pki.inner_ca),
+            after=(),
         ),
-        Part(name="superexec", command=superexec, environment=flower),
+        Part(name="superexec", command=superexec, environment=flower, after=("superlink",)),
         Part(
             name="api",
             command=[*affidavit, "serve", "--host", "127.0.0.1", "--port", str(settings.api_port), *home],
             ready=http_answers(f"http://127.0.0.1:{settings.api_port}/healthz"),
+            after=(),
         ),
         Part(
             name="gateway",

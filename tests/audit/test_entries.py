@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 
 import pytest
 
@@ -127,7 +127,7 @@ def test_a_missing_envelope_field_is_refused(leaf: bytes, name: str) -> None:
         decode_entry(canonical_bytes(document))
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(SiteStatement)])
+@pytest.mark.parametrize("name", [f.name for f in fields(SiteStatement) if f.default is MISSING])
 def test_a_missing_body_field_is_refused(leaf: bytes, name: str) -> None:
     document = json.loads(leaf)
     del document["body"][name]

@@ -84,9 +84,9 @@ def test_forwarded_for_does_not_make_anybody_the_proxy(lab, bound):
 def test_serving_command_takes_no_peer_from_headers():
     from pathlib import Path
 
-    import server.commands as commands
+    from server import workers
 
-    assert "proxy_headers=False" in Path(commands.__file__).read_text(encoding="utf-8")
+    assert "proxy_headers=False" in Path(workers.__file__).read_text(encoding="utf-8")
 
 
 def test_off_by_default(client, lab, bound):

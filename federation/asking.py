@@ -1,0 +1,142 @@
+"""One question to several sites, asked again until each has answered or the time is up.
+
+A message can be lost with the process that had it, and a site's agent, relay or node can be on its way back
+after a crash. So a question is repeated at half time to who is silent, at once to a node that came back
+since, and after a growing pause to who reports trouble: a node that is away, a relay without its agent. An
+agent answers the same question with the same bytes, so a repetition costs nothing. Trouble is an answer only
+when it lasts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Final
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+TROUBLE: Final = frozenset({"internal_error", "rate_limited"})
+_FIRST_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 8.0
+_LOOK_AT_NODES_S: Final = 2.0
+
+
+@dataclass(slots=True)
+class _Question:
+    site: str
+    node_id: int
+    message: Callable[[], Message]
+    asked: float = 0.0  # time.time() of the last push: nodes' times are compared with it
+    pause_s: float = _FIRST_PAUSE_S
+    due: float | None = None  # monotonic; when to ask again
+    trouble: Message | None = None
+
+
+class Asking:
+    """The open questions of one round, or of one step of a preparation."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        site_of: Callable[[Message], str | None],
+        is_trouble: Callable[[Message], bool],
+        poll_s: float,
+        timeout_s: float,
+        trouble_s: float,
+    ) -> None:
+        """`trouble_s`: for how long a site that reports trouble is asked again."""
+        self._grid, self._site_of, self._is_trouble = grid, site_of, is_trouble
+        self._poll_s, self._timeout_s, self._trouble_s = poll_s, timeout_s, trouble_s
+        self._open: dict[str, _Question] = {}
+        self._ids: set[str] = set()
+
+    def ask(
+        self, messages: Mapping[str, Message], again: Callable[[str], Message]
+    ) -> Iterator[tuple[str, Message]]:
+        """Yield (site, reply) as answers come, each site once; `again(site)` makes its message anew."""
+        self._open = {
+            site: _Question(site, message.metadata.dst_node_id, partial(again, site))
+            for site, message in messages.items()
+        }
+        self._push([(self._open[site], message) for site, message in messages.items()])
+        began = looked = time.monotonic()
+        half = began + self._timeout_s / 2
+        while self._open:
+            found = list(self._grid.pull_messages(self._ids)) if self._ids else []
+            for reply in found:
+                self._ids.discard(reply.metadata.reply_to_message_id)
+                site = self._site_of(reply)
+                if site in self._open and self._is_answer(self._open[site], reply, began):
+                    del self._open[site]
+                    yield site, reply
+            now = time.monotonic()
+            if now >= began + self._timeout_s:
+                break
+            if now >= half:
+                half = began + 2 * self._timeout_s
+                self._hurry(list(self._open.values()), now)
+            if now - looked >= _LOOK_AT_NODES_S:
+                looked = now
+                self._hurry(self._came_back(), now)
+            self._push_due(now)
+            if not found:
+                time.sleep(self._poll_s)
+        for question in list(self._open.values()):
+            if question.trouble is not None:
+                yield question.site, question.trouble
+
+    def _is_answer(self, question: _Question, reply: Message, began: float) -> bool:
+        if not self._is_trouble(reply):
+            return True
+        question.trouble = reply
+        now = time.monotonic()
+        question.due = now + question.pause_s
+        question.pause_s = min(2 * question.pause_s, _LONGEST_PAUSE_S)
+        return question.due >= began + min(self._trouble_s, self._timeout_s)
+
+    def _hurry(self, questions: list[_Question], now: float) -> None:
+        for question in questions:
+            question.due = now
+
+    def _push_due(self, now: float) -> None:
+        due = [
+            question for question in self._open.values() if question.due is not None and question.due <= now
+        ]
+        if due:
+            self._push([(question, question.message()) for question in due])
+
+    def _push(self, asked: list[tuple[_Question, Message]]) -> None:
+        if not asked:
+            return
+        moment = time.time()
+        pushed = list(self._grid.push_messages([message for _, message in asked]))
+        for (question, _), name in zip(asked, pushed, strict=False):
+            question.asked, question.due = moment, None
+            if name:
+                self._ids.add(name)
+            else:  # not taken: the node is not known at the moment
+                question.due = time.monotonic() + question.pause_s
+                question.pause_s = min(2 * question.pause_s, _LONGEST_PAUSE_S)
+
+    def _came_back(self) -> list[_Question]:
+        """Return the questions whose node was activated after they were asked: what it had is lost."""
+        nodes = {node.node_id: _seconds(node.last_activated_at) for node in self._grid.get_nodes()}
+        return [
+            question
+            for question in self._open.values()
+            if question.due is None and nodes.get(question.node_id, 0.0) > question.asked
+        ]
+
+
+def _seconds(stamp: str) -> float:
+    """Return a node's ISO time as POSIX seconds, 0 where it has none."""
+    try:
+        moment = datetime.fromisoformat(stamp)
+    except ValueError:
+        return 0.0
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -1,0 +1,32 @@
+"""Where a run stands between two rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from audit.entries import ZERO_DIGEST, SiteStatement
+from audit.secure_bodies import RoundOpened
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedRelease:
+    """A site's signed release as the log holds it."""
+
+    statement: SiteStatement
+    leaf_index: int
+    leaf_hash: str
+
+
+@dataclass(slots=True)
+class RunState:
+    """What the next round is built on. `logged` and `silent` are of a round that was broken off."""
+
+    participants: tuple[str, ...]
+    base_model: bytes
+    previous_round: str = ZERO_DIGEST  # leaf hash
+    round_leaf: int | None = None
+    own_leaf: dict[str, int] = field(default_factory=dict)  # by site, of its last release
+    outputs: list[list[float]] = field(default_factory=list)  # of the last rounds, to be averaged
+    logged: dict[str, LoggedRelease] = field(default_factory=dict)  # releases that need not be asked for
+    opened: RoundOpened | None = None  # the masked round's sum, where it was opened already
+    silent: set[str] = field(default_factory=set)  # sites that are not asked: written off, or not there

@@ -1,0 +1,268 @@
+"""The coordinator's part in a masked round: carry keys, sealed shares and signatures, and open one sum.
+
+Around the round's own request there are four more. `begin` asks every participant for its keys, shows all of
+them to each and carries the sealed shares; whoever stays silent is left out, as long as enough remain. After
+the masked updates have come, `open` has the survivors sign the one set that counts and asks them for the
+shares that open its sum. Nothing here is secret, and nothing here is trusted by the sites: they check every
+signature themselves. What comes out is `audit.secure_round.open_sum` over a transcript that anybody else can
+open again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from audit.canonical import JsonValue
+from audit.entries import SiteRefused, body_document, parse_body
+from audit.errors import AuditError
+from audit.masking import MaskError
+from audit.secure_bodies import MaskKeys, SharesOpened, SurvivorsAgreed
+from audit.secure_round import (
+    RoundName,
+    SecureRoundError,
+    SecureTerms,
+    Transcript,
+    check_agreed,
+    check_keys,
+    keys_digest,
+    open_sum,
+    roster_digest,
+    verify_signed,
+)
+from federation.errors import StatementError
+from federation.exchange import Answer, Exchange, Request
+from federation.statements import AcceptedUpdate, RoundTerms, verify_refusal
+
+_logger = logging.getLogger(__name__)
+Body = TypeVar("Body", MaskKeys, SurvivorsAgreed, SharesOpened)
+MOST_TRIES: Final = 64  # sets of givers, when a share that somebody signed is not one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedSum:
+    """The sum of the survivors' integers, and the transcript that proves it."""
+
+    total: tuple[int, ...]
+    transcript: Transcript
+
+
+class MaskedRound:
+    """One masked round. Call `begin`, send the requests it returns, then `open` with what was accepted."""
+
+    def __init__(
+        self, exchange: Exchange, secure: SecureTerms, terms: RoundTerms, *, timeout_s: float
+    ) -> None:
+        self._exchange, self._secure, self._terms = exchange, secure, terms
+        self._timeout_s = timeout_s
+        self._name = RoundName(
+            run=terms.run, round=terms.round, charter=terms.charter, participants=terms.participants
+        )
+        self._keys: tuple[MaskKeys, ...] = ()
+        self._members: tuple[str, ...] = ()
+        self.rejected: dict[str, StatementError] = {}
+        self.refusals: dict[str, SiteRefused] = {}
+        self.opened: OpenedSum | None = None
+
+    @property
+    def terms(self) -> RoundTerms:
+        """What the round's statements must say, once `begin` has settled whose masks they carry."""
+        return replace(self._terms, roster=roster_digest(keys_digest(self._keys), self._members))
+
+    def begin(self, requests: Mapping[str, Request]) -> dict[str, Request]:
+        """Return the requests for the masked updates: to those that gave keys and shares.
+
+        Fewer than the charter's least, and nobody is asked for an update: nothing is released.
+        """
+        asked: dict[str, JsonValue] = {"participants": list(self._terms.participants)}
+        answers = self._ask("masked.keys", sorted(requests), lambda _: asked)
+        self._keys = tuple(
+            found for site in sorted(answers) if (found := self._read_keys(site, answers[site]))
+        )
+        if len(self._keys) < self._secure.least:
+            return {}
+        shown: list[JsonValue] = [
+            {"enrolment": body_document(self._terms.enrolments[item.site]), "keys": body_document(item)}
+            for item in self._keys
+        ]
+        sites = [item.site for item in self._keys]
+        answers = self._ask("masked.shares", sites, lambda _: {"keys": shown})
+        sealed = {site: texts for site in sites if (texts := self._read_shares(site, answers[site], sites))}
+        self._members = tuple(sealed)
+        if len(self._members) < self._secure.least:
+            return {}
+        return {
+            site: replace(
+                requests[site],
+                header={
+                    **requests[site].header,
+                    "shares": {other: sealed[other][site] for other in self._members if other != site},
+                },
+            )
+            for site in self._members
+        }
+
+    def open(self, accepted: Mapping[str, AcceptedUpdate]) -> Sequence[int]:
+        """Have the survivors agree and open their sum.
+
+        Raises:
+            SecureRoundError: too few agreed, or too few gave shares that hold; the round is lost.
+        """
+        survivors = tuple(sorted(accepted))
+        updates = {site: accepted[site].statement.update for site in survivors}
+        header: dict[str, JsonValue] = {"survivors": list(survivors), "updates": list(updates.values())}
+        answers = self._ask("masked.survivors", survivors, lambda _: header)
+        wanted = {"survivors": survivors, "updates": tuple(updates.values()), "roster": self.terms.roster}
+        agreed = [
+            found
+            for site in survivors
+            if (found := self._read(SurvivorsAgreed, "agreed", "survivors", site, answers[site], wanted))
+        ]
+        check_agreed(
+            self._name,
+            agreed,
+            self._key_of,
+            members=self._members,
+            roster=self.terms.roster,
+            least=self._secure.least,
+        )
+        signed: list[JsonValue] = [body_document(item) for item in agreed]
+        answers = self._ask("masked.open", [item.site for item in agreed], lambda _: {"agreed": signed})
+        same = {"roster": self.terms.roster}
+        opened = [
+            given
+            for site in sorted(answers)
+            if (given := self._read(SharesOpened, "opened", "shares", site, answers[site], same))
+        ]
+        self.opened = self._first_that_holds(accepted, tuple(agreed), opened)
+        return self.opened.total
+
+    def _first_that_holds(
+        self,
+        accepted: Mapping[str, AcceptedUpdate],
+        agreed: tuple[SurvivorsAgreed, ...],
+        opened: Sequence[SharesOpened],
+    ) -> OpenedSum:
+        """Open with the first set of givers whose shares hold: one liar among enough costs nothing."""
+        problem = SecureRoundError(
+            "shares", f"{len(opened)} sites gave shares, {self._secure.least} are needed"
+        )
+        sets = itertools.combinations(opened, self._secure.least)
+        for givers in itertools.islice(sets, MOST_TRIES):
+            transcript = Transcript(keys=self._keys, members=self._members, agreed=agreed, opened=givers)
+            try:
+                total = open_sum(
+                    self._name,
+                    transcript,
+                    {site: update.values for site, update in accepted.items()},
+                    {site: update.statement.update for site, update in accepted.items()},
+                    self._key_of,
+                    least=self._secure.least,
+                    add=combined,
+                )
+            except SecureRoundError as error:
+                _logger.warning("round %d: %s", self._terms.round, error)
+                problem = error
+                continue
+            return OpenedSum(total=tuple(total), transcript=transcript)
+        raise problem
+
+    def _ask(self, kind: str, sites: Iterable[str], header: Any) -> dict[str, Answer]:
+        name: dict[str, JsonValue] = {
+            "run": self._terms.run,
+            "round": self._terms.round,
+            "charter": self._terms.charter,
+        }
+        requests = {site: Request(kind=kind, header={**name, **header(site)}) for site in sites}
+        found = self._exchange.ask(requests, timeout_s=self._timeout_s, group_id=str(self._terms.round))
+        return {site: answer for site, (answer, _) in found.items()}
+
+    def _read_keys(self, site: str, answer: Answer) -> MaskKeys | None:
+        found = self._read(MaskKeys, "keys", "keys", site, answer, {"participants": self._terms.participants})
+        if found is None:
+            return None
+        try:
+            check_keys(self._name, (found,), self._key_of, least=1)
+        except SecureRoundError as error:
+            self._reject(site, "keys", str(error))
+            return None
+        return found
+
+    def _read_shares(self, site: str, answer: Answer, sites: Sequence[str]) -> dict[str, str] | None:
+        shares = answer.header.get("shares")
+        wanted = set(sites) - {site}
+        if not isinstance(shares, dict) or set(shares) != wanted:
+            self._note_refusal(site, answer)
+            self._reject(site, "shares", answer.failure or "are not one for each other site")
+            return None
+        if not all(isinstance(text, str) and len(text) < 400 for text in shares.values()):
+            self._reject(site, "shares", "are not sealed texts")
+            return None
+        return dict(shares)
+
+    def _read(
+        self,
+        kind: type[Body],
+        field: str,
+        part: str,
+        site: str,
+        answer: Answer,
+        wanted: Mapping[str, object],
+    ) -> Body | None:
+        """Return a signed piece of an answer, or None after saying why there is none."""
+        if answer.failure or field not in answer.header:
+            self._note_refusal(site, answer)
+            self._reject(site, field, answer.failure or "holds no such field")
+            return None
+        try:
+            body = parse_body(kind, answer.header[field])
+            if body.site != site:
+                raise SecureRoundError(part, f"is signed for site {body.site}", site)
+            for name, value in {
+                "run": self._name.run,
+                "round": self._name.round,
+                "charter": self._name.charter,
+                **wanted,
+            }.items():
+                if getattr(body, name) != value:
+                    raise SecureRoundError(part, f"{name} is not the round's", site)
+            verify_signed(body, self._key_of(site), part)
+        except AuditError as error:
+            self._reject(site, field, str(error))
+            return None
+        return body
+
+    def _note_refusal(self, site: str, answer: Answer) -> None:
+        if "refusal" not in answer.header:
+            return
+        try:
+            refusal = verify_refusal(site, self._terms.enrolments[site], answer.header["refusal"])
+        except StatementError:
+            return
+        self.refusals[site] = refusal
+
+    def _reject(self, site: str, field: str, problem: str) -> None:
+        said = self.refusals.get(site)
+        self.rejected[site] = StatementError(site, field, problem if said is None else said.reason)
+        _logger.warning("round %d: %s", self._terms.round, self.rejected[site])
+
+    def _key_of(self, site: str) -> str:
+        return self._terms.enrolments[site].statement_key
+
+
+def combined(size: int, parts: Iterable[tuple[int, Sequence[int]]]) -> list[int]:
+    """Return what `audit.masking.combined` returns, in one pass of numpy a vector."""
+    total = np.zeros(size, dtype=np.uint64)
+    for sign, vector in parts:
+        if len(vector) != size:
+            raise MaskError(f"a vector has {len(vector)} numbers, the others {size}")
+        kind = np.uint64 if getattr(vector, "typecode", "q") == "Q" else np.int64
+        words = np.array(vector, dtype=kind).view(np.uint64)
+        total = total + words if sign > 0 else total - words
+    values: list[int] = total.view(np.int64).tolist()
+    return values
