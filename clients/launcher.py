@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -33,10 +34,12 @@ from typing import Any, Final
 from clients.confinement import Allowance, Confined, Limits, confine, limit
 from clients.errors import LinkError
 from clients.link import connect
+from clients.unpacked import Unpacker
 
 _logger = logging.getLogger(__name__)
 
 STUB: Final = "flwr-clientapp"
+_APPS: Final = "apps"  # Flower's own name for the folder of unpacked bundles
 NOT_APPROVED: Final = "bundle_not_approved"
 _STALE_S: Final = 3600.0
 _EMPTY_S: Final = 60.0
@@ -99,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=STUB)
     for name in ("--agent", "--site", "--scratch"):
         parser.add_argument(name, required=True)
+    parser.add_argument("--bundle", type=Path, help="where the bundle is, or belongs, unpacked")
     arguments = parser.parse_args(own)
     scratch = Path(arguments.scratch)
     _sweep(scratch)
@@ -109,9 +113,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     link = connect(arguments.agent, arguments.site)  # loads what it needs while files can be read
     limit(Limits())
-    confined = confine(allowance(folder, _port_of(flower)))
-    _tell(confined)
-    _run_flower(flower, lambda content: check_bundle(link, content))
+    unpacker = None if arguments.bundle is None else Unpacker(arguments.bundle)
+    _tell(confine(allowance(folder, _port_of(flower), bundle=arguments.bundle)))
+
+    def install(original: Callable[..., Path], content: bytes, **options: Any) -> None:
+        check_bundle(link, content)
+        if unpacker is None:
+            original(content, **options)
+            return
+        try:
+            (folder / _APPS).symlink_to(unpacker.unpacked(content) / _APPS)
+        except LinkError as error:
+            _logger.exception("a bundle that is approved could not be unpacked")
+            raise BundleNotApprovedError from error  # one code, whatever went wrong
+
+    _run_flower(flower, install)
 
 
 def check_bundle(link: Any, content: bytes) -> None:
@@ -133,28 +149,25 @@ def check_bundle(link: Any, content: bytes) -> None:
         raise BundleNotApprovedError
 
 
-def allowance(folder: Path, port: int | None) -> Allowance:
-    """Return what a bundle may reach: Python, the system's libraries, its own folder, one port."""
+def allowance(folder: Path, port: int | None, *, bundle: Path | None = None) -> Allowance:
+    """Return what a bundle may reach: Python, the system's libraries, its own folder, one port.
+
+    `bundle` is where it lies unpacked, to read.
+    """
     prefixes = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)}
+    shared = () if bundle is None else (bundle,)
     return Allowance(
-        read=(*sorted(prefixes), *map(Path, _SYSTEM)),
+        read=(*sorted(prefixes), *map(Path, _SYSTEM), *shared),
         write=(folder, *map(Path, _DEVICES)),
         tcp_ports=() if port is None else (port,),
     )
 
 
-def _run_flower(arguments: list[str], check: Callable[[bytes], None]) -> None:
+def _run_flower(arguments: list[str], install: Callable[..., None]) -> None:
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     run_clientapp: Any = importlib.import_module("flwr.supernode.runtime.run_clientapp")
-    install = run_clientapp.install_from_fab
-
-    def checked(fab_file: bytes, *args: Any, **kwargs: Any) -> Path:
-        check(fab_file)
-        folder: Path = install(fab_file, *args, **kwargs)
-        return folder
-
-    run_clientapp.install_from_fab = checked
+    run_clientapp.install_from_fab = partial(install, run_clientapp.install_from_fab)
     _leave_no_packages()
     sys.argv = [STUB, *_without_parent(arguments)]
     _end_with(os.getppid())

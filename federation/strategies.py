@@ -136,11 +136,12 @@ class ProvableAggregation:
     ) -> list[float]:
         """Make a completed round's step again from the releases that it counted; return its weights.
 
-        `total` is their opened sum, where they are masked.
+        `total` is their opened sum where they are masked.
         """
-        self._open_sum = None if total is None else lambda _: total
-        self._total = () if total is None else total
         self.accepted, self.rejected, self.too_long = dict(updates), {}, {}
+        self._open_sum, self._total = None, ()
+        if total is not None:
+            self._open_sum, self._total = (lambda _: total), total
         self.weights = self._step(server_round)
         return [float(weight) for weight in self.weights]
 

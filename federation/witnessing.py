@@ -14,6 +14,7 @@ from federation.exchange import Exchange, Request
 from federation.trust import OPERATOR, asked_to_cosign
 
 COSIGN_TIMEOUT_S = 60.0
+_LOOKED_AT = 20  # checkpoints, newest first, for what a site cosigned last
 _MEETINGS = 3  # how often to publish again for a site that watched the log meanwhile and is ahead
 
 
@@ -75,6 +76,7 @@ class Witnessing:
     def _collect(self, note: bytes, sites: list[str]) -> dict[str, list[bytes]]:
         lines: dict[str, list[bytes]] = {}
         waiting = sites
+        self._catch_up(sites)
         for _ in range(2):  # the second time from the sizes that the stale ones named
             answers = self._exchange.ask(
                 {site: self._request(note, self._seen.get(site, 0)) for site in waiting},
@@ -97,6 +99,24 @@ class Witnessing:
                 break
             waiting = stale
         return lines
+
+    def _catch_up(self, sites: list[str]) -> None:
+        """Learn from the log's newest checkpoints what each site has cosigned by its own watch since.
+
+        A wrong guess costs one more question; a site that never cosigned is not looked for for ever.
+        """
+        missing, looked = set(sites), 0
+
+        def is_enough(note: bytes) -> bool:
+            nonlocal looked
+            looked += 1
+            parsed = parse_note(note)
+            for name in missing & {signature.name for signature in parsed.signatures}:
+                missing.discard(name)
+                self._seen[name] = max(self._seen.get(name, 0), parse_checkpoint_note(note).tree_size)
+            return not missing or looked >= _LOOKED_AT
+
+        self._coordinator.ledger.latest_checkpoint(is_enough)
 
     def _request(self, note: bytes, old_size: int) -> Request:
         proof = self._coordinator.ledger.consistency_proof(old_size, parse_checkpoint_note(note).tree_size)

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from clients.unpacked import BundleStore
 from federation.network.bell import Bell, with_sleep
 
 _logger = logging.getLogger(__name__)
@@ -42,16 +43,17 @@ KEPT_ENVIRONMENT: Final = (
 LOOK_S: Final = 5.0  # how long to wait for the bell; what was not rung for is found then
 _LAST_DESCRIPTOR: Final = 4096
 
-Start = Callable[[list[str]], None]
+Start = Callable[[list[str], Path | None], None]
+"""(arguments of flwr-clientapp, where the bundle lies or belongs unpacked)"""
 
 
 class ForkExecutor:
     """Starts each task in a fork of this process; the `Executor` of Flower's SuperExec."""
 
-    def __init__(self, start: Start) -> None:
-        """`start` runs in each fork and gets the arguments of `flwr-clientapp`."""
-        self._start = start
-        self._forks: set[int] = set()
+    def __init__(self, start: Start, bundles: BundleStore) -> None:
+        """`start` runs in each fork."""
+        self._start, self._bundles = start, bundles
+        self._forks: dict[int, Path | None] = {}  # pid -> where its bundle is
 
     def get_eligible_capacity(self, supported_task_types: set[Any], **_: object) -> tuple[set[Any], set[str]]:
         return {kind for kind in supported_task_types if str(kind) == "flwr-clientapp"}, set()
@@ -63,10 +65,11 @@ class ForkExecutor:
         from flwr.supercore.superexec.executor import LaunchResult
 
         arguments = ["--runtime-api-address", spec.runtime_api_address, "--token", spec.token, "--insecure"]
+        place = self._bundles.place(spec.fab_hash)
         pid = os.fork()
         if pid == 0:
-            self._be_fork(arguments)
-        self._forks.add(pid)
+            self._be_fork(arguments, place)
+        self._forks[pid] = place
         return LaunchResult.accepted()
 
     def reconcile(self) -> None:
@@ -78,14 +81,16 @@ class ForkExecutor:
                     continue
                 if status:
                     _logger.warning("a message's process ended with %d", os.waitstatus_to_exitcode(status))
-            self._forks.discard(pid)
+            place = self._forks.pop(pid)
+            if place is not None:
+                self._bundles.settle(place)
 
     def close(self) -> None:
         for pid in self._forks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    def _be_fork(self, arguments: list[str]) -> None:
+    def _be_fork(self, arguments: list[str], place: Path | None) -> None:
         status = 1
         try:
             os.closerange(3, _LAST_DESCRIPTOR)
@@ -99,7 +104,7 @@ class ForkExecutor:
             numpy: Any = sys.modules.get("numpy")
             if numpy is not None:
                 numpy.random.seed()
-            self._start(arguments)
+            self._start(arguments, place)
             status = 0
         except SystemExit as left:
             status = left.code if isinstance(left.code, int) else int(left.code is not None)
@@ -117,16 +122,17 @@ def confined(options: list[str]) -> Start:
     """Return what runs a message's bundle under `clients.launcher`: only if approved, and confined."""
     launcher = importlib.import_module("clients.launcher")
 
-    def start(arguments: list[str]) -> None:
-        launcher.main([*options, "--", *arguments])
+    def start(arguments: list[str], place: Path | None) -> None:
+        bundle = [] if place is None else ["--bundle", str(place)]
+        launcher.main([*options, *bundle, "--", *arguments])
 
     return start
 
 
-def serve(address: str, secret: bytes, bell: Bell, start: Start) -> None:
+def serve(address: str, secret: bytes, bell: Bell, executor: ForkExecutor) -> None:
     """Take tasks from the SuperNode at `address` until a signal comes."""
     superexec: Any = importlib.import_module("flwr.supercore.superexec.run_superexec")
-    superexec.get_executor = lambda *_, **__: ForkExecutor(start)
+    superexec.get_executor = lambda *_, **__: executor
     superexec.time = with_sleep(superexec.time, lambda _: bell.wait(LOOK_S))
     superexec.run_superexec(runtime_api_address=address, insecure=True, superexec_auth_secret=secret)
 
@@ -145,8 +151,9 @@ def main() -> None:
     for name in PRELOAD:
         importlib.import_module(name)
     start = confined(["--agent", given.agent, "--site", given.site, "--scratch", given.scratch])
+    executor = ForkExecutor(start, BundleStore(Path(given.scratch).resolve() / "bundles"))
     with Bell(given.bell) as bell:
-        serve(given.runtime_api_address, given.secret_file.read_bytes(), bell, start)
+        serve(given.runtime_api_address, given.secret_file.read_bytes(), bell, executor)
 
 
 if __name__ == "__main__":

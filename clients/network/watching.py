@@ -22,7 +22,7 @@ from clients.service import witness_once
 
 _logger = logging.getLogger(__name__)
 
-EVERY_S: Final = 10.0
+EVERY_S: Final = 5.0
 
 
 def watch(home: SiteHome, stop: threading.Event, *, every_s: float = EVERY_S) -> None:
