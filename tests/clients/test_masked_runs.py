@@ -30,12 +30,19 @@ from audit.service import export_evidence
 from audit.verify import Word, verify_evidence
 from audit.weights import decode_update
 from clients.agent import Agent
-from clients.simulation import inprocess_launch, simulate
+from clients.client_app import app as client_app
+from clients.inprocess import live_agents
+from clients.simulation import _set_up, inprocess_launch, join_all, run_federation, simulate
+from federation import service
 from federation.accounting import plan_cost, plan_report
 from federation.charter import Charter
 from federation.errors import CharterError, PlanDoesNotFitError, RunFailedError
+from federation.exchange import Exchange
+from federation.grid import InProcessGrid
+from federation.server_app import carry_out as carry_run_out
 from federation.service import TrainRequest, train
 from tests.audit_verify.judging import EPSILON, REPLAY
+from tests.federation.test_resume import CrashError, Dying
 
 CHARTER = """
 name: toy
@@ -116,8 +123,6 @@ class Carried:
 @pytest.fixture
 def carry_out(tmp_path: Path) -> Any:
     """Return `carry_out(hold, lie)`: one run of made-up sites over that bad a network."""
-    from clients.simulation import _set_up, join_all
-
     opened = []
 
     def carry(hold: Hold = never, lie: Lie = honestly, charter: str = CHARTER) -> Carried:
@@ -209,8 +214,6 @@ def test_two_that_vanish_before_their_updates_cost_nobody_anything(carry_out: An
 
 
 def test_a_new_run_after_a_lost_one_has_new_keys_noise_and_debits(carry_out: Any, tmp_path: Path) -> None:
-    from clients.simulation import run_federation
-
     done = carry_out(hold=lambda site, kind: site in ("b", "c") and kind == "masked.survivors")
     lost = {body.statement.site: body.statement for body in done.bodies(SiteUndelivered)}
     federation = done.federation
@@ -350,3 +353,43 @@ def test_row_and_site_level_stand_in_one_ledger(carry_out: Any) -> None:
     report = done.report()
     assert report.step(EPSILON).word is Word.PROVED
     assert {(line.unit, line.site) for line in report.epsilons} >= {("row", "a"), ("site", "a")}
+
+
+# a coordinator that is killed
+
+
+def test_a_masked_run_whose_coordinator_is_killed_anywhere_goes_on_to_the_same_sums(tmp_path: Path) -> None:
+    """Killed again and again, a few durable steps further each time: no sum is opened twice, none differs."""
+    federation, agreed = _set_up(CHARTER, SITES, None, tmp_path / "sim", "1000")
+    join_all(federation.homes, federation.coordinator)
+    agents = {name: Agent.open(home) for name, home in federation.homes.items()}
+    author = federation.scientist.key
+    principal = Principal(id="curie", role="scientist", key=author.text)
+    try:
+        run = service.start_run(
+            federation.coordinator, principal, LocalOwner(), TrainRequest(charter=agreed), author
+        )
+        kills = 0
+        while kills < 40:
+            home: Any = Dying(federation.coordinator, 9 + kills)
+            with (
+                live_agents(agents),
+                InProcessGrid(client_app, {name: {} for name in agents}) as grid,
+            ):
+                exchange = Exchange(grid, poll_s=0.001, discovery_s=5)
+                try:
+                    carry_run_out(grid, home, run, exchange=exchange, hold_s=0.2, principal="curie")
+                    break
+                except CrashError:
+                    kills += 1
+    finally:
+        for agent in agents.values():
+            agent.close()
+    assert kills >= 3
+    done = Carried(federation, agreed, None, run)
+    assert [body.round for body in done.bodies(RoundCompleted)] == [1, 2]
+    assert [body.round for body in done.bodies(RoundOpened)] == [1, 2]
+    assert len(done.bodies(Statement)) == 8
+    report = done.report()
+    assert report.step(REPLAY).word is Word.PROVED, report.text()
+    federation.close()
