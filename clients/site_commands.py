@@ -279,6 +279,7 @@ def _shown(found: SiteReview) -> str:
         ],
         ["unit", f"one {found.unit}, {found.relation.replace('_', '/')}"],
         ["this run", f"epsilon {found.run_epsilon:.4f} at delta {found.delta}"],
+        *([["counts on", found.counts_on]] if found.counts_on else []),
         ["lifetime", left],
         ["last 365 days", year],
         ["fits", "yes" if found.fits else "NO: no decision passes the lifetime cap"],

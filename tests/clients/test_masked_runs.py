@@ -32,6 +32,8 @@ from audit.weights import decode_update
 from clients.agent import Agent
 from clients.client_app import app as client_app
 from clients.inprocess import live_agents
+from clients.proposals import Proposal
+from clients.reviewing import review_proposal
 from clients.simulation import _set_up, inprocess_launch, join_all, run_federation, simulate
 from federation import service
 from federation.accounting import plan_cost, plan_report
@@ -39,6 +41,7 @@ from federation.charter import Charter
 from federation.errors import CharterError, PlanDoesNotFitError, RunFailedError
 from federation.exchange import Exchange
 from federation.grid import InProcessGrid
+from federation.model_card import model_card
 from federation.server_app import carry_out as carry_run_out
 from federation.service import TrainRequest, train
 from tests.audit_verify.judging import EPSILON, REPLAY
@@ -392,4 +395,26 @@ def test_a_masked_run_whose_coordinator_is_killed_anywhere_goes_on_to_the_same_s
     assert len(done.bodies(Statement)) == 8
     report = done.report()
     assert report.step(REPLAY).word is Word.PROVED, report.text()
+    federation.close()
+
+
+# what people are told
+
+
+def test_a_model_card_says_whom_the_noise_counts_on_and_what_a_whole_site_pays(carry_out: Any) -> None:
+    done = carry_out(charter=CHARTER + "site_level: {max_update_norm: 3, epsilon: 90}\n")
+    log, author = done.federation.coordinator, done.federation.scientist
+    principal = Principal(id="curie", role="scientist", key=author.public)
+    version = service.register(log, principal, LocalOwner(), service.RegisterRequest(run=done.run))
+    card = model_card(log.ledger, version.digest, log.blobs.find)
+    assert "whole while 3 of those in a round are honest" in card
+    assert "A whole site, all its rows replaced by nothing: epsilon" in card
+
+
+def test_the_people_of_a_site_are_told_whom_their_epsilon_counts_on(tmp_path: Path) -> None:
+    federation, agreed = _set_up(CHARTER, SITES, None, tmp_path / "sim", "1000")
+    proposal = Proposal(charter=agreed.canonical().decode(), run=None)
+    found = review_proposal(federation.homes["a"], proposal)
+    assert found.counts_on.startswith("3 honest sites of at least 3 in a round")
+    assert "if all others collude, epsilon is" in found.counts_on
     federation.close()
