@@ -198,6 +198,22 @@ def test_a_site_that_vanishes_in_any_phase_stops_nobody(carry_out: Any, kind: st
     assert done.report().step(REPLAY).word is Word.PROVED
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("learning_rate: 4", "learning_rate: 0.1, strategy: fedadam"),
+        ("learning_rate: 4", "learning_rate: 0.1, strategy: fedyogi"),
+        ("noise_multiplier: 1.5", "noise_multiplier: 3, sample_rate: 0.5"),
+        ("secure_agg", "evaluation: {share: 0.2, noise_multiplier: 4}\nsecure_agg"),
+    ],
+    ids=["fedadam", "fedyogi", "sampled rows", "with counts of its own"],
+)
+def test_what_needs_the_sum_alone_goes_with_masks(carry_out: Any, change: tuple[str, str]) -> None:
+    done = carry_out(charter=CHARTER.replace(*change))
+    assert done.failed is None, done.failed
+    assert done.report().step(REPLAY).word is Word.PROVED, done.report().text()
+
+
 def test_two_that_vanish_end_the_run_and_nothing_is_opened(carry_out: Any) -> None:
     done = carry_out(hold=lambda site, kind: site in ("b", "c") and kind == "masked.survivors")
     assert done.failed is not None
