@@ -37,8 +37,9 @@ from clients.reviewing import review_proposal
 from clients.simulation import _set_up, inprocess_launch, join_all, run_federation, simulate
 from federation import service
 from federation.accounting import plan_cost, plan_report
+from federation.anomaly import views_of_run
 from federation.charter import Charter
-from federation.errors import CharterError, PlanDoesNotFitError, RunFailedError
+from federation.errors import CharterError, MaskedRunError, PlanDoesNotFitError, RunFailedError
 from federation.exchange import Exchange
 from federation.grid import InProcessGrid
 from federation.model_card import model_card
@@ -161,6 +162,12 @@ def test_a_masked_run_learns_and_is_verified(run: Any) -> None:
     assert report.step(REPLAY).word is Word.PROVED, report.text()
     assert "masks come off" in report.step(REPLAY).detail
     assert "at most 1 of 4 sites collude" in report.step(EPSILON).detail
+
+
+def test_nobody_is_shown_a_picture_of_masked_updates(run: Any) -> None:
+    with pytest.raises(MaskedRunError, match="only their sum"):
+        list(views_of_run(run.federation.coordinator, run.id))
+    assert run.entries("round.examined") == []
 
 
 def test_the_model_moves_by_the_sum_that_was_opened(run: Any) -> None:
