@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from audit.service import export_evidence
 from audit.verify import Word, verify_evidence
 from audit.weights import decode_update
 from clients.agent import Agent
+from clients.agent_server import served_agents
 from clients.client_app import app as client_app
 from clients.inprocess import live_agents
 from clients.proposals import Proposal
@@ -440,4 +442,25 @@ def test_the_people_of_a_site_are_told_whom_their_epsilon_counts_on(tmp_path: Pa
     found = review_proposal(federation.homes["a"], proposal)
     assert found.counts_on.startswith("3 honest sites of at least 3 in a round")
     assert "if all others collude, epsilon is" in found.counts_on
+    federation.close()
+
+
+def test_a_masked_run_over_the_agents_sockets(tmp_path: Path) -> None:
+    """The same bytes through real Unix sockets, as SuperNodes reach their agents."""
+    federation, agreed = _set_up(CHARTER, SITES, None, tmp_path / "sim", "1000")
+    join_all(federation.homes, federation.coordinator)
+    agents = {name: Agent.open(home) for name, home in federation.homes.items()}
+    author = federation.scientist.key
+    principal = Principal(id="curie", role="scientist", key=author.text)
+    request = TrainRequest(charter=agreed)
+    run = service.start_run(federation.coordinator, principal, LocalOwner(), request, author)
+    with tempfile.TemporaryDirectory(prefix="af-") as short, served_agents(Path(short), agents):
+        places = {name: {"agent": f"unix:{short}"} for name in agents}
+        with InProcessGrid(client_app, places) as grid:
+            carry_run_out(grid, federation.coordinator, run, exchange=Exchange(grid, poll_s=0.005))
+    for agent in agents.values():
+        agent.close()
+    done = Carried(federation, agreed, None, run)
+    assert len(done.bodies(RoundOpened)) == 2
+    assert done.report().step(REPLAY).word is Word.PROVED
     federation.close()
