@@ -86,7 +86,9 @@ class Odometers(Protocol):
     ) -> Release: ...
     def masked_round(self, run: str, server_round: int) -> dict[str, Any] | None: ...
     def masked_rounds(self, run: str) -> tuple[int, ...]: ...
-    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None: ...
+    def put_masked_round(
+        self, run: str, server_round: int, state: Mapping[str, JsonValue], *, wipe: bool = False
+    ) -> None: ...
     def mark_delivered(self, run: str, server_round: int) -> None: ...
     def undelivered(self, population: str) -> tuple[SiteStatement, ...]: ...
     def reserve(self, reservation: Reservation) -> None: ...
@@ -248,10 +250,22 @@ class SiteLedger:
             ).scalar_one_or_none()
         return None if found is None else cast("dict[str, Any]", parse_canonical(found))
 
-    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None:
-        """Keep what the site knows of a masked round, before it answers from it."""
+    def put_masked_round(
+        self, run: str, server_round: int, state: Mapping[str, JsonValue], *, wipe: bool = False
+    ) -> None:
+        """Keep what the site knows of a masked round, before it answers from it.
+
+        With `wipe` the write-ahead log is emptied, where what the row held before could still be read.
+        """
         with self._write() as connection:
             _put_masked(connection, run, server_round, state)
+        if wipe:
+            with self._mutex:
+                raw = self._engine.raw_connection()
+                try:
+                    raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                finally:
+                    raw.close()
 
     def masked_rounds(self, run: str) -> tuple[int, ...]:
         """Return the numbers of a run's masked rounds, ascending."""
