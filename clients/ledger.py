@@ -86,9 +86,7 @@ class Odometers(Protocol):
     ) -> Release: ...
     def masked_round(self, run: str, server_round: int) -> dict[str, Any] | None: ...
     def masked_rounds(self, run: str) -> tuple[int, ...]: ...
-    def put_masked_round(
-        self, run: str, server_round: int, state: Mapping[str, JsonValue], *, wipe: bool = False
-    ) -> None: ...
+    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None: ...
     def mark_delivered(self, run: str, server_round: int) -> None: ...
     def undelivered(self, population: str) -> tuple[SiteStatement, ...]: ...
     def reserve(self, reservation: Reservation) -> None: ...
@@ -250,16 +248,15 @@ class SiteLedger:
             ).scalar_one_or_none()
         return None if found is None else cast("dict[str, Any]", parse_canonical(found))
 
-    def put_masked_round(
-        self, run: str, server_round: int, state: Mapping[str, JsonValue], *, wipe: bool = False
-    ) -> None:
+    def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None:
         """Keep what the site knows of a masked round, before it answers from it.
 
-        With `wipe` the write-ahead log is emptied, where what the row held before could still be read.
+        Where less is kept than before, the write-ahead log, which could still tell, is emptied.
         """
+        before = self.masked_round(run, server_round) or {}
         with self._write() as connection:
             _put_masked(connection, run, server_round, state)
-        if wipe:
+        if not before.keys() <= state.keys():
             with self._mutex:
                 raw = self._engine.raw_connection()
                 try:

@@ -276,7 +276,7 @@ class MaskedRounds:
             )
             state = {name: value for name, value in state.items() if name not in _SECRETS}
             state["opened"] = body_document(body)
-            self._ledger.put_masked_round(request.run, request.round, state, wipe=True)
+            self._ledger.put_masked_round(request.run, request.round, state)
         return {"opened": state["opened"]}
 
     def forget(self, run: str, *, before: int | None = None) -> None:
@@ -287,7 +287,7 @@ class MaskedRounds:
             state = self._ledger.masked_round(run, number)
             if state is not None and not state.keys().isdisjoint(_SECRETS):
                 kept = {name: value for name, value in state.items() if name not in _SECRETS}
-                self._ledger.put_masked_round(run, number, kept, wipe=True)
+                self._ledger.put_masked_round(run, number, kept)
 
     def _state(self, request: MaskedRequest) -> State:
         state = self._ledger.masked_round(request.run, request.round)

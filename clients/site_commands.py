@@ -279,7 +279,6 @@ def _shown(found: SiteReview) -> str:
         ],
         ["unit", f"one {found.unit}, {found.relation.replace('_', '/')}"],
         ["this run", f"epsilon {found.run_epsilon:.4f} at delta {found.delta}"],
-        *([["counts on", found.counts_on]] if found.counts_on else []),
         ["lifetime", left],
         ["last 365 days", year],
         ["fits", "yes" if found.fits else "NO: no decision passes the lifetime cap"],
@@ -287,5 +286,7 @@ def _shown(found: SiteReview) -> str:
         ["asks you about", ", ".join(found.asked_by) or "nothing"],
         ["decision", found.decision or "none yet"],
     ]
+    if found.counts_on:
+        rows.insert(11, ["counts on", found.counts_on])
     rows += [["data file", str(problem)] for problem in found.problems[:20]]
     return table("", ("", ""), rows)
