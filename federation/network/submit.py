@@ -66,9 +66,10 @@ def follow(
         NotCarriedOutError: it was not taken up, or its ServerApp went without a word; it can be resumed.
     """
     journal, control = RunJournal(coordinator.home, run), control_of(coordinator)
-    looked, gone, begun, missed = time.monotonic(), 0.0, False, 0
+    looked, gone, heard, begun, missed = time.monotonic(), 0.0, False, False, 0
     while True:
         events, after = journal.read(after)
+        heard = heard or bool(events)  # a hold before that may be a dead process's
         for event in events:
             if on_event is not None:
                 on_event(event)
@@ -83,7 +84,8 @@ def follow(
         if now - looked >= STATUS_EVERY_S:
             looked = now
             held = is_held(coordinator.ledger, run)
-            begun, missed = begun or held, 0 if held or not begun else missed + 1
+            begun = begun or (held and heard)
+            missed = 0 if held or not begun else missed + 1
             gone = _gone_since(control, number, gone, now)
             if missed >= MISSED and end_of(coordinator.ledger, run) is not None:
                 continue

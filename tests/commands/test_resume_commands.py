@@ -45,9 +45,11 @@ def broken_off(own):
                 raise Power
             return 0.0
 
-        with ExitStack() as stack, pytest.raises(Power):
+        config = {**run_config(log, run, person), "hold-s": "0"}
+        with ExitStack() as stack:
             launch = inprocess_launch(_open_agents(homes, log, stack), fault=die)
-            launch({**run_config(log, run, person), "hold-s": "0"})
+            with pytest.raises(Power):
+                launch(config)
     return own, run
 
 
