@@ -17,14 +17,7 @@ from audit.access_bodies import (
     SubjectExported,
 )
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import (
-    Metric,
-    RoundExamined,
-    RunEvaluated,
-    RunReferenced,
-    RunResumed,
-    UpdateRefused,
-)
+from audit.round_bodies import ROUND_TYPES, Metric, RoundBody
 from audit.runtime_bodies import PredictionShadowed, VersionExported
 from audit.secure_bodies import RoundOpened
 from audit.serving_bodies import SERVING_TYPES, ServingBody
@@ -387,12 +380,8 @@ Body = (
     | SiteDecided
     | RequestRefused
     | BundleDecided
-    | UpdateRefused
-    | RoundExamined
-    | RunEvaluated
     | RoundOpened
-    | RunResumed
-    | RunReferenced
+    | RoundBody
     | SubjectExported
     | SubjectErased
     | VersionExported
@@ -432,14 +421,10 @@ TYPES: Final[dict[str, type[Any]]] = {
     "site.decided": SiteDecided,
     "request.refused": RequestRefused,
     "bundle.decided": BundleDecided,
-    "update.refused": UpdateRefused,
-    "round.examined": RoundExamined,
-    "run.evaluated": RunEvaluated,
     "round.opened": RoundOpened,
-    "run.resumed": RunResumed,
-    "run.referenced": RunReferenced,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
+    **ROUND_TYPES,
     "version.exported": VersionExported,
     "prediction.shadowed": PredictionShadowed,
     **MEMBERSHIP_TYPES,

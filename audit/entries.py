@@ -158,8 +158,8 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     LogCompromised: "compromise",
     **SITE_DOMAINS,
     **MEMBERSHIP_DOMAINS,
-    **SECURE_DOMAINS,
     **SERVING_DOMAINS,
+    **SECURE_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}

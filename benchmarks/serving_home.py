@@ -1,4 +1,4 @@
-"""A coordinator's home with one live model for the benchmark of serving: an MLP 30-64-64-2, real signatures."""
+"""A coordinator's home with one live model for the benchmark of serving: MLP 30-64-64-2, real signatures."""
 
 from __future__ import annotations
 

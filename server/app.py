@@ -26,11 +26,13 @@ from server import (
     routes_keys,
     routes_models,
     routes_officer,
+    routes_receipts,
     routes_runs,
     routes_subjects,
     routes_tiles,
 )
 from server.access import CedarAuthorizer, read_policies, shipped_policies
+from server.alarming import Alarming
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError, NotReadyError
 from server.explaining import Explaining
@@ -105,6 +107,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
                 await grpc_server.stop(settings.request_timeout_s)
             if context.predicting.shadowing is not None:
                 await context.predicting.shadowing.drain()
+            await context.alarming.settle()
+            context.explaining.close()
             await context.watching.stop()
             await context.publisher.stop()
             context.keys.close()
@@ -137,7 +141,14 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         routes_subjects.router,
         routes_runs.router,
     )
-    served = (routes_models.router, routes_oip.router, routes_audit.router, *officer, routes_keys.router)
+    served = (
+        routes_models.router,
+        routes_oip.router,
+        routes_audit.router,
+        routes_receipts.router,
+        *officer,
+        routes_keys.router,
+    )
     for router in served:
         # The routes themselves, as they stand: `include_router` would analyse each signature again, once an
         # application, and lay a second lookup over every request.
@@ -165,8 +176,11 @@ def build_context(
     warm = WarmModels(coordinator.blobs)
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
+    alarming = Alarming(journal, monitoring)
     return Context(
         settings=settings,
+        alarming=alarming,
+        explaining=explaining,
         coordinator=coordinator,
         keys=KeyStore(settings.coordinator_home, clock, cache_s=settings.key_cache_s),
         authorizer=authorizer,
@@ -180,7 +194,7 @@ def build_context(
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
-            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=()),
+            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=(alarming,)),
             shadowing=Shadowing(warm, journal, sealing, monitoring),
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),

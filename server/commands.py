@@ -76,7 +76,7 @@ def serve(
     import logging
 
     from federation.coordinator import Coordinator
-    from server import metric_files
+    from server import logs, metric_files
     from server.settings import load_settings
 
     flags = {
@@ -91,7 +91,7 @@ def serve(
     level = settings.log_level.upper()
     if level not in logging.getLevelNamesMapping():
         raise CommandError(f"log_level {settings.log_level!r} is unknown; use info", code="server.settings")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format, level)
     from audit.location import log_location
 
     place = log_location(settings.coordinator_home)

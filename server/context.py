@@ -16,10 +16,13 @@ from audit.principal import AccessDeniedError, Decision, Principal, Question, re
 from audit.vault import Vault
 from federation.coordinator import Coordinator
 from server.access import CedarAuthorizer
+from server.alarming import Alarming
 from server.errors import UnauthenticatedError, request_id_of
+from server.explaining import Explaining
 from server.journal import Clock, Journal
 from server.keys import KeyStore
 from server.live import LiveModels
+from server.marks import note_principal
 from server.monitoring import Monitoring
 from server.publishing import Publisher
 from server.readiness import Readiness
@@ -52,6 +55,8 @@ class Context:
     clock: Clock
     reading: ReadingLog
     vault: Vault
+    alarming: Alarming
+    explaining: Explaining
     readiness: Readiness
 
 
@@ -74,7 +79,9 @@ async def principal_of(
     if credentials is None:
         raise UnauthenticatedError("an API key is needed: send `Authorization: Bearer affidavit_…`")
     keys = context_of(request).keys
-    return await to_thread.run_sync(keys.authenticate, credentials.credentials)
+    principal = await to_thread.run_sync(keys.authenticate, credentials.credentials)
+    note_principal(request.scope, principal.id)
+    return principal
 
 
 Caller = Annotated[Principal, Depends(principal_of)]

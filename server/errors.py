@@ -60,6 +60,22 @@ class TooBusyError(ServerError):
     code = "server.busy"
 
 
+class OverloadedError(ServerError):
+    """The worker has as many requests as it can answer in time; nothing of this one was read."""
+
+    code = "server.overloaded"
+
+
+class DeadlineError(ServerError):
+    """The caller's own time limit passed; whatever became of the request, this is no answer to it."""
+
+    code = "request.deadline"
+
+
+class ReceiptNotFoundError(ServerError):
+    code = "receipts.not_found"
+
+
 class NotReadyError(ServerError):
     """This process, or one of its models, should get no requests now."""
 
@@ -139,7 +155,10 @@ STATUS: Final[dict[str, int]] = {
     "explain.not_available": 501,
     "explain.not_allowed": 422,
     "server.busy": 503,
+    "server.overloaded": 503,
+    "request.deadline": 504,
     "server.not_ready": 503,
+    "receipts.not_found": 404,
     "audit.stale_view": 503,
     "audit.ledger_unavailable": 503,
     "audit.ledger_busy": 503,
@@ -206,6 +225,7 @@ TITLES: Final[dict[int, str]] = {
     500: "Internal error",
     501: "Not available on this server",
     503: "Try again later",
+    504: "The request's own time limit passed",
 }
 
 
@@ -253,11 +273,11 @@ def request_id_of(request: Request) -> str:
 
 def render(request: Request, error: Exception) -> JSONResponse:
     """Turn any error into its problem document: the one mapping."""
-    request_id = request_id_of(request)
     code = str(getattr(error, "code", "server.internal"))
     status = STATUS.get(code)
     if status is None:
-        _logger.error("request=%s code=%s: %s", request_id, code, error, exc_info=error)
+        # its text may quote what the caller sent, so type and places alone are logged
+        _logger.error("code=%s: %s", code, type(error).__name__, exc_info=error)
         return _answer(request, 500, "server.internal", "the server failed; its log has the reason")
     extra = dict(getattr(error, "extra", {}))
     if isinstance(error, AccessDeniedError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
@@ -21,6 +21,8 @@ from server.proving import proved
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
 from server.service import Answered, Asked
 from server.watching import Level
+
+_CARD_TYPES: Final = {"markdown": "text/markdown", "json": "application/json", "html": "text/html"}
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -123,19 +125,33 @@ async def show_version(
     "/{name}/versions/{digest}/card",
     summary="Read the model card",
     response_class=PlainTextResponse,
-    responses={**problems(401, 403, 404), 200: {"content": {"text/markdown": {}}}},
+    responses={
+        **problems(401, 403, 404, 422),
+        200: {"content": {"text/markdown": {}, "application/json": {}, "text/html": {}}},
+    },
 )
 async def show_card(
-    request: Request, principal: Caller, name: ModelName, digest: Digest
+    request: Request,
+    principal: Caller,
+    name: ModelName,
+    digest: Digest,
+    form: Annotated[
+        Literal["markdown", "json", "html"], Query(description="html is a page to print.")
+    ] = "markdown",
 ) -> PlainTextResponse:
-    """Markdown made from the log alone; what nothing proves reads NO EVIDENCE."""
+    """Made from the log and the registry's files, under the headings of the EU AI Act's Annex IV.
+
+    What nothing proves reads NO EVIDENCE.
+    """
     await authorise(request, principal, "models.read")
     context = context_of(request)
     context.live.version(name, digest)
-    from federation.model_card import model_card
+    from federation.model_card import card_of
 
-    card = await to_thread.run_sync(model_card, context.coordinator.ledger, digest)
-    return PlainTextResponse(card, media_type="text/markdown")
+    coordinator = context.coordinator
+    card = await to_thread.run_sync(card_of, coordinator.ledger, digest, coordinator.blobs.find)
+    text = await to_thread.run_sync(getattr(card, form))
+    return PlainTextResponse(text, media_type=_CARD_TYPES[form])
 
 
 def render_answer(answered: Answered) -> bytes:
@@ -151,7 +167,11 @@ def render_answer(answered: Answered) -> bytes:
             "policies": answered.decision.policies,
             "policy_set": answered.decision.policy_set,
         },
-        "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
+        "entry": {
+            "leaf_index": answered.leaf_index,
+            "leaf_hash": answered.leaf_hash,
+            "id": answered.entry_id,
+        },
         "receipt": answered.receipt,
         "level": answered.level,
         "proof": answered.proof,

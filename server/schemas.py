@@ -89,6 +89,9 @@ class EntryRef(BaseModel):
 
     leaf_index: int
     leaf_hash: str
+    id: Annotated[
+        str | None, Field(default=None, description="Of an answer: what `/v1/receipts/{id}` takes.")
+    ]
 
 
 class Opened(BaseModel):

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -36,6 +36,10 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     max_rows: Annotated[int, Field(ge=1, le=16_384)] = 1_024  # of one request: one entry, a tree of rows
     body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     request_timeout_s: Annotated[float, Field(gt=0, le=3_600)] = 30.0
+    max_in_flight: Annotated[int, Field(ge=1, le=65_536)] = 512  # requests that a worker takes at once
+    shed_latency_s: Annotated[float, Field(gt=0, le=600)] = 1.0  # slower answers lower that number
+    access_log: bool = True  # a line for each request
+    log_format: Literal["ecs", "text"] = "ecs"
     explain_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
     merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from server import metric_files
+from server import logs, metric_files
 from server.settings import Settings
 
 _logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def run_worker(settings: Settings, listener: socket.socket, log_level: str) -> N
 
     config = uvicorn.Config(
         app,
+        log_config=None,
         log_level=log_level,
         access_log=False,
         timeout_keep_alive=15,
@@ -83,7 +84,7 @@ def run_worker(settings: Settings, listener: socket.socket, log_level: str) -> N
 
 
 def _spawned(settings: Settings, listener: socket.socket, log_level: str, parent: int) -> None:
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format, log_level.upper())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the supervisor decides
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     run_worker(settings, listener, log_level)

@@ -36,7 +36,9 @@ def test_answer_is_recomputed_by_the_verifiers_own_definition(client, lab, as_ro
     plain = json.loads(answer["opened"][0]["input"])
     outputs = forward(lab.layers, lab.weights, encode_row(charter["features"], plain), index)
     expected = answer_of("binary", charter["label"], outputs)
-    assert json.loads(answer["opened"][0]["output"]) == expected
+    committed = json.loads(answer["opened"][0]["output"])
+    assert {key: committed[key] for key in expected} == expected
+    assert set(committed) == {*expected, "ood"}
     assert answer["answers"][0] == {**expected, "probability": float(expected["probability"])}
 
 
