@@ -74,6 +74,7 @@ Compliance officer: believe nothing, check everything
   subject find | export | erase   one person: their pseudonym, all about them, or nothing any more
   identity new            your own key, with which you approve
   models approve | rollback   sign a version into or out of use
+  models trial             try a version as a canary or a shadow of the live one
   runs updates RUN        how the sites' updates agree, and who stands apart
 
 Data scientist: train on what you may not see
