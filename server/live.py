@@ -126,7 +126,7 @@ class LiveModels:
             while True:
                 page = self._ledger.search(type=_TYPES, after=cursor, limit=_PAGE)
                 for row in page:
-                    self._take(row.leaf_index, row.body)
+                    self.take(row.leaf_index, row.body)
                     cursor, found = row.leaf_index, True
                 if len(page) < _PAGE:
                     break
@@ -197,7 +197,21 @@ class LiveModels:
         route = self._routes.get(model)
         return route.shadows if route is not None else ()
 
-    def _take(self, index: int, data: bytes) -> None:
+    def known(self, model: str, version: str | None) -> ServedVersion | None:
+        """The version, or else what would answer, as far as the log was read."""
+        if version:
+            return self._versions.get((model, version))
+        found = [served for served in self._versions.values() if served.model == model]
+        found.sort(key=lambda served: (not served.is_answering, -served.registered_index))
+        return found[0] if found else None
+
+    def charters_in_force(self) -> tuple[dict[str, Any], ...]:
+        """The charters of what is live, as far as the log was read; where nothing is, all of them."""
+        live = {found.charter_digest for found in self._versions.values() if found.is_answering}
+        return tuple(found for digest, (found, _) in self._charters.items() if digest in live or not live)
+
+    def take(self, index: int, data: bytes) -> None:
+        """Take one entry; what is malformed, or no valid transition, does not count."""
         try:
             entry = decode_entry(data)
         except AuditError as error:
