@@ -50,6 +50,11 @@ class Monitoring:
             ("action", "policy"),
             registry=self.registry,
         )
+        self.spoofed_identities = Counter(
+            "affidavit_spoofed_identities",
+            "Client certificates claimed from an address that is no trusted proxy's.",
+            registry=self.registry,
+        )
         self.append_seconds = Histogram(
             "affidavit_ledger_append_seconds",
             "Seconds until an entry was durable.",
