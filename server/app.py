@@ -49,6 +49,7 @@ from server.scoring import Scoring
 from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
+from server.tracing import Traced, Tracing
 from server.warm import WarmModels
 from server.watching import Watching
 
@@ -75,9 +76,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
 
     Raises:
         PolicyLoadError: the access policies do not hold together.
+        SettingsError: traces are asked for, and OpenTelemetry is not installed.
     """
     text = read_policies(settings.policies) if settings.policies else shipped_policies()
     authorizer, monitoring = CedarAuthorizer(text), Monitoring()
+    tracing = Tracing(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -93,6 +96,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         finally:
             await context.alarming.settle()
             context.explaining.close()
+            if tracing is not None:
+                await to_thread.run_sync(tracing.close)
             await context.watching.stop()
             await context.publisher.stop()
             context.keys.close()
@@ -127,6 +132,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.router.routes.extend(router.routes)
     _service_routes(app)
     openapi.install(app)
+    if tracing is not None:
+        app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
     return app
 
