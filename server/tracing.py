@@ -1,8 +1,8 @@
-"""Opt-in spans for an OTLP collector: one a request, with the route's pattern, the method and the status alone.
+"""Opt-in spans for an OTLP collector: one a request, with the route's pattern, the method and the status.
 
 Written against OpenTelemetry's API directly: the ready-made instrumentation puts paths and queries into
-spans, which can name people. A span's trace is the one of the request's log lines and of the caller's `traceparent`;
-a caller cannot switch sampling on, for the share decides by the trace's id alone.
+spans, which can name people. A span's trace is the one of the request's log lines and of the caller's
+`traceparent`; a caller cannot switch sampling on, for the share decides by the trace's id alone.
 """
 
 from __future__ import annotations
