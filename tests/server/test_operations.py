@@ -349,6 +349,7 @@ SERVER = """
 """
 
 
+@pytest.mark.slow  # a server in a process of its own has to start
 def test_a_stop_under_load_loses_no_answer_and_acknowledges_none_without_entry(lab, as_role, row):
     """Every answer that a caller holds is an entry, and every entry was an answer: nothing in between."""
     lab.coordinator.close()
