@@ -62,6 +62,7 @@ from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
 from server.shadowing import Shadowing
+from server.tracing import Traced, Tracing
 from server.warm import WarmModels
 from server.watching import Watching
 
@@ -88,9 +89,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
 
     Raises:
         PolicyLoadError: the access policies do not hold together.
+        SettingsError: traces are asked for, and OpenTelemetry is not installed.
     """
     text = read_policies(settings.policies) if settings.policies else shipped_policies()
     authorizer, monitoring = CedarAuthorizer(text), Monitoring()
+    tracing = Tracing(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -119,6 +122,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
                 await context.predicting.shadowing.drain()
             await context.alarming.settle()
             context.explaining.close()
+            if tracing is not None:
+                await to_thread.run_sync(tracing.close)
             await context.watching.stop()
             await context.rules_follower.stop()
             await context.publisher.stop()
@@ -171,6 +176,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.router.routes.extend(router.routes)
     _service_routes(app)
     openapi.install(app)
+    if tracing is not None:
+        app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
     return app
 
