@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +56,21 @@ def read_policies(path: Path) -> PolicyText:
         raise PolicyLoadError(f"{path}: cannot be read ({error}); give a Cedar file") from error
 
 
+@lru_cache(maxsize=8)
+def _checked(text: PolicyText) -> tuple[cedarpy.Schema, cedarpy.PolicySet]:
+    """Parse and validate; both results are read-only, so that all who ask by one text may share them."""
+    try:
+        schema = cedarpy.Schema.from_str(text.schema)
+        document = json.loads(cedarpy.policies_to_json_str(text.policies))
+    except ValueError as error:
+        raise PolicyLoadError(f"the access policies do not parse: {error}") from error
+    verdict = cedarpy.validate_policies(text.policies, schema)
+    if not verdict.validation_passed:
+        reasons = "; ".join(error.error for error in verdict.errors)
+        raise PolicyLoadError(f"the access policies do not fit the schema: {reasons}")
+    return schema, cedarpy.PolicySet.from_json_str(json.dumps(_named(document)))
+
+
 class CedarAuthorizer:
     """Decides by a validated policy set, parsed once."""
 
@@ -64,16 +80,7 @@ class CedarAuthorizer:
         Raises: PolicyLoadError: the text does not parse, names something that the schema lacks, or leaves a
             policy without an `@id` or with one used twice.
         """
-        try:
-            self._schema = cedarpy.Schema.from_str(text.schema)
-            document = json.loads(cedarpy.policies_to_json_str(text.policies))
-        except ValueError as error:
-            raise PolicyLoadError(f"the access policies do not parse: {error}") from error
-        verdict = cedarpy.validate_policies(text.policies, self._schema)
-        if not verdict.validation_passed:
-            reasons = "; ".join(error.error for error in verdict.errors)
-            raise PolicyLoadError(f"the access policies do not fit the schema: {reasons}")
-        self._policies = cedarpy.PolicySet.from_json_str(json.dumps(_named(document)))
+        self._schema, self._policies = _checked(text)
         self.policy_set = hashlib.sha256(text.policies.encode()).hexdigest()
         self.schema_digest = hashlib.sha256(text.schema.encode()).hexdigest()
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -219,6 +220,7 @@ def _service_routes(app: FastAPI) -> None:
         return Response(context_of(request).monitoring.render(), media_type=CONTENT_TYPE)
 
 
+@cache
 def _version() -> str:
     try:
         return version("affidavit")

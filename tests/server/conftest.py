@@ -32,6 +32,7 @@ from audit.keys import SigningKey
 from audit.models import model_file
 from audit.notes import KeyType, NoteSigner
 from audit.public_set import public_set_digest
+from audit.vault_home import open_vault
 from federation.coordinator import Coordinator
 from server.app import create_app
 from server.keys import KeyStore
@@ -210,6 +211,7 @@ def lab_template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     lab = Lab(folder)
     lab.version, lab.charter = lab.live()
+    open_vault(folder / "coordinator", ORIGIN).close()
     lab.tokens = {role: lab.key(role) for role in ("node", "officer", "scientist", "consumer", "operator")}
     lab.close()
     return lab
