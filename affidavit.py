@@ -103,6 +103,7 @@ Exit codes: 0 done, 1 refused or failed (one line with a code), 2 wrong usage; `
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _leave_no_core_dump()
     shadow = shadowed_package()
     if shadow is not None:
         print(f"error command.shadowed: {_shadow_message(*shadow)}", file=sys.stderr)
@@ -129,6 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     return _run(application, given)
+
+
+def _leave_no_core_dump() -> None:
+    """A crash must not write rows and keys to disk."""
+    try:
+        import resource
+    except ImportError:  # not this system's way of dumping
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _run(application: click.Command, given: list[str]) -> int:

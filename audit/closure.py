@@ -26,7 +26,13 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
+from audit.round_bodies import (
+    RoundExamined,
+    RunEvaluated,
+    RunReferenced,
+    RunResumed,
+    UpdateRefused,
+)
 from audit.secure_bodies import RoundOpened
 
 B = TypeVar("B")
@@ -42,9 +48,9 @@ _OF_RUN: Final = (
     UpdateRefused,
     RoundExamined,
     RunEvaluated,
+    RunReferenced,
     RoundOpened,
     RunResumed,
-    RunReferenced,
 )
 
 
@@ -157,10 +163,10 @@ class Closure:
                 self._artefact(body.update)
             if isinstance(body, RoundExamined):
                 self._artefact(body.digest)
-            if isinstance(body, RoundOpened):
-                self._artefact(body.transcript)
             if isinstance(body, RunReferenced) and body.sketch:
                 self._artefact(body.sketch)
+            if isinstance(body, RoundOpened):
+                self._artefact(body.transcript)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):

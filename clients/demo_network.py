@@ -28,7 +28,7 @@ from federation.charter import Charter
 ORIGIN: Final = "demo.invalid/network"
 PORTS: Final = {"--port": 28443, "--superlink-port": 28444, "--api-port": 28445}
 START_S: Final = 120.0
-ROUNDS: Final = 6
+ROUNDS: Final = 4
 SECURE: Final = (
     "\nsecure_aggregation: {tolerated: 1}   # updates are masked: the coordinator reads sums alone\n"
 )

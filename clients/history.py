@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -38,8 +38,9 @@ class WitnessedEntry:
 class History:
     """Reads logged entries by the site's own policy; what it returns is believed, all else is refused."""
 
-    def __init__(self, policy: Policy, statement_key: VerifyKey, clock: Clock) -> None:
-        self._policy, self._statement_key, self._clock = policy, statement_key, clock
+    def __init__(self, policy: Policy, statement_keys: Sequence[VerifyKey], clock: Clock) -> None:
+        """`statement_keys`: this site's present one and those before it."""
+        self._policy, self._statement_keys, self._clock = policy, tuple(statement_keys), clock
 
     def witnessed(self, logged: LoggedEntry) -> WitnessedEntry:
         """Prove an entry.
@@ -108,9 +109,12 @@ class History:
             RefusedError: unwitnessed_history; it did not.
         """
         domain, payload = signing_payload(statement)
-        try:
-            self._statement_key.verify(domain, payload, decode_signature(statement.signature))
-        except AuditError as error:
-            raise RefusedError(
-                "unwitnessed_history", f"a statement this site never signed: {error}"
-            ) from error
+        problem: AuditError | None = None
+        for key in self._statement_keys:
+            try:
+                key.verify(domain, payload, decode_signature(statement.signature))
+            except AuditError as error:
+                problem = error
+            else:
+                return
+        raise RefusedError("unwitnessed_history", f"a statement this site never signed: {problem}")

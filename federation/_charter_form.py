@@ -85,6 +85,7 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "keep": rule.keep,
             "norm_bound": int(rule.norm_bound),
         }
+    document |= serving_document(charter)
     if charter.secure_aggregation is not None:
         document["secure_aggregation"] = {"tolerated": charter.secure_aggregation.tolerated}
     if charter.site_level is not None:
@@ -92,7 +93,6 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "max_update_norm": decimal_text(charter.site_level.max_update_norm),
             "epsilon": decimal_text(charter.site_level.epsilon),
         }
-    document |= serving_document(charter)
     if charter.public_set is not None:
         document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
     return document

@@ -187,11 +187,11 @@ class Charter(_Part):
     privacy: Privacy
     evaluation: Evaluation | None = None
     aggregation: Aggregation | None = None  # absent: the weighted mean, and no bound on an update's length
-    secure_aggregation: SecureAggregation | None = None
-    site_level: SiteLevel | None = None
     reference: Reference | None = None
     answers: Answers | None = None
     fairness: Fairness | None = None
+    secure_aggregation: SecureAggregation | None = None
+    site_level: SiteLevel | None = None
     sites: tuple[Site, ...] = Field(min_length=1, max_length=1000)
     public_set: PublicSet | None = None
     gates: tuple[Gate, ...] = ()

@@ -237,19 +237,27 @@ def show_card(
     version: Annotated[
         str | None, typer.Option(help="Digest or its beginning; else the live or newest one.")
     ] = None,
+    form: Annotated[str, typer.Option(help="markdown, json or html, a page to print.")] = "markdown",
+    out: Annotated[Path | None, typer.Option(help="Write the card to this file.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the model card, made from the log alone.
+    """Print the model card, made from the log and the registry's files.
 
     Exit codes: 0 done, 1 there is no such version, 2 wrong usage.
     """
-    from federation.model_card import model_card
+    from federation.model_card import card_of
 
+    if form not in ("markdown", "json", "html"):
+        raise CommandError(f"there is no form {form!r}; use markdown, json or html", code="usage.form")
     with _coordinator(home) as coordinator:
         found = _pick(coordinator, model, version)
-        text = model_card(coordinator.ledger, found.digest)
-    emit({"version": found.digest, "card": text}, text.rstrip(), as_json=as_json)
+        card = card_of(coordinator.ledger, found.digest, coordinator.blobs.find)
+    text: str = getattr(card, form)()
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    shown = text.rstrip() if out is None else f"wrote {out}"
+    emit({"version": found.digest, "card": text}, shown, as_json=as_json)
 
 
 @models.command("approve")

@@ -221,6 +221,18 @@ class OfficerError(TransitionError):
     code = "federation.officer"
 
 
+class ExportError(FederationError):
+    """A version has no ONNX form, or a file is not the one that its weights make."""
+
+    code = "federation.export"
+
+
+class LayerNotExportedError(ExportError):
+    """A layer has no float64 form in ONNX Runtime; torch serves such a model."""
+
+    code = "federation.layer_not_exported"
+
+
 class NotAllowedError(FederationError):
     code = "federation.not_allowed"
 

@@ -32,6 +32,9 @@ CANDIDATE: Final = "candidate"
 APPROVED: Final = "approved"
 LIVE: Final = "live"
 RETIRED: Final = "retired"
+CANARY: Final = "canary"  # answers a share of the requests
+SHADOW: Final = "shadow"  # is asked beside the live version; its answers are logged and told to nobody
+ANSWERING: Final = frozenset({LIVE, CANARY})
 ALLOWED: Final = frozenset(
     {
         (CANDIDATE, APPROVED),
@@ -40,6 +43,15 @@ ALLOWED: Final = frozenset(
         (CANDIDATE, RETIRED),
         (APPROVED, RETIRED),
         (RETIRED, LIVE),
+        (APPROVED, CANARY),
+        (APPROVED, SHADOW),
+        (CANARY, APPROVED),
+        (CANARY, LIVE),
+        (CANARY, RETIRED),
+        (SHADOW, APPROVED),
+        (SHADOW, CANARY),
+        (SHADOW, LIVE),
+        (SHADOW, RETIRED),
     }
 )
 """Legal moves; retired -> live is a rollback, for a version that was live before."""

@@ -32,8 +32,9 @@ from server import (
     routes_tiles,
 )
 from server.access import CedarAuthorizer, read_policies, shipped_policies
+from server.alarming import Alarming
 from server.context import Caller, Context, authorise, context_of
-from server.errors import ArtefactError
+from server.errors import ArtefactError, NotReadyError
 from server.explaining import Explaining
 from server.guard import Guard
 from server.hooks import Hooks
@@ -41,7 +42,9 @@ from server.journal import Clock, Journal, time_text, utc_now
 from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import CONTENT_TYPE, Monitoring
+from server.oip import routes as routes_oip
 from server.publishing import Publisher
+from server.readiness import Readiness
 from server.reading_log import ReadingLog
 from server.receipting import Receipting
 from server.schemas import problems
@@ -49,6 +52,7 @@ from server.scoring import Scoring
 from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
+from server.shadowing import Shadowing
 from server.warm import WarmModels
 from server.watching import Watching
 
@@ -82,15 +86,29 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context = build_context(settings, authorizer, monitoring, clock)
-        app.state.context = context
+        app.state.context, grpc_server = context, None
         try:
             await record_policies(context)
             await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
             await context.publisher.start()
             context.watching.start()
+            if settings.grpc_port is not None:
+                from server.oip.grpc_service import InferenceServer
+
+                grpc_server = InferenceServer(context, app.version)
+                app.state.grpc_port = await grpc_server.start(f"{settings.host}:{settings.grpc_port}")
+                _logger.info("gRPC on port %d", app.state.grpc_port)
+            context.readiness.state = "ready"
             yield
         finally:
+            context.readiness.state = "draining"
+            if grpc_server is not None:
+                await grpc_server.stop(settings.request_timeout_s)
+            if context.predicting.shadowing is not None:
+                await context.predicting.shadowing.drain()
+            await context.alarming.settle()
+            context.explaining.close()
             await context.watching.stop()
             await context.publisher.stop()
             context.keys.close()
@@ -105,6 +123,10 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         lifespan=lifespan,
         openapi_tags=[
             {"name": "models", "description": "What is registered, and answers from what is live."},
+            {
+                "name": "inference protocol",
+                "description": "The same answers by the Open Inference Protocol v2.",
+            },
             {"name": "audit", "description": "The log: entries, proofs, checkpoints, evidence."},
             {"name": "subjects", "description": "A person: everything about them, or nothing any more."},
             {"name": "keys", "description": "API keys, for operators."},
@@ -119,7 +141,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         routes_subjects.router,
         routes_runs.router,
     )
-    for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
+    served = (routes_models.router, routes_oip.router, routes_audit.router, *officer, routes_keys.router)
+    for router in served:
         # The routes themselves, as they stand: `include_router` would analyse each signature again, once an
         # application, and lay a second lookup over every request.
         app.router.routes.extend(router.routes)
@@ -143,10 +166,14 @@ def build_context(
     vault = open_vault(settings.coordinator_home, coordinator.ledger.origin)
     sealing = Sealing(vault, journal, settings.request_timeout_s / 2)
     receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
+    warm = WarmModels(coordinator.blobs)
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
+    alarming = Alarming(journal, monitoring)
     return Context(
         settings=settings,
+        alarming=alarming,
+        explaining=explaining,
         coordinator=coordinator,
         keys=KeyStore(settings.coordinator_home, clock, cache_s=settings.key_cache_s),
         authorizer=authorizer,
@@ -154,13 +181,14 @@ def build_context(
         live=live,
         predicting=PredictService(
             live=live,
-            warm=WarmModels(coordinator.blobs.get),
+            warm=warm,
             authorizer=authorizer,
             journal=journal,
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
-            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=()),
+            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=(alarming,)),
+            shadowing=Shadowing(warm, journal, sealing, monitoring),
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         watching=Watching(coordinator, clock),
@@ -168,6 +196,7 @@ def build_context(
         clock=clock,
         reading=ReadingLog(sealing, journal),
         vault=vault,
+        readiness=Readiness(live, warm, lambda: ""),
     )
 
 
@@ -206,6 +235,16 @@ def _service_routes(app: FastAPI) -> None:
     async def healthz(request: Request) -> dict[str, Any]:
         """200 while the log can be read; says nothing about any model."""
         return {"status": "ok", "tree_size": context_of(request).coordinator.ledger.tree_size}
+
+    @app.get(
+        "/readyz", tags=["service"], summary="Should the service be sent requests?", responses=problems(503)
+    )
+    async def readyz(request: Request) -> dict[str, Any]:
+        """200 once every live model is loaded and receipts can be signed, until the process drains."""
+        problem = await to_thread.run_sync(context_of(request).readiness.problem)
+        if problem:
+            raise NotReadyError(problem)
+        return {"status": "ready"}
 
     @app.get(
         "/metrics",

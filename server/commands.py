@@ -56,9 +56,18 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [AFFIDAVIT_PORT, 8000].")] = None,
     policies: Annotated[Path | None, typer.Option(help="Cedar file in place of the shipped rules.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that answer on the port [AFFIDAVIT_WORKERS, 1].")
+    ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Also speak the inference protocol over gRPC [AFFIDAVIT_GRPC_PORT].")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve the HTTP API until stopped. Its description is at /docs.
+
+    With --workers a supervisor starts so many processes, and starts each again that dies. SIGTERM turns
+    /readyz to 503 for AFFIDAVIT_DRAIN_S seconds, then finishes what is under way.
 
     With --json the first line of standard output is {"url": …} once the socket listens.
 
@@ -66,18 +75,23 @@ def serve(
     """
     import logging
 
-    import uvicorn
-
     from federation.coordinator import Coordinator
-    from server.app import create_app
+    from server import logs, metric_files
     from server.settings import load_settings
 
-    flags = {"host": host, "port": port, "policies": policies, "log_level": log_level}
+    flags = {
+        "host": host,
+        "port": port,
+        "policies": policies,
+        "log_level": log_level,
+        "workers": workers,
+        "grpc_port": grpc_port,
+    }
     settings = load_settings(flags=flags, base=home).settings
     level = settings.log_level.upper()
     if level not in logging.getLevelNamesMapping():
         raise CommandError(f"log_level {settings.log_level!r} is unknown; use info", code="server.settings")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format, level)
     from audit.location import log_location
 
     place = log_location(settings.coordinator_home)
@@ -88,15 +102,24 @@ def serve(
         )
     with Coordinator.open(settings.coordinator_home, settings.signer_home) as coordinator:
         coordinator.publisher.step()  # who may not sign is told here, in one line
-    app = create_app(settings)
+    if settings.workers > 1:
+        if settings.grpc_port == 0:
+            raise CommandError(
+                "grpc_port 0 is one worker's; name a port that all share", code="server.settings"
+            )
+        metric_files.prepare(settings.coordinator_home / "metrics")
+    from server.app import create_app
+    from server.workers import Supervisor, run_worker
+
+    create_app(settings)  # what is wrong with the policies is told before anything listens
     listener = _listen(settings.host, settings.port)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
-    config = uvicorn.Config(
-        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False, ws="none"
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    if settings.workers == 1:
+        run_worker(settings, listener, level.lower())
+    elif Supervisor(settings, listener, level.lower()).run():
+        raise CommandError("no worker could be kept alive; the log says why", code="server.workers")
 
 
 @keys.command("create")
@@ -276,7 +299,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(128)
+        listener.listen(1024)
     except OSError as error:
         listener.close()
         raise CommandError(f"{host} port {port}: {error.strerror}; choose another --port") from error

@@ -16,12 +16,16 @@ from audit.principal import AccessDeniedError, Decision, Principal, Question, re
 from audit.vault import Vault
 from federation.coordinator import Coordinator
 from server.access import CedarAuthorizer
+from server.alarming import Alarming
 from server.errors import UnauthenticatedError, request_id_of
+from server.explaining import Explaining
 from server.journal import Clock, Journal
 from server.keys import KeyStore
 from server.live import LiveModels
+from server.marks import note_principal
 from server.monitoring import Monitoring
 from server.publishing import Publisher
+from server.readiness import Readiness
 from server.reading_log import ReadingLog
 from server.service import PredictService
 from server.settings import Settings
@@ -51,6 +55,9 @@ class Context:
     clock: Clock
     reading: ReadingLog
     vault: Vault
+    alarming: Alarming
+    explaining: Explaining
+    readiness: Readiness
 
 
 def context_of(request: Request) -> Context:
@@ -72,7 +79,9 @@ async def principal_of(
     if credentials is None:
         raise UnauthenticatedError("an API key is needed: send `Authorization: Bearer affidavit_…`")
     keys = context_of(request).keys
-    return await to_thread.run_sync(keys.authenticate, credentials.credentials)
+    principal = await to_thread.run_sync(keys.authenticate, credentials.credentials)
+    note_principal(request.scope, principal.id)
+    return principal
 
 
 Caller = Annotated[Principal, Depends(principal_of)]
@@ -90,24 +99,29 @@ async def denials_recorded(request: Request) -> AsyncIterator[None]:
     try:
         yield
     except AccessDeniedError as denied:
-        action, principal = denied.question.action, denied.principal
-        for policy in denied.decision.policies:
-            context.monitoring.denials.labels(action, policy).inc()
-        sequenced = await context.journal.append(
-            AccessDenied(
-                request_id=request_id_of(request),
-                action=action,
-                principal=principal.id,
-                role=principal.role,
-                policies=denied.decision.policies,
-                policy_set=denied.decision.policy_set,
-            )
-        )
-        denied.entry = {
-            "leaf_index": sequenced.leaf_index,
-            "leaf_hash": sequenced.leaf_hash.hex(),
-        }
+        await record_denial(context, denied, request_id_of(request))
         raise
+
+
+async def record_denial(context: Context, denied: AccessDeniedError, request_id: str) -> None:
+    """Make a refusal an entry, and name it in `denied.entry`; LedgerUnavailableError: it is none."""
+    action, principal = denied.question.action, denied.principal
+    for policy in denied.decision.policies:
+        context.monitoring.denials.labels(action, policy).inc()
+    sequenced = await context.journal.append(
+        AccessDenied(
+            request_id=request_id,
+            action=action,
+            principal=principal.id,
+            role=principal.role,
+            policies=denied.decision.policies,
+            policy_set=denied.decision.policy_set,
+        )
+    )
+    denied.entry = {
+        "leaf_index": sequenced.leaf_index,
+        "leaf_hash": sequenced.leaf_hash.hex(),
+    }
 
 
 async def authorise(request: Request, principal: Principal, action: str) -> Decision:

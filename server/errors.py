@@ -17,6 +17,7 @@ from federation.errors import FederationError
 _logger = logging.getLogger(__name__)
 
 MEDIA_TYPE: Final = "application/problem+json"
+PROTOCOL_PATHS: Final = ("/v2/", "/v2")
 
 
 class ServerError(Exception):
@@ -57,6 +58,24 @@ class KeyRequestError(ServerError):
 
 class TooBusyError(ServerError):
     code = "server.busy"
+
+
+class OverloadedError(ServerError):
+    """The worker has as many requests as it can answer in time; nothing of this one was read."""
+
+    code = "server.overloaded"
+
+
+class DeadlineError(ServerError):
+    """The caller's own time limit passed; whatever became of the request, this is no answer to it."""
+
+    code = "request.deadline"
+
+
+class NotReadyError(ServerError):
+    """This process, or one of its models, should get no requests now."""
+
+    code = "server.not_ready"
 
 
 class NoSuchRouteError(ServerError):
@@ -132,6 +151,10 @@ STATUS: Final[dict[str, int]] = {
     "explain.not_available": 501,
     "explain.not_allowed": 422,
     "server.busy": 503,
+    "server.overloaded": 503,
+    "request.deadline": 504,
+    "server.not_ready": 503,
+    "audit.stale_view": 503,
     "audit.ledger_unavailable": 503,
     "audit.ledger_busy": 503,
     "audit.ledger_closed": 503,
@@ -197,6 +220,7 @@ TITLES: Final[dict[int, str]] = {
     500: "Internal error",
     501: "Not available on this server",
     503: "Try again later",
+    504: "The request's own time limit passed",
 }
 
 
@@ -219,6 +243,24 @@ def problem(status: int, code: str, detail: str, *, request_id: str, **extra: An
     return JSONResponse(document, status_code=status, media_type=MEDIA_TYPE, headers=headers)
 
 
+def _protocol_error(status: int, code: str, detail: str, extra: dict[str, Any]) -> JSONResponse:
+    """The Open Inference Protocol's own form: {"error": text}; the code and the entry stand in headers."""
+    headers = {"Cache-Control": "no-store", "Affidavit-Code": code}
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="affidavit"'
+    if status in (429, 503):
+        headers["Retry-After"] = "1"
+    if "entry" in extra:
+        headers["Affidavit-Entry"] = str(extra["entry"]["leaf_index"])
+    return JSONResponse({"error": detail}, status_code=status, headers=headers)
+
+
+def _answer(request: Request, status: int, code: str, detail: str, **extra: Any) -> JSONResponse:
+    if request.scope["path"].startswith(PROTOCOL_PATHS):
+        return _protocol_error(status, code, detail, extra)
+    return problem(status, code, detail, request_id=request_id_of(request), **extra)
+
+
 def request_id_of(request: Request) -> str:
     """Return the id that the outermost middleware gave this request."""
     return str(request.scope.get("affidavit.request_id", "0" * 32))
@@ -226,20 +268,18 @@ def request_id_of(request: Request) -> str:
 
 def render(request: Request, error: Exception) -> JSONResponse:
     """Turn any error into its problem document: the one mapping."""
-    request_id = request_id_of(request)
     code = str(getattr(error, "code", "server.internal"))
     status = STATUS.get(code)
     if status is None:
-        _logger.error("request=%s code=%s: %s", request_id, code, error, exc_info=error)
-        return problem(
-            500, "server.internal", "the server failed; its log has the reason", request_id=request_id
-        )
+        # its text may quote what the caller sent, so type and places alone are logged
+        _logger.error("code=%s: %s", code, type(error).__name__, exc_info=error)
+        return _answer(request, 500, "server.internal", "the server failed; its log has the reason")
     extra = dict(getattr(error, "extra", {}))
     if isinstance(error, AccessDeniedError):
         extra = {**extra, "policies": list(error.decision.policies), "policy_set": error.decision.policy_set}
         if error.entry is not None:
             extra["entry"] = dict(error.entry)
-    return problem(status, code, str(error), request_id=request_id, **extra)
+    return _answer(request, status, code, str(error), **extra)
 
 
 def install(app: FastAPI) -> None:
@@ -257,7 +297,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only
         codes = {404: "request.no_such_route", 405: "request.method_not_allowed"}
         code = codes.get(error.status_code, "request.refused")
-        return problem(error.status_code, code, str(error.detail), request_id=request_id_of(request))
+        return _answer(request, error.status_code, code, str(error.detail))
 
     app.add_exception_handler(ServerError, ours)
     app.add_exception_handler(AuditError, ours)

@@ -38,6 +38,12 @@ class Monitoring:
         self.predicted_rows = Counter(
             "affidavit_predicted_rows", "Rows answered.", ("model",), registry=self.registry
         )
+        self.shadowed = Counter(
+            "affidavit_shadow_rows",
+            "Rows that a shadow version was asked, by how its label compares; skipped under load.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
         self.denials = Counter(
             "affidavit_denials",
             "Requests refused, by the policy that decided.",

@@ -12,6 +12,8 @@ PURPOSE_PATTERN: Final = r"^[a-z0-9][a-z0-9 ._-]{0,62}$"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 DIGEST_PATTERN: Final = r"^[0-9a-f]{64}$"
 
+VERSION_PATTERN: Final = r"^(?:[0-9a-f]{64}|live|candidate)$"
+
 Value = str | int | float | bool | None
 
 
@@ -42,8 +44,9 @@ class PredictRequest(_Strict):
         str | None,
         Field(
             default=None,
-            pattern=DIGEST_PATTERN,
-            description="Insist on this version; absent means the live one. Only a live version answers.",
+            pattern=VERSION_PATTERN,
+            description="Insist on this version, by digest or as `live` or `candidate`; absent means the "
+            "live one, or a canary by its share. Only what an officer made answer does.",
         ),
     ]
 
@@ -89,12 +92,19 @@ class EntryRef(BaseModel):
 
 
 class Opened(BaseModel):
-    """What opens one row's commitments. Keep it: nobody else holds the salts."""
+    """What opens one row's commitments. Keep it: nobody else holds the salts.
+
+    Of many rows in one entry, `row` and `path` make it that row's own receipt: they lead to the entry's root.
+    """
 
     input_salt: str
     output_salt: str
     input: str
     output: str
+    row: Annotated[str | None, Field(default=None, description="Of many: the row's number, from 0.")]
+    path: Annotated[
+        str | None, Field(default=None, description="Its inclusion path: base64 hashes, joined by commas.")
+    ]
 
 
 class SealedView(BaseModel):

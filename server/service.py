@@ -1,9 +1,11 @@
 """The use case `predict`: decide, answer, and let the answer go only after its entry is durable.
 
-Order: the version that would answer (`server.live`) - the decision (`audit.principal`) - the rows
-(`server.warm`) - the entry (`server.journal`) - the receipt (`server.receipting`). A refusal by policy is
-an entry too. Where the request names a person, what it says of them goes to the vault before the entry is
-written, and the entry holds a pseudonym and roots of commitments (`audit.disclosure`).
+Order: the version that would answer (`server.live`) - the facts (`server.hooks`) - the decision
+(`audit.principal`) - the rows (`server.warm`, `server.batching`) - the annotations - the entry
+(`server.journal`) - the receipt (`server.receipting`). A refusal by policy is an entry too. The entry is
+refused by the ledger when a transition came after the view that the decision rests on; then all of it is
+done again on what the log says now. Where the request names a person, what it says of them goes to the vault
+before the entry is written, and the entry holds a pseudonym and roots of commitments (`audit.disclosure`).
 """
 
 from __future__ import annotations
@@ -19,20 +21,29 @@ from audit.commitments import commit
 from audit.disclosure import CONTEXT, new_part
 from audit.encoding import EncodingError, plain_row
 from audit.entries import Prediction, PredictionDenied, RowCommitment
-from audit.ledger import Sequenced
+from audit.errors import StaleViewError
+from audit.ledger import Guard, Sequenced
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
+from audit.row_tree import RowTree
 from audit.vault_records import PERSON
-from server.errors import RowContractError
+from federation.registry import LIVE
+from server.batching import Batching
+from server.errors import MalformedRequestError, RowContractError, TooBusyError
 from server.hooks import Answering, Hooks, with_fields
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
 from server.monitoring import Monitoring
 from server.receipting import Receipting
 from server.sealing import Sealing
+from server.shadowing import Shadowing
 from server.warm import WarmModel, WarmModels
 from server.watching import Level
 
-_INLINE_ROWS: Final = 16  # more rows than this are computed beside the event loop
+_TRIES: Final = 20  # transitions that may come one after the other while a request is answered
+MAX_SEALED_ROWS: Final = 384  # a sealed entry holds its rows itself: two commitments each
+_INLINE_ROWS: Final = 64  # more rows than this are encoded and committed to beside the event loop
+
+Opened = tuple[dict[str, str], ...]
 
 
 class PredictionDeniedError(AccessDeniedError):
@@ -53,7 +64,7 @@ class Asked:
     purpose: str
     rows: Sequence[Mapping[str, Any]]
     site: str | None = None
-    version: str | None = None
+    version: str | None = None  # a digest, "live" or "candidate"; None: live, or a canary by its share
     subject: str | None = None  # the caller's own id for the person that the rows are about
     explain: bool = False  # attribute each answer to its features
     request_id: str
@@ -71,7 +82,7 @@ class Answered:
     leaf_index: int
     leaf_hash: str
     receipt: dict[str, Any]
-    opened: tuple[dict[str, str], ...]
+    opened: Opened
     sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
     level: Level = "sequenced"
     proof: str | None = None  # C2SP tlog-proof, above "sequenced"
@@ -90,6 +101,8 @@ class PredictService:
     monitoring: Monitoring
     sealing: Sealing
     hooks: Hooks = field(default_factory=Hooks)
+    batching: Batching = field(default_factory=Batching)
+    shadowing: Shadowing | None = None
 
     async def predict(self, principal: Principal, asked: Asked) -> Answered:
         """Answer, or refuse.
@@ -98,16 +111,36 @@ class PredictService:
             ModelNotFoundError, VersionNotFoundError: there is nothing of that name.
             PredictionDeniedError: the policies refused; it is in the log.
             RowContractError: a row is outside the charter's data contract.
+            MalformedRequestError: more rows than a sealed entry holds.
             ArtefactError: the registry's copy of the version cannot be used.
             LedgerUnavailableError: the entry did not become durable, so there is no answer.
+            TooBusyError: the model's versions kept changing.
         """
-        served = self.live.answering(asked.model, asked.version)
-        decision = await self._decide(principal, asked, served)
-        warm = self.warm.get(served)
-        if len(asked.rows) > _INLINE_ROWS:
-            plain, encoded, answers = await asyncio.to_thread(_answer, warm, asked)
-        else:
-            plain, encoded, answers = _answer(warm, asked)
+        if asked.subject is not None and len(asked.rows) > MAX_SEALED_ROWS:
+            problem = f"{len(asked.rows)} rows about one person; at most {MAX_SEALED_ROWS} fit in one entry"
+            raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
+        self.batching.in_flight += 1
+        try:
+            for _ in range(_TRIES):
+                try:
+                    return await self._on_present_view(principal, asked)
+                except StaleViewError:
+                    await asyncio.to_thread(self.live.refresh)
+            raise TooBusyError(f"the versions of {asked.model} keep changing; try again")
+        finally:
+            self.batching.in_flight -= 1
+
+    async def _on_present_view(self, principal: Principal, asked: Asked) -> Answered:
+        guard = self.live.guard
+        served = self.live.choose(asked.model, asked.version, asked.request_id)
+        decision = await self._decide(principal, asked, served, guard)
+        warm = self.warm.ready(served.version)
+        if warm is None:
+            warm = await asyncio.to_thread(self.warm.get, served)
+        many = len(asked.rows) > _INLINE_ROWS
+        plain, encoded = await asyncio.to_thread(_encode, warm, asked) if many else _encode(warm, asked)
+        site = warm.site_index(asked.site)
+        answers = warm.answers_of(await self.batching.run(warm, encoded, site))
         answering = Answering(
             principal=principal,
             asked=asked,
@@ -135,10 +168,15 @@ class PredictService:
         body, outputs = with_fields(body, added.body), added.outputs(answers)
         sealed = None
         if asked.subject is None:
-            commitments, opened = _commit(plain, outputs)
-            sequenced = await self.journal.append(replace(body, rows=commitments))
+            committed, opened = (
+                await asyncio.to_thread(_commit, body, plain, outputs)
+                if many
+                else _commit(body, plain, outputs)
+            )
+            sequenced = await self.journal.append(committed, guard=guard)
         else:
-            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, outputs)
+            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, outputs, guard)
+        self.live.confirm(guard, sequenced.leaf_index)
         receipt = await self.receipting.receipt(sequenced)
         self.monitoring.predicted_rows.labels(served.model).inc(len(answers))
         answered = Answered(
@@ -155,6 +193,9 @@ class PredictService:
             annotations=added.shown,
         )
         self.hooks.observe(answering, answered)
+        if self.shadowing is not None:
+            for shadow in self.live.shadows(served.model):
+                self.shadowing.ask(shadow, answering, answered.leaf_hash)
         return answered
 
     async def _sealed(
@@ -163,7 +204,8 @@ class PredictService:
         subject: str,
         plain: Sequence[Mapping[str, Any]],
         answers: Sequence[Mapping[str, Any]],
-    ) -> tuple[Sequenced, tuple[dict[str, str], ...], dict[str, str]]:
+        guard: Guard,
+    ) -> tuple[Sequenced, Opened, dict[str, str]]:
         """Seal what the answer says of a person, then append the entry that commits to it.
 
         In this order an acknowledged entry never lacks its record. What a failed append leaves in the vault
@@ -193,7 +235,7 @@ class PredictService:
             context=context.root(CONTEXT),
             sealed=sealed.digest,
         )
-        sequenced = await self.journal.append(entry, event_id=event_id)
+        sequenced = await self.journal.append(entry, event_id=event_id, guard=guard)
         opened = tuple(
             {
                 "input_salt": given.salt.hex(),
@@ -210,14 +252,16 @@ class PredictService:
         }
         return sequenced, opened, told
 
-    async def _decide(self, principal: Principal, asked: Asked, served: ServedVersion) -> Decision:
+    async def _decide(
+        self, principal: Principal, asked: Asked, served: ServedVersion, guard: Guard
+    ) -> Decision:
         found = self.hooks.gather(principal, asked, served)
         question = Question(
             action="predict",
             resource=served.model,
             attributes={
                 "purposes": served.purposes,
-                "state": served.state,
+                "state": LIVE if served.is_answering else served.state,  # a canary answers by a signature too
                 "epsilon_micro": served.epsilon_micro,
                 "epsilon_limit_micro": served.epsilon_limit_micro,
                 **found.resource,
@@ -227,8 +271,6 @@ class PredictService:
         try:
             return require(self.authorizer, principal, question)
         except AccessDeniedError as denied:
-            for policy in denied.decision.policies:
-                self.monitoring.denials.labels("predict", policy).inc()
             sequenced = await self.journal.append(
                 PredictionDenied(
                     request_id=asked.request_id,
@@ -239,30 +281,34 @@ class PredictService:
                     reason="policy",
                     policies=denied.decision.policies,
                     policy_set=denied.decision.policy_set,
-                )
+                ),
+                guard=guard,
             )
+            for policy in denied.decision.policies:
+                self.monitoring.denials.labels("predict", policy).inc()
             raise PredictionDeniedError(denied, sequenced) from denied
 
 
-def _answer(
-    warm: WarmModel, asked: Asked
-) -> tuple[list[dict[str, Any]], list[list[float]], list[dict[str, Any]]]:
+def _encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[list[float]]]:
     try:
         plain = [plain_row(row) for row in asked.rows]
     except EncodingError as error:
         fields = [{"field": found.field, "problem": found.message} for found in error.problems]
         raise RowContractError(str(error), fields=fields) from error
-    encoded = warm.encode(plain)
-    return plain, encoded, warm.answers(encoded, warm.site_index(asked.site))
+    return plain, warm.encode(plain)
 
 
 def _commit(
-    plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
-) -> tuple[tuple[RowCommitment, ...], tuple[dict[str, str], ...]]:
-    commitments, opened = [], []
-    for row, answer in zip(plain, answers, strict=True):
+    body: Prediction, plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> tuple[Prediction, Opened]:
+    """Return the entry with its commitments, and what opens each row: one stands in it, many in a tree."""
+    commitments: list[RowCommitment] = []
+    opened: list[dict[str, str]] = []
+    salts = secrets.token_bytes(64 * len(plain))
+    for number, (row, answer) in enumerate(zip(plain, answers, strict=True)):
         input_text, output_text = canonical_bytes(dict(row)), canonical_bytes(dict(answer))
-        input_salt, output_salt = secrets.token_bytes(32), secrets.token_bytes(32)
+        input_salt = salts[64 * number : 64 * number + 32]
+        output_salt = salts[64 * number + 32 : 64 * number + 64]
         commitments.append(
             RowCommitment(
                 input=commit("input", input_salt, input_text),
@@ -277,4 +323,9 @@ def _commit(
                 "output": output_text.decode(),
             }
         )
-    return tuple(commitments), tuple(opened)
+    if len(commitments) == 1:
+        return replace(body, rows=tuple(commitments)), tuple(opened)
+    tree = RowTree(commitments)
+    for number, row in enumerate(opened):
+        row["row"], row["path"] = str(number), tree.path(number)
+    return replace(body, row_count=len(commitments), rows_root=tree.root), tuple(opened)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -26,11 +26,20 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     signer_home: Path = Path(".affidavit/signer")
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    grpc_port: Annotated[int, Field(ge=0, le=65_535)] | None = (
+        None  # the inference protocol over gRPC; else off
+    )
+    workers: Annotated[int, Field(ge=1, le=64)] = 1  # processes that answer on one port
+    drain_s: Annotated[float, Field(ge=0, le=300)] = 0.0  # unready for so long before it stops
     policies: Path | None = None  # a Cedar file in place of the shipped rules
     max_body_bytes: Annotated[int, Field(ge=1_024, le=64 * 2**20)] = 1_048_576
-    max_rows: Annotated[int, Field(ge=1, le=384)] = 256  # two commitments a row, one entry
+    max_rows: Annotated[int, Field(ge=1, le=16_384)] = 1_024  # of one request: one entry, a tree of rows
     body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     request_timeout_s: Annotated[float, Field(gt=0, le=3_600)] = 30.0
+    max_in_flight: Annotated[int, Field(ge=1, le=65_536)] = 512  # requests that a worker takes at once
+    shed_latency_s: Annotated[float, Field(gt=0, le=600)] = 1.0  # slower answers lower that number
+    access_log: bool = True  # a line for each request
+    log_format: Literal["ecs", "text"] = "ecs"
     explain_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
     merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600

@@ -71,7 +71,7 @@ def _cpu_s() -> float:
 
 
 def page(rows: Iterable[dict[str, Any]], *, where: str) -> str:
-    """Return the page of these rows, in the order of `PARTS` and of the tests' names, a repeated test once."""
+    """Return the page of these rows, in the order of `PARTS` and of the tests' names, each test once."""
     found = list({(row["test"], row["part"], row["size"]): row for row in rows}.values())
     lines = [
         "# Faults by the thousand",

@@ -39,7 +39,7 @@ def check_disclosed(chain: Chain) -> Outcome:
 def opened_rows(chain: Chain, leaf: Leaf[Prediction]) -> list[tuple[dict[str, Any], dict[str, Any]]] | None:
     """Return (input, output) of every row when the file opens them all; None when it does not."""
     parts = (chain.evidence.disclosed or {}).get(leaf.index, {})
-    rows = []
+    rows: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for number in range(len(leaf.body.rows)):
         found = [parts.get(f"row.{number}.{side}") for side in ("input", "output")]
         if any(part is None or part.closed for part in found):

@@ -155,20 +155,43 @@ def leave(name: Name, home: Home = None, as_json: AsJson = False) -> None:
 
 
 @guarded
-def rotate_keys(name: Name, home: Home = None, as_json: AsJson = False) -> None:
-    """Exchange the node key for a new one, signed by the site's identity key. `site up` does it by itself
-    in the last thirty days of the old one.
+def rotate_keys(
+    name: Name,
+    keys: Annotated[
+        str, typer.Option(help="node, signing (for statements and key agreement), or all.")
+    ] = "node",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Exchange keys for new ones, signed by the site's identity key.
 
-    Exit codes: 0 exchanged, 1 it belongs nowhere, or nobody answers, 2 wrong usage.
+    The node key opens the network; `site up` exchanges it by itself in the last thirty days of the old one.
+    Statements that the old signing key made stay valid where they stand in the log. The identity key and the
+    witness key stay: charters and other people's policies name them.
+
+    Exit codes: 0 exchanged, 1 it belongs nowhere, is in a run, or nobody answers, 2 wrong usage.
     """
     from clients.network.joining import rotate_keys as exchange
+    from clients.network.joining import rotate_signing_keys
     from clients.network.membership import network_folder
+    from clients.network.starting import agent_of
 
+    if keys not in ("node", "signing", "all"):
+        raise CommandError(f"--keys is node, signing or all, not {keys!r}", code="command.usage")
     place = _open(base_home(home), name)
-    key = exchange(place)
-    expires = network_folder(place.path).read().node_expires
-    shown = f"{name} has a new node key until {expires}; restart it with `site down` and `site up`"
-    emit({"site": name, "node_key": key, "node_expires": expires}, shown, as_json=as_json)
+    document, lines = {"site": name}, []
+    if keys in ("signing", "all"):
+        before = agent_of(place)
+        enrolled = rotate_signing_keys(place, is_up=lambda: before is not None and agent_of(place) == before)
+        document |= {"statement_key": enrolled.statement_key, "agreement_key": enrolled.agreement_key}
+        lines.append(f"{name} signs statements with {enrolled.statement_key} from here on")
+    if keys in ("node", "all"):
+        document |= {"node_key": exchange(place)}
+        document |= {"node_expires": network_folder(place.path).read().node_expires}
+        lines.append(
+            f"{name} has a new node key until {document['node_expires']}; `site up` takes it by itself"
+        )
+    emit(document, lines, as_json=as_json)
 
 
 def _stay_up(place: SiteHome, base: Path, *, as_json: bool) -> None:

@@ -110,6 +110,9 @@ class CoordinatorLink:
     def rotate(self, body: Any) -> dict[str, Any]:
         return self._ask("POST", "/v1/join/keys", body_document(body))
 
+    def enrol(self, body: SiteEnrolled) -> dict[str, Any]:
+        return self._ask("POST", "/v1/join/enrolment", body_document(body))
+
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:
             with self.client() as client:

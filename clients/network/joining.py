@@ -38,6 +38,7 @@ Clock = Callable[[], datetime]
 NODE_DAYS: Final = 365
 ROTATE_BEFORE_DAYS: Final = 30
 POLL_S: Final = 1.0
+RESTART_S: Final = 30.0  # for an agent to notice that its keys were exchanged
 WAITS: Final = frozenset({"requested"})
 
 
@@ -197,6 +198,42 @@ def rotate_keys(home: SiteHome, *, clock: Clock = utc_now) -> str:
     os.replace(pending, folder.node_key)
     folder.write(dataclasses.replace(membership, node_expires=str(present["node_expires"])))
     return fresh
+
+
+def rotate_signing_keys(home: SiteHome, *, is_up: Callable[[], bool] = lambda: False) -> SiteEnrolled:
+    """Exchange the keys for statements and key agreement; return the enrolment that delegates the new ones.
+
+    What the old statement key signed stays valid where it stands in the log. `is_up` says whether an agent
+    that started under the old keys still answers; the coordinator is told once it does not.
+
+    Raises:
+        HomeError: a run is open, whose statements the old key has to sign.
+        NotJoinedError, CoordinatorError: it belongs nowhere, or the coordinator is not there; then the new
+            keys are known with the next run.
+    """
+    from clients.ledger import SiteLedger
+
+    folder = network_folder(home.path)
+    membership = folder.read()
+    ledger = SiteLedger(home.ledger_path, home.high_water_path, look=True)
+    try:
+        runs = [item.run for item in ledger.open_reservations(home.config.population.pseudonym)]
+    finally:
+        ledger.close()
+    if runs:
+        raise HomeError(
+            home.path,
+            f"is in run {', '.join(runs)}",
+            "exchange its keys when the run has ended, or was refused",
+        )
+    keys = SiteKeys.rotate(home.path / "keys")
+    deadline = time.monotonic() + RESTART_S
+    while is_up() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    origin = NoteVerifier.parse(membership.log).name
+    enrolment = keys.enrolment(home.name, home.config.population.pseudonym, origin, home.config.operator)
+    CoordinatorLink(membership.address, folder.ca).enrol(enrolment)
+    return enrolment
 
 
 def needs_rotation(folder: NetworkFolder, *, clock: Clock = utc_now) -> bool:

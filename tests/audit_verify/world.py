@@ -350,15 +350,21 @@ class World(Office):
         *,
         answer_by: str | None = None,
         rows: Sequence[dict[str, Any]] = (),
+        finish: Callable[..., dict[str, Any]] = lambda answer, encoded, outputs: answer,
     ) -> tuple[int, list[dict[str, str]]]:
-        """Answer with the version (or, lying, with `answer_by`); return leaf index and opened rows."""
+        """Answer with the version (or, lying, with `answer_by`); return leaf index and opened rows.
+
+        `finish` makes of an answer, the encoded row and the outputs what is committed to.
+        """
         charter = self.charter
         weights = self.weights(answer_by or version)
         opened, commitments = [], []
         for row in rows or [{"alpha": 6.1, "beta": 5.0, "gamma": 7}, {"alpha": 3, "beta": 2.5, "gamma": 4}]:
-            outputs = forward(charter.layers, weights, RowEncoder(charter.features).encode(row))
+            encoded = RowEncoder(charter.features).encode(row)
+            outputs = forward(charter.layers, weights, encoded)
             given = canonical_bytes(plain_row(row))
-            answer = canonical_bytes(answer_of(charter.task, charter.label, outputs))
+            answer = answer_of(charter.task, charter.label, outputs)
+            answer = canonical_bytes(finish(answer, encoded, outputs))
             salts = new_salt(), new_salt()
             commitments.append(
                 RowCommitment(

@@ -89,6 +89,8 @@ class Fleet:
         self._rows, self._processes = rows, list[subprocess.Popen[bytes]]()
         self.charter: Charter
         self.homes: dict[str, SiteHome] = {}
+        self.core_limits: set[tuple[str, str]] = set()  # of what was killed
+        self.scanned_bytes = 0
 
     def __enter__(self) -> Fleet:
         try:
@@ -240,6 +242,9 @@ class Fleet:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
+        with contextlib.suppress(OSError):
+            limits = Path(f"/proc/{found[0]}/limits").read_text()
+            self.core_limits.add((kind, limits.partition("Max core file size")[2].split()[0]))
         with contextlib.suppress(ProcessLookupError):
             os.kill(found[0], signal.SIGKILL)
         return True
@@ -252,10 +257,16 @@ class Fleet:
         return found
 
 
+def canary_of(name: str) -> tuple[float, float]:
+    """A point of a site's that nothing but its own row holds."""
+    dice = random.Random(f"canary of {name}")
+    return 2 + dice.random(), 7 + dice.random()
+
+
 def rows_of(name: str, count: int = 100) -> list[tuple[Any, ...]]:
-    """Two clouds of points; the same for the same name."""
+    """Two clouds of points, and the canary; the same for the same name."""
     dice = random.Random(name)
-    found = []
+    found: list[tuple[Any, ...]] = [(*canary_of(name), "benign")]
     for _ in range(count):
         label = dice.random() < 0.5
         centre = 6 if label else 4

@@ -34,7 +34,7 @@ from clients.home import SiteHome
 from clients.network.coordinator import CoordinatorError, WrongCaError
 from clients.network.joining import join, leave, rotate_keys, standing
 from clients.network.membership import network_folder
-from clients.network.starting import relay_environment
+from clients.network.starting import flower_environment, supernode_command
 from federation.coordinator import Coordinator
 from federation.network.control import SuperLinkControl
 from federation.network.errors import JoinRefusedError, RunControlError
@@ -197,13 +197,9 @@ def test_two_supernodes_come_online_through_the_gateway_and_go(world):
         folder = network_folder(home.path)
         folder.sockets.mkdir(parents=True)
         world.start(
-            [
-                *(sys.executable, "-P", "-m", "clients.network.supernode"),
-                *("--superlink", world.settings.address, "--root-certificates", str(folder.ca)),
-                *("--auth-supernode-private-key", str(folder.node_key), "--port", str(port)),
-            ],
+            supernode_command(folder, world.settings.address, home.name, port),
             folder.folder / "supernode.log",
-            **relay_environment(folder, home.name),
+            **flower_environment(folder),
         )
     for home in homes:
         world.until(lambda home=home: world.node_id(home, status="online"))
