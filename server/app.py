@@ -23,6 +23,7 @@ from federation.registry import LIVE
 from server import (
     errors,
     openapi,
+    reference,
     routes_audit,
     routes_keys,
     routes_models,
@@ -133,6 +134,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             {"name": "service", "description": "Health and metrics."},
         ],
         redirect_slashes=False,
+        docs_url=None,  # they would send the browser to another host: server.reference
+        redoc_url=None,
     )
     errors.install(app)
     officer = (
@@ -148,6 +151,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.router.routes.extend(router.routes)
     _service_routes(app)
     openapi.install(app)
+    reference.install(app)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
     return app
 
