@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from federation.registry import LIVE
 from server import (
     errors,
     openapi,
+    reference,
     routes_audit,
     routes_keys,
     routes_models,
@@ -152,6 +154,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             {"name": "service", "description": "Health and metrics."},
         ],
         redirect_slashes=False,
+        docs_url=None,  # they would send the browser to another host: server.reference
+        redoc_url=None,
     )
     errors.install(app)
     officer = (
@@ -176,6 +180,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.router.routes.extend(router.routes)
     _service_routes(app)
     openapi.install(app)
+    reference.install(app)
     if tracing is not None:
         app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
@@ -308,6 +313,7 @@ def _service_routes(app: FastAPI) -> None:
         return Response(context_of(request).monitoring.render(), media_type=CONTENT_TYPE)
 
 
+@cache
 def _version() -> str:
     try:
         return version("affidavit")
