@@ -291,8 +291,8 @@ def trace_statements(home: Path) -> int:
             said[leaf.hex()] = body, keys.get(body.site, "")
     count = 0
     for _, body in rows:
-        for leaf in body.statements if isinstance(body, RoundCompleted) else ():
-            statement, key = said[leaf]
+        for named in body.statements if isinstance(body, RoundCompleted) else ():
+            statement, key = said[named]
             try:
                 verify_signature(statement.site, statement, key)
             except StatementError as error:
