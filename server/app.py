@@ -310,7 +310,10 @@ def _service_routes(app: FastAPI) -> None:
     async def metrics(request: Request, principal: Caller) -> Response:
         """Text exposition format 0.0.4; an operator's key is needed."""
         await authorise(request, principal, "metrics.read")
-        return Response(context_of(request).monitoring.render(), media_type=CONTENT_TYPE)
+        context = context_of(request)
+        coordinator, monitoring = context.coordinator, context.monitoring
+        await to_thread.run_sync(monitoring.look_at_network, coordinator.home, coordinator.ledger)
+        return Response(monitoring.render(), media_type=CONTENT_TYPE)
 
 
 @cache
