@@ -428,3 +428,35 @@ def request_of() -> Callable[..., tuple[dict[str, Any], dict[str, bytes]]]:
 def code_of() -> Callable[[dict[str, Any]], str]:
     """Return `code(answer)`: the closed code of a refused request."""
     return refusal_code
+
+
+@pytest.fixture
+def driver(network: Network) -> Any:
+    """Three sites that accepted a masked run, and a coordinator by hand; one may drop out."""
+    return _masked_run(network)
+
+
+@pytest.fixture(scope="session")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """All three have given keys; tests that use it only make requests that are refused."""
+    network = build_federation(tmp_path_factory.mktemp("keyed"))
+    made = _masked_run(network)
+    made.ask_keys()
+    yield made
+    network.close()
+
+
+@pytest.fixture
+def masked(driver: Any) -> Any:
+    """All three have sent masked updates."""
+    driver.ask_keys()
+    driver.ask_shares()
+    for site in SITES:
+        assert "statement" in driver.update(site)
+    return driver
+
+
+def _masked_run(network: Network) -> Any:
+    from tests.clients.masked_driver import masked_run  # which imports this module
+
+    return masked_run(network)
