@@ -220,6 +220,8 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
         404: "the thing that was named does not exist",
         410: "`vault.erased`: it was erased; `erasure` names the entry that says so, `proof` proves yours",
         422: "`request.malformed`: `fields` names each field and the fix",
+        501: "`explain.not_available`: this server cannot explain this model's answers",
+        504: "`request.deadline`: no answer within `X-Request-Timeout`",
         503: "the log could not record the request, so there is no answer; come back after `Retry-After`",
     }.items()
 }
