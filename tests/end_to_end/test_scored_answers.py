@@ -43,7 +43,7 @@ def frame(rows, seed):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    sites = {name: frame(200, seed) for seed, name in enumerate("abc")}
+    sites = {name: frame(1_000, seed) for seed, name in enumerate("abc")}
     made = simulate(CHARTER, sites, public=frame(60, 9), folder=tmp_path_factory.mktemp("scored"))
     made.register()
     made.approve()
