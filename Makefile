@@ -27,7 +27,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-network test test-first check soak bench bench-dp bench-log results clean
+.PHONY: help install demo demo-network test test-first check soak bench bench-dp bench-serve kserve-client bench-log results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -80,6 +80,12 @@ bench: $(STAMP)  ## every benchmark
 	@status=0; for file in benchmarks/bench_*.py; do \
 	    echo "== $$file"; $(BIN)/python $$file || status=1; \
 	done; exit $$status
+
+kserve-client:  ## KServe's own client, in an environment of its own, for the protocol's conformance test
+	@$(BIN)/python -m venv build/kserve-client && build/kserve-client/bin/python -m pip install --quiet 'kserve==0.21.0'
+
+bench-serve: $(STAMP)  ## answers a CPU-second beside MLServer, KServe, BentoML and plain FastAPI
+	@$(BIN)/python benchmarks/bench_serve.py
 
 bench-dp: $(STAMP)  ## the cost of a private training step beside other implementations
 	@$(BIN)/python benchmarks/bench_dp.py

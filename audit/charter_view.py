@@ -99,6 +99,10 @@ class CharterView:
     gates: tuple[Mapping[str, Any], ...]
     purposes: tuple[str, ...]
     officers: Mapping[str, str]  # public key to name
+    legal_effect: bool = False  # a decision by an answer is final only once a person reviewed it
+    needs_legal_basis: bool = False
+    regions: tuple[str, ...] = ()  # the only ones that may ask; empty: any
+    max_age_days: int = 0  # 0: no limit
 
     @property
     def releases(self) -> int:
@@ -243,6 +247,10 @@ def read_charter(canonical: bytes) -> CharterView:
         gates=tuple(_gate(value, f"gates[{i}]", task) for i, value in enumerate(top.items("gates"))),
         purposes=tuple(top.texts("purposes")),
         officers=_officers(top),
+        legal_effect="decisions" in top.value and bool(top.choice("decisions", ("legal_effect",))),
+        needs_legal_basis="legal_basis" in top.value and bool(top.choice("legal_basis", ("required",))),
+        regions=_regions(top),
+        max_age_days=top.count("max_age_days", least=1) if "max_age_days" in top.value else 0,
     )
     if view.privacy.unit == "subject" and not view.privacy.subject_id:
         raise CharterFormError("privacy.subject_id", 'is empty, so the unit can only be "row"')
@@ -255,7 +263,7 @@ _TOP: Final = (
 )  # fmt: skip
 _TOP_OPTIONAL: Final = (
     "public_set", "aggregation", "evaluation", "secure_aggregation", "site_level", "reference", "answers",
-    "fairness",
+    "fairness", "decisions", "legal_basis", "regions", "max_age_days",
 )  # fmt: skip
 _PLAN: Final = (
     "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
@@ -479,6 +487,15 @@ def _gate(value: Any, path: str, task: str) -> Mapping[str, Any]:
     if len(part.value) < 3:
         raise part.fail("floor", "and margin_over_baseline are both absent, so nothing could fail")
     return part.value
+
+
+def _regions(top: _Part) -> tuple[str, ...]:
+    if "regions" not in top.value:
+        return ()
+    regions = top.texts("regions")
+    if not regions or regions != sorted(regions) or not all(map(SITE_NAME.fullmatch, regions)):
+        raise top.fail("regions", "are not one or more names, each once, in order")
+    return tuple(regions)
 
 
 def _officers(top: _Part) -> dict[str, str]:

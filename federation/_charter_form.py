@@ -95,6 +95,14 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
         }
     if charter.public_set is not None:
         document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
+    if charter.decisions == "legal_effect":
+        document["decisions"] = charter.decisions
+    if charter.legal_basis is not None:
+        document["legal_basis"] = charter.legal_basis
+    if charter.regions:
+        document["regions"] = list(charter.regions)
+    if charter.max_age_days is not None:
+        document["max_age_days"] = charter.max_age_days
     return document
 
 

@@ -32,9 +32,7 @@ _MOST_EPSILON: Final = 100.0
 _LEAST_NOISE: Final = 0.05
 _CLOSE: Final = 1.0005
 _STEPS: Final = 40
-_ANSWERS: Final = (
-    1024  # deltas that a loss distribution remembers: every site asks the same
-)
+_ANSWERS: Final = 1024  # deltas that a loss distribution remembers: every site asks the same
 
 Kind = tuple[float, float, int]  # sample rate, noise multiplier for one gradient's sensitivity, steps
 

@@ -62,9 +62,9 @@ class Journal:
         self._monitoring.append_seconds.observe(time.perf_counter() - begun)
         return sequenced
 
-    def append_now(self, body: Body) -> Sequenced:
+    def append_now(self, body: Body, *, event_id: str | None = None) -> Sequenced:
         """The same, for callers without an event loop."""
-        data, event_id, columns = self._encode(body)
+        data, event_id, columns = self._encode(body, event_id)
         try:
             future = self._ledger.append(data, event_id=event_id, index_columns=columns)
             return future.result(self._timeout_s)

@@ -60,6 +60,7 @@ class ServedVersion:
     charter_author: str
     transition: str  # leaf hash of the transition that made the present state; zeros for a candidate
     approved_by: tuple[str, ...]
+    moved_index: int = -1  # of the last transition; -1: there was none
     share: int = 0  # of a canary: percent of the requests that it answers
     export: VersionExported | None = None  # its file for a runtime, as the log has it
 
@@ -125,7 +126,7 @@ class LiveModels:
             while True:
                 page = self._ledger.search(type=_TYPES, after=cursor, limit=_PAGE)
                 for row in page:
-                    self._take(row.leaf_index, row.body)
+                    self.take(row.leaf_index, row.body)
                     cursor, found = row.leaf_index, True
                 if len(page) < _PAGE:
                     break
@@ -196,7 +197,21 @@ class LiveModels:
         route = self._routes.get(model)
         return route.shadows if route is not None else ()
 
-    def _take(self, index: int, data: bytes) -> None:
+    def known(self, model: str, version: str | None) -> ServedVersion | None:
+        """The version, or else what would answer, as far as the log was read."""
+        if version:
+            return self._versions.get((model, version))
+        found = [served for served in self._versions.values() if served.model == model]
+        found.sort(key=lambda served: (not served.is_answering, -served.registered_index))
+        return found[0] if found else None
+
+    def charters_in_force(self) -> tuple[dict[str, Any], ...]:
+        """The charters of what is live, as far as the log was read; where nothing is, all of them."""
+        live = {found.charter_digest for found in self._versions.values() if found.is_answering}
+        return tuple(found for digest, (found, _) in self._charters.items() if digest in live or not live)
+
+    def take(self, index: int, data: bytes) -> None:
+        """Take one entry; what is malformed, or no valid transition, does not count."""
         try:
             entry = decode_entry(data)
         except AuditError as error:
@@ -244,15 +259,16 @@ class LiveModels:
         if version is None or reason:
             _logger.error("entry %d is no valid transition and does not count: %s", index, reason)
             return
-        if body.to_state == LIVE:
-            for other, served in self._versions.items():
-                if served.model == body.model and served.state == LIVE:
-                    self._versions[other] = replace(served, state=RETIRED)
         officers = (
             (*version.approved_by, body.officer) if body.to_state == "approved" else version.approved_by
         )
         self._versions[key] = replace(
-            version, state=body.to_state, transition=leaf_hash, approved_by=officers, share=body.share
+            version,
+            state=body.to_state,
+            transition=leaf_hash,
+            moved_index=index,
+            approved_by=officers,
+            share=body.share,
         )
         self._heads[body.model] = leaf_hash
 
@@ -268,11 +284,14 @@ def _route(newest_first: list[ServedVersion]) -> _Route:
     def find(*states: str) -> ServedVersion | None:
         return next((version for version in newest_first if version.state in states), None)
 
-    return _Route(
-        first=find(LIVE) or newest_first[0],
-        canary=find(CANARY),
-        candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
-        shadows=tuple(version for version in newest_first if version.state == SHADOW),
+    live = [version for version in newest_first if version.state == LIVE]
+    return (
+        _Route(  # of two, the one that became live last: a swap makes the new one live, then retires the old
+            first=max(live, key=lambda version: version.moved_index) if live else newest_first[0],
+            canary=find(CANARY),
+            candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
+            shadows=tuple(version for version in newest_first if version.state == SHADOW),
+        )
     )
 
 

@@ -34,7 +34,7 @@ Digest = Annotated[str, Path(pattern=DIGEST_PATTERN, description="SHA-256 of the
     "/{name}/predict",
     summary="Answer rows with the live version",
     response_model=PredictResponse,
-    responses=problems(401, 403, 404, 422, 503),
+    responses=problems(401, 403, 404, 422, 429, 503),
     openapi_extra=body_of(PredictRequest),
 )
 async def predict(
@@ -70,6 +70,8 @@ async def predict(
             site=asked.site,
             version=asked.version,
             subject=asked.subject,
+            legal_basis=asked.legal_basis,
+            consent=asked.consent,
             explain=asked.explain,
             request_id=request_id_of(request),
         ),
@@ -167,15 +169,25 @@ def render_answer(answered: Answered) -> bytes:
             "policies": answered.decision.policies,
             "policy_set": answered.decision.policy_set,
         },
-        "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
+        "entry": {
+            "leaf_index": answered.leaf_index,
+            "leaf_hash": answered.leaf_hash,
+            "id": answered.entry_id,
+        },
         "receipt": answered.receipt,
         "level": answered.level,
         "proof": answered.proof,
         "opened": answered.opened,
         "sealed": answered.sealed,
+        "review_required": bool(answered.review),
+        "review": _review(answered.review),
         "annotations": dict(answered.annotations),
     }
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _review(decision: str) -> dict[str, Any] | None:
+    return {"id": decision, "url": f"/v1/reviews/{decision}", "final": False} if decision else None
 
 
 def numbers(answer: Mapping[str, Any]) -> dict[str, Any]:

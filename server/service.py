@@ -26,19 +26,21 @@ from audit.ledger import Guard, Sequenced
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
 from audit.row_tree import RowTree
 from audit.vault_records import PERSON
-from federation.registry import LIVE
 from server.batching import Batching
 from server.errors import MalformedRequestError, RowContractError, TooBusyError
+from server.facts import has_legal_effect, model_attributes
 from server.hooks import Answering, Hooks, with_fields
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
 from server.monitoring import Monitoring
+from server.quotas import Quotas, Taken
 from server.receipting import Receipting
 from server.sealing import Sealing
 from server.shadowing import Shadowing
 from server.warm import WarmModel, WarmModels
 from server.watching import Level
 
+QUOTA: Final = "quota-exhausted"  # the policy whose refusal is worth another try later
 _TRIES: Final = 20  # transitions that may come one after the other while a request is answered
 MAX_SEALED_ROWS: Final = 384  # a sealed entry holds its rows itself: two commitments each
 _INLINE_ROWS: Final = 64  # more rows than this are encoded and committed to beside the event loop
@@ -51,9 +53,20 @@ class PredictionDeniedError(AccessDeniedError):
 
     code = "predict.denied"
 
-    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced) -> None:
+    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced | None) -> None:
         super().__init__(denied.principal, denied.question, denied.decision)
-        self.entry = {"leaf_index": sequenced.leaf_index, "leaf_hash": sequenced.leaf_hash.hex()}
+        if sequenced is not None:
+            self.entry = {"leaf_index": sequenced.leaf_index, "leaf_hash": sequenced.leaf_hash.hex()}
+
+
+class QuotaExceededError(PredictionDeniedError):
+    """Nothing but the quota stood against it. The first refusal of a window is an entry, no later one."""
+
+    code = "predict.quota"
+
+    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced | None, retry_after_s: int) -> None:
+        super().__init__(denied, sequenced)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +79,8 @@ class Asked:
     site: str | None = None
     version: str | None = None  # a digest, "live" or "candidate"; None: live, or a canary by its share
     subject: str | None = None  # the caller's own id for the person that the rows are about
+    legal_basis: str | None = None  # one of audit.serving_bodies.LEGAL_BASES
+    consent: str | None = None  # the caller's reference of the person's consent; to the vault
     explain: bool = False  # attribute each answer to its features
     request_id: str
 
@@ -81,12 +96,14 @@ class Answered:
     request_id: str
     leaf_index: int
     leaf_hash: str
+    entry_id: str  # by which `/v1/receipts` knows it
     receipt: dict[str, Any]
     opened: Opened
     sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
     level: Level = "sequenced"
     proof: str | None = None  # C2SP tlog-proof, above "sequenced"
     annotations: Mapping[str, Any] = field(default_factory=dict)  # what `server.hooks` added
+    review: str = ""  # what names this decision at /v1/reviews, where a person must review it; else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +120,7 @@ class PredictService:
     hooks: Hooks = field(default_factory=Hooks)
     batching: Batching = field(default_factory=Batching)
     shadowing: Shadowing | None = None
+    quotas: Quotas | None = None
 
     async def predict(self, principal: Principal, asked: Asked) -> Answered:
         """Answer, or refuse.
@@ -110,6 +128,7 @@ class PredictService:
         Raises:
             ModelNotFoundError, VersionNotFoundError: there is nothing of that name.
             PredictionDeniedError: the policies refused; it is in the log.
+            QuotaExceededError: the caller's quota is used up.
             RowContractError: a row is outside the charter's data contract.
             MalformedRequestError: more rows than a sealed entry holds.
             ArtefactError: the registry's copy of the version cannot be used.
@@ -119,21 +138,29 @@ class PredictService:
         if asked.subject is not None and len(asked.rows) > MAX_SEALED_ROWS:
             problem = f"{len(asked.rows)} rows about one person; at most {MAX_SEALED_ROWS} fit in one entry"
             raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
+        if asked.consent is not None and asked.subject is None:
+            problem = "names the consent of nobody: give `subject` too, so that it goes to the vault"
+            raise MalformedRequestError(
+                f"consent: {problem}", fields=[{"field": "consent", "problem": problem}]
+            )
+        taken = Taken(True)
+        if self.quotas is not None and self.quotas.limits:
+            taken = await asyncio.to_thread(self.quotas.take, principal.id, len(asked.rows))
         self.batching.in_flight += 1
         try:
             for _ in range(_TRIES):
                 try:
-                    return await self._on_present_view(principal, asked)
+                    return await self._on_present_view(principal, asked, taken)
                 except StaleViewError:
                     await asyncio.to_thread(self.live.refresh)
             raise TooBusyError(f"the versions of {asked.model} keep changing; try again")
         finally:
             self.batching.in_flight -= 1
 
-    async def _on_present_view(self, principal: Principal, asked: Asked) -> Answered:
+    async def _on_present_view(self, principal: Principal, asked: Asked, taken: Taken) -> Answered:
         guard = self.live.guard
         served = self.live.choose(asked.model, asked.version, asked.request_id)
-        decision = await self._decide(principal, asked, served, guard)
+        decision = await self._decide(principal, asked, served, guard, taken)
         warm = self.warm.ready(served.version)
         if warm is None:
             warm = await asyncio.to_thread(self.warm.get, served)
@@ -164,6 +191,8 @@ class PredictService:
             policies=decision.policies,
             policy_set=decision.policy_set,
             rows=(),
+            legal_basis=asked.legal_basis or "",
+            region=principal.region,
         )
         body, outputs = with_fields(body, added.body), added.outputs(answers)
         sealed = None
@@ -175,7 +204,7 @@ class PredictService:
             )
             sequenced = await self.journal.append(committed, guard=guard)
         else:
-            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, outputs, guard)
+            sequenced, opened, sealed = await self._sealed(body, asked, plain, outputs, guard)
         self.live.confirm(guard, sequenced.leaf_index)
         receipt = await self.receipting.receipt(sequenced)
         self.monitoring.predicted_rows.labels(served.model).inc(len(answers))
@@ -187,10 +216,12 @@ class PredictService:
             request_id=asked.request_id,
             leaf_index=sequenced.leaf_index,
             leaf_hash=sequenced.leaf_hash.hex(),
+            entry_id=sequenced.event_id,
             receipt=receipt,
             opened=opened,
             sealed=sealed,
             annotations=added.shown,
+            review=sequenced.event_id if has_legal_effect(served.charter) else "",
         )
         self.hooks.observe(answering, answered)
         if self.shadowing is not None:
@@ -201,7 +232,7 @@ class PredictService:
     async def _sealed(
         self,
         body: Prediction,
-        subject: str,
+        asked: Asked,
         plain: Sequence[Mapping[str, Any]],
         answers: Sequence[Mapping[str, Any]],
         guard: Guard,
@@ -212,7 +243,10 @@ class PredictService:
         has no entry, was told to nobody, and is swept.
         """
         event_id = secrets.token_hex(16)
-        context = new_part({"purpose": body.purpose, "request_id": body.request_id})
+        said = {"legal_basis": asked.legal_basis, "consent": asked.consent}
+        context = new_part(
+            {"purpose": body.purpose, "request_id": body.request_id, **{k: v for k, v in said.items() if v}}
+        )
         rows = [
             (new_part(dict(row)), new_part(dict(answer))) for row, answer in zip(plain, answers, strict=True)
         ]
@@ -220,7 +254,7 @@ class PredictService:
         for number, (given, answered) in enumerate(rows):
             parts[f"row.{number}.input"], parts[f"row.{number}.output"] = given, answered
         sealed = await self.sealing.seal(
-            kind=PERSON, name=subject, event_id=event_id, type="prediction", parts=parts
+            kind=PERSON, name=asked.subject or "", event_id=event_id, type="prediction", parts=parts
         )
         commitments = tuple(
             RowCommitment(input=given.root(f"row.{n}.input"), output=answered.root(f"row.{n}.output"))
@@ -230,6 +264,7 @@ class PredictService:
             body,
             purpose="",
             request_id="",
+            legal_basis="",
             rows=commitments,
             subject=sealed.pseudonym,
             context=context.root(CONTEXT),
@@ -253,24 +288,26 @@ class PredictService:
         return sequenced, opened, told
 
     async def _decide(
-        self, principal: Principal, asked: Asked, served: ServedVersion, guard: Guard
+        self, principal: Principal, asked: Asked, served: ServedVersion, guard: Guard, taken: Taken
     ) -> Decision:
         found = self.hooks.gather(principal, asked, served)
+        context = {"purpose": asked.purpose, **found.context}
+        if not taken.allowed:
+            context["over_quota"] = True
         question = Question(
             action="predict",
             resource=served.model,
-            attributes={
-                "purposes": served.purposes,
-                "state": LIVE if served.is_answering else served.state,  # a canary answers by a signature too
-                "epsilon_micro": served.epsilon_micro,
-                "epsilon_limit_micro": served.epsilon_limit_micro,
-                **found.resource,
-            },
-            context={"purpose": asked.purpose, **found.context},
+            attributes={**model_attributes(served), **found.resource},
+            context=context,
         )
         try:
             return require(self.authorizer, principal, question)
         except AccessDeniedError as denied:
+            for policy in denied.decision.policies:
+                self.monitoring.denials.labels("predict", policy).inc()
+            is_quota = denied.decision.policies == (QUOTA,)
+            if is_quota and not taken.is_first:
+                raise QuotaExceededError(denied, None, taken.retry_after_s) from denied
             sequenced = await self.journal.append(
                 PredictionDenied(
                     request_id=asked.request_id,
@@ -278,14 +315,17 @@ class PredictService:
                     purpose=asked.purpose,
                     principal=principal.id,
                     role=principal.role,
-                    reason="policy",
+                    reason="quota" if is_quota else "policy",
                     policies=denied.decision.policies,
                     policy_set=denied.decision.policy_set,
+                    version=served.version,
+                    legal_basis=asked.legal_basis or "",
+                    region=principal.region,
                 ),
                 guard=guard,
             )
-            for policy in denied.decision.policies:
-                self.monitoring.denials.labels("predict", policy).inc()
+            if is_quota:
+                raise QuotaExceededError(denied, sequenced, taken.retry_after_s) from denied
             raise PredictionDeniedError(denied, sequenced) from denied
 
 

@@ -74,6 +74,7 @@ def run_worker(settings: Settings, listener: socket.socket, log_level: str) -> N
         log_config=None,
         log_level=log_level,
         access_log=False,
+        proxy_headers=False,  # or a header would say who the peer is, whom `mtls_trusted_proxies` believes
         timeout_keep_alive=15,
         timeout_graceful_shutdown=int(settings.request_timeout_s) + 1,
         server_header=False,

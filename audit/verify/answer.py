@@ -22,11 +22,13 @@ from audit.verify.additions import addition_problem, said_of, split_answer
 from audit.verify.aggregation import CHEAP_WORK, WEIGHTS
 from audit.verify.approval import ANSWERING
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
-from audit.verify.disclosed import opened_purpose, opened_rows
+from audit.verify.disclosed import opened_context, opened_rows
 from audit.verify.history import CHECKPOINT, INCLUSION, LINKS
 from audit.verify.members import CHARTER
 from audit.verify.report import Word
+from audit.verify.review import check_terms, rules_told
 
+TEST_ONLY: Final = "prediction.test_only"
 DECISION, ANSWER, RECEIPT = "The decision to answer", "The answer", "The receipt"
 _TOLERANCE: Final = Decimal("0.000001")
 
@@ -35,6 +37,9 @@ def check_decision(chain: Chain) -> Outcome:
     """Allowed by named policies, for a purpose of the charter, by a version that was live."""
     charter, leaf = need(chain.charter, CHARTER), need(chain.prediction, LINKS)
     transition, body = need(chain.transition, LINKS), leaf.body
+    if body.role == "tester" and transition.body.to_state not in ANSWERING:
+        raise GapError(TEST_ONLY, "a tester's answer by a version that was not live: nothing may rest on it",
+                       leaf.index)  # fmt: skip
     if transition.body.to_state not in ANSWERING:
         expect(
             transition.body.to_state,
@@ -43,7 +48,11 @@ def check_decision(chain: Chain) -> Outcome:
             field="to_state",
             entry=leaf.index,
         )
-    purpose = opened_purpose(chain, leaf) if body.sealed else body.purpose
+    purpose: str | None = body.purpose
+    basis: str | None = body.legal_basis
+    if body.sealed:
+        purpose, basis = opened_context(chain, leaf)
+    check_terms(chain, basis, body.region, leaf.index)
     if purpose is not None and purpose not in charter.purposes:
         raise FailError("prediction.purpose", f"purpose {purpose!r} is not in the charter", leaf.index)
     if not body.policies or not all(body.policies):
@@ -55,6 +64,7 @@ def check_decision(chain: Chain) -> Outcome:
             _check_still_live(later, body.version, leaf.index)
     asked = "a purpose that stays closed" if purpose is None else purpose
     allowed = f"logged as allowed by {', '.join(body.policies)} to role {body.role} for {asked}"
+    allowed += rules_told(chain, leaf.index, body.policy_set, body.policies)
     registered = need(chain.registered, LINKS)
     since = range(registered.index + 1, leaf.index)  # an old signature may have been logged a second time
     if purpose is not None and all(index in chain.located for index in since):

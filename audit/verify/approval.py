@@ -180,7 +180,8 @@ def check_approvals(chain: Chain) -> Outcome:
         if body.version == registered.body.version:
             _check_officer(chain, leaf, registered.leaf_hash)
     state = states[registered.body.version]
-    if chain.prediction is not None and state not in ANSWERING:
+    is_test = chain.prediction is not None and chain.prediction.body.role == "tester"
+    if chain.prediction is not None and state not in ANSWERING and not is_test:
         raise FailError("prediction.version_not_live", f"the version is {state}", chain.prediction.index)
     officers = sorted(
         {

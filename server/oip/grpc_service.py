@@ -121,7 +121,7 @@ class InferenceServer:
         scheme, _, key = given.partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise UnauthenticatedError("an API key is needed: send the metadata `authorization: Bearer …`")
-        return await to_thread.run_sync(self._context.keys.authenticate, key)
+        return await self._context.identities.holder(key)
 
     async def _reader(self, call_context: Any) -> None:
         principal = await self._principal(call_context)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from audit.principal import Principal
+from audit.serving_bodies import LEGAL_BASES
 from server.context import Context
 from server.errors import MalformedRequestError
 from server.live import ServedVersion
@@ -25,7 +26,9 @@ _is_purpose = re.compile(PURPOSE_PATTERN).fullmatch
 _is_site = re.compile(r"[a-z0-9][a-z0-9-]{0,62}").fullmatch
 _is_version = re.compile(VERSION_PATTERN).fullmatch
 _is_name = re.compile(NAME_PATTERN).fullmatch
-_TAKEN: Final = frozenset({"purpose", "site", "subject", "wait", "binary_data_output"})
+_TAKEN: Final = frozenset(
+    {"purpose", "site", "subject", "legal_basis", "consent", "wait", "binary_data_output"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,11 @@ async def infer(
         raise MalformedRequestError("parameters.site: is no site's name")
     if subject and len(subject) > 256:
         raise MalformedRequestError("parameters.subject: is longer than 256 characters")
+    basis, consent = _text(ask.parameters, "legal_basis"), _text(ask.parameters, "consent")
+    if basis and basis not in LEGAL_BASES:
+        raise MalformedRequestError(f"parameters.legal_basis: one of {', '.join(sorted(LEGAL_BASES))}")
+    if consent and len(consent) > 256:
+        raise MalformedRequestError("parameters.consent: is longer than 256 characters")
     unknown = sorted(name for name in ask.parameters if name not in _TAKEN)
     if unknown:
         raise MalformedRequestError(f"parameters.{unknown[0][:80]}: is not known; leave it out")
@@ -78,6 +86,8 @@ async def infer(
             site=site or None,
             version=chosen,
             subject=subject or None,
+            legal_basis=basis or None,
+            consent=consent or None,
             request_id=request_id,
         ),
     )
@@ -143,6 +153,7 @@ def _line(kind: Any) -> dict[str, Any]:
 def _parameters(answered: Answered) -> dict[str, str | int]:
     shown: dict[str, str | int] = {
         "decision_id": answered.request_id,
+        "entry_id": answered.entry_id,
         "leaf_index": answered.leaf_index,
         "leaf_hash": answered.leaf_hash,
         "model_digest": answered.version,
@@ -156,6 +167,9 @@ def _parameters(answered: Answered) -> dict[str, str | int]:
         shown["sealed"] = json.dumps(answered.sealed, ensure_ascii=False, separators=(",", ":"))
     if answered.proof is not None:
         shown["proof"] = answered.proof
+    if answered.review:
+        shown["review_required"] = True
+        shown["review_id"] = answered.review
     if answered.annotations:
         shown["annotations"] = json.dumps(dict(answered.annotations), ensure_ascii=False)
     return shown

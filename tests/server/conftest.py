@@ -31,6 +31,7 @@ from audit.entries import (
 from audit.keys import SigningKey
 from audit.models import model_file
 from audit.notes import KeyType, NoteSigner
+from audit.principal import ROLES
 from audit.public_set import public_set_digest
 from audit.vault_home import open_vault
 from federation.coordinator import Coordinator
@@ -65,7 +66,7 @@ class Clock:
         self.moment += timedelta(**time)
 
 
-def charter(officers: list[SigningKey], identity: str, **changed: object) -> dict:
+def charter(officers: list[SigningKey], identity: str, /, **changed: object) -> dict:
     document = {
         "affidavit": 1,
         "name": MODEL,
@@ -212,7 +213,7 @@ def lab_template(tmp_path_factory):
     lab = Lab(folder)
     lab.version, lab.charter = lab.live()
     open_vault(folder / "coordinator", ORIGIN).close()
-    lab.tokens = {role: lab.key(role) for role in ("node", "officer", "scientist", "consumer", "operator")}
+    lab.tokens = {role: lab.key(role) for role in ROLES}
     lab.close()
     return lab
 
