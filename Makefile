@@ -25,7 +25,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-network test check soak bench bench-dp bench-log results clean
+.PHONY: help install demo demo-network test check soak bench bench-dp bench-serve kserve-client bench-log results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -75,6 +75,12 @@ bench: $(STAMP)  ## every benchmark
 	    echo "== $$file"; $(BIN)/python $$file || status=1; \
 	done; exit $$status
 
+kserve-client:  ## KServe's own client, in an environment of its own, for the protocol's conformance test
+	@$(BIN)/python -m venv build/kserve-client && build/kserve-client/bin/python -m pip install --quiet 'kserve==0.21.0'
+
+bench-serve: $(STAMP)  ## answers a CPU-second beside MLServer, KServe, BentoML and plain FastAPI
+	@$(BIN)/python benchmarks/bench_serve.py
+
 bench-dp: $(STAMP)  ## the cost of a private training step beside other implementations
 	@$(BIN)/python benchmarks/bench_dp.py
 
@@ -83,6 +89,7 @@ bench-log: $(STAMP)  ## the log beside a commit an entry, pymerkle and Go's judg
 
 results: $(STAMP)  ## utility, robustness, gains by site, the log's speed, written to docs/results (long)
 	@$(BIN)/python benchmarks/results_utility.py
+	@$(BIN)/python benchmarks/results_secure.py
 	@$(BIN)/python benchmarks/results_robustness.py
 	@$(BIN)/python benchmarks/results_personal.py
 	@$(BIN)/python benchmarks/bench_log.py --write

@@ -74,6 +74,11 @@ Compliance officer: believe nothing, check everything
   subject find | export | erase   one person: their pseudonym, all about them, or nothing any more
   identity new            your own key, with which you approve
   models approve | rollback   sign a version into or out of use
+  models trial             try a version as a canary or a shadow of the live one
+  policy show | check | test | apply FILE
+                          the rules that decide: try new ones on what was decided, sign them into force
+  review show | record DECISION
+                          a decision with legal effect is final once you say so
   runs updates RUN        how the sites' updates agree, and who stands apart
 
 Data scientist: train on what you may not see
@@ -89,7 +94,7 @@ Operator: keep it running
   runs resume RUN         go on with a run whose coordinator died; nothing is spent twice
   init                    a coordinator's home and a signer's
   serve                   the HTTP API
-  keys create | list | revoke   API keys and their roles
+  keys create | rotate | list | revoke   API keys, their roles and terms
   status                  every setting and where its value came from
   backup | restore        a restore behind the signer's state is refused
   vault backup | restore | rotate-key | scrub
@@ -103,6 +108,7 @@ Exit codes: 0 done, 1 refused or failed (one line with a code), 2 wrong usage; `
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _leave_no_core_dump()
     shadow = shadowed_package()
     if shadow is not None:
         print(f"error command.shadowed: {_shadow_message(*shadow)}", file=sys.stderr)
@@ -129,6 +135,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     return _run(application, given)
+
+
+def _leave_no_core_dump() -> None:
+    """A crash must not write rows and keys to disk."""
+    try:
+        import resource
+    except ImportError:  # not this system's way of dumping
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _run(application: click.Command, given: list[str]) -> int:

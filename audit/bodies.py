@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.round_bodies import (
-    Metric,
-    RoundExamined,
-    RunEvaluated,
-    RunReferenced,
-    RunResumed,
-    UpdateRefused,
+from audit.access_bodies import (
+    AccessDenied,
+    AuditRead,
+    EvidenceExported,
+    KeyBound,
+    KeyCreated,
+    KeyRevoked,
+    PolicyApplied,
+    SubjectErased,
+    SubjectExported,
 )
+from audit.membership import MEMBERSHIP_TYPES, MembershipBody
+from audit.round_bodies import ROUND_TYPES, Metric, RoundBody
+from audit.runtime_bodies import PredictionShadowed, VersionExported
 from audit.secure_bodies import RoundOpened
 from audit.serving_bodies import SERVING_TYPES, ServingBody
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
@@ -280,7 +285,7 @@ class VersionRegistered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionTransition:
-    """candidate -> approved -> live -> retired, each by a person's own key."""
+    """candidate -> approved -> (shadow, canary) -> live -> retired, each by a person's own key."""
 
     version: str
     model: str
@@ -292,28 +297,7 @@ class VersionTransition:
     officer: str  # public key
     reason: str
     signature: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyCreated:
-    key_id: str
-    role: str
-    principal: str
-    expires: str  # time, or "" for never
-    region: str = ""  # where its holder asks from; "" where nobody said
-    models: tuple[str, ...] = ()  # the only models it may ask; empty: any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyRevoked:
-    key_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyApplied:
-    policy_set: str
-    schema_digest: str
-    engine: str
+    share: int = 0  # to_state canary: percent of the requests that it answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,6 +326,9 @@ class Prediction:
     subject: str = ""  # random pseudonym of the person
     context: str = ""  # root of the context's fields (`audit.disclosure`); so are then the rows' digests
     sealed: str = ""  # SHA-256 of the ciphertext in the vault
+    # many rows: `rows` is empty, and each row is a leaf of a tree of its own (`audit.row_tree`)
+    row_count: int = 0
+    rows_root: str = ""
     # as the decision was asked with; of a named person, `legal_basis` is in the vault beside the purpose
     legal_basis: str = ""
     region: str = ""  # of whoever asked
@@ -360,69 +347,6 @@ class PredictionDenied:
     version: str = ""  # that would have answered
     legal_basis: str = ""
     region: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccessDenied:
-    """Somebody with a valid key asked for something else than a prediction that their role does not hold."""
-
-    request_id: str
-    action: str
-    principal: str
-    role: str
-    policies: tuple[str, ...]
-    policy_set: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvidenceExported:
-    leaf_index: int
-    scope: str
-    principal: str
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyBound:
-    """A node's key speaks for this site: it may read what the log says of that site."""
-
-    key_id: str
-    site: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditRead:
-    """Somebody read the log. The terms are in the vault: they may name a person."""
-
-    principal: str
-    role: str
-    action: str  # "search" | "count" | "export" | "entry" | "bundle" | "opened" | "updates"
-    query: str  # root of the terms' fields (`audit.disclosure`); unsealed: hex HMAC-SHA256 of the terms
-    count: int  # entries that were shown
-    subject: str = ""  # the reader's pseudonym in the vault
-    sealed: str = ""  # SHA-256 of the ciphertext in the vault
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SubjectExported:
-    """Everything about one person was handed out."""
-
-    subject: str
-    entries: int
-    principal: str
-    role: str
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SubjectErased:
-    """The person's key, records and pseudonym were deleted from the vault before this was written."""
-
-    subject: str  # the pseudonym, which now leads to nobody
-    records: int
-    principal: str
-    role: str
-    request_id: str
 
 
 Body = (
@@ -456,14 +380,12 @@ Body = (
     | SiteDecided
     | RequestRefused
     | BundleDecided
-    | UpdateRefused
-    | RoundExamined
-    | RunEvaluated
     | RoundOpened
-    | RunResumed
-    | RunReferenced
+    | RoundBody
     | SubjectExported
     | SubjectErased
+    | VersionExported
+    | PredictionShadowed
     | MembershipBody
     | ServingBody
 )
@@ -499,14 +421,12 @@ TYPES: Final[dict[str, type[Any]]] = {
     "site.decided": SiteDecided,
     "request.refused": RequestRefused,
     "bundle.decided": BundleDecided,
-    "update.refused": UpdateRefused,
-    "round.examined": RoundExamined,
-    "run.evaluated": RunEvaluated,
     "round.opened": RoundOpened,
-    "run.resumed": RunResumed,
-    "run.referenced": RunReferenced,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
+    **ROUND_TYPES,
+    "version.exported": VersionExported,
+    "prediction.shadowed": PredictionShadowed,
     **MEMBERSHIP_TYPES,
     **SERVING_TYPES,
 }

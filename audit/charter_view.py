@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from audit.canonical import parse_canonical
+from audit.charter_masking import SiteTerms, masked_terms
 from audit.charter_serving import ServingTerms
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
@@ -29,7 +30,7 @@ from audit.private_evaluation import METRIC, SOURCE, Evaluation
 from audit.replay import STRATEGIES, AggregationPlan
 from audit.robust import RULES, AggregationRule, check_rule
 from audit.secure_round import SecureTerms
-from audit.shared_noise import check_shares, site_sensitivity_grid
+from audit.shared_noise import check_shares
 from audit.update_bounds import GRID_SLACK, UpdateTerms, planned_sensitivity
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -70,15 +71,6 @@ class CharterPrivacy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SiteTerms:
-    """What a charter promises of a site as a whole."""
-
-    max_update_norm: Decimal
-    epsilon: Decimal  # at privacy.delta
-    sensitivity_grid: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CharterView:
     """All that later steps compare with; `gates`, `features` and `label` stay plain JSON values."""
 
@@ -107,6 +99,10 @@ class CharterView:
     gates: tuple[Mapping[str, Any], ...]
     purposes: tuple[str, ...]
     officers: Mapping[str, str]  # public key to name
+    legal_effect: bool = False  # a decision by an answer is final only once a person reviewed it
+    needs_legal_basis: bool = False
+    regions: tuple[str, ...] = ()  # the only ones that may ask; empty: any
+    max_age_days: int = 0  # 0: no limit
 
     @property
     def releases(self) -> int:
@@ -219,7 +215,10 @@ def read_charter(canonical: bytes) -> CharterView:
         precision=privacy.choice("precision", tuple(GRID_SLACK)),
         subject_id=privacy.text("subject_id"),
     )
-    secure = _secure(top, len(sites), minimum_sites)
+    try:
+        secure, site_level = masked_terms(top.value, dimension=size)
+    except AuditError as error:
+        raise CharterFormError("secure_aggregation or site_level", str(error)) from error
     view = CharterView(
         digest=hashlib.sha256(canonical).hexdigest(),
         name=top.text("name"),
@@ -240,7 +239,7 @@ def read_charter(canonical: bytes) -> CharterView:
             name: UpdateTerms.of_charter(top.value, name, dimension=size, released=released) for name in names
         },
         secure=secure,
-        site_level=_site_level(top, terms, size, secure),
+        site_level=site_level,
         privacy=terms,
         sites=sites,
         public_set=digest,
@@ -248,6 +247,10 @@ def read_charter(canonical: bytes) -> CharterView:
         gates=tuple(_gate(value, f"gates[{i}]", task) for i, value in enumerate(top.items("gates"))),
         purposes=tuple(top.texts("purposes")),
         officers=_officers(top),
+        legal_effect="decisions" in top.value and bool(top.choice("decisions", ("legal_effect",))),
+        needs_legal_basis="legal_basis" in top.value and bool(top.choice("legal_basis", ("required",))),
+        regions=_regions(top),
+        max_age_days=top.count("max_age_days", least=1) if "max_age_days" in top.value else 0,
     )
     if view.privacy.unit == "subject" and not view.privacy.subject_id:
         raise CharterFormError("privacy.subject_id", 'is empty, so the unit can only be "row"')
@@ -260,7 +263,7 @@ _TOP: Final = (
 )  # fmt: skip
 _TOP_OPTIONAL: Final = (
     "public_set", "aggregation", "evaluation", "secure_aggregation", "site_level", "reference", "answers",
-    "fairness",
+    "fairness", "decisions", "legal_basis", "regions", "max_age_days",
 )  # fmt: skip
 _PLAN: Final = (
     "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
@@ -387,46 +390,6 @@ def _check_aggregation(top: _Part, minimum_sites: int) -> None:
         raise CharterFormError("aggregation", str(error)) from error
 
 
-def _secure(top: _Part, sites: int, minimum_sites: int) -> SecureTerms | None:
-    if "secure_aggregation" not in top.value:
-        return None
-    part = _Part(top.value["secure_aggregation"], "secure_aggregation", fields=("tolerated",))
-    terms = SecureTerms(sites=sites, tolerated=part.count("tolerated"), least=minimum_sites)
-    if sites < 3 or 2 * terms.tolerated >= sites or minimum_sites < terms.sharers:
-        raise part.fail(
-            "tolerated", f"{terms.tolerated} does not fit {sites} sites, {minimum_sites} at least"
-        )
-    plan, model = top.value["plan"], top.value["model"]
-    rule = AggregationRule.of_charter(top.value)
-    if plan["local_steps"] != 1 or model.get("local_layers") or rule.name != "mean" or rule.norm_bound:
-        raise CharterFormError("secure_aggregation", "needs one step, shared layers, a mean without a bound")
-    if any(site["weight"] != str(site["nominal_rows"]) for site in top.items("sites")):
-        raise CharterFormError("secure_aggregation", "needs every site's weight to be its nominal_rows")
-    return terms
-
-
-def _site_level(
-    top: _Part, privacy: CharterPrivacy, size: int, secure: SecureTerms | None
-) -> SiteTerms | None:
-    if "site_level" not in top.value:
-        return None
-    part = _Part(top.value["site_level"], "site_level", fields=("max_update_norm", "epsilon"))
-    if secure is None or "evaluation" in top.value:
-        raise part.fail("max_update_norm", "needs secure_aggregation, and no evaluation")
-    norm, zero = part.decimal("max_update_norm", above=Decimal(0)), Decimal(0)
-    return SiteTerms(
-        max_update_norm=norm,
-        epsilon=part.decimal("epsilon", above=zero),
-        sensitivity_grid=site_sensitivity_grid(
-            grid_bits=privacy.grid_bits,
-            max_grad_norm=parse_decimal(privacy.max_grad_norm),
-            max_update_norm=norm,
-            dimension=size,
-            precision=privacy.precision,
-        ),
-    )
-
-
 def _site(value: Any, path: str) -> CharterSite:
     part = _Part(value, path, fields=("name", "identity", "nominal_rows", "weight"))
     if not SITE_NAME.fullmatch(part.text("name")):
@@ -524,6 +487,15 @@ def _gate(value: Any, path: str, task: str) -> Mapping[str, Any]:
     if len(part.value) < 3:
         raise part.fail("floor", "and margin_over_baseline are both absent, so nothing could fail")
     return part.value
+
+
+def _regions(top: _Part) -> tuple[str, ...]:
+    if "regions" not in top.value:
+        return ()
+    regions = top.texts("regions")
+    if not regions or regions != sorted(regions) or not all(map(SITE_NAME.fullmatch, regions)):
+        raise top.fail("regions", "are not one or more names, each once, in order")
+    return tuple(regions)
 
 
 def _officers(top: _Part) -> dict[str, str]:

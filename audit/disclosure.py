@@ -21,10 +21,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from audit.bodies import AuditRead, Body, Prediction
+from audit.access_bodies import AuditRead
+from audit.bodies import Body, Prediction
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.commitments import SALT_SIZE
 from audit.errors import AuditError, CommitmentError
+from audit.runtime_bodies import PredictionShadowed
 
 CONTEXT: Final = "context"
 TERMS: Final = "terms"
@@ -129,6 +131,8 @@ def roots_of(body: Body) -> dict[str, str]:
         return roots
     if isinstance(body, AuditRead) and body.sealed:
         return {TERMS: body.query}
+    if isinstance(body, PredictionShadowed):
+        return {CONTEXT: body.context}
     return {}
 
 

@@ -23,27 +23,31 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from audit._codec import ODD, reader_of, writer_of
+from audit.access_bodies import (
+    AccessDenied,
+    AuditRead,
+    EvidenceExported,
+    KeyBound,
+    KeyCreated,
+    KeyRevoked,
+    PolicyApplied,
+    SubjectErased,
+    SubjectExported,
+)
 from audit.bodies import (
     REFUSAL_CODES,
     RUN_FAILURE_CODES,
     TYPE_OF,
     TYPES,
     ZERO_DIGEST,
-    AccessDenied,
-    AuditRead,
     Body,
     CharterPublished,
     CharterSigned,
-    EvidenceExported,
     GateResult,
-    KeyBound,
-    KeyCreated,
-    KeyRevoked,
     KeyRotated,
     LogCompromised,
     LogCreated,
     MechanismEvent,
-    PolicyApplied,
     Prediction,
     PredictionDenied,
     RoundAbandoned,
@@ -58,8 +62,6 @@ from audit.bodies import (
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
-    SubjectErased,
-    SubjectExported,
     VersionRegistered,
     VersionTransition,
 )
@@ -156,8 +158,8 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     LogCompromised: "compromise",
     **SITE_DOMAINS,
     **MEMBERSHIP_DOMAINS,
-    **SECURE_DOMAINS,
     **SERVING_DOMAINS,
+    **SECURE_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
@@ -170,37 +172,13 @@ _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0
 _ONLY_DIGITS = str.maketrans("", "", "-T:Z")
 _ids_made = itertools.count()
 _ACTOR = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,95}")
-_DIGEST_FIELDS: Final = frozenset(
-    {
-        "base_model",
-        "charter",
-        "context",
-        "dataset",
-        "digest",
-        "gate_results",
-        "enrolment",
-        "initial_model",
-        "invitation",
-        "last_round",
-        "output_model",
-        "policy_set",
-        "prediction",
-        "previous_change",
-        "previous_event",
-        "previous_round",
-        "previous_transition",
-        "roster",
-        "schema_digest",
-        "sealed",
-        "start",
-        "total",
-        "transcript",
-        "transition",
-        "update",
-        "version",
-        "weights",
-    }
-)
+_DIGEST_FIELDS: Final = frozenset([
+    "base_model", "charter", "context", "dataset", "digest", "gate_results", "enrolment",
+    "initial_model", "invitation", "last_round", "output_model", "policy_set", "prediction",
+    "previous_change", "previous_event", "previous_round", "previous_transition", "roster", "rows_root",
+    "schema_digest", "sealed", "start", "total", "transcript", "transition", "update", "version",
+    "weights",
+])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 from audit._integrate import Sequenced
 from audit._vault_seal import sha256_hex
-from audit.bodies import SubjectErased, SubjectExported
+from audit.access_bodies import SubjectErased, SubjectExported
 from audit.checkpoints import parse_checkpoint_note
 from audit.closure import BlobSource, EvidenceLog, StoredLeaf
 from audit.disclosure import DisclosedPart, SealedPart, choose, roots_of, verify_disclosed, whole

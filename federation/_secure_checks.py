@@ -95,12 +95,13 @@ def _excluded(charter: Charter) -> Iterator[Problem]:
             message="would be moved by sums that carry one site's share of the noise alone",
             fix="share every layer, or remove `secure_aggregation`",
         )
-    if charter.site_level is not None and charter.evaluation is not None:
-        yield Problem(
-            path="evaluation",
-            message="releases counts that no norm bounds for a whole site",
-            fix="judge by a public set, or remove `site_level`",
-        )
+    for name in ("evaluation", "reference"):
+        if charter.site_level is not None and getattr(charter, name) is not None:
+            yield Problem(
+                path=name,
+                message="releases counts that no norm bounds for a whole site",
+                fix="remove it, or remove `site_level`",
+            )
     for index, site in enumerate(charter.sites):
         if site.weight is not None and site.weight != site.nominal_rows:
             yield Problem(

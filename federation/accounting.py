@@ -32,6 +32,7 @@ _MOST_EPSILON: Final = 100.0
 _LEAST_NOISE: Final = 0.05
 _CLOSE: Final = 1.0005
 _STEPS: Final = 40
+_ANSWERS: Final = 1024  # deltas that a loss distribution remembers: every site asks the same
 
 Kind = tuple[float, float, int]  # sample rate, noise multiplier for one gradient's sensitivity, steps
 
@@ -182,13 +183,18 @@ def _loss(kinds: tuple[Kind, ...], relation: str, grid: float) -> _Loss:
 
 
 class _Loss:
-    """A composed loss distribution that only answers questions."""
+    """A composed loss distribution that only answers questions, each of them once."""
 
     def __init__(self, accountant: object) -> None:
         self._accountant = accountant
+        self._answers: dict[float, float] = {}
 
     def get_epsilon_for_delta(self, delta: float) -> float:
-        return float(self._accountant.get_epsilon(delta))  # type: ignore[attr-defined]
+        if delta not in self._answers:
+            if len(self._answers) >= _ANSWERS:
+                self._answers.clear()
+            self._answers[delta] = float(self._accountant.get_epsilon(delta))  # type: ignore[attr-defined]
+        return self._answers[delta]
 
 
 def plan_cost(charter: Charter) -> PlanCost:

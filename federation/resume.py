@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from audit.checkpoints import parse_checkpoint_note
 from audit.entries import (
     ZERO_DIGEST,
     RoundAbandoned,
@@ -34,6 +35,7 @@ from audit.errors import AuditError
 from audit.ledger import Ledger, StoredEntry
 from audit.models import model_file
 from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
+from audit.secure_bodies import RoundOpened
 from audit.weights import decode_update
 from federation import registry
 from federation.anomaly import record_view
@@ -80,11 +82,14 @@ class RunPast:
     written_off: dict[tuple[int, str], LoggedRelease] = field(default_factory=dict)
     refused: dict[tuple[int, str], UpdateRefused] = field(default_factory=dict)
     examined: set[int] = field(default_factory=set)
+    opened: dict[int, RoundOpened] = field(default_factory=dict)  # masked rounds
     abandoned: int = 0  # the round that was given up, if one was
     evaluated: RunEvaluated | None = None
     referenced: RunReferenced | None = None
     resumed: list[RunResumed] = field(default_factory=list)
     ended: RunCompleted | RunFailed | None = None
+    accepted_leaf: int = -1  # of the last acceptance
+    published_size: int = 0  # of the log's last checkpoint
 
     @classmethod
     def read(cls, ledger: Ledger, run: str) -> RunPast:
@@ -93,7 +98,9 @@ class RunPast:
         Raises:
             ResumeError: it tells two stories of the run.
         """
+        note = ledger.latest_checkpoint()
         past, after = cls(run), -1
+        past.published_size = 0 if note is None else parse_checkpoint_note(note).tree_size
         while page := ledger.search(run=run, after=after, limit=1000):
             for row in page:
                 after = row.leaf_index
@@ -111,14 +118,16 @@ class RunPast:
     def participants(self, minimum_sites: int) -> tuple[str, ...]:
         """Return who the next round asks; () where the run has yet to find its sites.
 
-        In round 1 that is whoever accepted: sites may have released for exactly these names already.
+        In round 1 that is whoever accepted, once a checkpoint was published behind the last acceptance: from
+        then on sites may have released for exactly these names. Before that nobody was asked, and all are.
         """
         if self.rounds:
             return tuple(self.rounds[-1].releases)
         for (number, _), release in self.statements.items():
             if number == 1:
                 return release.statement.participants
-        return tuple(sorted(self.accepted)) if len(self.accepted) >= minimum_sites else ()
+        may_be_asked = self.published_size > self.accepted_leaf
+        return tuple(sorted(self.accepted)) if may_be_asked and len(self.accepted) >= minimum_sites else ()
 
     def open_releases(self) -> dict[str, LoggedRelease]:
         """Return the releases of the round that was broken off, as far as the log holds them."""
@@ -147,7 +156,7 @@ class RunPast:
             self._once(self.started is None, "it starts twice")
             self.started = body
         elif isinstance(body, RunAccepted):
-            self.accepted[body.site] = body
+            self.accepted[body.site], self.accepted_leaf = body, row.leaf_index
         elif isinstance(body, SiteStatement):
             key = (body.round, body.site)
             self._once(key not in self.statements, f"site {body.site} stated round {body.round} twice")
@@ -162,6 +171,8 @@ class RunPast:
             self.rounds.append(PastRound(completed=body, releases=self._counted(body), **place))
         elif isinstance(body, RoundExamined):
             self.examined.add(body.round)
+        elif isinstance(body, RoundOpened):
+            self.opened[body.round] = body
         elif isinstance(body, RoundAbandoned):
             self.abandoned = body.round
         elif isinstance(body, RunEvaluated):
@@ -238,7 +249,7 @@ def replay(
         updates = {
             site: recall(coordinator.blobs, past.run, release) for site, release in done.releases.items()
         }
-        weights = strategy.repeat(number, updates)
+        weights = strategy.repeat(number, updates, opened_total(coordinator.blobs, past.opened.get(number)))
         model = model_file(charter.layers, weights)
         if hashlib.sha256(model).hexdigest() != done.completed.output_model:
             problem = f"round {number} gives other weights than the log says"
@@ -248,9 +259,25 @@ def replay(
     return outputs
 
 
+def opened_total(blobs: BlobStore, opened: RoundOpened | None) -> tuple[int, ...] | None:
+    """Return the sum that a masked round was opened to, as it was kept; None where none was.
+
+    Raises:
+        ResumeError: it is not here.
+    """
+    if opened is None:
+        return None
+    try:
+        return tuple(decode_update(blobs.get(opened.total)))
+    except (BlobMissingError, BlobAlteredError, AuditError) as error:
+        problem = f"the opened sum of round {opened.round} cannot be read ({error})"
+        raise ResumeError(opened.run, problem, RESTORE) from error
+
+
 def examine_last(coordinator: Coordinator, charter: Charter, past: RunPast) -> None:
     """Write the view of the last completed round's updates, where the coordinator died before it did."""
-    if charter.aggregation is None or not past.rounds or past.rounds[-1].completed.round in past.examined:
+    shown = charter.aggregation is not None and charter.secure is None
+    if not shown or not past.rounds or past.rounds[-1].completed.round in past.examined:
         return
     done = past.rounds[-1]
     number = done.completed.round
@@ -283,6 +310,7 @@ def take_up(
         base_model=model_file(charter.layers, strategy.weights.tolist()),
         outputs=outputs[-charter.average_last :],
         logged=past.open_releases(),
+        opened=past.opened.get(past.next_round),
     )
     if past.rounds:
         done = past.rounds[-1]

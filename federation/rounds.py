@@ -34,9 +34,8 @@ from audit.entries import (
 )
 from audit.epsilon import recompute
 from audit.models import initial_weights, model_file
-from audit.private_evaluation import Evaluation
-from audit.reference import Reference
 from audit.replay import average
+from federation.after_rounds import AfterRounds
 from federation.anomaly import record_view
 from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
@@ -60,14 +59,12 @@ from federation.preparation import (
     propose_run,
     record_charter,
 )
-from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
 from federation.refusals import record_masked, record_opened, record_too_long
-from federation.resume import RESTORE, RunPast, recall, resumed_body, take_up
+from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunState
 from federation.secure_round import MaskedRound
-from federation.sketching import sketch_rows
 from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
@@ -118,7 +115,6 @@ class RoundLoop:
         self._started = time.monotonic()
         data = None if charter.public_set is None else coordinator.blobs.find(charter.public_set.digest)
         self._public = None if data is None else PublicData.read(charter, data)
-        self._counted: tuple[str, ...] | None = None  # who answered the evaluation, where there is one
 
     def carry_out(self, author: str, *, principal: str = ACTOR) -> RunOutcome:
         """Do everything that the log does not show as done.
@@ -134,17 +130,13 @@ class RoundLoop:
         """
         with self._hold:
             past = RunPast.read(self._coordinator.ledger, self._run.run)
-            if past.started is None:
-                return self._go_on(past, self._prepare(author, past))
-            self._check_same(past)
+            if past.started is not None:
+                self._check_same(past)
             if past.ended is not None:
                 return self._end_again(past, past.ended)
-            prepared = self._prepare(author, past)
-            self._coordinator.append(resumed_body(self._charter, past, principal), ACTOR)
-            self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
-            return self._go_on(past, prepared)
+            return self._go_on(past, self._prepare(author, past), principal)
 
-    def _go_on(self, past: RunPast, prepared: Prepared) -> RunOutcome:
+    def _go_on(self, past: RunPast, prepared: Prepared, principal: str) -> RunOutcome:
         charter = self._charter
         weights = initial_weights(charter.layers, charter.digest)
         strategy = strategy_of(charter, weights)
@@ -154,6 +146,9 @@ class RoundLoop:
         if past.started is not None:
             connected = self._exchange.sites
             state = take_up(self._coordinator, charter, past, strategy, prepared, connected)
+            self._hold.check()
+            self._coordinator.append(resumed_body(charter, past, principal), ACTOR)
+            self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
         for number in range(past.next_round, charter.plan.rounds + 1):
             self._hold.check()
             if self._stop():
@@ -232,17 +227,23 @@ class RoundLoop:
 
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: RunState) -> None:
         terms = self._terms(number, prepared, state)
-        requests = self._requests(number, state)
-        masked = self._masked(terms)
+        masked = self._masked(terms, state)
+        total = opened_total(self._coordinator.blobs, state.opened)
+        requests = self._requests(number, state, again=masked is not None)
         if masked is not None:
-            requests = masked.begin(requests)
+            there = [site for site in state.participants if site not in state.silent]
+            begun = masked.begin({site: self._request(number, site, state) for site in there})
+            requests = {site: request for site, request in begun.items() if site in requests}
             terms = masked.terms
+        elif state.opened is not None:
+            terms = dataclasses.replace(terms, roster=state.opened.roster)
+        opening = (lambda _: total) if total is not None else None
         strategy.open_round(
             terms,
             {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()},
-            None if masked is None else masked.open,
+            opening if masked is None else masked.open,
         )
-        for site, known in self._recalled(state).items():
+        for site, known in (self._recalled(state) if masked is None else {}).items():
             strategy.offer(site, body_document(known.statement), known.update)
         arrays: ArrayRecord = strategy.arrays()
         addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
@@ -288,11 +289,11 @@ class RoundLoop:
         completed = self._coordinator.append(
             body, ACTOR, stable_event_id("round.completed", self._run.run, str(number))
         )
-        if self._charter.aggregation is not None and masked is None:
+        if self._charter.aggregation is not None and self._charter.secure is None:
             seen = {site: update.values for site, update in (accepted | strategy.too_long).items()}
             record_view(self._coordinator, self._charter, body, seen)
         state.previous_round, state.round_leaf = completed.leaf_hash.hex(), completed.leaf_index
-        state.participants, state.logged, state.silent = tuple(accepted), {}, set()
+        state.participants, state.logged, state.silent, state.opened = tuple(accepted), {}, set(), None
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]
         if self._charter.average_last == 1:
             state.outputs = [weights]
@@ -307,13 +308,21 @@ class RoundLoop:
             witnesses=witnesses,
         )
 
-    def _masked(self, terms: RoundTerms) -> MaskedRound | None:
+    def _masked(self, terms: RoundTerms, state: RunState) -> MaskedRound | None:
+        """Return the masked round to play; None where there are no masks, or its sum was opened before."""
+        if state.opened is not None:
+            return None
         secure, timeout_s = self._charter.secure, float(self._charter.plan.round_timeout_s)
         return None if secure is None else MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s)
 
-    def _requests(self, number: int, state: RunState) -> dict[str, Request]:
-        """Return the question to each participant whose release is not in the log already."""
-        asked = [site for site in state.participants if site not in state.logged and site not in state.silent]
+    def _requests(self, number: int, state: RunState, *, again: bool = False) -> dict[str, Request]:
+        """Return the question to each participant whose release is not in the log already.
+
+        A masked round is asked `again` as a whole: sites give the same keys, shares and bytes, and what the
+        log holds of it must come out of it.
+        """
+        known = () if again else state.logged
+        asked = [site for site in state.participants if site not in known and site not in state.silent]
         return {site: self._request(number, site, state) for site in asked}
 
     def _recalled(self, state: RunState) -> dict[str, AcceptedUpdate]:
@@ -343,9 +352,7 @@ class RoundLoop:
             heads=prepared.heads,
         )
 
-    def _request(
-        self, number: int, site: str, state: RunState, *, participants: tuple[str, ...] | None = None
-    ) -> Request:
+    def _request(self, number: int, site: str, state: RunState) -> Request:
         shown: dict[str, Any] = {"previous_round": None, "own_statement": None}
         if number > 1 and state.round_leaf is not None:
             shown["previous_round"] = self._witnessing.logged(state.round_leaf)
@@ -354,7 +361,7 @@ class RoundLoop:
             "run": self._run.run,
             "round": number,
             "charter": self._charter.digest,
-            "participants": list(state.participants if participants is None else participants),
+            "participants": list(state.participants),
             **shown,
         }
         return Request(kind="round", header=header, blobs={"base_model": state.base_model})
@@ -406,86 +413,19 @@ class RoundLoop:
         self._emit("failed", number=number, detail=f"{reason}: {detail}")
         return RunFailedError(self._run.run, number, reason, detail)
 
-    def _evaluate(self, evaluation: Evaluation, prepared: Prepared, state: RunState) -> None:
-        """Have the averaged weights counted at the sites; `state.base_model` holds them."""
-        number = self._charter.plan.rounds + 1
-        terms = dataclasses.replace(
-            self._terms(number, prepared, state),
-            event=evaluation.event,
-            released=evaluation.event.dimension,
-        )
-        evaluated = evaluate_privately(
-            self._coordinator,
-            self._exchange,
-            terms,
-            evaluation,
-            self._requests(number, state),
-            state.base_model,
-            timeout_s=float(self._charter.plan.round_timeout_s),
-            minimum_sites=self._charter.minimum_sites,
-            logged=self._recalled(state),
-        )
-        state.own_leaf |= evaluated.own_leaf
-        state.logged = {}
-        self._counted = tuple(sorted(evaluated.own_leaf))
-        for site, update in evaluated.accepted.items():
-            prepared.heads[site] = prepared.heads[site].after(update.statement)
-        worth = evaluated.worth
-        self._emit(
-            "evaluated",
-            number=number,
-            sites=tuple(sorted(evaluated.own_leaf)),
-            metrics={} if worth is None else {"accuracy": float(worth.accuracy)},
-            detail="; ".join(str(error) for error in evaluated.rejected.values()),
-        )
-
-    def _sketch(self, reference: Reference, prepared: Prepared, state: RunState, *, number: int) -> None:
-        """Have the training rows counted by bin; who did not answer the release before is not asked."""
-        asked = state.participants if self._counted is None else self._counted
-        if number > self._charter.plan.rounds + 1:
-            self._witnessing.cosign(asked)  # the evaluation's statements must be witnessed first
-        terms = dataclasses.replace(
-            self._terms(number, prepared, state),
-            participants=asked,
-            event=reference.event,
-            released=reference.event.dimension,
-        )
-        logged = self._recalled(state)
-        requests = {
-            site: self._request(number, site, state, participants=asked)
-            for site in asked
-            if site not in logged and site not in state.silent
-        }
-        counted = sketch_rows(
-            self._coordinator,
-            self._exchange,
-            terms,
-            reference,
-            requests,
-            timeout_s=float(self._charter.plan.round_timeout_s),
-            minimum_sites=self._charter.minimum_sites,
-            logged=logged,
-        )
-        state.own_leaf |= counted.own_leaf
-        self._emit(
-            "sketched",
-            number=number,
-            sites=tuple(sorted(counted.own_leaf)),
-            detail="; ".join(str(error) for error in counted.rejected.values()),
-        )
-
     def _complete(self, past: RunPast, prepared: Prepared, state: RunState) -> RunOutcome:
         state.base_model = model_file(self._charter.layers, average(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
-        evaluation = Evaluation.of_charter(self._charter.document)
-        if past.evaluated is not None:
-            self._counted = tuple(s for s in state.participants if s not in past.evaluated.missing)
-        elif evaluation is not None:
-            self._evaluate(evaluation, prepared, state)
-        reference = Reference.of_charter(self._charter.document)
-        if reference is not None and past.referenced is None:
-            self._sketch(reference, prepared, state, number=len(planned_events(self._charter)))
-        state.own_leaf |= {site: release.leaf_index for site, release in state.logged.items()}
+        AfterRounds(
+            coordinator=self._coordinator,
+            exchange=self._exchange,
+            witnessing=self._witnessing,
+            charter=self._charter,
+            run=self._run.run,
+            terms=self._terms,
+            requests=self._requests,
+            emit=self._emit,
+        ).carry_out(past, prepared, state)
         self._coordinator.append(
             RunCompleted(
                 run=self._run.run,

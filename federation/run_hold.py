@@ -22,7 +22,7 @@ from federation.errors import RunHeldError
 
 _logger = logging.getLogger(__name__)
 
-TTL_S: Final = 15.0
+TTL_S: Final = 10.0
 _LOOK_S: Final = 0.1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from audit.entries import ZERO_DIGEST, SiteStatement
+from audit.secure_bodies import RoundOpened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,4 +28,5 @@ class RunState:
     own_leaf: dict[str, int] = field(default_factory=dict)  # by site, of its last release
     outputs: list[list[float]] = field(default_factory=list)  # of the last rounds, to be averaged
     logged: dict[str, LoggedRelease] = field(default_factory=dict)  # releases that need not be asked for
+    opened: RoundOpened | None = None  # the masked round's sum, where it was opened already
     silent: set[str] = field(default_factory=set)  # sites that are not asked: written off, or not there

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from audit.decimals import decimal_text
 from audit.entries import (
     RunCompleted,
     RunStarted,
@@ -24,6 +26,7 @@ from audit.entries import (
 from audit.keys import SigningKey
 from audit.models import initial_weights, model_file, weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
+from audit.runtime_bodies import VersionExported
 from federation import registry
 from federation.accounting import plan_cost
 from federation.charter import Charter
@@ -31,6 +34,7 @@ from federation.code_digest import aggregation_code
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import (
     GateNotPassedError,
+    LayerNotExportedError,
     OfficerError,
     PlanDoesNotFitError,
     RunFailedError,
@@ -39,8 +43,10 @@ from federation.errors import (
 from federation.evaluation import PublicData
 from federation.gates import epsilons, failed_gates, judge
 from federation.progress import Listener, listening
-from federation.registry import APPROVED, CANDIDATE, LIVE, RETIRED, Version
+from federation.registry import APPROVED, CANARY, CANDIDATE, LIVE, RETIRED, SHADOW, Version
 from federation.resume import prepared_run
+
+_logger = logging.getLogger(__name__)
 
 RunConfig = Mapping[str, str]
 Launch = Callable[[RunConfig], None]
@@ -73,6 +79,16 @@ class ApproveRequest:
 
     version: str
     to_state: str = APPROVED
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRequest:
+    """Try an approved version beside the live one; `to_state` approved ends the trial."""
+
+    version: str
+    to_state: str  # canary (answers a share), shadow (is asked, and answers nobody), approved
+    share: int = 0  # of a canary: percent of the requests, 1 to 99
     reason: str = ""
 
 
@@ -255,7 +271,51 @@ def register(
         epsilons=epsilons(charter, request.run, registry.statements(ledger)),
     )
     coordinator.append(body, "coordinator", stable_event_id("version.registered", request.run))
+    export(coordinator, body, charter, weights)
     return registry.find_version(ledger, completed.weights)
+
+
+def export(
+    coordinator: Coordinator, registered: VersionRegistered, charter: Charter, weights: Sequence[float]
+) -> VersionExported | None:
+    """Make the version's ONNX file, measure it against the definition, and enter its digest.
+
+    Returns:
+        The entry, or None for a model with a layer that ONNX has no float64 form of: torch serves that one.
+
+    Raises:
+        ExportError: the file's answers are not the version's.
+    """
+    from federation import onnx_export
+
+    known = next(registry.bodies(coordinator.ledger, VersionExported, version=registered.version), None)
+    if known is not None:
+        return known[1]
+    inputs = charter.encoded_width
+    try:
+        data = onnx_export.export_onnx(charter.layers, weights, inputs)
+    except LayerNotExportedError as error:
+        _logger.info("version=%s: %s", registered.version, error)
+        return None
+    parity = onnx_export.measure_parity(
+        data, charter.layers, weights, inputs, task=charter.task, label=charter.document["label"]
+    )
+    body = VersionExported(
+        model=registered.model,
+        version=registered.version,
+        charter=registered.charter,
+        format="onnx",
+        digest=coordinator.blobs.put(data),
+        size_bytes=len(data),
+        opset=onnx_export.OPSET,
+        precision="float64",
+        tolerance=decimal_text(onnx_export.TOLERANCE),
+        difference=decimal_text(parity.difference),
+        rows=parity.rows,
+        runtime=parity.runtime,
+    )
+    coordinator.append(body, "coordinator", stable_event_id("version.exported", registered.version))
+    return body
 
 
 def approve(
@@ -282,12 +342,43 @@ def approve(
         raise GateNotPassedError(version.digest, failed)
     if version.state == CANDIDATE:
         _move(coordinator, version, CANDIDATE, APPROVED, officer, request.reason)
-    elif version.state != APPROVED or request.to_state == APPROVED:
+    elif version.state not in (APPROVED, CANARY, SHADOW) or request.to_state == APPROVED:
         raise TransitionError(
             f"version {version.digest[:12]} is {version.state}; it cannot become {request.to_state}"
         )
     if request.to_state == LIVE:
-        _make_live(coordinator, version, APPROVED, officer, request.reason)
+        before = APPROVED if version.state == CANDIDATE else version.state
+        _make_live(coordinator, version, before, officer, request.reason)
+    return registry.find_version(coordinator.ledger, version.digest)
+
+
+def trial(
+    coordinator: Coordinator,
+    principal: Principal,
+    authorizer: Authorizer,
+    request: TrialRequest,
+    officer: SigningKey,
+) -> Version:
+    """Make an approved version a canary or a shadow, or end its trial, by an officer's own signature.
+
+    Raises:
+        OfficerError: the key is no officer's, or the author's own.
+        TransitionError: the share or the state does not allow it, or another canary has a share.
+    """
+    version = registry.find_version(coordinator.ledger, request.version)
+    require(authorizer, principal, Question(action="models.approve", resource=version.model))
+    if request.to_state not in (CANARY, SHADOW, APPROVED):
+        raise TransitionError(f"a trial is {CANARY} or {SHADOW}, and ends as {APPROVED}")
+    if request.to_state == CANARY and not 1 <= request.share <= 99:
+        raise TransitionError(f"a canary answers 1 to 99 percent of the requests, not {request.share}")
+    if request.to_state != CANARY and request.share:
+        raise TransitionError(f"a share is a canary's; leave it out for {request.to_state}")
+    _check_officer(coordinator, version, officer)
+    if request.to_state == CANARY:
+        others = [v for v in registry.versions(coordinator.ledger, version.model) if v.state == CANARY]
+        if others:
+            raise TransitionError(f"version {others[0].digest[:12]} is the canary; end its trial first")
+    _move(coordinator, version, version.state, request.to_state, officer, request.reason, request.share)
     return registry.find_version(coordinator.ledger, version.digest)
 
 
@@ -355,10 +446,11 @@ def public_data(coordinator: Coordinator, charter: Charter) -> PublicData | None
 def _make_live(
     coordinator: Coordinator, version: Version, from_state: str, officer: SigningKey, reason: str
 ) -> None:
+    """The new one first: at no moment is there none that answers, so no request fails over it."""
     present = registry.live_version(coordinator.ledger, version.model)
+    _move(coordinator, version, from_state, LIVE, officer, reason)
     if present is not None:
         _move(coordinator, present, LIVE, RETIRED, officer, f"replaced by {version.digest[:12]}")
-    _move(coordinator, version, from_state, LIVE, officer, reason)
 
 
 def _move(
@@ -368,6 +460,7 @@ def _move(
     to_state: str,
     officer: SigningKey,
     reason: str,
+    share: int = 0,
 ) -> None:
     if (from_state, to_state) not in registry.ALLOWED:
         raise TransitionError(f"version {version.digest[:12]} cannot go from {from_state} to {to_state}")
@@ -382,6 +475,7 @@ def _move(
         officer=officer.text,
         reason=reason[:200],
         signature="",
+        share=share,
     )
     body = dataclasses.replace(body, signature=_sign(officer, body))
     coordinator.append(body, f"officer:{officer.verify_key.fingerprint}")

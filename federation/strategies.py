@@ -128,9 +128,20 @@ class ProvableAggregation:
         except StatementError as error:
             self.rejected[site] = error
 
-    def repeat(self, server_round: int, updates: Mapping[str, AcceptedUpdate]) -> list[float]:
-        """Make a completed round's step again from the releases that it counted; return its weights."""
+    def repeat(
+        self,
+        server_round: int,
+        updates: Mapping[str, AcceptedUpdate],
+        total: Sequence[int] | None = None,
+    ) -> list[float]:
+        """Make a completed round's step again from the releases that it counted; return its weights.
+
+        `total` is their opened sum where they are masked.
+        """
         self.accepted, self.rejected, self.too_long = dict(updates), {}, {}
+        self._open_sum, self._total = None, ()
+        if total is not None:
+            self._open_sum, self._total = (lambda _: total), total
         self.weights = self._step(server_round)
         return [float(weight) for weight in self.weights]
 

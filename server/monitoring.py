@@ -42,10 +42,21 @@ class Monitoring:
         self.predicted_rows = Counter(
             "affidavit_predicted_rows", "Rows answered.", ("model",), registry=self.registry
         )
+        self.shadowed = Counter(
+            "affidavit_shadow_rows",
+            "Rows that a shadow version was asked, by how its label compares; skipped under load.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
         self.denials = Counter(
             "affidavit_denials",
             "Requests refused, by the policy that decided.",
             ("action", "policy"),
+            registry=self.registry,
+        )
+        self.spoofed_identities = Counter(
+            "affidavit_spoofed_identities",
+            "Client certificates claimed from an address that is no trusted proxy's.",
             registry=self.registry,
         )
         self.append_seconds = Histogram(

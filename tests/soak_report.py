@@ -1,7 +1,8 @@
 """The figures of `make soak`: each test records its own, and the run's last step writes docs/results/log.md.
 
 A run in which a test fails writes no page. What was not run is named in the page, so that a skipped part
-cannot pass for a good one.
+cannot pass for a good one. Parts may be run one by one instead, each by pytest with the variable RESULTS
+naming one file, and put together by `python -m tests.soak_report PAGE --rows FILE`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PARTS: Final = {
     "races": "Concurrent add-checkpoint to one witness",
     "witness_kill": "kill -9 of a witness in the middle of a cosignature",
     "fuzz": "Parsers fed with hostile bytes",
+    "kills": "kill -9 at random moments of ServerApp, SuperLink, SuperNode, agent and API",
     "clocks": "The clock jumps",
     "erasure": "After an erasure",
 }
@@ -69,8 +71,8 @@ def _cpu_s() -> float:
 
 
 def page(rows: Iterable[dict[str, Any]], *, where: str) -> str:
-    """Return the page of these rows, in the order of `PARTS` and of the tests' names."""
-    found = list(rows)
+    """Return the page of these rows, in the order of `PARTS` and of the tests' names, each test once."""
+    found = list({(row["test"], row["part"], row["size"]): row for row in rows}.values())
     lines = [
         "# Faults by the thousand",
         "",
@@ -124,6 +126,15 @@ def run(command: list[str], target: Path) -> int:
     return done.returncode
 
 
+def assemble(results: Path, target: Path) -> None:
+    """Write the page of parts that were run one by one, and passed, with RESULTS naming one file."""
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    target.write_text(page(rows, where=f"in parts {_where()}"), encoding="utf-8")
+
+
 if __name__ == "__main__":
+    if sys.argv[2:3] == ["--rows"]:
+        assemble(Path(sys.argv[3]), Path(sys.argv[1]))
+        sys.exit(0)
     marks = "soak or reported"
     sys.exit(run([sys.executable, "-m", "pytest", "-m", marks, *sys.argv[2:]], Path(sys.argv[1])))

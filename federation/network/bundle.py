@@ -34,7 +34,7 @@ home = ""
 signer-home = ""
 run = ""
 principal = ""
-hold-s = 15.0
+hold-s = 10.0
 poll-s = 0.05
 discovery-s = 30.0
 """

@@ -6,6 +6,8 @@ import base64
 import dataclasses
 import hashlib
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +284,18 @@ def build_federation(
     rounds: int = 3,
     agent: Callable[[SiteHome], Agent] = Agent.open,
 ) -> Network:
+    make_homes(folder, data=data, lifetime_epsilon=lifetime_epsilon, auto_approve=auto_approve)
+    return open_federation(folder, rounds=rounds, agent=agent)
+
+
+def make_homes(
+    folder: Path,
+    *,
+    data: dict[str, str] | None = None,
+    lifetime_epsilon: str = "20",
+    auto_approve: bool = True,
+) -> None:
+    """Make three sites and a log in which they are enrolled."""
     homes = {}
     for site in SITES:
         path = folder / "data" / f"{site}.csv"
@@ -302,9 +316,16 @@ def build_federation(
     policy = Policy.parse("\n".join([*lines, "group sites 2 alpha beta gamma", "quorum sites"]))
     for home in homes.values():
         home.join(policy)
-    agents = {site: agent(home) for site, home in homes.items()}
-    for live in agents.values():
-        coordinator.append(live.home.keys().enrolment(live.name, live.population, ORIGIN), "coordinator")
+        population = home.config.population.pseudonym
+        coordinator.append(home.keys().enrolment(home.name, population, ORIGIN), "coordinator")
+    coordinator.close()
+
+
+def open_federation(
+    folder: Path, *, rounds: int = 3, agent: Callable[[SiteHome], Agent] = Agent.open
+) -> Network:
+    coordinator = Coordinator.open(folder / "coordinator", folder / "signer")
+    agents = {site: agent(SiteHome.open(folder / "sites" / site)) for site in SITES}
     return Network(folder, coordinator, agents, make_charter(agents, rounds=rounds))
 
 
@@ -314,9 +335,20 @@ def make_network() -> Callable[..., Network]:
     return build_federation
 
 
+@pytest.fixture(scope="session")
+def new_homes(build_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Three sites and a log that have done nothing yet; copy them."""
+    return build_once("small-network", make_homes)
+
+
 @pytest.fixture
-def network(tmp_path: Path) -> Iterator[Network]:
-    made = build_federation(tmp_path)
+def network(new_homes: Path, tmp_path: Path) -> Iterator[Network]:
+    shutil.copytree(new_homes, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("sites/*/site.yaml"):
+        data = tmp_path / "data" / f"{path.parent.name}.csv"
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"(?m)^data: .*$", f"data: {data}", text), encoding="utf-8")
+    made = open_federation(tmp_path)
     yield made
     made.close()
 

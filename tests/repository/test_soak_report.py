@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak_report import PARTS, RESULTS, page, recorder, run
+from tests.soak_report import PARTS, RESULTS, assemble, page, recorder, run
 
 
 def row(part: str, **more: object) -> dict[str, object]:
@@ -53,6 +53,15 @@ def test_run_that_passes_writes_what_its_tests_reported(tmp_path, repository):
     )
     assert "| 500 kills | 0 lost |" in target.read_text()
     assert "Python 3." in target.read_text()
+
+
+def test_parts_run_one_by_one_make_one_page_with_the_last_of_a_repeated_test(tmp_path):
+    rows = [row("kill", result="1 lost"), row("flips", test="u"), row("kill", result="0 lost, again")]
+    (tmp_path / "rows").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assemble(tmp_path / "rows", tmp_path / "log.md")
+    text = (tmp_path / "log.md").read_text()
+    assert "in parts" in text
+    assert ("0 lost, again" in text, "1 lost" in text) == (True, False)
 
 
 def test_part_that_the_page_does_not_know_is_refused(tmp_path: Path):
