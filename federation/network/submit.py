@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from audit.entries import RunCompleted, RunFailed, decode_entry
+from audit.entries import RunCompleted, RunFailed, RunStarted, decode_entry, parse_body
 from audit.ledger import Ledger
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import RunFailedError
@@ -124,7 +124,10 @@ def stop_run(coordinator: Coordinator, run: str, *, now: bool, grace_s: float = 
             ) from error
     from federation.runs import find_run
 
-    view = find_run(coordinator.ledger, run)
+    view = find_run(coordinator.ledger, run, home=coordinator.home)
+    if not view.started:  # nobody was asked yet: what is ended here begins here
+        started = parse_body(RunStarted, coordinator.kept_run(run)["run_started"])
+        coordinator.append(started, "coordinator", stable_event_id("run.started", run))
     body = RunFailed(run=run, charter=view.charter, round=view.round, reason="stopped")
     coordinator.append(body, "coordinator", stable_event_id("run.failed", run))
     return True
