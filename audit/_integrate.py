@@ -87,11 +87,12 @@ def _commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced 
 def _write(engine: Engine, batch: list[AppendRequest], *, look_up: bool) -> list[Sequenced | AuditError]:
     with _store.writing(engine) as connection:
         edge = read_edge(connection)
-        known = _known(connection, batch) if look_up else {}
         index = edge.size
         rows: list[tuple[Any, ...]] = []
         placed: list[tuple[int, bytes] | AuditError] = []
         newest = _newest_of_guarded(connection, batch)
+        passed = any(guard and newest[guard.types] > guard.after for *_, guard in batch)
+        known = _known(connection, batch) if look_up or passed else {}
         guarded = {name for types in newest for name in types}
         for event_id, leaf_hash, body, columns, guard in batch:
             found = known.get(event_id)

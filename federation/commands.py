@@ -286,6 +286,44 @@ def approve_model(
     emit(_shown(moved), f"version {moved.digest} of {moved.model} is {moved.state}", as_json=as_json)
 
 
+@models.command("trial")
+@guarded
+def try_model(
+    version: Annotated[str, typer.Argument(help="The version's digest, or at least its first eight digits.")],
+    officer: Officer,
+    canary: Annotated[
+        int | None, typer.Option(min=1, max=99, help="Let it answer this percent of the requests.")
+    ] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="Ask it beside the live version; it answers nobody.")
+    ] = False,
+    end: Annotated[bool, typer.Option("--end", help="End the trial: approved, as before.")] = False,
+    reason: Reason = "",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try an approved version beside the live one, signed with your own key.
+
+    Exit codes: 0 done, 1 you may not, or the state does not allow it, 2 wrong usage.
+    """
+    from audit.principal import LocalOwner
+    from federation.registry import APPROVED, CANARY, SHADOW
+    from federation.service import TrialRequest, trial
+
+    if [canary is not None, shadow, end].count(True) != 1:
+        raise CommandError("give one of --canary PERCENT, --shadow and --end", code="usage.trial")
+    key = read_identity(officer)
+    request = TrialRequest(
+        version=version,
+        to_state=CANARY if canary else SHADOW if shadow else APPROVED,
+        share=canary or 0,
+        reason=reason,
+    )
+    with _coordinator(home) as coordinator:
+        moved = trial(coordinator, _person(key), LocalOwner(), request, key)
+    emit(_shown(moved), f"version {moved.digest} of {moved.model} is {moved.state}", as_json=as_json)
+
+
 @models.command("rollback")
 @guarded
 def roll_back(

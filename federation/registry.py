@@ -156,9 +156,9 @@ def find_version(log: Ledger, digest: str) -> Version:
 
 
 def live_version(log: Ledger, model: str) -> Version | None:
-    """Return the version of `model` that is live, if one is."""
+    """Return the version of `model` that became live last, if one is."""
     live = [version for version in versions(log, model) if version.state == LIVE]
-    return live[-1] if live else None
+    return max(live, key=lambda version: version.transitions[-1].leaf_index, default=None)
 
 
 def last_transition(log: Ledger, model: str) -> str:

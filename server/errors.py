@@ -112,6 +112,10 @@ class DeadlineError(ServerError):
     code = "request.deadline"
 
 
+class ReceiptNotFoundError(ServerError):
+    code = "receipts.not_found"
+
+
 class NotReadyError(ServerError):
     """This process, or one of its models, should get no requests now."""
 
@@ -203,6 +207,7 @@ STATUS: Final[dict[str, int]] = {
     "server.overloaded": 503,
     "request.deadline": 504,
     "server.not_ready": 503,
+    "receipts.not_found": 404,
     "audit.stale_view": 503,
     "audit.ledger_unavailable": 503,
     "audit.ledger_busy": 503,
@@ -240,6 +245,7 @@ STATUS: Final[dict[str, int]] = {
     "evidence.gap": 404,
     "evidence.too_large": 413,
     "federation.not_found": 404,
+    "federation.masked_run": 409,
     "federation.blob_missing": 503,
     "federation.blob_altered": 503,
     "audit.entry_malformed": 422,

@@ -60,6 +60,7 @@ class ServedVersion:
     charter_author: str
     transition: str  # leaf hash of the transition that made the present state; zeros for a candidate
     approved_by: tuple[str, ...]
+    moved_index: int = -1  # of the last transition; -1: there was none
     share: int = 0  # of a canary: percent of the requests that it answers
     export: VersionExported | None = None  # its file for a runtime, as the log has it
 
@@ -258,15 +259,16 @@ class LiveModels:
         if version is None or reason:
             _logger.error("entry %d is no valid transition and does not count: %s", index, reason)
             return
-        if body.to_state == LIVE:
-            for other, served in self._versions.items():
-                if served.model == body.model and served.state == LIVE:
-                    self._versions[other] = replace(served, state=RETIRED)
         officers = (
             (*version.approved_by, body.officer) if body.to_state == "approved" else version.approved_by
         )
         self._versions[key] = replace(
-            version, state=body.to_state, transition=leaf_hash, approved_by=officers, share=body.share
+            version,
+            state=body.to_state,
+            transition=leaf_hash,
+            moved_index=index,
+            approved_by=officers,
+            share=body.share,
         )
         self._heads[body.model] = leaf_hash
 
@@ -282,11 +284,14 @@ def _route(newest_first: list[ServedVersion]) -> _Route:
     def find(*states: str) -> ServedVersion | None:
         return next((version for version in newest_first if version.state in states), None)
 
-    return _Route(
-        first=find(LIVE) or newest_first[0],
-        canary=find(CANARY),
-        candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
-        shadows=tuple(version for version in newest_first if version.state == SHADOW),
+    live = [version for version in newest_first if version.state == LIVE]
+    return (
+        _Route(  # of two, the one that became live last: a swap makes the new one live, then retires the old
+            first=max(live, key=lambda version: version.moved_index) if live else newest_first[0],
+            canary=find(CANARY),
+            candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
+            shadows=tuple(version for version in newest_first if version.state == SHADOW),
+        )
     )
 
 

@@ -34,7 +34,7 @@ Digest = Annotated[str, Path(pattern=DIGEST_PATTERN, description="SHA-256 of the
     "/{name}/predict",
     summary="Answer rows with the live version",
     response_model=PredictResponse,
-    responses=problems(401, 403, 404, 422, 429, 503),
+    responses=problems(401, 403, 404, 422, 429, 501, 503, 504),
     openapi_extra=body_of(PredictRequest),
 )
 async def predict(
@@ -169,7 +169,11 @@ def render_answer(answered: Answered) -> bytes:
             "policies": answered.decision.policies,
             "policy_set": answered.decision.policy_set,
         },
-        "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
+        "entry": {
+            "leaf_index": answered.leaf_index,
+            "leaf_hash": answered.leaf_hash,
+            "id": answered.entry_id,
+        },
         "receipt": answered.receipt,
         "level": answered.level,
         "proof": answered.proof,

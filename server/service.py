@@ -96,6 +96,7 @@ class Answered:
     request_id: str
     leaf_index: int
     leaf_hash: str
+    entry_id: str  # by which `/v1/receipts` knows it
     receipt: dict[str, Any]
     opened: Opened
     sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
@@ -215,6 +216,7 @@ class PredictService:
             request_id=asked.request_id,
             leaf_index=sequenced.leaf_index,
             leaf_hash=sequenced.leaf_hash.hex(),
+            entry_id=sequenced.event_id,
             receipt=receipt,
             opened=opened,
             sealed=sealed,

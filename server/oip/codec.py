@@ -23,7 +23,7 @@ _WINDOW: Final = {"gzip": 31, "deflate": 15}
 COMPRESS_FROM_BYTES: Final = 1_024
 _TENSOR: Final = frozenset({"name", "shape", "datatype", "parameters", "data"})
 _OUTPUT: Final = frozenset({"name", "parameters"})
-_REQUEST: Final = frozenset({"id", "parameters", "inputs", "outputs"})
+_REQUEST: Final = frozenset({"id", "parameters", "inputs", "outputs", "model_name", "model_version"})
 
 
 def decompressed(body: bytes, encoding: str, *, limit: int) -> bytes:
@@ -80,7 +80,7 @@ def read_ask(body: bytes, header_length: str | None) -> InferAsk:
         raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
     if not isinstance(document, dict) or not set(document) <= _REQUEST or "inputs" not in document:
         raise MalformedRequestError("give an object with inputs, and perhaps id, parameters, outputs")
-    identity = document.get("id", "")
+    identity = document.get("id") or ""  # KServe's client repeats the path's names, and sends null for none
     if not isinstance(identity, str) or len(identity) > 256:
         raise MalformedRequestError("id: is not a text of at most 256 characters")
     parameters = _parameters("parameters", document.get("parameters"))

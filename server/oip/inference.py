@@ -153,6 +153,7 @@ def _line(kind: Any) -> dict[str, Any]:
 def _parameters(answered: Answered) -> dict[str, str | int]:
     shown: dict[str, str | int] = {
         "decision_id": answered.request_id,
+        "entry_id": answered.entry_id,
         "leaf_index": answered.leaf_index,
         "leaf_hash": answered.leaf_hash,
         "model_digest": answered.version,

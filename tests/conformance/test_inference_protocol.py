@@ -64,3 +64,12 @@ def test_triton_clients_work_unchanged_over_http_and_grpc(served):
     answered = lab.entries("prediction")
     assert len(answered) == 7 + 2
     assert len(lab.entries("prediction.denied")) == 2
+
+
+def test_kserves_client_works_unchanged(served):
+    """In an environment of its own (`make kserve-client`): it needs an older pandas than we pin."""
+    python = HERE.parent.parent / "build" / "kserve-client" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("there is no build/kserve-client; `make kserve-client` installs it")
+    lab, http, _ = served  # noqa: F811
+    assert run("oip_kserve.py", lab, http, python=str(python))["answers"] == list(expected())

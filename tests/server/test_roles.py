@@ -15,10 +15,31 @@ ALL, NOBODY = frozenset(CALLERS), frozenset[str]()
 MEMBERS = frozenset({"scientist", "officer", "operator"})  # who may read the whole log
 KEYED = ALL - {"anonymous"}
 
+INFER = {
+    "inputs": [
+        {"name": "age", "shape": [1], "datatype": "INT64", "data": [5]},
+        {"name": "ward", "shape": [1], "datatype": "BYTES", "data": ["north"]},
+    ],
+    "parameters": {"purpose": "triage"},
+}
 # method and path -> what is asked of it, and who is let in; all others get 401 or 403. Index 5 is a public
 # entry (a transition), PRIVATE a prediction of another consumer than the one who asks.
 TABLE = {
     "GET /healthz": ({}, ALL),
+    "GET /readyz": ({}, ALL),
+    "GET /v2": ({}, ALL),
+    "GET /v2/health/live": ({}, ALL),
+    "GET /v2/health/ready": ({}, ALL),
+    "GET /v2/models/{model}": ({"model": "toy"}, KEYED),
+    "GET /v2/models/{model}/ready": ({"model": "toy"}, KEYED),
+    "GET /v2/models/{model}/versions/{version}": ({"model": "toy", "version": "live"}, KEYED),
+    "GET /v2/models/{model}/versions/{version}/ready": ({"model": "toy", "version": "live"}, KEYED),
+    "POST /v2/models/{model}/infer": ({"model": "toy", "json": INFER}, {"consumer"}),
+    "POST /v2/models/{model}/versions/{version}/infer": (
+        {"model": "toy", "version": "VERSION", "json": INFER},
+        {"consumer"},
+    ),
+    "GET /v1/receipts/{receipt_id}": ({"receipt_id": "PUBLIC_ID"}, MEMBERS | {"node"}),
     "GET /metrics": ({}, {"operator"}),
     "GET /v1/audit/checkpoint": ({}, ALL),
     "GET /v1/audit/policy": ({}, ALL),
@@ -85,8 +106,16 @@ def asked(client, lab, as_role):
     decision = lab.coordinator.ledger.stored_entry(private).event_id
     changed = document(change(lab, STRICTER, previous="ab" * 32))  # signed, and of no chain: 409 for officers
     public = lab.entries("version.transition")[0]["leaf_index"]
-    named = {"PUBLIC": public, "PRIVATE": private, "SEALED": sealed, "ALONE": 0, "VERSION": lab.version,
-             "DECISION": decision}  # fmt: skip
+    public_id = lab.entries("version.transition")[0]["event_id"]
+    named = {
+        "PUBLIC": public,
+        "PUBLIC_ID": public_id,
+        "PRIVATE": private,
+        "SEALED": sealed,
+        "ALONE": 0,
+        "VERSION": lab.version,
+        "DECISION": decision,
+    }
 
     def ask(route, given, caller):
         method, path = route.split(" ")
