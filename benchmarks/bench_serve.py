@@ -1,10 +1,10 @@
-"""Answers a CPU-second, beside other servers: the same MLP 30-64-64-2 and the same row, side by side in one run.
+"""Answers a CPU-second beside other servers: the same MLP 30-64-64-2, the same row, side by side in one run.
 
     python benchmarks/bench_serve.py [--seconds 5] [--repeats 2] [--connections 16] [--only NAME …] [--write]
 
-Ours is the whole pipeline: an API key, Cedar's decision, quotas' and alarms' facts, metrics, and a durable
-entry in the log before each answer. The others answer bare. Each runs as its users would run it, one worker, in
-an environment of its own under build/ (made here by pip on first use; what cannot be installed is left out, and
+Ours is the whole pipeline: an API key, Cedar's decision, the facts for it, metrics, and a durable entry in
+the log before each answer. The others answer bare. Each runs as its users would run it, one worker, in an
+environment of its own under build/ (made here by pip on first use; what cannot be installed is left out, and
 why is said). CPU is that of the server's whole process tree, by /proc; load is `wrk -t1`.
 """
 
@@ -311,9 +311,11 @@ def page(results: dict[str, Result], skipped: dict[str, str], asked: argparse.Na
     lines = [
         "# Serving, side by side",
         "",
-        f"`make bench-serve`: MLP 30-64-64-2, one row a request, {asked.connections} connections, "
-        f"{asked.seconds:g} s, {asked.repeats} repeats in turns; medians. Load average at the end: "
-        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, shared with the load generator.",
+        (
+            f"`make bench-serve`: MLP 30-64-64-2, one row a request, {asked.connections} connections, "
+            f"{asked.seconds:g} s, {asked.repeats} repeats in turns; medians. Load average at the end: "
+            f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, shared with the load generator."
+        ),
         "",
         "| server | requests a CPU-second | requests a second | p50 ms | p99 ms | errors |",
         "|---|---|---|---|---|---|",

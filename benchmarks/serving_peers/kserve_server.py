@@ -27,6 +27,9 @@ class Bench(Model):
 model = Bench("bench")
 model.load()
 ModelServer(
-    http_port=int(os.environ["BENCH_PORT"]), enable_grpc=False, access_log_format=None, enable_latency_logging=False,
+    http_port=int(os.environ["BENCH_PORT"]),
+    enable_grpc=False,
+    access_log_format=None,
+    enable_latency_logging=False,
     log_config=None,
-).start([model])  # fmt: skip
+).start([model])
