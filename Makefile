@@ -9,6 +9,8 @@ TORCH_OPTIONS ?=
 PYTEST_OPTIONS ?=
 COVERAGE ?= -m slipcover
 WORKERS ?= 2
+# The test files of the first release's parts, one a line; as a whole within 150 s on two cores.
+FIRST_RELEASE := tests/first_release.txt
 
 # What an installation depends on: the [project] part of pyproject.toml and the pins, by content, not by date.
 KEY := $(shell { sed '/^\[tool\./,$$d' pyproject.toml; cat constraints.txt; } | cksum | tr -d ' ')
@@ -25,7 +27,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-network test check soak bench bench-dp bench-serve kserve-client bench-log results clean
+.PHONY: help install demo demo-network test test-first check soak bench bench-dp bench-serve kserve-client bench-log results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -58,6 +60,10 @@ demo-network: $(STAMP)  ## the same over TLS and authentication, each hospital i
 
 test: $(STAMP)  ## every test but the soak, with a coverage report
 	$(BIN)/python $(COVERAGE) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
+
+test-first: $(STAMP)  ## the same for the parts of the first release alone, and how long they took
+	@begun=$$(date +%s); status=0; $(MAKE) --no-print-directory test PYTEST_OPTIONS="@$(FIRST_RELEASE) $(PYTEST_OPTIONS)" || status=$$?; \
+	    echo "the tests of $(FIRST_RELEASE) took $$(( $$(date +%s) - begun )) s"; exit $$status
 
 check: $(STAMP)  ## style, types, import contracts, the examples in docstrings
 	$(BIN)/ruff check .

@@ -168,7 +168,8 @@ class SiteKeys:
         before = SiteKeys.open(folder)
         try:
             if not agreement.exists():
-                SigningKey.generate().save(statement, None)
+                if not statement.exists():
+                    SigningKey.generate().save(statement, None)
                 _save_agreement(agreement, X25519PrivateKey.generate())
             if statement.exists():
                 known = _past(folder)

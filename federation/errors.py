@@ -193,6 +193,19 @@ class ResumeLaterError(ResumeError):
     code = "federation.resume_later"
 
 
+class MaskedRunError(FederationError):
+    """A run's updates are masked: there is nothing to show of one site's."""
+
+    code = "federation.masked_run"
+
+    def __init__(self, run: str) -> None:
+        super().__init__(
+            f"the updates of run {run} are masked, so only their sum can be read; "
+            "a charter without secure_aggregation shows how they stand beside each other"
+        )
+        self.run = run
+
+
 class NotFoundError(FederationError):
     code = "federation.not_found"
 

@@ -21,6 +21,7 @@ from audit.models import weights_of_file
 from audit.round_bodies import RunEvaluated
 from audit.serving_bodies import AlarmClosed, AlarmRaised
 from federation import registry
+from federation.accounting import plan_cost
 from federation.card import NO_EVIDENCE, Block, Bullets, Card, Paragraph, Section, Table
 from federation.card_metrics import FEW_ROWS, FeatureFairness, GroupRates, Interval, fairness, intervals
 from federation.charter import Charter, Feature
@@ -209,6 +210,19 @@ def _privacy(version: Version, charter: Charter) -> Iterator[Block]:
         "The last figure composes every run as if all had been fixed ahead; each site's own hard stop is a "
         "filter that needs no such assumption."
     )
+    secure = charter.secure
+    if secure is not None:
+        yield Paragraph(
+            f"Updates were masked, and the sites shared the noise: it is whole while {secure.sharers} of "
+            f"those in a round are honest. Of {secure.sites} sites {secure.tolerated} may drop out or "
+            f"collude; a round ends with {secure.least} or more."
+        )
+    if charter.site_level is not None:
+        whole = plan_cost(charter).whole_site
+        yield Paragraph(
+            f"A whole site, all its rows replaced by nothing: epsilon {whole or 0:.4f} "
+            f"for a run, delta {privacy.delta}; the charter allows {charter.site_level.epsilon}."
+        )
     over = [c.site for c in version.registered.epsilons if Decimal(c.run_epsilon) > privacy.epsilon]
     if over:
         yield Paragraph(f"**Above the charter's epsilon: {', '.join(over)}.**")

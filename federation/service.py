@@ -25,14 +25,13 @@ from audit.keys import SigningKey
 from audit.models import initial_weights, model_file, weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
 from federation import registry
-from federation.accounting import plan_cost
+from federation.accounting import check_fits
 from federation.charter import Charter
 from federation.code_digest import aggregation_code
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import (
     GateNotPassedError,
     OfficerError,
-    PlanDoesNotFitError,
     RunFailedError,
     TransitionError,
 )
@@ -121,19 +120,7 @@ def start_run(
     """
     charter, model = request.charter, request.model or request.charter.name
     require(authorizer, principal, Question(action="runs.start", resource=model))
-    cost = plan_cost(charter)
-    if not cost.whole_site_fits and charter.site_level is not None:
-        raise PlanDoesNotFitError(
-            planned="none" if cost.whole_site is None else f"{cost.whole_site:.4f} for a whole site",
-            allowed=str(charter.site_level.epsilon),
-            noise="(a larger one), or a smaller site_level.max_update_norm",
-        )
-    if not cost.fits:
-        raise PlanDoesNotFitError(
-            planned=cost.sites[0].spent.pld_text,
-            allowed=str(charter.privacy.epsilon),
-            noise=str(cost.suggested_noise_multiplier),
-        )
+    check_fits(charter)
     run = secrets.token_hex(16)
     weights = initial_weights(charter.layers, charter.digest)
     initial = coordinator.blobs.put(model_file(charter.layers, weights))

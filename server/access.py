@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -200,6 +201,21 @@ def _load(text: PolicyText) -> _Rules:
     size = len(text.policies.encode())
     if size > MAX_TEXT_BYTES:
         raise PolicyLoadError(f"the access policies are {size} bytes; at most {MAX_TEXT_BYTES} fit an entry")
+    schema, policies, names = _checked(text)
+    return _Rules(
+        policies=policies,
+        schema=schema,
+        text=text,
+        policy_set=hashlib.sha256(text.policies.encode()).hexdigest(),
+        schema_digest=hashlib.sha256(text.schema.encode()).hexdigest(),
+        names=names,
+        remembered={},
+    )
+
+
+@lru_cache(maxsize=8)
+def _checked(text: PolicyText) -> tuple[cedarpy.Schema, cedarpy.PolicySet, frozenset[str]]:
+    """Parse and validate; the results are read-only, so that all who ask by one text may share them."""
     try:
         schema = cedarpy.Schema.from_str(text.schema)
         document = json.loads(cedarpy.policies_to_json_str(text.policies))
@@ -210,15 +226,8 @@ def _load(text: PolicyText) -> _Rules:
         reasons = "; ".join(error.error for error in verdict.errors)
         raise PolicyLoadError(f"the access policies do not fit the schema: {reasons}")
     named = _named(document)
-    return _Rules(
-        policies=cedarpy.PolicySet.from_json_str(json.dumps(named)),
-        schema=schema,
-        text=text,
-        policy_set=hashlib.sha256(text.policies.encode()).hexdigest(),
-        schema_digest=hashlib.sha256(text.schema.encode()).hexdigest(),
-        names=frozenset(named["staticPolicies"]),
-        remembered={},
-    )
+    policies = cedarpy.PolicySet.from_json_str(json.dumps(named))
+    return schema, policies, frozenset(named["staticPolicies"])
 
 
 def _named(document: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from server.probing import LEAST, WINDOW, Look, Suspicion, Window, margin_of
 _logger = logging.getLogger(__name__)
 
 _PRINCIPALS: Final = 512  # windows in memory; the longest unused goes first
-_EVERY: Final = 16  # rows between two judgements of a window
+_EVERY: Final = 64  # rows between two judgements of a window
 _QUIET_S: Final = 3600  # the same alarm is raised once in so long
 
 

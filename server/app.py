@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from federation.registry import LIVE
 from server import (
     errors,
     openapi,
+    reference,
     routes_audit,
     routes_keys,
     routes_models,
@@ -62,6 +64,7 @@ from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
 from server.shadowing import Shadowing
+from server.tracing import Traced, Tracing
 from server.warm import WarmModels
 from server.watching import Watching
 
@@ -88,9 +91,11 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
 
     Raises:
         PolicyLoadError: the access policies do not hold together.
+        SettingsError: traces are asked for, and OpenTelemetry is not installed.
     """
     text = read_policies(settings.policies) if settings.policies else shipped_policies()
     authorizer, monitoring = CedarAuthorizer(text), Monitoring()
+    tracing = Tracing(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -119,6 +124,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
                 await context.predicting.shadowing.drain()
             await context.alarming.settle()
             context.explaining.close()
+            if tracing is not None:
+                await to_thread.run_sync(tracing.close)
             await context.watching.stop()
             await context.rules_follower.stop()
             await context.publisher.stop()
@@ -147,6 +154,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             {"name": "service", "description": "Health and metrics."},
         ],
         redirect_slashes=False,
+        docs_url=None,  # they would send the browser to another host: server.reference
+        redoc_url=None,
     )
     errors.install(app)
     officer = (
@@ -171,6 +180,9 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         app.router.routes.extend(router.routes)
     _service_routes(app)
     openapi.install(app)
+    reference.install(app)
+    if tracing is not None:
+        app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
     return app
 
@@ -298,9 +310,13 @@ def _service_routes(app: FastAPI) -> None:
     async def metrics(request: Request, principal: Caller) -> Response:
         """Text exposition format 0.0.4; an operator's key is needed."""
         await authorise(request, principal, "metrics.read")
-        return Response(context_of(request).monitoring.render(), media_type=CONTENT_TYPE)
+        context = context_of(request)
+        coordinator, monitoring = context.coordinator, context.monitoring
+        await to_thread.run_sync(monitoring.look_at_network, coordinator.home, coordinator.ledger)
+        return Response(monitoring.render(), media_type=CONTENT_TYPE)
 
 
+@cache
 def _version() -> str:
     try:
         return version("affidavit")

@@ -245,6 +245,7 @@ STATUS: Final[dict[str, int]] = {
     "evidence.gap": 404,
     "evidence.too_large": 413,
     "federation.not_found": 404,
+    "federation.masked_run": 409,
     "federation.blob_missing": 503,
     "federation.blob_altered": 503,
     "audit.entry_malformed": 422,

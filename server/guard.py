@@ -48,7 +48,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         marks = Marks.of_headers(scope["headers"])
-        scope["affidavit.request_id"] = marks.request_id
+        scope["affidavit.request_id"], scope["affidavit.trace_id"] = marks.request_id, marks.trace_id
         with marked(http_request_id=marks.request_id, trace_id=marks.trace_id):
             await self._counted(scope, receive, send, marks)
 

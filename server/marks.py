@@ -36,6 +36,7 @@ class Marks:
     request_id: str  # 32 hex
     trace_id: str  # 32 hex: the caller's trace, else the request's id
     timeout: str | None  # as the caller wrote it
+    parent_id: str = ""  # 16 hex: the caller's span, where it gave a trace
 
     @classmethod
     def of_headers(cls, headers: Iterable[tuple[bytes, bytes]]) -> Marks:
@@ -45,10 +46,12 @@ class Marks:
             if name in (REQUEST_ID, TRACEPARENT, TIMEOUT):
                 given.setdefault(name, value.decode("latin-1").strip())
         request_id = parse_request_id(given.get(REQUEST_ID, "")) or secrets.token_hex(16)
+        trace = parse_trace(given.get(TRACEPARENT, ""))
         return cls(
             request_id=request_id,
-            trace_id=parse_trace_id(given.get(TRACEPARENT, "")) or request_id,
+            trace_id=request_id if trace is None else trace[0],
             timeout=given.get(TIMEOUT),
+            parent_id="" if trace is None else trace[1],
         )
 
     def timeout_s(self, most: float) -> float:
@@ -74,10 +77,10 @@ def parse_request_id(text: str) -> str | None:
     return lower if _HEX32.fullmatch(lower) and lower != _ZEROS else None
 
 
-def parse_trace_id(text: str) -> str | None:
-    """Return the trace id of a W3C traceparent, or None."""
+def parse_trace(text: str) -> tuple[str, str] | None:
+    """Return trace id and span id of a W3C traceparent, or None."""
     found = _TRACEPARENT.fullmatch(text)
-    return found[1] if found and found[1] != _ZEROS and found[2] != "0" * 16 else None
+    return (found[1], found[2]) if found and found[1] != _ZEROS and found[2] != "0" * 16 else None
 
 
 def note_principal(scope: Scope, principal: str) -> None:

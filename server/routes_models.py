@@ -34,7 +34,7 @@ Digest = Annotated[str, Path(pattern=DIGEST_PATTERN, description="SHA-256 of the
     "/{name}/predict",
     summary="Answer rows with the live version",
     response_model=PredictResponse,
-    responses=problems(401, 403, 404, 422, 429, 503),
+    responses=problems(401, 403, 404, 422, 429, 501, 503, 504),
     openapi_extra=body_of(PredictRequest),
 )
 async def predict(

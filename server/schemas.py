@@ -303,6 +303,8 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
         410: "`vault.erased`: it was erased; `erasure` names the entry that says so, `proof` proves yours",
         409: "not in this state: `detail` says in which it is",
         422: "`request.malformed`: `fields` names each field and the fix",
+        501: "`explain.not_available`: this server cannot explain this model's answers",
+        504: "`request.deadline`: no answer within `X-Request-Timeout`",
         429: "`predict.quota`: the caller's quota is used up; come back after `Retry-After`",
         503: "the log could not record the request, so there is no answer; come back after `Retry-After`",
     }.items()

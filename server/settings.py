@@ -40,6 +40,8 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     shed_latency_s: Annotated[float, Field(gt=0, le=600)] = 1.0  # slower answers lower that number
     access_log: bool = True  # a line for each request
     log_format: Literal["ecs", "text"] = "ecs"
+    otlp_endpoint: str = ""  # an OTLP/HTTP collector's address for traces; "": none are made
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the requests
     explain_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
     merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600

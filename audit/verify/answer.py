@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from audit.answers import EXACT, AnswerTerms
 from audit.canonical import parse_canonical
-from audit.commitments import commit, verify_opening
+from audit.commitments import commit, parse_salt, verify_opening
 from audit.decimals import parse_decimal
 from audit.disclosure import DisclosureError, opened_row, verify_disclosed
 from audit.encoding import RowEncoder
@@ -212,7 +212,7 @@ def _opened_from_tree(
         documents: dict[str, Any] = {}
         for field in ("input", "output"):
             try:
-                salt, value = bytes.fromhex(row[f"{field}_salt"]), row[field].encode()
+                salt, value = parse_salt(row[f"{field}_salt"]), row[field].encode()
                 commitments[field] = commit(field, salt, value)
                 documents[field] = parse_canonical(value)
             except (AuditError, ValueError) as error:
@@ -256,7 +256,7 @@ def _value(row: Mapping[str, str], commitment: str, field: str, number: int, sea
         if root != commitment:
             raise DisclosureError(part, "salt and values do not open what the entry commits to")
         return values
-    salt, value = bytes.fromhex(row[f"{field}_salt"]), row[field].encode()
+    salt, value = parse_salt(row[f"{field}_salt"]), row[field].encode()
     verify_opening(commitment, field=field, salt=salt, value=value)
     return parse_canonical(value)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from audit.charter_view import CharterFormError, read_charter
+from audit.charter_parts import CharterFormError
+from audit.charter_view import read_charter
 from audit.entries import CharterPublished, CharterSigned, SiteEnrolled
 from audit.errors import AuditError
 from audit.keys import format_public_key

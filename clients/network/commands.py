@@ -48,6 +48,9 @@ def join(
         str | None, typer.Option(help="All that this population may ever spend.")
     ] = None,
     lifetime_delta: Annotated[str, typer.Option(help="Fixed for life.")] = "0.00001",
+    node_hours: Annotated[
+        int, typer.Option(min=1, max=8760, help="How long a node key lasts; `site up` renews it in time.")
+    ] = 8760,
     wait_s: Annotated[
         float, typer.Option(min=0, help="For so long wait for the operator's approval.")
     ] = 86_400,
@@ -74,7 +77,7 @@ def join(
     line = sys.stdin.readline() if invitation == "-" else invitation
     read = Invitation.parse(line)
     place = _home_for(base, read, data, population, lifetime_epsilon, lifetime_delta)
-    joined = ask(place, read)
+    joined = ask(place, read, node_lifetime_s=node_hours * 3600.0)
     if joined.state == "requested" and not as_json:
         typer.echo(f"asked to join as {joined.site}; identity {joined.identity}")
         typer.echo("waiting for the operator, who should compare this key with you by telephone")
@@ -130,13 +133,21 @@ def standing(name: Name, home: Home = None, as_json: AsJson = False) -> None:
     Exit codes: 0 requested or approved, 1 revoked, or nobody answers, 2 wrong usage.
     """
     from clients.network.joining import standing as ask
+    from clients.network.joining import utc_now
     from clients.network.membership import network_folder
+    from federation.network.invitation import parse_time
+    from federation.network.pki import urgency_of
 
     place = _open(base_home(home), name)
     found = ask(place)
     expires = network_folder(place.path).read().node_expires
-    document = {**_shown(found), "node_expires": expires}
-    emit(document, f"{name} is {found.state}; its node key ends {expires}", as_json=as_json)
+    urgency = urgency_of(parse_time(expires) - utc_now())
+    document = {**_shown(found), "node_expires": expires, "urgency": urgency}
+    warning = {
+        "urgent": "\nURGENT: it ends within 7 days and was not renewed; is `site up` running?",
+        "soon": "\nit ends within 30 days; `site up` renews it",
+    }.get(urgency, "")
+    emit(document, f"{name} is {found.state}; its node key ends {expires}{warning}", as_json=as_json)
 
 
 @guarded

@@ -173,7 +173,7 @@ def carry_out(
         NotJoinedError: it belongs nowhere.
     """
     folder = network_folder(home.path)
-    folder.read()
+    every_s = min(CHECK_S, folder.read().node_lifetime_s / 20)
     _claim(folder)
     due, node = time.monotonic(), Watched(folder.node_key, folder.ca)
     trust = Watched(home.path / "policy.txt", home.path / "keys" / STATEMENT_KEY)
@@ -184,7 +184,7 @@ def carry_out(
             supervisor.restart(name)
         if time.monotonic() < due:
             return
-        due = time.monotonic() + CHECK_S
+        due = time.monotonic() + every_s
         if needs_rotation(folder):
             try:
                 rotate_keys(home)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from audit.charter_view import CharterFormError
+from audit.charter_parts import CharterFormError
 from audit.entries import decode_entry
 from audit.errors import AuditError
 from audit.evidence import read_evidence, write_evidence

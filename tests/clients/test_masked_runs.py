@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,24 @@ from audit.service import export_evidence
 from audit.verify import Word, verify_evidence
 from audit.weights import decode_update
 from clients.agent import Agent
-from clients.simulation import inprocess_launch, simulate
+from clients.agent_server import served_agents
+from clients.client_app import app as client_app
+from clients.inprocess import live_agents
+from clients.proposals import Proposal
+from clients.reviewing import review_proposal
+from clients.simulation import _set_up, inprocess_launch, join_all, run_federation, simulate
+from federation import service
 from federation.accounting import plan_cost, plan_report
+from federation.anomaly import views_of_run
 from federation.charter import Charter
-from federation.errors import CharterError, PlanDoesNotFitError, RunFailedError
+from federation.errors import CharterError, MaskedRunError, PlanDoesNotFitError, RunFailedError
+from federation.exchange import Exchange
+from federation.grid import InProcessGrid
+from federation.model_card import model_card
+from federation.server_app import carry_out as carry_run_out
 from federation.service import TrainRequest, train
 from tests.audit_verify.judging import EPSILON, REPLAY
+from tests.federation.test_resume import CrashError, Dying
 
 CHARTER = """
 name: toy
@@ -79,7 +92,7 @@ class Between:
 
     def handle(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
         if self.gone or self.hold(self.agent.name, kind):
-            self.gone = kind != "cosign"
+            self.gone = True
             raise ConnectionError("nobody is there")
         answer, back = self.agent.handle(kind, header, blobs)
         document = json.loads(answer)
@@ -116,8 +129,6 @@ class Carried:
 @pytest.fixture
 def carry_out(tmp_path: Path) -> Any:
     """Return `carry_out(hold, lie)`: one run of made-up sites over that bad a network."""
-    from clients.simulation import _set_up, join_all
-
     opened = []
 
     def carry(hold: Hold = never, lie: Lie = honestly, charter: str = CHARTER) -> Carried:
@@ -155,6 +166,12 @@ def test_a_masked_run_learns_and_is_verified(run: Any) -> None:
     assert "at most 1 of 4 sites collude" in report.step(EPSILON).detail
 
 
+def test_nobody_is_shown_a_picture_of_masked_updates(run: Any) -> None:
+    with pytest.raises(MaskedRunError, match="only their sum"):
+        list(views_of_run(run.federation.coordinator, run.id))
+    assert run.entries("round.examined") == []
+
+
 def test_the_model_moves_by_the_sum_that_was_opened(run: Any) -> None:
     """The opened total, divided by all rows, is the gradient step: nothing else entered the model."""
     from audit.models import initial_weights, weights_of_file
@@ -190,6 +207,22 @@ def test_a_site_that_vanishes_in_any_phase_stops_nobody(carry_out: Any, kind: st
     assert done.report().step(REPLAY).word is Word.PROVED
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("learning_rate: 4", "learning_rate: 0.1, strategy: fedadam"),
+        ("learning_rate: 4", "learning_rate: 0.1, strategy: fedyogi"),
+        ("noise_multiplier: 1.5", "noise_multiplier: 3, sample_rate: 0.5"),
+        ("secure_agg", "evaluation: {share: 0.2, noise_multiplier: 4}\nsecure_agg"),
+    ],
+    ids=["fedadam", "fedyogi", "sampled rows", "with counts of its own"],
+)
+def test_what_needs_the_sum_alone_goes_with_masks(carry_out: Any, change: tuple[str, str]) -> None:
+    done = carry_out(charter=CHARTER.replace(*change))
+    assert done.failed is None, done.failed
+    assert done.report().step(REPLAY).word is Word.PROVED, done.report().text()
+
+
 def test_two_that_vanish_end_the_run_and_nothing_is_opened(carry_out: Any) -> None:
     done = carry_out(hold=lambda site, kind: site in ("b", "c") and kind == "masked.survivors")
     assert done.failed is not None
@@ -209,8 +242,6 @@ def test_two_that_vanish_before_their_updates_cost_nobody_anything(carry_out: An
 
 
 def test_a_new_run_after_a_lost_one_has_new_keys_noise_and_debits(carry_out: Any, tmp_path: Path) -> None:
-    from clients.simulation import run_federation
-
     done = carry_out(hold=lambda site, kind: site in ("b", "c") and kind == "masked.survivors")
     lost = {body.statement.site: body.statement for body in done.bodies(SiteUndelivered)}
     federation = done.federation
@@ -350,3 +381,86 @@ def test_row_and_site_level_stand_in_one_ledger(carry_out: Any) -> None:
     report = done.report()
     assert report.step(EPSILON).word is Word.PROVED
     assert {(line.unit, line.site) for line in report.epsilons} >= {("row", "a"), ("site", "a")}
+
+
+# a coordinator that is killed
+
+
+def test_a_masked_run_whose_coordinator_is_killed_anywhere_goes_on_to_the_same_sums(tmp_path: Path) -> None:
+    """Killed again and again, a few durable steps further each time: no sum is opened twice, none differs."""
+    federation, agreed = _set_up(CHARTER, SITES, None, tmp_path / "sim", "1000")
+    join_all(federation.homes, federation.coordinator)
+    agents = {name: Agent.open(home) for name, home in federation.homes.items()}
+    author = federation.scientist.key
+    principal = Principal(id="curie", role="scientist", key=author.text)
+    try:
+        run = service.start_run(
+            federation.coordinator, principal, LocalOwner(), TrainRequest(charter=agreed), author
+        )
+        kills = 0
+        while kills < 40:
+            home: Any = Dying(federation.coordinator, 9 + kills)
+            with (
+                live_agents(agents),
+                InProcessGrid(client_app, {name: {} for name in agents}) as grid,
+            ):
+                exchange = Exchange(grid, poll_s=0.001, discovery_s=5)
+                try:
+                    carry_run_out(grid, home, run, exchange=exchange, hold_s=0.2, principal="curie")
+                    break
+                except CrashError:
+                    kills += 1
+    finally:
+        for agent in agents.values():
+            agent.close()
+    assert kills >= 3
+    done = Carried(federation, agreed, None, run)
+    assert [body.round for body in done.bodies(RoundCompleted)] == [1, 2]
+    assert [body.round for body in done.bodies(RoundOpened)] == [1, 2]
+    assert len(done.bodies(Statement)) == 8
+    report = done.report()
+    assert report.step(REPLAY).word is Word.PROVED, report.text()
+    federation.close()
+
+
+# what people are told
+
+
+def test_a_model_card_says_whom_the_noise_counts_on_and_what_a_whole_site_pays(carry_out: Any) -> None:
+    done = carry_out(charter=CHARTER + "site_level: {max_update_norm: 3, epsilon: 90}\n")
+    log, author = done.federation.coordinator, done.federation.scientist
+    principal = Principal(id="curie", role="scientist", key=author.public)
+    version = service.register(log, principal, LocalOwner(), service.RegisterRequest(run=done.run))
+    card = model_card(log.ledger, version.digest, log.blobs.find)
+    assert "whole while 3 of those in a round are honest" in card
+    assert "A whole site, all its rows replaced by nothing: epsilon" in card
+
+
+def test_the_people_of_a_site_are_told_whom_their_epsilon_counts_on(tmp_path: Path) -> None:
+    federation, agreed = _set_up(CHARTER, SITES, None, tmp_path / "sim", "1000")
+    proposal = Proposal(charter=agreed.canonical().decode(), run=None)
+    found = review_proposal(federation.homes["a"], proposal)
+    assert found.counts_on.startswith("3 honest sites of at least 3 in a round")
+    assert "if all others collude, epsilon is" in found.counts_on
+    federation.close()
+
+
+def test_a_masked_run_over_the_agents_sockets(tmp_path: Path) -> None:
+    """The same bytes through real Unix sockets, as SuperNodes reach their agents."""
+    federation, agreed = _set_up(CHARTER, SITES, None, tmp_path / "sim", "1000")
+    join_all(federation.homes, federation.coordinator)
+    agents = {name: Agent.open(home) for name, home in federation.homes.items()}
+    author = federation.scientist.key
+    principal = Principal(id="curie", role="scientist", key=author.text)
+    request = TrainRequest(charter=agreed)
+    run = service.start_run(federation.coordinator, principal, LocalOwner(), request, author)
+    with tempfile.TemporaryDirectory(prefix="af-") as short, served_agents(Path(short), agents):
+        places = {name: {"agent": f"unix:{short}"} for name in agents}
+        with InProcessGrid(client_app, places) as grid:
+            carry_run_out(grid, federation.coordinator, run, exchange=Exchange(grid, poll_s=0.005))
+    for agent in agents.values():
+        agent.close()
+    done = Carried(federation, agreed, None, run)
+    assert len(done.bodies(RoundOpened)) == 2
+    assert done.report().step(REPLAY).word is Word.PROVED
+    federation.close()

@@ -82,8 +82,15 @@ class Fleet:
     """Use as a context: everything is up inside, and gone afterwards."""
 
     def __init__(
-        self, base: Path, sites: tuple[str, ...], rows: Callable[[str], list[tuple[Any, ...]]]
+        self,
+        base: Path,
+        sites: tuple[str, ...],
+        rows: Callable[[str], list[tuple[Any, ...]]],
+        *,
+        more: str = "",
     ) -> None:
+        """`more`: lines that the charter has besides."""
+        self._more = more
         self.base, self.home, self.sites = base, base / "coordinator", sites
         self.author, self.officer = SigningKey.generate(), SigningKey.generate()
         self._rows, self._processes = rows, list[subprocess.Popen[bytes]]()
@@ -137,7 +144,7 @@ class Fleet:
                 for name, key in sorted(identities.items())
             ),
         )
-        self.charter = Charter.parse(text)
+        self.charter = Charter.parse(text + self._more)
         for name, home in self.homes.items():
             home = approve_charter(home, self.charter.canonical().decode())
             follow_members(home, self.charter)

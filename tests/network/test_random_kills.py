@@ -101,9 +101,9 @@ class Driver:
         self._busy = time.monotonic()
 
     def wait(self, seconds: float, entries: int) -> None:
-        """Wait, then until the log has so many entries more, the run ends, or half a minute is over."""
+        """Wait, then until the log has so many entries more, the run ends, or ten seconds are over."""
         time.sleep(seconds)
-        wanted, deadline = self._fleet.ledger.tree_size + entries, time.monotonic() + 30
+        wanted, deadline = self._fleet.ledger.tree_size + entries, time.monotonic() + 10
         while self._fleet.ledger.tree_size < wanted and time.monotonic() < deadline:
             if self._fleet.end(self._run) is not None:
                 return

@@ -33,6 +33,7 @@ from audit.models import model_file
 from audit.notes import KeyType, NoteSigner
 from audit.principal import ROLES
 from audit.public_set import public_set_digest
+from audit.vault_home import open_vault
 from federation.coordinator import Coordinator
 from server.app import create_app
 from server.keys import KeyStore
@@ -211,6 +212,7 @@ def lab_template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     lab = Lab(folder)
     lab.version, lab.charter = lab.live()
+    open_vault(folder / "coordinator", ORIGIN).close()
     lab.tokens = {role: lab.key(role) for role in ROLES}
     lab.close()
     return lab

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from server import logs, metric_files
 from server.app import create_app
 from server.errors import MalformedRequestError, OverloadedError
-from server.marks import Marks, parse_request_id, parse_trace_id
+from server.marks import Marks, parse_request_id, parse_trace
 from server.shedding import FLOOR, Shedder
 
 HEX = "0f4bd1f2f0a54a0c9d3f0d6f0a1b2c3d"
@@ -55,9 +55,9 @@ def test_a_callers_id_counts_where_it_names_nobody(given, taken):
 
 
 def test_a_trace_is_taken_from_traceparent_alone():
-    assert parse_trace_id(f"00-{HEX}-00f067aa0ba902b7-01") == HEX
+    assert parse_trace(f"00-{HEX}-00f067aa0ba902b7-01") == (HEX, "00f067aa0ba902b7")
     for bad in ("", HEX, f"00-{'0' * 32}-00f067aa0ba902b7-01", f"00-{HEX}-{'0' * 16}-01", f"ff-{HEX}-0-01"):
-        assert parse_trace_id(bad) is None
+        assert parse_trace(bad) is None
 
 
 def test_the_id_is_in_answer_entry_and_header(client, lab, as_role, row):
@@ -349,6 +349,7 @@ SERVER = """
 """
 
 
+@pytest.mark.slow  # a server in a process of its own has to start
 def test_a_stop_under_load_loses_no_answer_and_acknowledges_none_without_entry(lab, as_role, row):
     """Every answer that a caller holds is an entry, and every entry was an answer: nothing in between."""
     lab.coordinator.close()
