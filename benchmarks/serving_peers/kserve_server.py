@@ -31,5 +31,4 @@ ModelServer(
     enable_grpc=False,
     access_log_format=None,
     enable_latency_logging=False,
-    log_config=None,
 ).start([model])
