@@ -34,10 +34,10 @@ TABLE = {
     "GET /v2/models/{model}/ready": ({"model": "toy"}, KEYED),
     "GET /v2/models/{model}/versions/{version}": ({"model": "toy", "version": "live"}, KEYED),
     "GET /v2/models/{model}/versions/{version}/ready": ({"model": "toy", "version": "live"}, KEYED),
-    "POST /v2/models/{model}/infer": ({"model": "toy", "json": INFER}, {"consumer"}),
+    "POST /v2/models/{model}/infer": ({"model": "toy", "json": INFER}, {"consumer", "tester"}),
     "POST /v2/models/{model}/versions/{version}/infer": (
         {"model": "toy", "version": "VERSION", "json": INFER},
-        {"consumer"},
+        {"consumer", "tester"},
     ),
     "GET /v1/receipts/{receipt_id}": ({"receipt_id": "PUBLIC_ID"}, MEMBERS | {"node"}),
     "GET /metrics": ({}, {"operator"}),
