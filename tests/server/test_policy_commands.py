@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
+import urllib.request
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import uvicorn
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from starlette.testclient import TestClient
@@ -146,3 +151,54 @@ def test_certificate_in_place_of_a_secret(office, lab, tmp_path):
     (tmp_path / "none.pem").write_text("none")
     code, said = office("keys", "create", "--role", "consumer", "--certificate", tmp_path / "none.pem")
     assert (code, said["error"]["code"]) == (1, "keys.bad_request")
+
+
+@pytest.fixture
+def at(lab, as_role, monkeypatch):
+    """A server that listens, and an officer's API key in the environment; return its address."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(lab.settings(), clock=lab.clock), log_level="warning", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    monkeypatch.setenv("AFFIDAVIT_API_KEY", lab.tokens["officer"])
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_rules_and_reviews_by_address_are_the_same_use_cases(lab, as_role, row, tmp_path, capsys, request):
+    lab.version, lab.charter = lab.live(name="verdicts", decisions="legal_effect")
+    url = request.getfixturevalue("at")
+    lab.officer.save(tmp_path / "officer.pem", None)
+
+    def run(*words: object) -> tuple[int, dict]:
+        capsys.readouterr()
+        code = main([*map(str, words), "--url", url, "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    body = json.dumps({"purpose": "triage", "rows": [row]}).encode()
+    headers = {**as_role("consumer"), "Content-Type": "application/json"}
+    asked = urllib.request.Request(f"{url}/v1/models/verdicts/predict", data=body, headers=headers)
+    with urllib.request.urlopen(asked, timeout=30) as reply:
+        decision = json.loads(reply.read())["review"]["id"]
+    officer = ("--officer", tmp_path / "officer.pem")
+    assert run("review", "show", decision)[1]["final"] is False
+    code, done = run("review", "record", decision, "--outcome", "confirmed", *officer)
+    assert (code, done["final"], done["review"]["officer"]) == (0, True, lab.officer.text)
+    assert (
+        run("review", "record", decision, "--outcome", "overturned", *officer)[1]["error"]["code"]
+        == "reviews.done"
+    )
+
+    (tmp_path / "mine.cedar").write_text(shipped_policies().policies + CLOSED)
+    (tmp_path / "mine.tests.yaml").write_text(CASE)
+    code, applied = run("policy", "apply", tmp_path / "mine.cedar", *officer)
+    assert code == 0
+    assert run("policy", "show")[1]["policy_set"] == applied["policy_set"]
+    again = run("policy", "apply", tmp_path / "mine.cedar", *officer)
+    assert again[0] == 0, "the next change continues the chain by itself"
