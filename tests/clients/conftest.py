@@ -430,9 +430,9 @@ def driver(network: Network) -> Any:
 
 
 @pytest.fixture(scope="session")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def keyed(new_homes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """All three have given keys; tests that use it only make requests that are refused."""
-    network = build_federation(tmp_path_factory.mktemp("keyed"))
+    network = open_copy(new_homes, tmp_path_factory.mktemp("keyed") / "network")
     made = _masked_run(network)
     made.ask_keys()
     yield made
