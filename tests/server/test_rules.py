@@ -175,6 +175,7 @@ def test_change_by_an_officer_decides_in_every_server_and_after_a_restart(lab, a
     assert entry["body"]["text"] == STRICTER
     applied = [found["body"]["policy_set"] for found in lab.entries("policy.applied")]
     assert applied.count(body["policy_set"]) == 1, "said once a change, whoever follows"
+    assert applied[-1] == body["policy_set"], "a restart does not say that the file's rules decide"
 
 
 def hostile_changes(lab):
