@@ -48,7 +48,7 @@ from federation.model_card import model_card
 from federation.server_app import carry_out as carry_run_out
 from federation.service import TrainRequest, train
 from tests.audit_verify.judging import EPSILON, REPLAY
-from tests.federation.test_resume import CrashError, Dying
+from tests.federation.dying import CrashError, Dying
 
 CHARTER = """
 name: toy
