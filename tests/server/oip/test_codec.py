@@ -176,7 +176,8 @@ def test_small_answer_stays_plain():
 @pytest.mark.parametrize(
     ("data", "encoding"),
     [
-        (b"not gzip", "gzip"), (gzip.compress(b"x" * 99, mtime=0)[:-4], "gzip"), (gzip.compress(b"x", mtime=0) + b"!", "gzip"),
+        (b"not gzip", "gzip"), (gzip.compress(b"x" * 99, mtime=0)[:-4], "gzip"),
+        (gzip.compress(b"x", mtime=0) + b"!", "gzip"),
         (zlib.compress(b"x"), "gzip"), (b"x", "br"), (gzip.compress(b"x", mtime=0), "gzip, gzip"),
     ],
 )  # fmt: skip
