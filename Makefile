@@ -9,6 +9,8 @@ TORCH_OPTIONS ?=
 PYTEST_OPTIONS ?=
 COVERAGE ?= -m slipcover
 WORKERS ?= 2
+# The test files of the first release's parts, one a line; as a whole within 150 s on two cores.
+FIRST_RELEASE := tests/first_release.txt
 
 # What an installation depends on: the [project] part of pyproject.toml and the pins, by content, not by date.
 KEY := $(shell { sed '/^\[tool\./,$$d' pyproject.toml; cat constraints.txt; } | cksum | tr -d ' ')
@@ -25,7 +27,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-network test check soak bench bench-dp bench-federation bench-log results clean
+.PHONY: help install demo demo-network test test-first check soak bench bench-dp bench-federation bench-serve kserve-client bench-log results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -59,6 +61,10 @@ demo-network: $(STAMP)  ## the same over TLS and authentication, each hospital i
 test: $(STAMP)  ## every test but the soak, with a coverage report
 	$(BIN)/python $(COVERAGE) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
+test-first: $(STAMP)  ## the same for the parts of the first release alone, and how long they took
+	@begun=$$(date +%s); status=0; $(MAKE) --no-print-directory test PYTEST_OPTIONS="@$(FIRST_RELEASE) $(PYTEST_OPTIONS)" || status=$$?; \
+	    echo "the tests of $(FIRST_RELEASE) took $$(( $$(date +%s) - begun )) s"; exit $$status
+
 check: $(STAMP)  ## style, types, import contracts, the examples in docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,6 +80,12 @@ bench: $(STAMP)  ## every benchmark
 	@status=0; for file in benchmarks/bench_*.py; do \
 	    echo "== $$file"; $(BIN)/python $$file || status=1; \
 	done; exit $$status
+
+kserve-client:  ## KServe's own client, in an environment of its own, for the protocol's conformance test
+	@$(BIN)/python -m venv build/kserve-client && build/kserve-client/bin/python -m pip install --quiet 'kserve==0.21.0'
+
+bench-serve: $(STAMP)  ## answers a CPU-second beside MLServer, KServe, BentoML and plain FastAPI
+	@$(BIN)/python benchmarks/bench_serve.py
 
 bench-dp: $(STAMP)  ## the cost of a private training step beside other implementations
 	@$(BIN)/python benchmarks/bench_dp.py

@@ -41,8 +41,11 @@ Begin here
   doctor                  is everything installed and in order?
 
 Site engineer: your rows stay with you
-  site join INVITATION    join a federation over the network; then site up | down | leave
-  site rotate-keys NAME   a new key for the network; site standing asks where you stand
+  site join INVITATION    join a federation over the network
+  site up | down NAME     start and stop what the site runs for it
+  site standing | leave NAME
+                          ask where the site stands; leave for good
+  site rotate-keys NAME   new keys: --keys node, signing or all
   site add NAME           make the site's home: keys, population, lifetime budget
   site status NAME        what this site has spent, what it agreed to, and what waits for you
   site agent NAME         run the site's agent: rows, keys and budget in one process
@@ -54,12 +57,15 @@ Site engineer: your rows stay with you
   site log export FILE    the site's own story, to compare with the federation's
   site follow NAME        begin to witness a log, under the policy you compared with the others
   site witness NAME       check that the log only grew, and cosign it
-  site serve-witness NAME answer the log's add-checkpoint requests (C2SP tlog-witness)
+  site serve-witness NAME
+                          answer the log's add-checkpoint requests (C2SP tlog-witness)
   charter sign            read a charter, agree to it with the site's key
 
 Compliance officer: believe nothing, check everything
-  verify FILE             walk an evidence file offline; exit code 0 means VALID
-  log list | show | proof search the log, read an entry, prove it is there
+  verify FILE --policy P  walk an evidence file offline; exit code 0 means VALID, which it never
+                          says without a policy that you got elsewhere
+  log list | show | proof
+                          search the log, read an entry, prove it is there
   log fsck                recompute the whole log from its bytes
   log export TARGET       the log as tlog-tiles, in a folder or an object store
   log policy              the log's keys, witnesses and quorum, to compare and then believe
@@ -71,25 +77,37 @@ Compliance officer: believe nothing, check everything
   db upgrade              bring an older log's database to this release
   evidence export         a zip that proves one entry to a stranger
   evidence disclose       the same, with chosen fields opened and the others closed
-  subject find | export | erase   one person: their pseudonym, all about them, or nothing any more
+  subject find | export | erase
+                          one person: their pseudonym, all about them, or nothing any more
   identity new            your own key, with which you approve
-  models approve | rollback   sign a version into or out of use
+  models approve | rollback
+                          sign a version into or out of use
+  models trial            try a version as a canary or a shadow of the live one
+  policy show | check | test | apply FILE
+                          the rules that decide; try new ones on past decisions, sign them in
+  review show | record DECISION
+                          a decision with legal effect is final once you say so
   runs updates RUN        how the sites' updates agree, and who stands apart
 
 Data scientist: train on what you may not see
   charter new             a charter to fill in from a file's header; bounds are yours to say
   charter check           errors by line, and what the plan will cost each site
   train                   --charter my.yaml --site a=a.csv --site b=b.csv …
-  models list | show | card   versions, gates, epsilon, who approved
+  models list | show | card
+                          versions, gates, epsilon, who approved
 
 Operator: keep it running
-  coordinator init | up   a coordinator for sites on other machines, kept up
-  site invite | approve | revoke | list   who may come
-  runs start | list | show | follow | stop | plot | updates   runs over the network
+  coordinator init | up | status
+                          a coordinator for sites on other machines, kept up
+  site invite | approve | revoke | list
+                          who may come
+  runs start | list | show | follow | stop | plot
+                          runs over the network
   runs resume RUN         go on with a run whose coordinator died; nothing is spent twice
   init                    a coordinator's home and a signer's
   serve                   the HTTP API
-  keys create | list | revoke   API keys and their roles
+  keys create | rotate | list | revoke
+                          API keys, their roles and terms
   status                  every setting and where its value came from
   backup | restore        a restore behind the signer's state is refused
   vault backup | restore | rotate-key | scrub
@@ -103,6 +121,7 @@ Exit codes: 0 done, 1 refused or failed (one line with a code), 2 wrong usage; `
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _leave_no_core_dump()
     shadow = shadowed_package()
     if shadow is not None:
         print(f"error command.shadowed: {_shadow_message(*shadow)}", file=sys.stderr)
@@ -129,6 +148,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     return _run(application, given)
+
+
+def _leave_no_core_dump() -> None:
+    """A crash must not write rows and keys to disk."""
+    try:
+        import resource
+    except ImportError:  # not this system's way of dumping
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _run(application: click.Command, given: list[str]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Engine, bindparam, select, update
+from sqlalchemy import Connection, Engine, bindparam, func, select, update
 
 from audit import _store
 from audit._bulk import KnownRowError, insert_rows
@@ -18,6 +18,7 @@ from audit.errors import (
     EventIdConflictError,
     LedgerCorruptError,
     LedgerUnreachableError,
+    StaleViewError,
     TreeRangeError,
 )
 from audit.merkle import HASH_SIZE, CompactRange
@@ -39,11 +40,19 @@ class Sequenced(NamedTuple):  # one an append: a dataclass would cost four times
     tree_size: int
 
 
+class Guard(NamedTuple):
+    """The view that an entry rests on: it may only follow it, with no entry of these types between."""
+
+    types: tuple[str, ...]
+    after: int  # the last leaf index that the view has read; -1 for none
+
+
 class AppendRequest(NamedTuple):
     event_id: str
     leaf_hash: bytes
     body: bytes
     columns: tuple[Any, ...]  # the values of `IndexColumns`, in the order of its fields
+    guard: Guard | None = None
 
 
 def commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced | AuditError]:
@@ -53,7 +62,8 @@ def commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced |
     was lost has written is found by its event ids, so nothing is doubled.
 
     Returns:
-        For each request its place, or `EventIdConflictError`.
+        For each request its place, or `EventIdConflictError`, or `StaleViewError`: it was not written,
+        because an entry of a type that its guard names came in between.
 
     Raises:
         LedgerUnreachableError: the server stayed away; parts of the batch may be durable.
@@ -77,13 +87,23 @@ def _commit_batch(engine: Engine, batch: list[AppendRequest]) -> list[Sequenced 
 def _write(engine: Engine, batch: list[AppendRequest], *, look_up: bool) -> list[Sequenced | AuditError]:
     with _store.writing(engine) as connection:
         edge = read_edge(connection)
-        known = _known(connection, batch) if look_up else {}
         index = edge.size
         rows: list[tuple[Any, ...]] = []
         placed: list[tuple[int, bytes] | AuditError] = []
-        for event_id, leaf_hash, body, columns in batch:
+        newest = _newest_of_guarded(connection, batch)
+        passed = any(guard and newest[guard.types] > guard.after for *_, guard in batch)
+        known = _known(connection, batch) if look_up or passed else {}
+        guarded = {name for types in newest for name in types}
+        for event_id, leaf_hash, body, columns, guard in batch:
             found = known.get(event_id)
             if found is None:
+                if guard is not None and newest[guard.types] > guard.after:
+                    placed.append(StaleViewError(after=guard.after, newest=newest[guard.types]))
+                    continue
+                if columns[0] in guarded:
+                    for types in newest:
+                        if columns[0] in types:
+                            newest[types] = index
                 found = known[event_id] = (index, leaf_hash)
                 rows.append((index, event_id, leaf_hash, body, *columns))
                 index += 1
@@ -111,6 +131,21 @@ def _write(engine: Engine, batch: list[AppendRequest], *, look_up: bool) -> list
         item if isinstance(item, AuditError) else Sequenced(item[0], item[1], request.event_id, size)
         for item, request in zip(placed, batch, strict=True)
     ]
+
+
+def _newest_of_guarded(connection: Connection, batch: list[AppendRequest]) -> dict[tuple[str, ...], int]:
+    """Return, for each set of types that a guard names, the newest such leaf after the oldest view."""
+    oldest: dict[tuple[str, ...], int] = {}
+    for request in batch:
+        if request.guard is not None:
+            types, after = request.guard
+            oldest[types] = min(after, oldest.get(types, after))
+    newest = {}
+    for types, after in oldest.items():
+        query = select(func.max(LEAF.c.idx)).where(LEAF.c.type.in_(types), LEAF.c.idx > after)
+        found = connection.execute(query).scalar()
+        newest[types] = -1 if found is None else int(found)
+    return newest
 
 
 def _known(connection: Connection, batch: list[AppendRequest]) -> dict[str, tuple[int, bytes]]:

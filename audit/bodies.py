@@ -18,14 +18,8 @@ from audit.access_bodies import (
 )
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
 from audit.packing import unpack_digests, unpack_text
-from audit.round_bodies import (
-    Metric,
-    RoundExamined,
-    RunEvaluated,
-    RunReferenced,
-    RunResumed,
-    UpdateRefused,
-)
+from audit.round_bodies import ROUND_TYPES, Metric, RoundBody
+from audit.runtime_bodies import PredictionShadowed, VersionExported
 from audit.secure_bodies import RoundOpened
 from audit.serving_bodies import SERVING_TYPES, ServingBody
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
@@ -310,7 +304,7 @@ class VersionRegistered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionTransition:
-    """candidate -> approved -> live -> retired, each by a person's own key."""
+    """candidate -> approved -> (shadow, canary) -> live -> retired, each by a person's own key."""
 
     version: str
     model: str
@@ -322,6 +316,7 @@ class VersionTransition:
     officer: str  # public key
     reason: str
     signature: str
+    share: int = 0  # to_state canary: percent of the requests that it answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,6 +345,9 @@ class Prediction:
     subject: str = ""  # random pseudonym of the person
     context: str = ""  # root of the context's fields (`audit.disclosure`); so are then the rows' digests
     sealed: str = ""  # SHA-256 of the ciphertext in the vault
+    # many rows: `rows` is empty, and each row is a leaf of a tree of its own (`audit.row_tree`)
+    row_count: int = 0
+    rows_root: str = ""
     # as the decision was asked with; of a named person, `legal_basis` is in the vault beside the purpose
     legal_basis: str = ""
     region: str = ""  # of whoever asked
@@ -401,14 +399,12 @@ Body = (
     | SiteDecided
     | RequestRefused
     | BundleDecided
-    | UpdateRefused
-    | RoundExamined
-    | RunEvaluated
     | RoundOpened
-    | RunResumed
-    | RunReferenced
+    | RoundBody
     | SubjectExported
     | SubjectErased
+    | VersionExported
+    | PredictionShadowed
     | MembershipBody
     | ServingBody
 )
@@ -444,14 +440,12 @@ TYPES: Final[dict[str, type[Any]]] = {
     "site.decided": SiteDecided,
     "request.refused": RequestRefused,
     "bundle.decided": BundleDecided,
-    "update.refused": UpdateRefused,
-    "round.examined": RoundExamined,
-    "run.evaluated": RunEvaluated,
     "round.opened": RoundOpened,
-    "run.resumed": RunResumed,
-    "run.referenced": RunReferenced,
     "subject.exported": SubjectExported,
     "subject.erased": SubjectErased,
+    **ROUND_TYPES,
+    "version.exported": VersionExported,
+    "prediction.shadowed": PredictionShadowed,
     **MEMBERSHIP_TYPES,
     **SERVING_TYPES,
 }

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from audit.canonical import parse_canonical
 from audit.charter_masking import SiteTerms, masked_terms
+from audit.charter_parts import CharterFormError, CharterPart
 from audit.charter_serving import ServingTerms
-from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import MechanismEvent
 from audit.epsilon import RELATIONS
@@ -35,16 +35,6 @@ from audit.update_bounds import GRID_SLACK, UpdateTerms, planned_sensitivity
 
 SITE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class CharterFormError(AuditError):
-    """The bytes are not a charter in canonical form; `field` is the key's path."""
-
-    code = "audit.charter_form"
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"charter {field}: {problem}")
-        self.field, self.problem = field, problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +89,10 @@ class CharterView:
     gates: tuple[Mapping[str, Any], ...]
     purposes: tuple[str, ...]
     officers: Mapping[str, str]  # public key to name
+    legal_effect: bool = False  # a decision by an answer is final only once a person reviewed it
+    needs_legal_basis: bool = False
+    regions: tuple[str, ...] = ()  # the only ones that may ask; empty: any
+    max_age_days: int = 0  # 0: no limit
 
     @property
     def releases(self) -> int:
@@ -167,12 +161,12 @@ def read_charter(canonical: bytes) -> CharterView:
         document = parse_canonical(canonical)
     except AuditError as error:
         raise CharterFormError("bytes", str(error)) from error
-    top = _Part(document, "", optional=_TOP_OPTIONAL, fields=_TOP)
+    top = CharterPart(document, "", optional=_TOP_OPTIONAL, fields=_TOP)
     if top.value["affidavit"] != 1:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
-    plan = _Part(top.value["plan"], "plan", fields=_PLAN, optional=("proximal",))
-    privacy = _Part(top.value["privacy"], "privacy", fields=_PRIVACY)
+    plan = CharterPart(top.value["plan"], "plan", fields=_PLAN, optional=("proximal",))
+    privacy = CharterPart(top.value["privacy"], "privacy", fields=_PRIVACY)
     sites = tuple(_site(value, f"sites[{i}]") for i, value in enumerate(top.items("sites")))
     names = [site.name for site in sites]
     if not names or names != sorted(set(names)):
@@ -243,6 +237,10 @@ def read_charter(canonical: bytes) -> CharterView:
         gates=tuple(_gate(value, f"gates[{i}]", task) for i, value in enumerate(top.items("gates"))),
         purposes=tuple(top.texts("purposes")),
         officers=_officers(top),
+        legal_effect="decisions" in top.value and bool(top.choice("decisions", ("legal_effect",))),
+        needs_legal_basis="legal_basis" in top.value and bool(top.choice("legal_basis", ("required",))),
+        regions=_regions(top),
+        max_age_days=top.count("max_age_days", least=1) if "max_age_days" in top.value else 0,
     )
     if view.privacy.unit == "subject" and not view.privacy.subject_id:
         raise CharterFormError("privacy.subject_id", 'is empty, so the unit can only be "row"')
@@ -255,7 +253,7 @@ _TOP: Final = (
 )  # fmt: skip
 _TOP_OPTIONAL: Final = (
     "public_set", "aggregation", "evaluation", "secure_aggregation", "site_level", "reference", "answers",
-    "fairness",
+    "fairness", "decisions", "legal_basis", "regions", "max_age_days",
 )  # fmt: skip
 _PLAN: Final = (
     "strategy", "rounds", "local_steps", "learning_rate", "local_learning_rate", "average_last", "beta1",
@@ -267,65 +265,7 @@ _PRIVACY: Final = (
 )  # fmt: skip
 
 
-class _Part:
-    """One object of the charter; every read names its key on failure."""
-
-    def __init__(
-        self, value: Any, path: str, *, fields: tuple[str, ...], optional: tuple[str, ...] = ()
-    ) -> None:
-        if not isinstance(value, dict):
-            raise CharterFormError(path or "top", "is not an object")
-        missing, unknown = set(fields) - set(value), set(value) - set(fields) - set(optional)
-        if missing or unknown:
-            raise CharterFormError(
-                path or "top", f"missing keys {sorted(missing)}, unknown {sorted(unknown)}"
-            )
-        self.value, self.path = value, path
-
-    def fail(self, key: str, problem: str) -> CharterFormError:
-        return CharterFormError(f"{self.path}.{key}".lstrip("."), problem)
-
-    def text(self, key: str) -> str:
-        value = self.value[key]
-        if not isinstance(value, str):
-            raise self.fail(key, "is not text")
-        return value
-
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
-        value = self.text(key)
-        if value not in allowed:
-            raise self.fail(key, f"{value[:40]!r} is none of {', '.join(allowed)}")
-        return value
-
-    def count(self, key: str, *, least: int = 0, source: _Part | None = None) -> int:
-        value = (source or self).value[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise (source or self).fail(key, f"is not a whole number of at least {least}")
-        return value
-
-    def decimal(self, key: str, *, least: Decimal | None = None, above: Decimal | None = None) -> Decimal:
-        try:
-            value = parse_decimal(self.text(key))
-        except AuditError as error:
-            raise self.fail(key, str(error)) from error
-        if (least is not None and value < least) or (above is not None and value <= above):
-            raise self.fail(key, f"{value} is out of range")
-        return value
-
-    def items(self, key: str) -> list[Any]:
-        value = self.value[key]
-        if not isinstance(value, list):
-            raise self.fail(key, "is not a list")
-        return value
-
-    def texts(self, key: str) -> list[str]:
-        values = self.items(key)
-        if not all(isinstance(value, str) for value in values) or len(set(values)) != len(values):
-            raise self.fail(key, "is not a list of distinct texts")
-        return values
-
-
-def _check_numbers(plan: _Part, privacy: _Part) -> None:
+def _check_numbers(plan: CharterPart, privacy: CharterPart) -> None:
     zero, one = Decimal(0), Decimal(1)
     plan.choice("strategy", STRATEGIES)
     for key in ("learning_rate", "local_learning_rate", "tau"):
@@ -349,10 +289,10 @@ def _check_numbers(plan: _Part, privacy: _Part) -> None:
         raise privacy.fail("sample_rate", "is below 1, while a subject may have several rows")
 
 
-def _evaluation(top: _Part) -> Evaluation | None:
+def _evaluation(top: CharterPart) -> Evaluation | None:
     if "evaluation" not in top.value:
         return None
-    part = _Part(top.value["evaluation"], "evaluation", fields=("share", "noise_multiplier"))
+    part = CharterPart(top.value["evaluation"], "evaluation", fields=("share", "noise_multiplier"))
     part.decimal("share", above=Decimal(0)), part.decimal("noise_multiplier", above=Decimal(0))
     try:
         return Evaluation.of_charter(top.value)
@@ -360,18 +300,18 @@ def _evaluation(top: _Part) -> Evaluation | None:
         raise CharterFormError("evaluation", str(error)) from error
 
 
-def _serving(top: _Part) -> ServingTerms:
+def _serving(top: CharterPart) -> ServingTerms:
     try:
         return ServingTerms.of_charter(top.value)
     except AuditError as error:
         raise CharterFormError("reference, answers or fairness", str(error)) from error
 
 
-def _check_aggregation(top: _Part, minimum_sites: int) -> None:
+def _check_aggregation(top: CharterPart, minimum_sites: int) -> None:
     if "aggregation" not in top.value:
         return
     fields = ("rule", "byzantine", "keep", "norm_bound")
-    part = _Part(top.value["aggregation"], "aggregation", fields=fields)
+    part = CharterPart(top.value["aggregation"], "aggregation", fields=fields)
     part.choice("rule", RULES)
     part.count("byzantine"), part.count("keep")
     if part.count("norm_bound") > 1:
@@ -383,7 +323,7 @@ def _check_aggregation(top: _Part, minimum_sites: int) -> None:
 
 
 def _site(value: Any, path: str) -> CharterSite:
-    part = _Part(value, path, fields=("name", "identity", "nominal_rows", "weight"))
+    part = CharterPart(value, path, fields=("name", "identity", "nominal_rows", "weight"))
     if not SITE_NAME.fullmatch(part.text("name")):
         raise part.fail("name", "is not a site's name")
     return CharterSite(
@@ -394,7 +334,7 @@ def _site(value: Any, path: str) -> CharterSite:
     )
 
 
-def _key(part: _Part, key: str) -> str:
+def _key(part: CharterPart, key: str) -> str:
     try:
         parse_public_key(part.text(key))
     except AuditError as error:
@@ -409,7 +349,7 @@ def _feature(value: Any, path: str) -> Mapping[str, Any]:
         more = ("categories",)
     elif kind == "boolean":
         more = ()
-    part = _Part(value, path, fields=("name", "type", "unit", "missing", *more))
+    part = CharterPart(value, path, fields=("name", "type", "unit", "missing", *more))
     part.choice("type", ("number", "integer", "boolean", "category"))
     part.choice("missing", ("refuse", "midpoint"))
     part.text("name"), part.text("unit")
@@ -423,7 +363,7 @@ def _feature(value: Any, path: str) -> Mapping[str, Any]:
 
 def _label(value: Any, task: str) -> Mapping[str, Any]:
     fields = ("name", "lower", "upper") if task == "regression" else ("name", "classes")
-    part = _Part(value, "label", fields=fields)
+    part = CharterPart(value, "label", fields=fields)
     part.text("name")
     if task == "regression":
         part.decimal("upper", above=part.decimal("lower"))
@@ -435,9 +375,9 @@ def _label(value: Any, task: str) -> Mapping[str, Any]:
 
 
 def _layers(
-    top: _Part, features: tuple[Mapping[str, Any], ...], label: Mapping[str, Any], task: str
+    top: CharterPart, features: tuple[Mapping[str, Any], ...], label: Mapping[str, Any], task: str
 ) -> tuple[tuple[Mapping[str, Any], ...], int]:
-    model = _Part(
+    model = CharterPart(
         top.value["model"], "model", fields=("family", "site_intercept", "layers"), optional=("local_layers",)
     )
     model.text("family"), model.count("site_intercept")
@@ -462,14 +402,14 @@ def _layers(
 
 
 def _public_set(value: Any) -> tuple[str, int]:
-    part = _Part(value, "public_set", fields=("digest", "rows"))
+    part = CharterPart(value, "public_set", fields=("digest", "rows"))
     if not _DIGEST.fullmatch(part.text("digest")):
         raise part.fail("digest", "is not a lower-case hex SHA-256")
     return part.text("digest"), part.count("rows", least=1)
 
 
 def _gate(value: Any, path: str, task: str) -> Mapping[str, Any]:
-    part = _Part(value, path, fields=("metric", "source"), optional=("floor", "margin_over_baseline"))
+    part = CharterPart(value, path, fields=("metric", "source"), optional=("floor", "margin_over_baseline"))
     part.choice("metric", METRICS_OF_TASK[task])
     if part.choice("source", ("public_set", SOURCE)) == SOURCE and part.value["metric"] != METRIC:
         raise part.fail("metric", f"of a private release is {METRIC}")
@@ -481,9 +421,18 @@ def _gate(value: Any, path: str, task: str) -> Mapping[str, Any]:
     return part.value
 
 
-def _officers(top: _Part) -> dict[str, str]:
+def _regions(top: CharterPart) -> tuple[str, ...]:
+    if "regions" not in top.value:
+        return ()
+    regions = top.texts("regions")
+    if not regions or regions != sorted(regions) or not all(map(SITE_NAME.fullmatch, regions)):
+        raise top.fail("regions", "are not one or more names, each once, in order")
+    return tuple(regions)
+
+
+def _officers(top: CharterPart) -> dict[str, str]:
     officers: dict[str, str] = {}
     for index, value in enumerate(top.items("officers")):
-        part = _Part(value, f"officers[{index}]", fields=("name", "key"))
+        part = CharterPart(value, f"officers[{index}]", fields=("name", "key"))
         officers[_key(part, "key")] = part.text("name")
     return officers

@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from audit.charter_view import read_charter
 from audit.entries import (
+    ZERO_DIGEST,
     CharterPublished,
     CharterSigned,
     IndexColumns,
@@ -26,8 +27,15 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import scope_of
 from audit.merkle import hash_leaf
-from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
+from audit.round_bodies import (
+    RoundExamined,
+    RunEvaluated,
+    RunReferenced,
+    RunResumed,
+    UpdateRefused,
+)
 from audit.secure_bodies import RoundOpened
+from audit.serving_bodies import PolicyChanged, PredictionReviewed
 
 B = TypeVar("B")
 BlobSource = Callable[[str], bytes | None]
@@ -42,9 +50,9 @@ _OF_RUN: Final = (
     UpdateRefused,
     RoundExamined,
     RunEvaluated,
+    RunReferenced,
     RoundOpened,
     RunResumed,
-    RunReferenced,
 )
 
 
@@ -114,8 +122,13 @@ class Closure:
         body, self.scope = entry.body, scope_of(entry.type)
         if isinstance(body, Prediction):
             self._erasure(body.subject)
+            self._rules(leaf_index)
+            if body.transition == ZERO_DIGEST:  # a tester's answer by a candidate
+                self._by_version(body.version)
+                return
             transition = self._by_hash(body.transition, VersionTransition, type="version.transition")
             self._version(transition, leaf_index)
+            self._review(leaf_index, hash_leaf(data).hex(), body)
         elif isinstance(body, VersionTransition):
             self._version(body, leaf_index)
         elif isinstance(body, VersionRegistered):
@@ -131,6 +144,36 @@ class Closure:
         for index, data, body in self._search(SubjectErased, type="subject.erased"):
             if body.subject == subject and index < self._size:
                 self._take(index, data)
+
+    def _rules(self, until: int) -> None:
+        """Take the changes of rules up to a decision: the last says by which it was made, and who signed
+        them.
+        """
+        for index, data, _ in self._search(PolicyChanged, type="policy.changed"):
+            if index < until:
+                self._take(index, data)
+
+    def _review(self, leaf_index: int, leaf_hash: str, prediction: Prediction) -> None:
+        """Take every review of a decision that has legal effect; a second one would contradict the first."""
+        published = {
+            body.digest: body.canonical
+            for body in (decode_entry(data).body for data in self.entries.values())
+            if isinstance(body, CharterPublished)
+        }
+        canonical = published.get(prediction.charter)
+        if canonical is None or not read_charter(canonical.encode()).legal_effect:
+            return
+        for index, data, body in self._search(
+            PredictionReviewed, type="prediction.reviewed", version=prediction.version, after=leaf_index
+        ):
+            if body.prediction == leaf_hash and index < self._size:
+                self._take(index, data)
+
+    def _by_version(self, version: str) -> None:
+        for index, data, body in self._search(VersionRegistered, type="version.registered", version=version):
+            self._take(index, data)
+            self._run(body.run, index)
+            self._artefact(body.version)
 
     def _version(self, transition: VersionTransition, until: int) -> None:
         for index, data, _ in self._search(
@@ -157,10 +200,10 @@ class Closure:
                 self._artefact(body.update)
             if isinstance(body, RoundExamined):
                 self._artefact(body.digest)
-            if isinstance(body, RoundOpened):
-                self._artefact(body.transcript)
             if isinstance(body, RunReferenced) and body.sketch:
                 self._artefact(body.sketch)
+            if isinstance(body, RoundOpened):
+                self._artefact(body.transcript)
             if isinstance(body, RunCompleted):
                 self._artefact(body.weights)
         for site, population in sorted(populations):
@@ -190,8 +233,9 @@ class Closure:
             if signed.digest == digest:
                 self._take(index, data)
 
-    def _search(self, kind: type[B], **columns: Any) -> Iterator[tuple[int, bytes, B]]:
-        after: int | None = None
+    def _search(
+        self, kind: type[B], *, after: int | None = None, **columns: Any
+    ) -> Iterator[tuple[int, bytes, B]]:
         while True:
             page = self._ledger.search(**columns, after=after, limit=_PAGE)
             for stored in page:

@@ -42,6 +42,17 @@ def commit(field: str, salt: bytes, value: bytes) -> str:
     return hashlib.sha256(b"affidavit/commit/v1\x00" + field.encode() + b"\x00" + salt + value).hexdigest()
 
 
+def parse_salt(text: str) -> bytes:
+    """Return the salt that lower-case hex digits write, and no other text does.
+
+    Raises:
+        CommitmentError: it is none; `bytes.fromhex` alone takes capitals and spaces too.
+    """
+    if not _HEX64.fullmatch(text):
+        raise CommitmentError(f"a salt is {2 * SALT_SIZE} lower-case hex digits")
+    return bytes.fromhex(text)
+
+
 def verify_opening(commitment: str, *, field: str, salt: bytes, value: bytes) -> None:
     """Prove that `commitment` was made from this field, salt and value.
 

@@ -11,6 +11,7 @@ from audit.errors import AuditError
 MAX_DIGITS: Final = 400  # more than any double needs, few enough that no text can exhaust memory
 
 _CANONICAL = re.compile(r"0|-?(?:[1-9][0-9]*|0\.[0-9]*[1-9]|[1-9][0-9]*\.[0-9]*[1-9])")
+_PLAIN = re.compile(r"-?[0-9]+\.[0-9]+")
 _WRITTEN = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
 _CONTEXT = Context(prec=2 * MAX_DIGITS, rounding=ROUND_HALF_EVEN)
 
@@ -32,6 +33,12 @@ def decimal_text(value: int | float | Decimal | str) -> str:
     >>> decimal_text(1e-05), decimal_text("2.50"), decimal_text(-0.0)
     ('0.00001', '2.5', '0')
     """
+    if type(value) is float:  # the common case, without a detour: repr is canonical but for its ends
+        text = repr(value)
+        if _PLAIN.fullmatch(text):
+            return (text[:-2] if text.endswith(".0") else text) if value else "0"
+    elif type(value) is str and len(value) <= MAX_DIGITS and _CANONICAL.fullmatch(value):
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, str)):
         raise DecimalError(f"{value!r} is not a number; give an int, a float, a Decimal or decimal text")
     if isinstance(value, str) and not (len(value) <= MAX_DIGITS and _WRITTEN.fullmatch(value)):

@@ -24,8 +24,9 @@ from typing import Any, Final
 from audit.access_bodies import AuditRead
 from audit.bodies import Body, Prediction
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
-from audit.commitments import SALT_SIZE
+from audit.commitments import SALT_SIZE, parse_salt
 from audit.errors import AuditError, CommitmentError
+from audit.runtime_bodies import PredictionShadowed
 
 CONTEXT: Final = "context"
 TERMS: Final = "terms"
@@ -130,6 +131,8 @@ def roots_of(body: Body) -> dict[str, str]:
         return roots
     if isinstance(body, AuditRead) and body.sealed:
         return {TERMS: body.query}
+    if isinstance(body, PredictionShadowed):
+        return {CONTEXT: body.context}
     return {}
 
 
@@ -154,11 +157,11 @@ def opened_row(part: str, salt: str, text: str) -> tuple[str, dict[str, Any]]:
         DisclosureError: they are not.
     """
     try:
-        raw, values = bytes.fromhex(salt), parse_canonical(text.encode())
+        raw, values = parse_salt(salt), parse_canonical(text.encode())
     except (AuditError, ValueError) as error:
         raise DisclosureError(part, f"cannot be read: {error}") from error
-    if len(raw) != SALT_SIZE or not isinstance(values, dict):
-        raise DisclosureError(part, f"is not a salt of {SALT_SIZE} bytes and an object")
+    if not isinstance(values, dict):
+        raise DisclosureError(part, "is not an object")
     return SealedPart(raw, values).root(part), values
 
 

@@ -77,6 +77,21 @@ class RowEncoder:
             raise EncodingError(problems)
         return values
 
+    def read(self, row: Row) -> tuple[list[float], list[Problem]]:
+        """Return what `encode` and `check` would, in one pass; the values mean nothing beside a problem."""
+        values: list[float] = []
+        problems = self._unknown(row)
+        get = row.get
+        for feature in self._features:
+            found = feature.read(get(feature.name))
+            if type(found) is tuple:
+                values += found[0]
+                if found[1] is not None:
+                    problems.append(found[1])
+            else:
+                problems.append(found)  # type: ignore[arg-type] # what is no tuple is a problem
+        return values, problems
+
     def check(self, row: Row) -> list[Problem]:
         """Return everything the charter does not allow in the row, out-of-bounds values included."""
         problems = self._unknown(row)

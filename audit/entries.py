@@ -158,8 +158,8 @@ _DOMAINS: Final[dict[type[Any], str]] = {
     LogCompromised: "compromise",
     **SITE_DOMAINS,
     **MEMBERSHIP_DOMAINS,
-    **SECURE_DOMAINS,
     **SERVING_DOMAINS,
+    **SECURE_DOMAINS,
 }
 
 _hints: dict[type[Any], dict[str, Any]] = {}
@@ -175,7 +175,7 @@ _ACTOR = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,95}")
 _DIGEST_FIELDS: Final = frozenset([
     "base_model", "charter", "context", "dataset", "digest", "gate_results", "enrolment",
     "initial_model", "invitation", "last_round", "output_model", "policy_set", "prediction",
-    "previous_change", "previous_event", "previous_round", "previous_transition", "roster",
+    "previous_change", "previous_event", "previous_round", "previous_transition", "roster", "rows_root",
     "schema_digest", "sealed", "start", "total", "transcript", "transition", "update", "version",
     "weights",
 ])  # fmt: skip

@@ -195,6 +195,16 @@ class LedgerBusyError(AuditError):
         self.retry_after_s, self.pending = retry_after_s, pending
 
 
+class StaleViewError(AuditError):
+    """What the entry rests on has changed since it was read; nothing was written. Read again and retry."""
+
+    code = "audit.stale_view"
+
+    def __init__(self, *, after: int, newest: int) -> None:
+        super().__init__(f"leaf {newest} came after the view of leaf {after} that the entry rests on")
+        self.after, self.newest = after, newest
+
+
 class LedgerClosedError(AuditError):
     code = "audit.ledger_closed"
 

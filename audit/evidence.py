@@ -306,13 +306,18 @@ def _disclosed(files: Mapping[str, bytes], entries: Mapping[int, bytes]) -> Disc
 def _opened(files: Mapping[str, bytes]) -> tuple[Mapping[str, str], ...]:
     rows: Sequence[Any] = _json(files, "opened.json", {"rows"})["rows"]
     fields = {"input_salt", "output_salt", "input", "output"}
+    of_a_tree = fields | {"row", "path"}
     if not isinstance(rows, list):
         raise EvidenceError("opened.json", "rows is not a list")
     for row in rows:
         if (
             not isinstance(row, dict)
-            or set(row) != fields
+            or set(row) not in (fields, of_a_tree)
             or not all(isinstance(v, str) for v in row.values())
         ):
-            raise EvidenceError("opened.json", f"a row has exactly the text fields {sorted(fields)}")
+            raise EvidenceError(
+                "opened.json",
+                f"a row has exactly the text fields {sorted(fields)}, and row and path where it "
+                "is one of many",
+            )
     return tuple(rows)

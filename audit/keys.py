@@ -41,11 +41,11 @@ DOMAINS = frozenset(
         "joining",
         "leaving",
         "node-key",
+        "review",
+        "access-policy",
         "mask-keys",
         "survivors",
         "mask-shares",
-        "review",
-        "access-policy",
     }
 )
 

@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Engine, Row, Select, func, inspect, select
 
 from audit import _store, merkle
 from audit._checkpoint_store import CheckpointStore
-from audit._integrate import AppendRequest, Sequenced, commit_batch, read_edge
+from audit._integrate import AppendRequest, Guard, Sequenced, commit_batch, read_edge
 from audit._search import matching
 from audit._sequencer import Sequencer
 from audit._store import blob
@@ -47,7 +47,7 @@ from audit.location import Location
 from audit.merkle import CompactRange, hash_leaf
 from audit.tables import APPLICATION_ID, HEAD, LEAF, SCHEMA_VERSION
 
-__all__ = ["MAX_BATCH", "MAX_PENDING", "MAX_SEARCH", "Ledger", "Sequenced", "StoredEntry"]
+__all__ = ["MAX_BATCH", "MAX_PENDING", "MAX_SEARCH", "Guard", "Ledger", "Sequenced", "StoredEntry"]
 
 MAX_BATCH = 256
 MAX_PENDING = 4096
@@ -141,8 +141,13 @@ class Ledger:
 
     # writing
 
-    def append(self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns) -> Future[Sequenced]:
+    def append(
+        self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns, guard: Guard | None = None
+    ) -> Future[Sequenced]:
         """Queue an entry; the future completes once it is durable.
+
+        With a guard the entry is written only if no entry of the guard's types came after the view that it
+        rests on; else the future fails with `StaleViewError` and nothing was written.
 
         The same event id with the same bytes yields the index it has; with other bytes the future fails
         with `EventIdConflictError`.
@@ -152,13 +157,13 @@ class Ledger:
             LedgerBusyError: the queue is full.
             LedgerClosedError: after `close`.
         """
-        return self._sequencer.submit(_request(entry_bytes, event_id, index_columns))
+        return self._sequencer.submit(_request(entry_bytes, event_id, index_columns, guard))
 
     def append_from_loop(
-        self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns
+        self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns, guard: Guard | None = None
     ) -> asyncio.Future[Sequenced]:
         """`append` for coroutines: a future of the running loop, which is woken once for a whole batch."""
-        return self._sequencer.submit_from_loop(_request(entry_bytes, event_id, index_columns))
+        return self._sequencer.submit_from_loop(_request(entry_bytes, event_id, index_columns, guard))
 
     def append_wait(
         self,
@@ -432,7 +437,9 @@ def _check_kind(connection: Connection, location: Location) -> None:
         raise LedgerMissingError(str(location), f"{what} is not an Affidavit log")
 
 
-def _request(entry_bytes: bytes, event_id: str, columns: IndexColumns) -> AppendRequest:
+def _request(
+    entry_bytes: bytes, event_id: str, columns: IndexColumns, guard: Guard | None = None
+) -> AppendRequest:
     if not 0 < len(entry_bytes) <= MAX_ENTRY_BYTES:
         raise EntrySizeError(size_bytes=len(entry_bytes), limit_bytes=MAX_ENTRY_BYTES)
     if not _EVENT_ID.fullmatch(event_id):
@@ -444,7 +451,7 @@ def _request(entry_bytes: bytes, event_id: str, columns: IndexColumns) -> Append
         _check_columns(columns)
         break
     body = bytes(entry_bytes)
-    return AppendRequest(event_id, hash_leaf(body), body, values)
+    return AppendRequest(event_id, hash_leaf(body), body, values, guard)
 
 
 def _check_columns(columns: IndexColumns) -> None:

@@ -14,7 +14,7 @@ from audit.errors import AuditError
 
 AttributeValue = str | int | bool | tuple[str, ...]
 
-ROLES: Final = ("node", "officer", "scientist", "consumer", "operator")
+ROLES: Final = ("node", "officer", "scientist", "consumer", "operator", "tester")
 
 ACTIONS: Final = frozenset(
     {
@@ -33,7 +33,15 @@ ACTIONS: Final = frozenset(
         "keys.list",
         "keys.create",
         "keys.revoke",
+        "keys.rotate",
         "metrics.read",
+        "alarms.read",
+        "alarms.close",
+        "alarms.raise",
+        "policy.read",
+        "policy.change",
+        "reviews.read",
+        "reviews.write",
         "subjects.erase",
         "subjects.export",
         "subjects.find",
@@ -50,6 +58,9 @@ class Principal:
     role: str  # one of ROLES
     key: str = ""
     site: str = ""  # the site that a node's key speaks for
+    region: str = ""  # where they ask from, as their key or their issuer says; "" where neither does
+    models: tuple[str, ...] = ()  # the only models they may ask; empty: any
+    method: str = "key"  # "key" | "token" | "certificate": how they showed who they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +73,14 @@ class RunReferenced:
     statements: tuple[str, ...]  # leaf hashes, in the order of the sites' names
     missing: tuple[str, ...]
     sketch: str  # digest of the sketch's file; "" where too few sites counted
+
+
+RoundBody = UpdateRefused | RoundExamined | RunEvaluated | RunReferenced | RunResumed
+
+ROUND_TYPES: Final[dict[str, type[Any]]] = {
+    "update.refused": UpdateRefused,
+    "round.examined": RoundExamined,
+    "run.evaluated": RunEvaluated,
+    "run.referenced": RunReferenced,
+    "run.resumed": RunResumed,
+}

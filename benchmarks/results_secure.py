@@ -62,11 +62,11 @@ against the coordinator and all who read the model, while k - 1 of the sites in 
 of them there, one may collude; with one gone, none may. Unit of privacy: one row. Neighbouring relation:
 add/remove. Delta 1e-5. "One site gone" leaves another random site out of every round.
 
-"Alone" is the same epsilon with the whole noise at each site, as in [utility.md](utility.md), trusting nobody.
+"Alone" is the same epsilon with the whole noise at each site, as in [utility.md](utility.md).
 """
-FEATURES = """Oriented gradients are a fixed formula of one row and no data: differences of neighbouring pixels,
-their length dealt to the two nearest of 8 directions, summed in cells of 2 by 2 pixels, each block of 2 by 2
-cells divided by its length. The 128 numbers stand beside the 64 pixels, a quarter as long, as declared
+FEATURES = """Oriented gradients are a fixed formula of one row and no data: differences of neighbouring
+pixels, their length dealt to the two nearest of 8 directions, summed in cells of 2 by 2 pixels, each block of
+2 by 2 cells divided by its length. The 128 numbers stand beside the 64 pixels, a quarter as long, as declared
 features with bounds -1 to 1; the quarter was chosen on other splits than these.
 """
 

@@ -104,7 +104,8 @@ class Agent:
         self.refusals = RefusalBook(home.name, self._note, self._keys.signed)
         decisions = Decisions(home, self._keys, ledger, log, self.refusals, clock)
         self.admission = Admission(home, self._keys, ledger, self._trainer, decisions, origin=self._origin)
-        self._history = History(notes or OpenedNotes(policy), self._keys.statement.verify_key, clock)
+        own = (self._keys.statement.verify_key, *self._keys.past_statements)
+        self._history = History(notes or OpenedNotes(policy), own, clock)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
         self._closed = False
@@ -299,8 +300,9 @@ class Agent:
         self.admission.refresh()
         reservation = self.admission.accept(request.run, request.charter)
         self._story.accepted(reservation)
+        # signed anew: it is logged now, and from now on only the present key's signatures count
         undelivered = [
-            body_document(statement)
+            body_document(self._keys.signed(statement))
             for statement in self._ledger.undelivered(self.population)
             if statement.run != request.run.run
         ]

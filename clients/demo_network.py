@@ -28,7 +28,7 @@ from federation.charter import Charter
 ORIGIN: Final = "demo.invalid/network"
 PORTS: Final = {"--port": 28443, "--superlink-port": 28444, "--api-port": 28445}
 START_S: Final = 120.0
-ROUNDS: Final = 6
+ROUNDS: Final = 4
 SECURE: Final = (
     "\nsecure_aggregation: {tolerated: 1}   # updates are masked: the coordinator reads sums alone\n"
 )
@@ -264,35 +264,38 @@ def trace_statements(home: Path) -> int:
     """Trace every statement that a round counts to a site that was invited, asked and was approved.
 
     Raises:
-        CommandError: one was signed by no such site's key.
+        CommandError: one was not signed by the key that such a site's identity had delegated by then.
+        StatementError: an enrolment under such an identity is not signed by it.
     """
-    from audit.entries import RoundCompleted, SiteEnrolled, SiteStatement, decode_entry
+    from audit.entries import RoundCompleted, SiteEnrolled, SiteStatement, body_document, decode_entry
     from audit.ledger import Ledger
     from audit.location import log_location
     from federation.errors import StatementError
-    from federation.network.membership import enrolment_digest
     from federation.network.roster import Roster
-    from federation.statements import verify_signature
+    from federation.statements import verify_enrolment, verify_signature
 
     with Ledger.open(log_location(home)) as ledger:
-        joined = {member.enrolment for member in Roster(ledger).refresh().approved()}
+        origin = ledger.origin
+        joined = {member.identity_key for member in Roster(ledger).refresh().approved()}
         rows = [
             (ledger.stored_entry(index).leaf_hash, decode_entry(ledger.entry(index)).body)
             for index in range(ledger.tree_size)
         ]
-    keys = {
-        body.site: body.statement_key
-        for _, body in rows
-        if isinstance(body, SiteEnrolled) and enrolment_digest(body) in joined
-    }
-    said = {leaf.hex(): body for leaf, body in rows if isinstance(body, SiteStatement)}
+    keys: dict[str, str] = {}
+    said: dict[str, tuple[SiteStatement, str]] = {}
+    for leaf, body in rows:
+        if isinstance(body, SiteEnrolled) and body.identity_key in joined:
+            proved = verify_enrolment(body.site, body.identity_key, origin, body_document(body))
+            keys[body.site] = proved.statement_key
+        elif isinstance(body, SiteStatement):
+            said[leaf.hex()] = body, keys.get(body.site, "")
     count = 0
     for _, body in rows:
-        for leaf in body.leaves if isinstance(body, RoundCompleted) else ():
-            statement = said[leaf]
+        for named in body.leaves if isinstance(body, RoundCompleted) else ():
+            statement, key = said[named]
             try:
-                verify_signature(statement.site, statement, keys[statement.site])
-            except (StatementError, KeyError) as error:
+                verify_signature(statement.site, statement, key)
+            except StatementError as error:
                 raise CommandError(f"round {statement.round}: {error}", code="demo.failed") from error
             count += 1
     return count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -68,8 +68,9 @@ class OpenedNotes:
 class History:
     """Reads logged entries by the site's own policy; what it returns is believed, all else is refused."""
 
-    def __init__(self, notes: OpenedNotes, statement_key: VerifyKey, clock: Clock) -> None:
-        self._notes, self._statement_key, self._clock = notes, statement_key, clock
+    def __init__(self, notes: OpenedNotes, statement_keys: Sequence[VerifyKey], clock: Clock) -> None:
+        """`statement_keys`: this site's present one and those before it."""
+        self._notes, self._statement_keys, self._clock = notes, tuple(statement_keys), clock
         self._proved: SiteStatement | None = None  # the last one: it is asked about twice
 
     def witnessed(self, logged: LoggedEntry) -> WitnessedEntry:
@@ -141,10 +142,13 @@ class History:
         if statement is self._proved:
             return
         domain, payload = signing_payload(statement)
-        try:
-            self._statement_key.verify(domain, payload, decode_signature(statement.signature))
-        except AuditError as error:
-            raise RefusedError(
-                "unwitnessed_history", f"a statement this site never signed: {error}"
-            ) from error
-        self._proved = statement
+        problem: AuditError | None = None
+        for key in self._statement_keys:
+            try:
+                key.verify(domain, payload, decode_signature(statement.signature))
+            except AuditError as error:
+                problem = error
+            else:
+                self._proved = statement
+                return
+        raise RefusedError("unwitnessed_history", f"a statement this site never signed: {problem}")

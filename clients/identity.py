@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from audit._files import write_durably
 from audit.entries import (
     CharterSigned,
     RunAccepted,
@@ -26,7 +27,7 @@ from audit.entries import (
     signing_payload,
 )
 from audit.errors import AuditError
-from audit.keys import SigningKey
+from audit.keys import SigningKey, VerifyKey, parse_public_key
 from audit.notes import KeyType, NoteSigner
 from audit.secure_bodies import MaskKeys, SharesOpened, SurvivorsAgreed
 from audit.site_bodies import BundleDecided, RequestRefused, SiteDecided, SiteLogOpened
@@ -51,6 +52,8 @@ IDENTITY_KEY: Final = "identity.pem"
 STATEMENT_KEY: Final = "statement.pem"
 WITNESS_KEY: Final = "witness.pem"
 AGREEMENT_KEY: Final = "agreement.pem"
+PAST_STATEMENT_KEYS: Final = "past-statement-keys.txt"
+_NEXT: Final = ".next"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ class SiteKeys:
     statement: SigningKey
     witness: SigningKey
     agreement: X25519PrivateKey
+    past_statements: tuple[VerifyKey, ...] = ()  # which this site signed statements with before
 
     @classmethod
     def generate(cls) -> SiteKeys:
@@ -147,11 +151,41 @@ class SiteKeys:
                 SigningKey.load(folder / STATEMENT_KEY),
                 SigningKey.load(folder / WITNESS_KEY),
                 agreement,
+                tuple(VerifyKey(parse_public_key(line)) for line in _past(folder)),
             )
         except (AuditError, OSError, ValueError) as error:
             raise IdentityError(
                 folder, str(error), "restore the folder from the site's own backup"
             ) from error
+
+    @staticmethod
+    def rotate(folder: Path) -> SiteKeys:
+        """Exchange the keys for statements and for key agreement; return the keys as they are then.
+
+        The old statement key's public half is kept, to know one's own past by. After a crash the next call
+        goes on where this one stopped. The identity key stays, since charters name it, and so does the
+        witness key, since other people's policies do.
+
+        Raises:
+            IdentityError: the folder cannot be read or written.
+        """
+        statement, agreement = folder / f"{STATEMENT_KEY}{_NEXT}", folder / f"{AGREEMENT_KEY}{_NEXT}"
+        before = SiteKeys.open(folder)
+        try:
+            if not agreement.exists():
+                if not statement.exists():
+                    SigningKey.generate().save(statement, None)
+                _save_agreement(agreement, X25519PrivateKey.generate())
+            if statement.exists():
+                known = _past(folder)
+                if before.statement.text not in known:
+                    text = "".join(f"{line}\n" for line in (*known, before.statement.text))
+                    write_durably(folder / PAST_STATEMENT_KEYS, text.encode())
+                os.replace(statement, folder / STATEMENT_KEY)
+            os.replace(agreement, folder / AGREEMENT_KEY)
+        except (AuditError, OSError) as error:
+            raise IdentityError(folder, str(error), "see that it can be written, and try again") from error
+        return SiteKeys.open(folder)
 
     def witness_signer(self, site: str) -> NoteSigner:
         """The cosigner that bears the site's name."""
@@ -196,6 +230,13 @@ class SiteKeys:
 def signature_text(key: SigningKey, domain: str, payload: bytes) -> str:
     """Return the base64 signature that a body's `signature` field holds."""
     return base64.b64encode(key.sign(domain, payload)).decode()
+
+
+def _past(folder: Path) -> list[str]:
+    try:
+        return (folder / PAST_STATEMENT_KEYS).read_text(encoding="ascii").split()
+    except FileNotFoundError:
+        return []
 
 
 def _save_agreement(path: Path, key: X25519PrivateKey) -> None:

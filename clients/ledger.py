@@ -249,9 +249,20 @@ class SiteLedger:
         return None if found is None else cast("dict[str, Any]", parse_canonical(found))
 
     def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None:
-        """Keep what the site knows of a masked round, before it answers from it."""
+        """Keep what the site knows of a masked round, before it answers from it.
+
+        Where less is kept than before, the write-ahead log, which could still tell, is emptied.
+        """
+        before = self.masked_round(run, server_round) or {}
         with self._write() as connection:
             _put_masked(connection, run, server_round, state)
+        if not before.keys() <= state.keys():
+            with self._mutex:
+                raw = self._engine.raw_connection()
+                try:
+                    raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                finally:
+                    raw.close()
 
     def masked_rounds(self, run: str) -> tuple[int, ...]:
         """Return the numbers of a run's masked rounds, ascending."""

@@ -22,6 +22,7 @@ from audit.entries import (
     parse_body,
 )
 from audit.epsilon import recompute
+from audit.shared_noise import alone
 from audit.site_bodies import BundleDecided, SiteDecided
 from clients.code_digest import agent_code
 from clients.decisions import decision, facts_of, run_cost, year_events
@@ -66,6 +67,7 @@ class SiteReview:
     promised_epsilon: str
     promised_delta: str
     run_epsilon: float
+    counts_on: str  # "": this site adds all of its noise itself; else how many honest sites must
     lifetime_before: float  # spent and reserved
     lifetime_after: float
     lifetime_cap: str
@@ -147,6 +149,7 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
         promised_epsilon=format(terms.epsilon, "f"),
         promised_delta=format(terms.delta, "f"),
         run_epsilon=run_cost(terms, delta),
+        counts_on=_counts_on(terms, delta),
         lifetime_before=recompute(committed, delta).value if committed else 0.0,
         lifetime_after=after,
         lifetime_cap=format(lifetime.epsilon, "f"),
@@ -158,6 +161,18 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
         asked_by=rules.ask,
         decision="" if said is None else said.decision,
         problems=inspect_file(home.config.data, terms),
+    )
+
+
+def _counts_on(terms: Terms, delta: float) -> str:
+    """Say whom a shared noise counts on: the site's people decide whether they trust as many."""
+    secure = terms.secure
+    if secure is None:
+        return ""
+    by_itself = recompute([alone(event) for event in terms.planned], delta).value
+    return (
+        f"{secure.sharers} honest sites of at least {secure.least} in a round, this one among them; if all "
+        f"others collude, epsilon is {by_itself:.4f}"
     )
 
 

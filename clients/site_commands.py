@@ -286,5 +286,7 @@ def _shown(found: SiteReview) -> str:
         ["asks you about", ", ".join(found.asked_by) or "nothing"],
         ["decision", found.decision or "none yet"],
     ]
+    if found.counts_on:
+        rows.insert(11, ["counts on", found.counts_on])
     rows += [["data file", str(problem)] for problem in found.problems[:20]]
     return table("", ("", ""), rows)

@@ -41,8 +41,8 @@ def check_charter(charter: Charter) -> list[Problem]:
         *_gates(charter),
         *check_aggregation(charter),
         *check_evaluation(charter),
-        *check_secure(charter),
         *check_serving(charter),
+        *check_secure(charter),
     ]
     found = found or [*_model(charter), *check_local_training(charter)]
     return found or [*check_grid(charter)]

@@ -85,6 +85,7 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "keep": rule.keep,
             "norm_bound": int(rule.norm_bound),
         }
+    document |= serving_document(charter)
     if charter.secure_aggregation is not None:
         document["secure_aggregation"] = {"tolerated": charter.secure_aggregation.tolerated}
     if charter.site_level is not None:
@@ -92,9 +93,16 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "max_update_norm": decimal_text(charter.site_level.max_update_norm),
             "epsilon": decimal_text(charter.site_level.epsilon),
         }
-    document |= serving_document(charter)
     if charter.public_set is not None:
         document["public_set"] = {"digest": charter.public_set.digest, "rows": charter.public_set.rows}
+    if charter.decisions == "legal_effect":
+        document["decisions"] = charter.decisions
+    if charter.legal_basis is not None:
+        document["legal_basis"] = charter.legal_basis
+    if charter.regions:
+        document["regions"] = list(charter.regions)
+    if charter.max_age_days is not None:
+        document["max_age_days"] = charter.max_age_days
     return document
 
 

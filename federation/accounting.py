@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from audit.entries import MechanismEvent
 from audit.epsilon import check_event, epsilon_with_discretisation, gaussian_epsilon, rdp_epsilon, recompute
 from audit.shared_noise import alone, site_level
-from federation.errors import AccountingError
+from federation.errors import AccountingError, PlanDoesNotFitError
 from federation.mechanism import planned_event, planned_events, release_event
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _MOST_EPSILON: Final = 100.0
 _LEAST_NOISE: Final = 0.05
 _CLOSE: Final = 1.0005
 _STEPS: Final = 40
+_ANSWERS: Final = 1024  # deltas that a loss distribution remembers: every site asks the same
 
 Kind = tuple[float, float, int]  # sample rate, noise multiplier for one gradient's sensitivity, steps
 
@@ -182,13 +183,18 @@ def _loss(kinds: tuple[Kind, ...], relation: str, grid: float) -> _Loss:
 
 
 class _Loss:
-    """A composed loss distribution that only answers questions."""
+    """A composed loss distribution that only answers questions, each of them once."""
 
     def __init__(self, accountant: object) -> None:
         self._accountant = accountant
+        self._answers: dict[float, float] = {}
 
     def get_epsilon_for_delta(self, delta: float) -> float:
-        return float(self._accountant.get_epsilon(delta))  # type: ignore[attr-defined]
+        if delta not in self._answers:
+            if len(self._answers) >= _ANSWERS:
+                self._answers.clear()
+            self._answers[delta] = float(self._accountant.get_epsilon(delta))  # type: ignore[attr-defined]
+        return self._answers[delta]
 
 
 def plan_cost(charter: Charter) -> PlanCost:
@@ -222,6 +228,27 @@ def plan_cost(charter: Charter) -> PlanCost:
 
 def _promised(charter: Charter) -> Decimal:
     return Decimal(0) if charter.site_level is None else charter.site_level.epsilon
+
+
+def check_fits(charter: Charter) -> None:
+    """Refuse a plan that costs more than its charter promises.
+
+    Raises:
+        PlanDoesNotFitError: says by how much, and what noise it needs.
+    """
+    cost = plan_cost(charter)
+    if not cost.whole_site_fits:
+        raise PlanDoesNotFitError(
+            planned=f"{_shown(cost.whole_site)} for a whole site",
+            allowed=str(_promised(charter)),
+            noise="(a larger one), or a smaller site_level.max_update_norm",
+        )
+    if not cost.fits:
+        raise PlanDoesNotFitError(
+            planned=cost.sites[0].spent.pld_text,
+            allowed=str(charter.privacy.epsilon),
+            noise=str(cost.suggested_noise_multiplier),
+        )
 
 
 def noise_for(charter: Charter) -> Decimal:

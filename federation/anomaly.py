@@ -21,7 +21,7 @@ from audit.weights import decode_update
 from federation import registry
 from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
-from federation.errors import NotFoundError
+from federation.errors import MaskedRunError, NotFoundError
 from federation.robust_rules import left_to_right
 
 Vector: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
@@ -71,10 +71,13 @@ def views_of_run(coordinator: Coordinator, run: str) -> Iterator[RoundView]:
 
     Raises:
         NotFoundError: the run, or one of its updates, is not here.
+        MaskedRunError: they are masked.
     """
     log = coordinator.ledger
     started = registry.run_started(log, run)
     charter = Charter.from_canonical(registry.charter_text(log, started.charter)[0])
+    if charter.secure is not None:
+        raise MaskedRunError(run)
     refused = [body for _, body in registry.bodies(log, UpdateRefused, run=run)]
     digests: dict[int, dict[str, str]] = {}
     for _, statement in registry.bodies(log, SiteStatement, run=run):

@@ -20,9 +20,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 TROUBLE: Final = frozenset({"internal_error", "rate_limited"})
-_FIRST_PAUSE_S: Final = 0.5
+FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 8.0
-_LOOK_AT_NODES_S: Final = 2.0
+LOOK_AT_NODES_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -30,8 +30,8 @@ class _Question:
     site: str
     node_id: int
     message: Callable[[], Message]
+    pause_s: float
     asked: float = 0.0  # time.time() of the last push: nodes' times are compared with it
-    pause_s: float = _FIRST_PAUSE_S
     due: float | None = None  # monotonic; when to ask again
     trouble: Message | None = None
 
@@ -48,8 +48,13 @@ class Asking:
         poll_s: float,
         timeout_s: float,
         trouble_s: float,
+        pause_s: float = FIRST_PAUSE_S,
+        look_s: float = LOOK_AT_NODES_S,
     ) -> None:
-        """`trouble_s`: for how long a site that reports trouble is asked again."""
+        """`trouble_s`: for how long a site that reports trouble is asked again, first after `pause_s`;
+        `look_s`: how often to see which nodes came back.
+        """
+        self._pause_s, self._look_s = pause_s, look_s
         self._grid, self._site_of, self._is_trouble = grid, site_of, is_trouble
         self._poll_s, self._timeout_s, self._trouble_s = poll_s, timeout_s, trouble_s
         self._open: dict[str, _Question] = {}
@@ -60,7 +65,7 @@ class Asking:
     ) -> Iterator[tuple[str, Message]]:
         """Yield (site, reply) as answers come, each site once; `again(site)` makes its message anew."""
         self._open = {
-            site: _Question(site, message.metadata.dst_node_id, partial(again, site))
+            site: _Question(site, message.metadata.dst_node_id, partial(again, site), self._pause_s)
             for site, message in messages.items()
         }
         self._push([(self._open[site], message) for site, message in messages.items()])
@@ -80,7 +85,7 @@ class Asking:
             if now >= half:
                 half = began + 2 * self._timeout_s
                 self._hurry(list(self._open.values()), now)
-            if now - looked >= _LOOK_AT_NODES_S:
+            if now - looked >= self._look_s:
                 looked = now
                 self._hurry(self._came_back(), now)
             self._push_due(now)

@@ -80,6 +80,19 @@ class BlobStore:
             raise BlobAlteredError(digest, found)
         return data
 
+    def size_bytes(self, digest: str) -> int:
+        """Return the size of what is kept under `digest`, before anybody reads it.
+
+        Raises:
+            BlobMissingError: nothing is kept under it.
+        """
+        if not _DIGEST.fullmatch(digest):
+            raise BlobMissingError(digest)
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError as error:
+            raise BlobMissingError(digest) from error
+
     @contextmanager
     def open(self, digest: str) -> Iterator[BinaryIO]:
         """Open a file to be read piece by piece, its digest checked before; errors as `get`."""

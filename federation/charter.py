@@ -187,16 +187,21 @@ class Charter(_Part):
     privacy: Privacy
     evaluation: Evaluation | None = None
     aggregation: Aggregation | None = None  # absent: the weighted mean, and no bound on an update's length
-    secure_aggregation: SecureAggregation | None = None
-    site_level: SiteLevel | None = None
     reference: Reference | None = None
     answers: Answers | None = None
     fairness: Fairness | None = None
+    secure_aggregation: SecureAggregation | None = None
+    site_level: SiteLevel | None = None
     sites: tuple[Site, ...] = Field(min_length=1, max_length=1000)
     public_set: PublicSet | None = None
     gates: tuple[Gate, ...] = ()
     purposes: tuple[Name, ...] = Field(min_length=1)
     officers: tuple[Officer, ...] = ()
+    # how answers may be used; absent keys keep the digests of charters written before there were any
+    decisions: Literal["support", "legal_effect"] | None = None  # GDPR Art. 22: a person must review
+    legal_basis: Literal["required"] | None = None  # every request says one (GDPR Art. 6 and 9)
+    regions: tuple[Name, ...] = ()  # the only regions that may ask; empty: any
+    max_age_days: Count | None = None  # a version answers for so long after its registration
 
     @field_validator("sites", mode="after")
     @classmethod
@@ -207,6 +212,11 @@ class Charter(_Part):
     @classmethod
     def _purposes_sorted(cls, purposes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(sorted(purposes))
+
+    @field_validator("regions", mode="after")
+    @classmethod
+    def _regions_sorted(cls, regions: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(regions)))
 
     @model_validator(mode="after")
     def _usable(self) -> Charter:

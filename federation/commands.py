@@ -237,19 +237,27 @@ def show_card(
     version: Annotated[
         str | None, typer.Option(help="Digest or its beginning; else the live or newest one.")
     ] = None,
+    form: Annotated[str, typer.Option(help="markdown, json or html, a page to print.")] = "markdown",
+    out: Annotated[Path | None, typer.Option(help="Write the card to this file.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the model card, made from the log alone.
+    """Print the model card, made from the log and the registry's files.
 
     Exit codes: 0 done, 1 there is no such version, 2 wrong usage.
     """
-    from federation.model_card import model_card
+    from federation.model_card import card_of
 
+    if form not in ("markdown", "json", "html"):
+        raise CommandError(f"there is no form {form!r}; use markdown, json or html", code="usage.form")
     with _coordinator(home) as coordinator:
         found = _pick(coordinator, model, version)
-        text = model_card(coordinator.ledger, found.digest)
-    emit({"version": found.digest, "card": text}, text.rstrip(), as_json=as_json)
+        card = card_of(coordinator.ledger, found.digest, coordinator.blobs.find)
+    text: str = getattr(card, form)()
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    shown = text.rstrip() if out is None else f"wrote {out}"
+    emit({"version": found.digest, "card": text}, shown, as_json=as_json)
 
 
 @models.command("approve")
@@ -275,6 +283,44 @@ def approve_model(
     request = ApproveRequest(version=version, to_state=LIVE if live else APPROVED, reason=reason)
     with _coordinator(home) as coordinator:
         moved = approve(coordinator, _person(key), LocalOwner(), request, key)
+    emit(_shown(moved), f"version {moved.digest} of {moved.model} is {moved.state}", as_json=as_json)
+
+
+@models.command("trial")
+@guarded
+def try_model(
+    version: Annotated[str, typer.Argument(help="The version's digest, or at least its first eight digits.")],
+    officer: Officer,
+    canary: Annotated[
+        int | None, typer.Option(min=1, max=99, help="Let it answer this percent of the requests.")
+    ] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="Ask it beside the live version; it answers nobody.")
+    ] = False,
+    end: Annotated[bool, typer.Option("--end", help="End the trial: approved, as before.")] = False,
+    reason: Reason = "",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try an approved version beside the live one, signed with your own key.
+
+    Exit codes: 0 done, 1 you may not, or the state does not allow it, 2 wrong usage.
+    """
+    from audit.principal import LocalOwner
+    from federation.registry import APPROVED, CANARY, SHADOW
+    from federation.service import TrialRequest, trial
+
+    if [canary is not None, shadow, end].count(True) != 1:
+        raise CommandError("give one of --canary PERCENT, --shadow and --end", code="usage.trial")
+    key = read_identity(officer)
+    request = TrialRequest(
+        version=version,
+        to_state=CANARY if canary else SHADOW if shadow else APPROVED,
+        share=canary or 0,
+        reason=reason,
+    )
+    with _coordinator(home) as coordinator:
+        moved = trial(coordinator, _person(key), LocalOwner(), request, key)
     emit(_shown(moved), f"version {moved.digest} of {moved.model} is {moved.state}", as_json=as_json)
 
 

@@ -44,6 +44,7 @@ sites:                       # one line a member; nominal_rows is a public numbe
   - {{name: {placeholder}, identity: "{placeholder}", nominal_rows: {placeholder}}}
 
 # public_set: {{digest: 64 hex digits of sha256sum, rows: 100}}
+# secure_aggregation: {{tolerated: 1}}   # the coordinator reads sums alone, the sites share the noise
 gates: []                    # - {{metric: {metric}, source: public_set, margin_over_baseline: 0.1}}
 purposes: [{placeholder}]
 officers: []                 # - {{name: dr-lee, key: "ed25519:..."}}

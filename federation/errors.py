@@ -193,6 +193,19 @@ class ResumeLaterError(ResumeError):
     code = "federation.resume_later"
 
 
+class MaskedRunError(FederationError):
+    """A run's updates are masked: there is nothing to show of one site's."""
+
+    code = "federation.masked_run"
+
+    def __init__(self, run: str) -> None:
+        super().__init__(
+            f"the updates of run {run} are masked, so only their sum can be read; "
+            "a charter without secure_aggregation shows how they stand beside each other"
+        )
+        self.run = run
+
+
 class NotFoundError(FederationError):
     code = "federation.not_found"
 
@@ -219,6 +232,18 @@ class OfficerError(TransitionError):
     """The key is not one of the charter's officers, or belongs to the version's own author."""
 
     code = "federation.officer"
+
+
+class ExportError(FederationError):
+    """A version has no ONNX form, or a file is not the one that its weights make."""
+
+    code = "federation.export"
+
+
+class LayerNotExportedError(ExportError):
+    """A layer has no float64 form in ONNX Runtime; torch serves such a model."""
+
+    code = "federation.layer_not_exported"
 
 
 class NotAllowedError(FederationError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from audit.entries import ZERO_DIGEST
 from audit.private_evaluation import METRIC, SOURCE, Evaluation, EvaluationError, Worth, worth
@@ -16,16 +16,6 @@ from federation.exchange import Exchange, Request
 from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_statement
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """What came of it: `worth` is None where too few sites answered, or the noise left no row."""
-
-    worth: Worth | None
-    accepted: Mapping[str, AcceptedUpdate]
-    own_leaf: Mapping[str, int]
-    rejected: Mapping[str, StatementError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +39,8 @@ def gather_counts(
 ) -> Counted:
     """Ask the participants of `terms` for one release, prove each answer, and write its statement.
 
-    `logged` are releases that are in the log already, in a run that is resumed; nobody is asked for them.
+    `logged` are releases that are in the log already, in a run that is resumed; their sites are not in
+    `requests`.
     """
     accepted: dict[str, AcceptedUpdate] = dict(logged or {})
     rejected: dict[str, StatementError] = {}
@@ -65,11 +56,20 @@ def gather_counts(
             _logger.warning("release %d: %s", terms.round, error)
             rejected[site] = error
     leaves, own_leaf = [], {}
-    accepted = dict(sorted(accepted.items()))
-    for site, sequenced in record_statements(coordinator, accepted).items():
+    for site, sequenced in record_statements(coordinator, dict(sorted(accepted.items()))).items():
         leaves.append(sequenced.leaf_hash.hex())
         own_leaf[site] = sequenced.leaf_index
-    return Counted(accepted=accepted, leaves=tuple(leaves), own_leaf=own_leaf, rejected=rejected)
+    return Counted(
+        accepted=dict(sorted(accepted.items())), leaves=tuple(leaves), own_leaf=own_leaf, rejected=rejected
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """What came of it: `worth` is None where too few sites answered, or the noise left no row."""
+
+    worth: Worth | None
+    counted: Counted
 
 
 def evaluate_privately(
@@ -113,4 +113,4 @@ def evaluate_privately(
         spread="" if said is None else said.spread,
     )
     coordinator.append(body, "coordinator", stable_event_id("run.evaluated", terms.run))
-    return Evaluated(worth=said, accepted=accepted, own_leaf=counted.own_leaf, rejected=counted.rejected)
+    return Evaluated(worth=said, counted=counted)

@@ -32,6 +32,9 @@ CANDIDATE: Final = "candidate"
 APPROVED: Final = "approved"
 LIVE: Final = "live"
 RETIRED: Final = "retired"
+CANARY: Final = "canary"  # answers a share of the requests
+SHADOW: Final = "shadow"  # is asked beside the live version; its answers are logged and told to nobody
+ANSWERING: Final = frozenset({LIVE, CANARY})
 ALLOWED: Final = frozenset(
     {
         (CANDIDATE, APPROVED),
@@ -40,6 +43,15 @@ ALLOWED: Final = frozenset(
         (CANDIDATE, RETIRED),
         (APPROVED, RETIRED),
         (RETIRED, LIVE),
+        (APPROVED, CANARY),
+        (APPROVED, SHADOW),
+        (CANARY, APPROVED),
+        (CANARY, LIVE),
+        (CANARY, RETIRED),
+        (SHADOW, APPROVED),
+        (SHADOW, CANARY),
+        (SHADOW, LIVE),
+        (SHADOW, RETIRED),
     }
 )
 """Legal moves; retired -> live is a rollback, for a version that was live before."""
@@ -144,9 +156,9 @@ def find_version(log: Ledger, digest: str) -> Version:
 
 
 def live_version(log: Ledger, model: str) -> Version | None:
-    """Return the version of `model` that is live, if one is."""
+    """Return the version of `model` that became live last, if one is."""
     live = [version for version in versions(log, model) if version.state == LIVE]
-    return live[-1] if live else None
+    return max(live, key=lambda version: version.transitions[-1].leaf_index, default=None)
 
 
 def last_transition(log: Ledger, model: str) -> str:

@@ -34,8 +34,20 @@ def charter_html(charter: Charter) -> str:
             ("sites", ", ".join(charter.site_names)),
             ("gates", ", ".join(gate.metric for gate in charter.gates) or "none"),
             ("purposes", ", ".join(charter.purposes)),
+            ("use", _use(charter)),
         ],
     )
+
+
+def _use(charter: Charter) -> str:
+    days = charter.max_age_days
+    said = (
+        "a person reviews each decision" if charter.decisions == "legal_effect" else "",
+        "every request says its legal basis" if charter.legal_basis else "",
+        f"from {', '.join(charter.regions)} alone" if charter.regions else "",
+        f"for {days} days after registration" if days else "",
+    )
+    return "; ".join(part for part in said if part) or "no terms beyond the purposes"
 
 
 def version_html(version: Version) -> str:

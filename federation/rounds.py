@@ -34,8 +34,7 @@ from audit.entries import (
 )
 from audit.epsilon import recompute
 from audit.packing import pack_digests
-from audit.private_evaluation import Evaluation
-from audit.reference import Reference
+from federation.after_rounds import AfterRounds
 from federation.anomaly import record_view
 from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
@@ -61,14 +60,12 @@ from federation.preparation import (
     propose_run,
     record_charter,
 )
-from federation.private_evaluation import evaluate_privately
 from federation.progress import RunEvent, emit
 from federation.refusals import record_masked, record_opened, record_too_long
 from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunState
 from federation.secure_round import MaskedRound
-from federation.sketching import sketch_rows
 from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
@@ -119,7 +116,6 @@ class RoundLoop:
         self._started = time.monotonic()
         data = None if charter.public_set is None else coordinator.blobs.find(charter.public_set.digest)
         self._public = None if data is None else PublicData.read(charter, data)
-        self._counted: tuple[str, ...] | None = None  # who answered the evaluation, where there is one
 
     def carry_out(self, author: str, *, principal: str = ACTOR) -> RunOutcome:
         """Do everything that the log does not show as done.
@@ -365,9 +361,7 @@ class RoundLoop:
             heads=prepared.heads,
         )
 
-    def _request(
-        self, number: int, site: str, state: RunState, *, participants: tuple[str, ...] | None = None
-    ) -> Request:
+    def _request(self, number: int, site: str, state: RunState) -> Request:
         shown: dict[str, Any] = {"previous_round": None, "own_statement": None}
         if number > 1 and state.round_leaf is not None:
             shown["previous_round"] = self._witnessing.logged(state.round_leaf)
@@ -376,7 +370,7 @@ class RoundLoop:
             "run": self._run.run,
             "round": number,
             "charter": self._charter.digest,
-            "participants": list(state.participants if participants is None else participants),
+            "participants": list(state.participants),
             **shown,
         }
         return Request(kind="round", header=header, blobs={"base_model": state.base_model})
@@ -428,86 +422,19 @@ class RoundLoop:
         self._emit("failed", number=number, detail=f"{reason}: {detail}")
         return RunFailedError(self._run.run, number, reason, detail)
 
-    def _evaluate(self, evaluation: Evaluation, prepared: Prepared, state: RunState) -> None:
-        """Have the averaged weights counted at the sites; `state.base_model` holds them."""
-        number = self._charter.plan.rounds + 1
-        terms = dataclasses.replace(
-            self._terms(number, prepared, state),
-            event=evaluation.event,
-            released=evaluation.event.dimension,
-        )
-        evaluated = evaluate_privately(
-            self._coordinator,
-            self._exchange,
-            terms,
-            evaluation,
-            self._requests(number, state),
-            state.base_model,
-            timeout_s=float(self._charter.plan.round_timeout_s),
-            minimum_sites=self._charter.minimum_sites,
-            logged=self._recalled(state),
-        )
-        state.own_leaf |= evaluated.own_leaf
-        state.logged = {}
-        self._counted = tuple(sorted(evaluated.own_leaf))
-        for site, update in evaluated.accepted.items():
-            prepared.heads[site] = prepared.heads[site].after(update.statement)
-        worth = evaluated.worth
-        self._emit(
-            "evaluated",
-            number=number,
-            sites=tuple(sorted(evaluated.own_leaf)),
-            metrics={} if worth is None else {"accuracy": float(worth.accuracy)},
-            detail="; ".join(str(error) for error in evaluated.rejected.values()),
-        )
-
-    def _sketch(self, reference: Reference, prepared: Prepared, state: RunState, *, number: int) -> None:
-        """Have the training rows counted by bin; who did not answer the release before is not asked."""
-        asked = state.participants if self._counted is None else self._counted
-        if number > self._charter.plan.rounds + 1:
-            self._witnessing.cosign(asked)  # the evaluation's statements must be witnessed first
-        terms = dataclasses.replace(
-            self._terms(number, prepared, state),
-            participants=asked,
-            event=reference.event,
-            released=reference.event.dimension,
-        )
-        logged = self._recalled(state)
-        requests = {
-            site: self._request(number, site, state, participants=asked)
-            for site in asked
-            if site not in logged and site not in state.silent
-        }
-        counted = sketch_rows(
-            self._coordinator,
-            self._exchange,
-            terms,
-            reference,
-            requests,
-            timeout_s=float(self._charter.plan.round_timeout_s),
-            minimum_sites=self._charter.minimum_sites,
-            logged=logged,
-        )
-        state.own_leaf |= counted.own_leaf
-        self._emit(
-            "sketched",
-            number=number,
-            sites=tuple(sorted(counted.own_leaf)),
-            detail="; ".join(str(error) for error in counted.rejected.values()),
-        )
-
     def _complete(self, past: RunPast, prepared: Prepared, state: RunState) -> RunOutcome:
         state.base_model = model_bytes(self._charter.layers, average_vectors(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
-        evaluation = Evaluation.of_charter(self._charter.document)
-        if past.evaluated is not None:
-            self._counted = tuple(s for s in state.participants if s not in past.evaluated.missing)
-        elif evaluation is not None:
-            self._evaluate(evaluation, prepared, state)
-        reference = Reference.of_charter(self._charter.document)
-        if reference is not None and past.referenced is None:
-            self._sketch(reference, prepared, state, number=len(planned_events(self._charter)))
-        state.own_leaf |= {site: release.leaf_index for site, release in state.logged.items()}
+        AfterRounds(
+            coordinator=self._coordinator,
+            exchange=self._exchange,
+            witnessing=self._witnessing,
+            charter=self._charter,
+            run=self._run.run,
+            terms=self._terms,
+            requests=self._requests,
+            emit=self._emit,
+        ).carry_out(past, prepared, state)
         self._coordinator.append(
             RunCompleted(
                 run=self._run.run,

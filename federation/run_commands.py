@@ -147,19 +147,19 @@ def follow(
         from federation.run_journal import RunJournal
         from federation.runs import find_run
 
-        view = find_run(ledger, run, delta=delta)
+        view = find_run(ledger, run, delta=delta, home=folder)
         journal, after = RunJournal(folder, view.run), 0
         if as_json:
             while True:
                 events, after = journal.read(after)
                 for event in events:
                     _tell(event, as_json=True)
-                view = find_run(ledger, run, delta=delta)
+                view = find_run(ledger, run, delta=delta, home=folder)
                 if (view.state != "running" or view.resumable) and not events:
                     break
                 time.sleep(every_s if not events else 0)
         else:
-            view = _live(lambda: _followed(find_run(ledger, run, delta=delta), folder), every_s)
+            view = _live(lambda: _followed(find_run(ledger, run, delta=delta, home=folder), folder), every_s)
     if view.state != "completed":
         raise typer.Exit(1)
 
@@ -180,7 +180,7 @@ def stop(
     from federation.runs import find_run
 
     with _coordinator(home) as opened:
-        view = find_run(opened.ledger, run)
+        view = find_run(opened.ledger, run, home=opened.home)
         ended = stop_run(opened, view.run, now=now)
     shown = f"run {view.run} " + ("has ended" if ended else "stops after this round")
     emit({"run": view.run, "ended": ended}, shown, as_json=as_json)
@@ -294,7 +294,7 @@ def _view(home: Path | None, run: str, delta: float) -> RunView:
     from federation.runs import find_run
 
     with _ledger(home) as (ledger, folder):
-        return _followed(find_run(ledger, run, delta=delta), folder)
+        return _followed(find_run(ledger, run, delta=delta, home=folder), folder)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from audit.entries import (
@@ -17,8 +19,10 @@ from audit.entries import (
     SiteUndelivered,
     decode_entry,
     event_hash,
+    parse_body,
 )
 from audit.epsilon import recompute
+from audit.errors import AuditError
 from audit.ledger import Ledger
 from audit.round_bodies import RunResumed
 from federation import registry
@@ -132,18 +136,36 @@ def list_runs(ledger: Ledger, *, delta: float = 1e-5, run: str | None = None) ->
     return list(found.values())
 
 
-def find_run(ledger: Ledger, prefix: str, *, delta: float = 1e-5) -> RunView:
-    """Return the one run whose id begins with `prefix`.
+def find_run(ledger: Ledger, prefix: str, *, delta: float = 1e-5, home: Path | None = None) -> RunView:
+    """Return the one run whose id begins with `prefix`; with `home` also one that is only prepared there.
+
+    A run that was submitted is in the log once its sites were asked, which can take a while.
 
     Raises:
         HomeError: there is none, or more than one.
     """
     matching = [view for view in list_runs(ledger, delta=delta) if view.run.startswith(prefix)]
+    known = {view.run for view in matching}
+    matching += [] if home is None else [view for view in prepared(home, prefix) if view.run not in known]
     if len(matching) != 1:
         raise HomeError(
             f"run {prefix}", "is not in the log" if not matching else "names several runs; give more of it"
         )
     return matching[0]
+
+
+def prepared(home: Path, prefix: str = "") -> list[RunView]:
+    """Return the runs that were prepared in a coordinator's home, as they are before the first entry."""
+    found = []
+    for path in sorted((home / "runs").glob("*.json")):
+        if not path.stem.startswith(prefix):
+            continue
+        try:
+            body = parse_body(RunStarted, json.loads(path.read_bytes())["run_started"])
+        except (OSError, ValueError, KeyError, TypeError, AuditError):
+            continue  # another file, or one that is being written
+        found.append(RunView(body.run, body.model, body.charter, "", body.rounds, body.sites))
+    return found
 
 
 def _tell_resumable(ledger: Ledger, view: RunView) -> None:

@@ -25,22 +25,22 @@ from audit.keys import SigningKey
 from audit.models import weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
 from federation import registry
-from federation.accounting import plan_cost
+from federation.accounting import check_fits
 from federation.charter import Charter
 from federation.code_digest import aggregation_code
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import (
     GateNotPassedError,
     OfficerError,
-    PlanDoesNotFitError,
     RunFailedError,
     TransitionError,
 )
 from federation.evaluation import PublicData
+from federation.exporting import export
 from federation.flat import initial_vector, model_pieces
 from federation.gates import epsilons, failed_gates, judge
 from federation.progress import Listener, listening
-from federation.registry import APPROVED, CANDIDATE, LIVE, RETIRED, Version
+from federation.registry import APPROVED, CANARY, CANDIDATE, LIVE, RETIRED, SHADOW, Version
 from federation.resume import prepared_run
 
 RunConfig = Mapping[str, str]
@@ -78,6 +78,16 @@ class ApproveRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRequest:
+    """Try an approved version beside the live one; `to_state` approved ends the trial."""
+
+    version: str
+    to_state: str  # canary (answers a share), shadow (is asked, and answers nobody), approved
+    share: int = 0  # of a canary: percent of the requests, 1 to 99
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackRequest:
     """Make an earlier live version live again; without `version`, the one before the present one."""
 
@@ -111,19 +121,7 @@ def start_run(
     """
     charter, model = request.charter, request.model or request.charter.name
     require(authorizer, principal, Question(action="runs.start", resource=model))
-    cost = plan_cost(charter)
-    if not cost.whole_site_fits and charter.site_level is not None:
-        raise PlanDoesNotFitError(
-            planned="none" if cost.whole_site is None else f"{cost.whole_site:.4f} for a whole site",
-            allowed=str(charter.site_level.epsilon),
-            noise="(a larger one), or a smaller site_level.max_update_norm",
-        )
-    if not cost.fits:
-        raise PlanDoesNotFitError(
-            planned=cost.sites[0].spent.pld_text,
-            allowed=str(charter.privacy.epsilon),
-            noise=str(cost.suggested_noise_multiplier),
-        )
+    check_fits(charter)
     run = secrets.token_hex(16)
     weights = initial_vector(charter.layers, charter.digest)
     initial = coordinator.blobs.put_stream(model_pieces(charter.layers, weights))
@@ -256,6 +254,7 @@ def register(
         epsilons=epsilons(charter, request.run, registry.statements(ledger)),
     )
     coordinator.append(body, "coordinator", stable_event_id("version.registered", request.run))
+    export(coordinator, body, charter, weights)
     return registry.find_version(ledger, completed.weights)
 
 
@@ -283,12 +282,43 @@ def approve(
         raise GateNotPassedError(version.digest, failed)
     if version.state == CANDIDATE:
         _move(coordinator, version, CANDIDATE, APPROVED, officer, request.reason)
-    elif version.state != APPROVED or request.to_state == APPROVED:
+    elif version.state not in (APPROVED, CANARY, SHADOW) or request.to_state == APPROVED:
         raise TransitionError(
             f"version {version.digest[:12]} is {version.state}; it cannot become {request.to_state}"
         )
     if request.to_state == LIVE:
-        _make_live(coordinator, version, APPROVED, officer, request.reason)
+        before = APPROVED if version.state == CANDIDATE else version.state
+        _make_live(coordinator, version, before, officer, request.reason)
+    return registry.find_version(coordinator.ledger, version.digest)
+
+
+def trial(
+    coordinator: Coordinator,
+    principal: Principal,
+    authorizer: Authorizer,
+    request: TrialRequest,
+    officer: SigningKey,
+) -> Version:
+    """Make an approved version a canary or a shadow, or end its trial, by an officer's own signature.
+
+    Raises:
+        OfficerError: the key is no officer's, or the author's own.
+        TransitionError: the share or the state does not allow it, or another canary has a share.
+    """
+    version = registry.find_version(coordinator.ledger, request.version)
+    require(authorizer, principal, Question(action="models.approve", resource=version.model))
+    if request.to_state not in (CANARY, SHADOW, APPROVED):
+        raise TransitionError(f"a trial is {CANARY} or {SHADOW}, and ends as {APPROVED}")
+    if request.to_state == CANARY and not 1 <= request.share <= 99:
+        raise TransitionError(f"a canary answers 1 to 99 percent of the requests, not {request.share}")
+    if request.to_state != CANARY and request.share:
+        raise TransitionError(f"a share is a canary's; leave it out for {request.to_state}")
+    _check_officer(coordinator, version, officer)
+    if request.to_state == CANARY:
+        others = [v for v in registry.versions(coordinator.ledger, version.model) if v.state == CANARY]
+        if others:
+            raise TransitionError(f"version {others[0].digest[:12]} is the canary; end its trial first")
+    _move(coordinator, version, version.state, request.to_state, officer, request.reason, request.share)
     return registry.find_version(coordinator.ledger, version.digest)
 
 
@@ -356,10 +386,11 @@ def public_data(coordinator: Coordinator, charter: Charter) -> PublicData | None
 def _make_live(
     coordinator: Coordinator, version: Version, from_state: str, officer: SigningKey, reason: str
 ) -> None:
+    """The new one first: at no moment is there none that answers, so no request fails over it."""
     present = registry.live_version(coordinator.ledger, version.model)
+    _move(coordinator, version, from_state, LIVE, officer, reason)
     if present is not None:
         _move(coordinator, present, LIVE, RETIRED, officer, f"replaced by {version.digest[:12]}")
-    _move(coordinator, version, from_state, LIVE, officer, reason)
 
 
 def _move(
@@ -369,6 +400,7 @@ def _move(
     to_state: str,
     officer: SigningKey,
     reason: str,
+    share: int = 0,
 ) -> None:
     if (from_state, to_state) not in registry.ALLOWED:
         raise TransitionError(f"version {version.digest[:12]} cannot go from {from_state} to {to_state}")
@@ -383,6 +415,7 @@ def _move(
         officer=officer.text,
         reason=reason[:200],
         signature="",
+        share=share,
     )
     body = dataclasses.replace(body, signature=_sign(officer, body))
     coordinator.append(body, f"officer:{officer.verify_key.fingerprint}")

@@ -21,11 +21,12 @@ def sketch_rows(
     *,
     timeout_s: float,
     minimum_sites: int,
-    logged: Mapping[str, AcceptedUpdate] | None = None,
+    logged: Mapping[str, AcceptedUpdate],
 ) -> Counted:
     """Ask the participants of `terms`, prove their answers, and write statements and run.referenced.
 
-    What a site released is logged whatever becomes of the sketch: it is spent.
+    What a site released is logged whatever becomes of the sketch: it is spent. `logged` as in
+    `gather_counts`.
     """
     counted = gather_counts(coordinator, exchange, terms, requests, timeout_s=timeout_s, logged=logged)
     sketch = ""

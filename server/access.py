@@ -3,6 +3,10 @@
 Cedar skips a policy whose condition fails to evaluate, which would let a broken `forbid` allow; so any
 evaluation error is a refusal here. Policies are checked against the schema when they are loaded, and every
 request against the same schema when it is asked.
+
+A decision is a pure function of the rules, the principal and the question (Cedar reads no clock), so
+decisions on models are remembered by all three: a changed rule, key or model is another key of the memory,
+and a change of rules drops it whole.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +32,15 @@ _logger = logging.getLogger(__name__)
 
 DEFAULT_DENY: Final = "default-deny"
 EVALUATION_ERROR: Final = "policy-evaluation-error"
+MAX_TEXT_BYTES: Final = 49_152  # a change of rules is one entry, and holds the text
 
-_RESOURCE_TYPES: Final = {"predict": "Model", "entry.read": "Entry", "evidence.export": "Entry"}
+_RESOURCE_TYPES: Final = {
+    "predict": "Model",
+    "entry.read": "Entry",
+    "evidence.export": "Entry",
+    "reviews.read": "Entry",
+}
+_REMEMBERED: Final = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +60,30 @@ def shipped_policies() -> PolicyText:
     )
 
 
+def with_shipped_schema(policies: str) -> PolicyText:
+    """Return a federation's own policies under our schema: the requests are ours."""
+    return PolicyText(policies=policies, schema=shipped_policies().schema)
+
+
 def read_policies(path: Path) -> PolicyText:
-    """Read a federation's own policies; the schema stays ours, because the requests are."""
+    """Read a federation's own policies."""
     try:
-        return PolicyText(policies=path.read_text(encoding="utf-8"), schema=shipped_policies().schema)
+        return with_shipped_schema(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyLoadError(f"{path}: cannot be read ({error}); give a Cedar file") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """One validated set; replaced as a whole, so that no decision sees half of a change."""
+
+    policies: cedarpy.PolicySet
+    schema: cedarpy.Schema
+    text: PolicyText
+    policy_set: str
+    schema_digest: str
+    names: frozenset[str]
+    remembered: dict[Hashable, Decision]
 
 
 class CedarAuthorizer:
@@ -64,62 +95,139 @@ class CedarAuthorizer:
         Raises: PolicyLoadError: the text does not parse, names something that the schema lacks, or leaves a
             policy without an `@id` or with one used twice.
         """
-        try:
-            self._schema = cedarpy.Schema.from_str(text.schema)
-            document = json.loads(cedarpy.policies_to_json_str(text.policies))
-        except ValueError as error:
-            raise PolicyLoadError(f"the access policies do not parse: {error}") from error
-        verdict = cedarpy.validate_policies(text.policies, self._schema)
-        if not verdict.validation_passed:
-            reasons = "; ".join(error.error for error in verdict.errors)
-            raise PolicyLoadError(f"the access policies do not fit the schema: {reasons}")
-        self._policies = cedarpy.PolicySet.from_json_str(json.dumps(_named(document)))
-        self.policy_set = hashlib.sha256(text.policies.encode()).hexdigest()
-        self.schema_digest = hashlib.sha256(text.schema.encode()).hexdigest()
+        self._rules = _load(text)
+
+    def replace(self, text: PolicyText) -> None:
+        """Decide by other rules from the next question on; errors as at the start, and nothing changes."""
+        self._rules = _load(text)
+
+    @property
+    def text(self) -> PolicyText:
+        return self._rules.text
+
+    @property
+    def policy_set(self) -> str:
+        """SHA-256 of the policies' text."""
+        return self._rules.policy_set
+
+    @property
+    def schema_digest(self) -> str:
+        return self._rules.schema_digest
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The policies' names."""
+        return self._rules.names
 
     def applied(self) -> PolicyApplied:
         """Return the entry that says which rules decide from now on."""
+        rules = self._rules
         return PolicyApplied(
-            policy_set=self.policy_set,
-            schema_digest=self.schema_digest,
+            policy_set=rules.policy_set,
+            schema_digest=rules.schema_digest,
             engine=f"cedarpy {version('cedarpy')}",
         )
 
     def decide(self, principal: Principal, question: Question) -> Decision:
         """Ask Cedar. An evaluation error, an unknown role or an ill-typed request is a refusal."""
+        rules = self._rules
         if principal.role not in ROLES:
-            return self._refused(DEFAULT_DENY)
+            return _refused(rules, DEFAULT_DENY)
         kind = _RESOURCE_TYPES.get(question.action, "Service")
-        user = {"type": "Affidavit::User", "id": principal.id}
-        resource = {"type": f"Affidavit::{kind}", "id": question.resource}
-        role = {"type": "Affidavit::Role", "id": principal.role}
-        entities: list[dict[str, Any]] = [
-            {"uid": user, "attrs": {"name": principal.id, "site": principal.site}, "parents": [role]},
-            {"uid": resource, "attrs": _plain(question.attributes), "parents": []},
-        ]
-        request = {
-            "principal": user,
-            "action": {"type": "Affidavit::Action", "id": question.action},
-            "resource": resource,
-            "context": _plain(question.context),
-        }
+        if kind == "Entry":  # each is asked about once
+            return _ask(rules, kind, principal, question)
         try:
-            answer = cedarpy.is_authorized(request, self._policies, entities, self._schema)
-            errors, reasons = answer.diagnostics.errors, sorted(answer.diagnostics.reasons)
-        except ValueError as error:
-            _logger.error("action=%s cannot be evaluated: %s", question.action, error)
-            return self._refused(EVALUATION_ERROR)
-        if errors or answer.decision is cedarpy.Decision.NoDecision:
-            _logger.error("action=%s evaluation errors: %s", question.action, "; ".join(errors))
-            return self._refused(EVALUATION_ERROR)
-        if not answer.allowed:
-            return self._refused(*(reasons or [DEFAULT_DENY]))
-        if not reasons:
-            return self._refused(EVALUATION_ERROR)
-        return Decision(allowed=True, policies=tuple(reasons), policy_set=self.policy_set)
+            key = (principal, question.action, question.resource, _frozen(question.attributes),
+                   _frozen(question.context))  # fmt: skip
+            found = rules.remembered.get(key)
+        except TypeError:  # an attribute of no kind that a question has: Cedar says so
+            return _ask(rules, kind, principal, question)
+        if found is None:
+            found = _ask(rules, kind, principal, question)
+            if EVALUATION_ERROR not in found.policies:
+                if len(rules.remembered) >= _REMEMBERED:
+                    rules.remembered.clear()
+                rules.remembered[key] = found
+        return found
 
-    def _refused(self, *policies: str) -> Decision:
-        return Decision(allowed=False, policies=policies, policy_set=self.policy_set)
+
+def _frozen(values: Any) -> tuple[tuple[str, Hashable], ...]:
+    # 1, True and 1.0 are equal in Python and not in Cedar; so the kind is a part of the key
+    return tuple([(name, (type(value), value)) for name, value in values.items()])
+
+
+def _ask(rules: _Rules, kind: str, principal: Principal, question: Question) -> Decision:
+    user = {"type": "Affidavit::User", "id": principal.id}
+    resource = {"type": f"Affidavit::{kind}", "id": question.resource}
+    role = {"type": "Affidavit::Role", "id": principal.role}
+    attributes = {
+        "name": principal.id,
+        "site": principal.site,
+        "region": principal.region,
+        "models": list(principal.models),
+        "method": principal.method,
+    }
+    entities: list[dict[str, Any]] = [
+        {"uid": user, "attrs": attributes, "parents": [role]},
+        {"uid": resource, "attrs": _plain(question.attributes), "parents": []},
+    ]
+    request = {
+        "principal": user,
+        "action": {"type": "Affidavit::Action", "id": question.action},
+        "resource": resource,
+        "context": _plain(question.context),
+    }
+    try:
+        answer = cedarpy.is_authorized(request, rules.policies, entities, rules.schema)
+        errors, reasons = answer.diagnostics.errors, sorted(answer.diagnostics.reasons)
+    except (ValueError, TypeError) as error:
+        _logger.error("action=%s cannot be evaluated: %s", question.action, error)
+        return _refused(rules, EVALUATION_ERROR)
+    if errors or answer.decision is cedarpy.Decision.NoDecision:
+        _logger.error("action=%s evaluation errors: %s", question.action, "; ".join(errors))
+        return _refused(rules, EVALUATION_ERROR)
+    if not answer.allowed:
+        return _refused(rules, *(reasons or [DEFAULT_DENY]))
+    if not reasons:
+        return _refused(rules, EVALUATION_ERROR)
+    return Decision(allowed=True, policies=tuple(reasons), policy_set=rules.policy_set)
+
+
+def _refused(rules: _Rules, *policies: str) -> Decision:
+    return Decision(allowed=False, policies=policies, policy_set=rules.policy_set)
+
+
+def _load(text: PolicyText) -> _Rules:
+    size = len(text.policies.encode())
+    if size > MAX_TEXT_BYTES:
+        raise PolicyLoadError(f"the access policies are {size} bytes; at most {MAX_TEXT_BYTES} fit an entry")
+    schema, policies, names = _checked(text)
+    return _Rules(
+        policies=policies,
+        schema=schema,
+        text=text,
+        policy_set=hashlib.sha256(text.policies.encode()).hexdigest(),
+        schema_digest=hashlib.sha256(text.schema.encode()).hexdigest(),
+        names=names,
+        remembered={},
+    )
+
+
+@lru_cache(maxsize=8)
+def _checked(text: PolicyText) -> tuple[cedarpy.Schema, cedarpy.PolicySet, frozenset[str]]:
+    """Parse and validate; the results are read-only, so that all who ask by one text may share them."""
+    try:
+        schema = cedarpy.Schema.from_str(text.schema)
+        document = json.loads(cedarpy.policies_to_json_str(text.policies))
+    except ValueError as error:
+        raise PolicyLoadError(f"the access policies do not parse: {error}") from error
+    verdict = cedarpy.validate_policies(text.policies, schema)
+    if not verdict.validation_passed:
+        reasons = "; ".join(error.error for error in verdict.errors)
+        raise PolicyLoadError(f"the access policies do not fit the schema: {reasons}")
+    named = _named(document)
+    policies = cedarpy.PolicySet.from_json_str(json.dumps(named))
+    return schema, policies, frozenset(named["staticPolicies"])
 
 
 def _named(document: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -22,32 +23,48 @@ from federation.registry import LIVE
 from server import (
     errors,
     openapi,
+    reference,
     routes_audit,
     routes_keys,
     routes_models,
     routes_officer,
+    routes_policy,
+    routes_receipts,
+    routes_reviews,
     routes_runs,
     routes_subjects,
     routes_tiles,
 )
 from server.access import CedarAuthorizer, read_policies, shipped_policies
+from server.alarming import Alarming
 from server.context import Caller, Context, authorise, context_of
-from server.errors import ArtefactError
+from server.errors import ArtefactError, NotReadyError
 from server.explaining import Explaining
+from server.facts import DecisionFacts
 from server.guard import Guard
 from server.hooks import Hooks
+from server.identity import Identities
 from server.journal import Clock, Journal, time_text, utc_now
 from server.keys import KeyStore
 from server.live import LiveModels
 from server.monitoring import CONTENT_TYPE, Monitoring
+from server.oidc import token_verifier
+from server.oip import routes as routes_oip
+from server.proxy_identity import proxy_identity
 from server.publishing import Publisher
+from server.quotas import Limit, Quotas
+from server.readiness import Readiness
 from server.reading_log import ReadingLog
 from server.receipting import Receipting
+from server.rules import RulesInForce
+from server.rules_follower import RulesFollower
 from server.schemas import problems
 from server.scoring import Scoring
 from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
+from server.shadowing import Shadowing
+from server.tracing import Traced, Tracing
 from server.warm import WarmModels
 from server.watching import Watching
 
@@ -74,25 +91,46 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
 
     Raises:
         PolicyLoadError: the access policies do not hold together.
+        SettingsError: traces are asked for, and OpenTelemetry is not installed.
     """
     text = read_policies(settings.policies) if settings.policies else shipped_policies()
     authorizer, monitoring = CedarAuthorizer(text), Monitoring()
+    tracing = Tracing(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         context = build_context(settings, authorizer, monitoring, clock)
-        app.state.context = context
+        app.state.context, grpc_server = context, None
         try:
+            await context.rules_follower.start()
             await record_policies(context)
             await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
             await context.publisher.start()
             context.watching.start()
+            if settings.grpc_port is not None:
+                from server.oip.grpc_service import InferenceServer
+
+                grpc_server = InferenceServer(context, app.version)
+                app.state.grpc_port = await grpc_server.start(f"{settings.host}:{settings.grpc_port}")
+                _logger.info("gRPC on port %d", app.state.grpc_port)
+            context.readiness.state = "ready"
             yield
         finally:
+            context.readiness.state = "draining"
+            if grpc_server is not None:
+                await grpc_server.stop(settings.request_timeout_s)
+            if context.predicting.shadowing is not None:
+                await context.predicting.shadowing.drain()
+            await context.alarming.settle()
+            context.explaining.close()
+            if tracing is not None:
+                await to_thread.run_sync(tracing.close)
             await context.watching.stop()
+            await context.rules_follower.stop()
             await context.publisher.stop()
             context.keys.close()
+            context.quotas.close()
             context.vault.close()
             context.coordinator.close()
 
@@ -104,12 +142,20 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         lifespan=lifespan,
         openapi_tags=[
             {"name": "models", "description": "What is registered, and answers from what is live."},
+            {
+                "name": "inference protocol",
+                "description": "The same answers by the Open Inference Protocol v2.",
+            },
             {"name": "audit", "description": "The log: entries, proofs, checkpoints, evidence."},
             {"name": "subjects", "description": "A person: everything about them, or nothing any more."},
+            {"name": "reviews", "description": "Decisions that a person must review, and alarms."},
+            {"name": "policy", "description": "The rules that decide, and their changes."},
             {"name": "keys", "description": "API keys, for operators."},
             {"name": "service", "description": "Health and metrics."},
         ],
         redirect_slashes=False,
+        docs_url=None,  # they would send the browser to another host: server.reference
+        redoc_url=None,
     )
     errors.install(app)
     officer = (
@@ -117,13 +163,26 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         routes_tiles.router,
         routes_subjects.router,
         routes_runs.router,
+        routes_reviews.router,
+        routes_policy.router,
     )
-    for router in (routes_models.router, routes_audit.router, *officer, routes_keys.router):
+    served = (
+        routes_models.router,
+        routes_oip.router,
+        routes_audit.router,
+        routes_receipts.router,
+        *officer,
+        routes_keys.router,
+    )
+    for router in served:
         # The routes themselves, as they stand: `include_router` would analyse each signature again, once an
         # application, and lay a second lookup over every request.
         app.router.routes.extend(router.routes)
     _service_routes(app)
     openapi.install(app)
+    reference.install(app)
+    if tracing is not None:
+        app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
     return app
 
@@ -142,24 +201,48 @@ def build_context(
     vault = open_vault(settings.coordinator_home, coordinator.ledger.origin)
     sealing = Sealing(vault, journal, settings.request_timeout_s / 2)
     receipting = Receipting(coordinator.signer, clock, merge_delay_s=settings.merge_delay_s)
+    keys = KeyStore(
+        settings.coordinator_home, clock, cache_s=settings.key_cache_s, recheck_s=settings.key_recheck_s
+    )
+    rules = RulesInForce(coordinator.ledger, authorizer, keys.revoked_in_log)
+    limits = (Limit(60, settings.quota_rows_per_minute), Limit(86_400, settings.quota_rows_per_day))
+    quotas = Quotas(settings.coordinator_home, clock, tuple(limit for limit in limits if limit.rows))
+    facts = DecisionFacts(rules=rules, clock=clock, follow_s=settings.rules_follow_s)
+    warm = WarmModels(coordinator.blobs)
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
+    alarming = Alarming(journal, monitoring)
     return Context(
         settings=settings,
+        alarming=alarming,
+        explaining=explaining,
         coordinator=coordinator,
-        keys=KeyStore(settings.coordinator_home, clock, cache_s=settings.key_cache_s),
+        keys=keys,
+        identities=Identities(
+            keys=keys,
+            tokens=token_verifier(settings, keys.pseudonym, clock),
+            certificates=proxy_identity(settings, clock, monitoring.spoofed_identities.inc),
+        ),
+        rules=rules,
+        rules_follower=RulesFollower(
+            rules, coordinator.ledger, journal, authorizer, interval_s=settings.rules_follow_s
+        ),
+        quotas=quotas,
+        first_policies=authorizer.text,
         authorizer=authorizer,
         journal=journal,
         live=live,
         predicting=PredictService(
             live=live,
-            warm=WarmModels(coordinator.blobs.get),
+            warm=warm,
             authorizer=authorizer,
             journal=journal,
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
-            hooks=Hooks(facts=(), annotators=(scoring, explaining), observers=()),
+            hooks=Hooks(facts=(facts,), annotators=(scoring, explaining), observers=(alarming,)),
+            quotas=quotas,
+            shadowing=Shadowing(warm, journal, sealing, monitoring),
         ),
         publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
         watching=Watching(coordinator, clock),
@@ -167,6 +250,7 @@ def build_context(
         clock=clock,
         reading=ReadingLog(sealing, journal),
         vault=vault,
+        readiness=Readiness(live, warm),
     )
 
 
@@ -207,6 +291,16 @@ def _service_routes(app: FastAPI) -> None:
         return {"status": "ok", "tree_size": context_of(request).coordinator.ledger.tree_size}
 
     @app.get(
+        "/readyz", tags=["service"], summary="Should the service be sent requests?", responses=problems(503)
+    )
+    async def readyz(request: Request) -> dict[str, Any]:
+        """200 once the log can be read and every live model is loaded, until the process drains."""
+        problem = await to_thread.run_sync(context_of(request).readiness.problem)
+        if problem:
+            raise NotReadyError(problem)
+        return {"status": "ready"}
+
+    @app.get(
         "/metrics",
         tags=["service"],
         summary="Read Prometheus metrics",
@@ -216,9 +310,13 @@ def _service_routes(app: FastAPI) -> None:
     async def metrics(request: Request, principal: Caller) -> Response:
         """Text exposition format 0.0.4; an operator's key is needed."""
         await authorise(request, principal, "metrics.read")
-        return Response(context_of(request).monitoring.render(), media_type=CONTENT_TYPE)
+        context = context_of(request)
+        coordinator, monitoring = context.coordinator, context.monitoring
+        await to_thread.run_sync(monitoring.look_at_network, coordinator.home, coordinator.ledger)
+        return Response(monitoring.render(), media_type=CONTENT_TYPE)
 
 
+@cache
 def _version() -> str:
     try:
         return version("affidavit")

@@ -1,4 +1,6 @@
-"""Commands for operators: `serve`, `keys create | list | revoke`, `status`, `doctor`, `backup`, `restore`."""
+"""Commands for operators: `serve`, `keys create | rotate | list | revoke`, `status`, `doctor`, `backup`,
+`restore`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from audit.console import CommandError, ask_api, base_home, emit, guarded, read_key, table
-from server import subject_commands
+from server import policy_commands, subject_commands
 
 if TYPE_CHECKING:
     import socket
@@ -45,6 +47,7 @@ def register(application: typer.Typer) -> None:
     application.command("backup")(backup)
     application.command("restore")(restore)
     subject_commands.register(application)
+    policy_commands.register(application)
 
 
 @guarded
@@ -56,9 +59,18 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [AFFIDAVIT_PORT, 8000].")] = None,
     policies: Annotated[Path | None, typer.Option(help="Cedar file in place of the shipped rules.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that answer on the port [AFFIDAVIT_WORKERS, 1].")
+    ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Also speak the inference protocol over gRPC [AFFIDAVIT_GRPC_PORT].")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve the HTTP API until stopped. Its description is at /docs.
+
+    With --workers a supervisor starts so many processes, and starts each again that dies. SIGTERM turns
+    /readyz to 503 for AFFIDAVIT_DRAIN_S seconds, then finishes what is under way.
 
     With --json the first line of standard output is {"url": …} once the socket listens.
 
@@ -66,18 +78,23 @@ def serve(
     """
     import logging
 
-    import uvicorn
-
     from federation.coordinator import Coordinator
-    from server.app import create_app
+    from server import logs, metric_files
     from server.settings import load_settings
 
-    flags = {"host": host, "port": port, "policies": policies, "log_level": log_level}
+    flags = {
+        "host": host,
+        "port": port,
+        "policies": policies,
+        "log_level": log_level,
+        "workers": workers,
+        "grpc_port": grpc_port,
+    }
     settings = load_settings(flags=flags, base=home).settings
     level = settings.log_level.upper()
     if level not in logging.getLevelNamesMapping():
         raise CommandError(f"log_level {settings.log_level!r} is unknown; use info", code="server.settings")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format, level)
     from audit.location import log_location
 
     place = log_location(settings.coordinator_home)
@@ -88,15 +105,24 @@ def serve(
         )
     with Coordinator.open(settings.coordinator_home, settings.signer_home) as coordinator:
         coordinator.publisher.step()  # who may not sign is told here, in one line
-    app = create_app(settings)
+    if settings.workers > 1:
+        if settings.grpc_port == 0:
+            raise CommandError(
+                "grpc_port 0 is one worker's; name a port that all share", code="server.settings"
+            )
+        metric_files.prepare(settings.coordinator_home / "metrics")
+    from server.app import create_app
+    from server.workers import Supervisor, run_worker
+
+    create_app(settings)  # what is wrong with the policies is told before anything listens
     listener = _listen(settings.host, settings.port)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
-    config = uvicorn.Config(
-        app, log_level=level.lower(), access_log=False, timeout_keep_alive=15, server_header=False, ws="none"
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    if settings.workers == 1:
+        run_worker(settings, listener, level.lower())
+    elif Supervisor(settings, listener, level.lower()).run():
+        raise CommandError("no worker could be kept alive; the log says why", code="server.workers")
 
 
 @keys.command("create")
@@ -108,6 +134,15 @@ def create_key(
     ] = None,
     note: Annotated[str, typer.Option(help="For your own memory; never in the log.")] = "",
     site: Annotated[str, typer.Option(help="For role node: the site whose entries it may read.")] = "",
+    region: Annotated[str, typer.Option(help="Where its holder asks from, such as eu.")] = "",
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="The only model it may ask; may be given several times."),
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(help="A client certificate (PEM) in place of a secret; see `mtls_header` in the docs."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the key to this new file (0600), do not print it.")
     ] = None,
@@ -120,8 +155,12 @@ def create_key(
 
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
     """
+    models, fingerprint = model or [], _fingerprint(certificate) if certificate is not None else ""
     if url:
-        body = {"role": role, "note": note, "site": site, **({"expires": expires} if expires else {})}
+        body = {
+            "role": role, "note": note, "site": site, "region": region, "models": models,
+            "certificate": fingerprint, **({"expires": expires} if expires else {}),
+        }  # fmt: skip
         answer = ask_api(url, "/v1/keys", key=read_key(None, key_file), method="POST", body=body)
         document: dict[str, Any] = json.loads(answer)
     else:
@@ -130,13 +169,46 @@ def create_key(
         from server import key_service
 
         with _parts(home) as (store, journal):
-            made = key_service.create_key(store, journal, role=role, expires=expires, note=note, site=site)
+            made = key_service.create_key(
+                store, journal, role=role, expires=expires, note=note, site=site, region=region,
+                models=tuple(models), certificate=fingerprint,
+            )  # fmt: skip
         document = {"key": made.text, **asdict(made.view), "entry": made.entry}
-    if out is not None:
-        _write_secret(out, document.pop("key"))
-        document["file"] = str(out)
-    shown = f"key     {document.get('key', out)}\nid      {document['key_id']}   role {document['role']}"
-    emit(document, shown + "\nkeep it: nobody can show it again", as_json=as_json)
+    _hand_over(document, out, as_json=as_json)
+
+
+@keys.command("rotate")
+@guarded
+def rotate_key(
+    key_id: Annotated[str, typer.Argument(help="The key's id, from `affidavit keys list`.")],
+    overlap: Annotated[int, typer.Option(min=0, help="Seconds for which the old key still counts.")] = 86_400,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the key to this new file (0600), do not print it.")
+    ] = None,
+    home: Home = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a successor for the same principal, role and terms; the old key ends after the overlap.
+
+    Exit codes: 0 done, 1 there is no such key, it stands no more, refused or failed, 2 wrong usage.
+    """
+    if url:
+        answer = ask_api(
+            url, f"/v1/keys/{key_id}/rotate", key=read_key(None, key_file), method="POST",
+            body={"overlap_s": overlap},
+        )  # fmt: skip
+        document: dict[str, Any] = json.loads(answer)
+    else:
+        from dataclasses import asdict
+
+        from server import key_service
+
+        with _parts(home) as (store, journal):
+            made = key_service.rotate_key(store, journal, key_id, overlap_s=overlap)
+        document = {"key": made.text, **asdict(made.view), "entry": made.entry}
+    _hand_over(document, out, as_json=as_json)
 
 
 @keys.command("list")
@@ -276,7 +348,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(128)
+        listener.listen(1024)
     except OSError as error:
         listener.close()
         raise CommandError(f"{host} port {port}: {error.strerror}; choose another --port") from error
@@ -295,6 +367,29 @@ def _parts(home: Path | None) -> Iterator[tuple[KeyStore, Journal]]:
     folder = base_home(home) / "coordinator"
     with Ledger.open(log_location(folder)) as ledger, closing(KeyStore(folder, utc_now)) as store:
         yield store, Journal(ledger, utc_now, Monitoring(), timeout_s=30)
+
+
+def _hand_over(document: dict[str, Any], out: Path | None, *, as_json: bool) -> None:
+    """Show a key's text, or write it to a file; a certificate's key has none."""
+    who = f"id      {document['key_id']}   role {document['role']}"
+    if not document["key"]:
+        emit(document, f"{who}\nwhoever holds the certificate is known by it", as_json=as_json)
+        return
+    if out is not None:
+        _write_secret(out, document.pop("key"))
+        document["file"] = str(out)
+    shown = f"key     {document.get('key', out)}\n{who}\nkeep it: nobody can show it again"
+    emit(document, shown, as_json=as_json)
+
+
+def _fingerprint(path: Path) -> str:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes()).fingerprint(SHA256()).hex()
+    except ValueError as error:
+        raise CommandError(f"{path}: holds no PEM certificate", code="keys.bad_request") from error
 
 
 def _write_secret(path: Path, text: str) -> None:

@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from anyio import to_thread
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ValidationError
 
+from audit.canonical import parse_strict
 from audit.entries import AccessDenied
+from audit.errors import AuditError
 from audit.principal import AccessDeniedError, Decision, Principal, Question, require
 from audit.vault import Vault
 from federation.coordinator import Coordinator
-from server.access import CedarAuthorizer
-from server.errors import UnauthenticatedError, request_id_of
+from server.access import CedarAuthorizer, PolicyText
+from server.alarming import Alarming
+from server.errors import MalformedRequestError, request_id_of
+from server.explaining import Explaining
+from server.identity import Identities
 from server.journal import Clock, Journal
 from server.keys import KeyStore
 from server.live import LiveModels
+from server.marks import note_principal
 from server.monitoring import Monitoring
 from server.publishing import Publisher
+from server.quotas import Quotas
+from server.readiness import Readiness
 from server.reading_log import ReadingLog
+from server.rules import RulesInForce
+from server.rules_follower import RulesFollower
 from server.service import PredictService
 from server.settings import Settings
 from server.watching import Watching
@@ -30,7 +40,8 @@ from server.watching import Watching
 bearer = HTTPBearer(
     auto_error=False,
     scheme_name="API key",
-    description="`Authorization: Bearer affidavit_…`; made by `affidavit keys create --role ROLE`.",
+    description="`Authorization: Bearer affidavit_…`, made by `affidavit keys create --role ROLE`; or, where "
+    "the operator named an issuer, a token of that issuer.",
 )
 
 
@@ -51,6 +62,17 @@ class Context:
     clock: Clock
     reading: ReadingLog
     vault: Vault
+    identities: Identities
+    rules: RulesInForce
+    rules_follower: RulesFollower
+    quotas: Quotas
+    first_policies: PolicyText  # that decide until an officer changes the rules
+    alarming: Alarming
+    explaining: Explaining
+    readiness: Readiness
+
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def context_of(request: Request) -> Context:
@@ -64,15 +86,11 @@ async def principal_of(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None,
 ) -> Principal:
-    """Return who holds the request's key.
-
-    Raises:
-        UnauthenticatedError: no key, or not a good one.
-    """
-    if credentials is None:
-        raise UnauthenticatedError("an API key is needed: send `Authorization: Bearer affidavit_…`")
-    keys = context_of(request).keys
-    return await to_thread.run_sync(keys.authenticate, credentials.credentials)
+    """Return who asks; errors as `Identities.principal`."""
+    given = None if credentials is None else credentials.credentials
+    principal = await context_of(request).identities.principal(request, given)
+    note_principal(request.scope, principal.id)
+    return principal
 
 
 Caller = Annotated[Principal, Depends(principal_of)]
@@ -90,24 +108,29 @@ async def denials_recorded(request: Request) -> AsyncIterator[None]:
     try:
         yield
     except AccessDeniedError as denied:
-        action, principal = denied.question.action, denied.principal
-        for policy in denied.decision.policies:
-            context.monitoring.denials.labels(action, policy).inc()
-        sequenced = await context.journal.append(
-            AccessDenied(
-                request_id=request_id_of(request),
-                action=action,
-                principal=principal.id,
-                role=principal.role,
-                policies=denied.decision.policies,
-                policy_set=denied.decision.policy_set,
-            )
-        )
-        denied.entry = {
-            "leaf_index": sequenced.leaf_index,
-            "leaf_hash": sequenced.leaf_hash.hex(),
-        }
+        await record_denial(context, denied, request_id_of(request))
         raise
+
+
+async def record_denial(context: Context, denied: AccessDeniedError, request_id: str) -> None:
+    """Make a refusal an entry, and name it in `denied.entry`; LedgerUnavailableError: it is none."""
+    action, principal = denied.question.action, denied.principal
+    for policy in denied.decision.policies:
+        context.monitoring.denials.labels(action, policy).inc()
+    sequenced = await context.journal.append(
+        AccessDenied(
+            request_id=request_id,
+            action=action,
+            principal=principal.id,
+            role=principal.role,
+            policies=denied.decision.policies,
+            policy_set=denied.decision.policy_set,
+        )
+    )
+    denied.entry = {
+        "leaf_index": sequenced.leaf_index,
+        "leaf_hash": sequenced.leaf_hash.hex(),
+    }
 
 
 async def authorise(request: Request, principal: Principal, action: str) -> Decision:
@@ -115,6 +138,24 @@ async def authorise(request: Request, principal: Principal, action: str) -> Deci
     question = Question(action=action, resource="service")
     async with denials_recorded(request):
         return require(context_of(request).authorizer, principal, question)
+
+
+async def parsed_body(request: Request, kind: type[Parsed]) -> Parsed:
+    """Read a JSON body strictly.
+
+    Raises:
+        MalformedRequestError: names each field and what is wrong with it.
+    """
+    try:
+        return kind.model_validate(parse_strict(await request.body()))
+    except AuditError as error:
+        raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
+    except ValidationError as error:
+        fields = [
+            {"field": ".".join(map(str, found["loc"])), "problem": found["msg"]}
+            for found in error.errors(include_url=False, include_input=False)[:50]
+        ]
+        raise MalformedRequestError(f"{fields[0]['field']}: {fields[0]['problem']}", fields=fields) from error
 
 
 async def require_whole_log(request: Request, principal: Principal) -> Decision:

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
@@ -125,7 +126,7 @@ def _certificates(coordinator: Path) -> list[Check]:
     return [
         Check(
             name=f"certificate {state.name}",
-            ok=state.days_left > 0,
+            ok=state.urgency != "urgent" and state.left > timedelta(0),
             detail=f"{state.days_left} days left"
             + ("; `coordinator up` renews it" if state.renews else "; see docs/network.md, Certificates"),
         )

@@ -17,6 +17,7 @@ from federation.errors import FederationError
 _logger = logging.getLogger(__name__)
 
 MEDIA_TYPE: Final = "application/problem+json"
+PROTOCOL_PATHS: Final = ("/v2/", "/v2")
 
 
 class ServerError(Exception):
@@ -47,6 +48,46 @@ class UnauthenticatedError(ServerError):
     code = "access.unauthenticated"
 
 
+class IssuerUnreachableError(ServerError):
+    """The issuer's keys are neither at hand nor to be had: no token can be judged, so none counts."""
+
+    code = "access.issuer_unreachable"
+
+
+class PolicyRefusedError(ServerError):
+    """The rules hold together, and this change of them does not count; the message says why."""
+
+    code = "access.policy_refused"
+
+
+class AlarmNotFoundError(ServerError):
+    code = "alarms.not_found"
+
+
+class ReviewNotFoundError(ServerError):
+    """No decision of that id is in the log."""
+
+    code = "reviews.not_found"
+
+
+class ReviewNotNeededError(ServerError):
+    """The decision's charter gives its answers no legal effect, or the answer was a test."""
+
+    code = "reviews.not_needed"
+
+
+class ReviewDoneError(ServerError):
+    """Somebody reviewed the decision before; `review` says what they found."""
+
+    code = "reviews.done"
+
+
+class ReviewSignatureError(ServerError):
+    """The signature is not the officer's over this review, or the officer is none of the charter's."""
+
+    code = "reviews.signature"
+
+
 class KeyNotFoundError(ServerError):
     code = "keys.not_found"
 
@@ -57,6 +98,28 @@ class KeyRequestError(ServerError):
 
 class TooBusyError(ServerError):
     code = "server.busy"
+
+
+class OverloadedError(ServerError):
+    """The worker has as many requests as it can answer in time; nothing of this one was read."""
+
+    code = "server.overloaded"
+
+
+class DeadlineError(ServerError):
+    """The caller's own time limit passed; whatever became of the request, this is no answer to it."""
+
+    code = "request.deadline"
+
+
+class ReceiptNotFoundError(ServerError):
+    code = "receipts.not_found"
+
+
+class NotReadyError(ServerError):
+    """This process, or one of its models, should get no requests now."""
+
+    code = "server.not_ready"
 
 
 class NoSuchRouteError(ServerError):
@@ -119,6 +182,15 @@ STATUS: Final[dict[str, int]] = {
     "access.unauthenticated": 401,
     "access.denied": 403,
     "predict.denied": 403,
+    "predict.quota": 429,
+    "access.issuer_unreachable": 503,
+    "access.policy_invalid": 422,
+    "access.policy_refused": 409,
+    "alarms.not_found": 404,
+    "reviews.not_found": 404,
+    "reviews.not_needed": 409,
+    "reviews.done": 409,
+    "reviews.signature": 422,
     "request.malformed": 422,
     "request.no_such_route": 404,
     "request.too_large": 413,
@@ -132,6 +204,11 @@ STATUS: Final[dict[str, int]] = {
     "explain.not_available": 501,
     "explain.not_allowed": 422,
     "server.busy": 503,
+    "server.overloaded": 503,
+    "request.deadline": 504,
+    "server.not_ready": 503,
+    "receipts.not_found": 404,
+    "audit.stale_view": 503,
     "audit.ledger_unavailable": 503,
     "audit.ledger_busy": 503,
     "audit.ledger_closed": 503,
@@ -168,6 +245,7 @@ STATUS: Final[dict[str, int]] = {
     "evidence.gap": 404,
     "evidence.too_large": 413,
     "federation.not_found": 404,
+    "federation.masked_run": 409,
     "federation.blob_missing": 503,
     "federation.blob_altered": 503,
     "audit.entry_malformed": 422,
@@ -191,16 +269,21 @@ TITLES: Final[dict[int, str]] = {
     405: "Method not allowed",
     410: "Erased",
     408: "The request took too long to arrive",
+    409: "Not in this state",
     413: "The body is too large",
     415: "Unsupported media type",
     422: "The request cannot be processed",
+    429: "Too much in this time",
     500: "Internal error",
     501: "Not available on this server",
     503: "Try again later",
+    504: "The request's own time limit passed",
 }
 
 
-def problem(status: int, code: str, detail: str, *, request_id: str, **extra: Any) -> JSONResponse:
+def problem(
+    status: int, code: str, detail: str, *, request_id: str, retry_after_s: int = 1, **extra: Any
+) -> JSONResponse:
     """Build a problem document; `code` is stable, `detail` is for people."""
     document = {
         "type": f"urn:affidavit:problem:{code}",
@@ -214,9 +297,32 @@ def problem(status: int, code: str, detail: str, *, request_id: str, **extra: An
     headers = {"Cache-Control": "no-store"}
     if status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="affidavit"'
-    if status == 503:
-        headers["Retry-After"] = "1"
+    if status in (429, 503):
+        headers["Retry-After"] = str(retry_after_s)
     return JSONResponse(document, status_code=status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def _protocol_error(
+    status: int, code: str, detail: str, extra: dict[str, Any], retry_after_s: int
+) -> JSONResponse:
+    """The Open Inference Protocol's own form: {"error": text}; the code and the entry stand in headers."""
+    headers = {"Cache-Control": "no-store", "Affidavit-Code": code}
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="affidavit"'
+    if status in (429, 503):
+        headers["Retry-After"] = str(retry_after_s)
+    if "entry" in extra:
+        headers["Affidavit-Entry"] = str(extra["entry"]["leaf_index"])
+    return JSONResponse({"error": detail}, status_code=status, headers=headers)
+
+
+def _answer(request: Request, status: int, code: str, detail: str, **extra: Any) -> JSONResponse:
+    retry_after_s = max(1, int(extra.pop("retry_after_s", 1)))
+    if request.scope["path"].startswith(PROTOCOL_PATHS):
+        return _protocol_error(status, code, detail, extra, retry_after_s)
+    return problem(
+        status, code, detail, request_id=request_id_of(request), retry_after_s=retry_after_s, **extra
+    )
 
 
 def request_id_of(request: Request) -> str:
@@ -226,20 +332,19 @@ def request_id_of(request: Request) -> str:
 
 def render(request: Request, error: Exception) -> JSONResponse:
     """Turn any error into its problem document: the one mapping."""
-    request_id = request_id_of(request)
     code = str(getattr(error, "code", "server.internal"))
     status = STATUS.get(code)
     if status is None:
-        _logger.error("request=%s code=%s: %s", request_id, code, error, exc_info=error)
-        return problem(
-            500, "server.internal", "the server failed; its log has the reason", request_id=request_id
-        )
+        # its text may quote what the caller sent, so type and places alone are logged
+        _logger.error("code=%s: %s", code, type(error).__name__, exc_info=error)
+        return _answer(request, 500, "server.internal", "the server failed; its log has the reason")
     extra = dict(getattr(error, "extra", {}))
     if isinstance(error, AccessDeniedError):
         extra = {**extra, "policies": list(error.decision.policies), "policy_set": error.decision.policy_set}
         if error.entry is not None:
             extra["entry"] = dict(error.entry)
-    return problem(status, code, str(error), request_id=request_id, **extra)
+    extra.setdefault("retry_after_s", getattr(error, "retry_after_s", 1))
+    return _answer(request, status, code, str(error), **extra)
 
 
 def install(app: FastAPI) -> None:
@@ -257,7 +362,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only
         codes = {404: "request.no_such_route", 405: "request.method_not_allowed"}
         code = codes.get(error.status_code, "request.refused")
-        return problem(error.status_code, code, str(error.detail), request_id=request_id_of(request))
+        return _answer(request, error.status_code, code, str(error.detail))
 
     app.add_exception_handler(ServerError, ours)
     app.add_exception_handler(AuditError, ours)

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from typing import Final
 
 from audit.entries import Body, IndexColumns, encode_entry, index_columns, new_entry
-from audit.errors import AuditError
-from audit.ledger import Ledger, Sequenced
+from audit.errors import AuditError, StaleViewError
+from audit.ledger import Guard, Ledger, Sequenced
 from server.errors import LedgerUnavailableError
 from server.monitoring import Monitoring
 
@@ -39,25 +39,32 @@ class Journal:
         self._ledger, self._clock, self._monitoring = ledger, clock, monitoring
         self._timeout_s = timeout_s
 
-    async def append(self, body: Body, *, event_id: str | None = None) -> Sequenced:
+    async def append(
+        self, body: Body, *, event_id: str | None = None, guard: Guard | None = None
+    ) -> Sequenced:
         """Append `body` and wait until it is durable; `event_id` where the vault already bears it.
 
         Raises:
+            StaleViewError: what `guard` names came in between; nothing was written.
             LedgerUnavailableError: it is not, or not known to be, durable.
         """
         data, event_id, columns = self._encode(body, event_id)
         begun = time.perf_counter()
         try:
-            future = self._ledger.append_from_loop(data, event_id=event_id, index_columns=columns)
+            future = self._ledger.append_from_loop(
+                data, event_id=event_id, index_columns=columns, guard=guard
+            )
             sequenced = await asyncio.wait_for(future, self._timeout_s)
+        except StaleViewError:
+            raise
         except (AuditError, OSError, TimeoutError) as error:
             raise self._failed(error) from error
         self._monitoring.append_seconds.observe(time.perf_counter() - begun)
         return sequenced
 
-    def append_now(self, body: Body) -> Sequenced:
+    def append_now(self, body: Body, *, event_id: str | None = None) -> Sequenced:
         """The same, for callers without an event loop."""
-        data, event_id, columns = self._encode(body)
+        data, event_id, columns = self._encode(body, event_id)
         try:
             future = self._ledger.append(data, event_id=event_id, index_columns=columns)
             return future.result(self._timeout_s)

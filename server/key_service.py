@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from audit.entries import KeyBound, KeyCreated, KeyRevoked
+from audit.serving_bodies import KeyReplaced
 from server.errors import KeyRequestError
 from server.journal import Journal
 from server.keys import KeyStore, KeyView
@@ -26,6 +27,9 @@ def create_key(
     expires: str | None = None,
     note: str = "",
     site: str = "",
+    region: str = "",
+    models: tuple[str, ...] = (),
+    certificate: str = "",
 ) -> MadeKey:
     """Make a key; when the log cannot record it, it is revoked and nobody gets it.
 
@@ -33,8 +37,11 @@ def create_key(
         KeyRequestError: the role, expiry or note is not allowed.
         LedgerUnavailableError: the log could not record it.
     """
-    text, view = keys.create(role=role, expires=parse_expiry(expires), note=note, site=site)
-    body = KeyCreated(key_id=view.key_id, role=view.role, principal=view.principal, expires=view.expires)
+    text, view = keys.create(
+        role=role, expires=parse_expiry(expires), note=note, site=site, region=region, models=models,
+        certificate=certificate,
+    )  # fmt: skip
+    body = _created(view)
     try:
         sequenced = journal.append_now(body)
         if site:
@@ -43,6 +50,34 @@ def create_key(
         keys.revoke(view.key_id)
         raise
     return MadeKey(text=text, view=view, entry=sequenced.leaf_index)
+
+
+def rotate_key(keys: KeyStore, journal: Journal, key_id: str, *, overlap_s: int = 86_400) -> MadeKey:
+    """Make a successor for the same principal; the old key ends after `overlap_s`.
+
+    When the log cannot record it the successor is revoked and nobody gets it; the old key ends all the same.
+
+    Raises:
+        KeyNotFoundError, KeyRequestError: there is no such key, or it stands no more.
+        LedgerUnavailableError: the log could not record it.
+    """
+    text, view, old = keys.replace(key_id, overlap=timedelta(seconds=overlap_s))
+    try:
+        sequenced = journal.append_now(_created(view))
+        if view.site:
+            journal.append_now(KeyBound(key_id=view.key_id, site=view.site))
+        journal.append_now(KeyReplaced(key_id=key_id, successor=view.key_id, expires=old.expires))
+    except Exception:
+        keys.revoke(view.key_id)
+        raise
+    return MadeKey(text=text, view=view, entry=sequenced.leaf_index)
+
+
+def _created(view: KeyView) -> KeyCreated:
+    return KeyCreated(
+        key_id=view.key_id, role=view.role, principal=view.principal, expires=view.expires,
+        region=view.region, models=view.models,
+    )  # fmt: skip
 
 
 def revoke_key(keys: KeyStore, journal: Journal, key_id: str) -> KeyView:

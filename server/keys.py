@@ -1,9 +1,14 @@
-"""API keys: who holds one, in which role, until when.
+"""API keys and other proofs of identity: who holds one, in which role, until when.
 
-A key reads `affidavit_<prefix>_<secret>`. The prefix finds its row; the secret (32 random bytes) is kept
-only as an argon2id hash. The holder's principal is a random pseudonym: the log never carries a name. A
-verified key is remembered for a moment by its SHA-256, so that argon2 is not paid on each call; revocation
-and expiry are read from the row each time and so take effect at once.
+A key reads `affidavit_<prefix>_<secret>`. The prefix finds its row; the secret (32 random bytes) is kept only
+as an argon2id hash. The holder's principal is a random pseudonym: the log never carries a name. A row may be
+bound to a client certificate instead, by its SHA-256, and then has no secret; and a token's subject gets its
+pseudonym here too (`server.oidc`).
+
+A verified key is remembered by its SHA-256, so that argon2 is not paid on each call, and its row for at most
+`recheck_s`: so long does a revocation by another process take. Revocation by this process, by the log (which
+`server.rules` follows) and expiry take effect at once. The rows are in `keys.db` of the coordinator's home,
+or beside a log in PostgreSQL, where every machine sees them.
 """
 
 from __future__ import annotations
@@ -19,25 +24,32 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
-from sqlalchemy import Engine, MetaData, create_engine
+from sqlalchemy import Engine, MetaData, create_engine, inspect
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, Session, SQLModel, select
 
+from audit._store import open_engine
+from audit.location import log_location
 from audit.principal import ROLES, Principal
 from server.errors import KeyNotFoundError, KeyRequestError, TooBusyError, UnauthenticatedError
 
 FILE: Final = "keys.db"
+MAX_RECHECK_S: Final = 5.0
 _KEY = re.compile(r"affidavit_([a-z2-7]{16})_([A-Za-z0-9_-]{43})")
 _NOTE = re.compile(r"[ -~]{0,80}")
 _SITE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_CACHE_SIZE: Final = 1_024
+_MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_CACHE_SIZE: Final = 4_096
 _VERIFYING_AT_ONCE: Final = 4
+_MAKING: Final = 0x41464B59  # the advisory lock under which the tables are made
+_NO_SECRET: Final = "certificate"  # noqa: S105 - in place of a hash; no secret verifies against it
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)  # OWASP's second choice
 _REFUSED: Final = "the API key is absent, unknown, revoked or expired"
 
@@ -72,6 +84,28 @@ class KeySite(_Base, table=True):
     site: str
 
 
+class KeyTerms(_Base, table=True):
+    """What else a key is bound to; a table of its own, so that older stores gain it."""
+
+    __tablename__ = "api_key_terms"
+
+    prefix: str = Field(primary_key=True)
+    principal: str  # of the key that this one replaces; "" for its own
+    region: str
+    models: str  # names by commas; "" for any
+    certificate: str = Field(index=True)  # hex SHA-256 of its DER form, or ""
+
+
+class TokenSubject(_Base, table=True):
+    """The pseudonym of somebody whom an issuer knows; deleting the row ends what leads to them."""
+
+    __tablename__ = "token_subject"
+
+    digest: str = Field(primary_key=True)  # SHA-256 of issuer and subject
+    principal: str = Field(unique=True)
+    created: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyView:
     """What anybody may see of a key."""
@@ -84,32 +118,65 @@ class KeyView:
     expires: str
     revoked: str
     site: str = ""
+    region: str = ""
+    models: tuple[str, ...] = ()
+    certificate: str = ""
+
+
+@dataclass(slots=True)
+class _Known:
+    """A key whose secret was verified, and its row as it was read."""
+
+    principal: Principal
+    prefix: str
+    expires: str
+    row_until: float  # monotonic seconds
+    secret_until: float
 
 
 class KeyStore:
-    """The keys of one coordinator's home."""
+    """The keys of one coordinator."""
 
     def __init__(
-        self, home: Path, clock: Clock, *, cache_s: float = 60.0, hasher: PasswordHasher = _HASHER
+        self,
+        home: Path,
+        clock: Clock,
+        *,
+        cache_s: float = 60.0,
+        recheck_s: float = 2.0,
+        hasher: PasswordHasher = _HASHER,
     ) -> None:
-        path = home / FILE
-        if not path.exists():
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        self._engine: Engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
-        ApiKey.metadata.create_all(self._engine)
-        self._clock, self._cache_s = clock, cache_s
+        if not 0 <= recheck_s <= MAX_RECHECK_S:
+            raise ValueError(f"a revocation takes effect within {MAX_RECHECK_S} s, not {recheck_s}")
+        self._engine = _engine(home)
+        self._clock, self._cache_s, self._recheck_s = clock, cache_s, recheck_s
         self._hasher = hasher
-        self._verified: OrderedDict[bytes, float] = OrderedDict()
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._subjects: dict[str, str] = {}
+        self._forgotten = 0  # grows whenever a key is forgotten, so that a look-up under way does not keep it
         self._lock = threading.Lock()
         self._verifying = threading.BoundedSemaphore(_VERIFYING_AT_ONCE)
 
     def create(
-        self, *, role: str, expires: datetime | None = None, note: str = "", site: str = ""
+        self,
+        *,
+        role: str,
+        expires: datetime | None = None,
+        note: str = "",
+        site: str = "",
+        region: str = "",
+        models: tuple[str, ...] = (),
+        certificate: str = "",
     ) -> tuple[str, KeyView]:
         """Make a key and return its text, which nobody can show again, and its view.
 
+        With `certificate` (hex SHA-256 of its DER form) whoever holds it is known by that, and the text is
+        "".
+
         Raises:
-            KeyRequestError: the role is unknown, the note is not plain text, or the expiry has passed.
+            KeyRequestError: the role is unknown, a word is not plain, the expiry has passed, or the
+            certificate
+                is another key's already.
         """
         if role not in ROLES:
             raise KeyRequestError(f"role {role!r} is unknown; choose one of {', '.join(ROLES)}")
@@ -117,45 +184,69 @@ class KeyStore:
             raise KeyRequestError(
                 f"site {site[:70]!r}: only a node's key has one, in lower-case letters, digits, -"
             )
+        if region and not _SITE.fullmatch(region):
+            raise KeyRequestError(f"region {region[:70]!r}: lower-case letters, digits, -")
+        if len(models) > 64 or not all(map(_MODEL.fullmatch, models)):
+            raise KeyRequestError("models: at most 64 names of models")
+        if certificate and not _FINGERPRINT.fullmatch(certificate):
+            raise KeyRequestError("certificate: the hex SHA-256 of its DER form")
         if not _NOTE.fullmatch(note):
             raise KeyRequestError("note: at most 80 printable ASCII characters")
         now = self._clock()
         if expires is not None and (expires.tzinfo is None or expires <= now):
             raise KeyRequestError("expires: give a time in the future, with its zone")
-        prefix = base64.b32encode(secrets.token_bytes(10)).decode().lower()
-        secret = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
-        row = ApiKey(
-            prefix=prefix,
-            secret_hash=self._hasher.hash(secret),
-            role=role,
-            principal="p-" + secrets.token_hex(16),
-            note=note,
-            created=_text(now),
-            expires=_text(expires) if expires else "",
-            revoked="",
-        )
-        view = _view(row, site)
+        if certificate and self._of_certificate(certificate) is not None:
+            raise KeyRequestError("certificate: a key that stands is bound to it; revoke that one first")
+        text, row = self._new(role, expires, note, has_secret=not certificate)
+        terms = KeyTerms(
+            prefix=row.prefix, principal="", region=region, models=",".join(sorted(set(models))),
+            certificate=certificate,
+        )  # fmt: skip
+        return text, self._store(row, site, terms)
+
+    def replace(self, key_id: str, *, overlap: timedelta) -> tuple[str, KeyView, KeyView]:
+        """Make a successor for the same principal, and let the old key end after `overlap`.
+
+        Returns:
+            The successor's text, its view, and the old key's.
+
+        Raises:
+            KeyNotFoundError: there is no such key.
+            KeyRequestError: it is revoked, over, or bound to a certificate.
+        """
+        view = self.get(key_id)
+        now = _text(self._clock())
+        if view.revoked or (view.expires and view.expires <= now) or view.certificate:
+            raise KeyRequestError(f"key {key_id}: is revoked, over or a certificate's; make a new one")
+        ends = _text(self._clock() + overlap)
+        text, row = self._new(view.role, None, view.note, has_secret=True)
+        row.expires = view.expires
+        terms = KeyTerms(
+            prefix=row.prefix, principal=view.principal, region=view.region, models=",".join(view.models),
+            certificate="",
+        )  # fmt: skip
+        made = self._store(row, view.site, terms)
         with Session(self._engine) as session:
-            session.add(row)
-            if site:
-                session.add(KeySite(prefix=prefix, site=site))
-            try:
+            old = session.get(ApiKey, key_id)
+            if old is not None and (not old.expires or old.expires > ends):
+                old.expires = ends
+                session.add(old)
                 session.commit()
-            except IntegrityError as error:  # an 80-bit prefix met twice
-                raise TooBusyError("could not store the key; try again") from error
-        return f"affidavit_{prefix}_{secret}", view
+        self._forget(key_id)
+        return text, made, self.get(key_id)
 
     def list(self) -> tuple[KeyView, ...]:
         with Session(self._engine) as session:
             sites = {row.prefix: row.site for row in session.exec(select(KeySite))}
+            terms = {row.prefix: row for row in session.exec(select(KeyTerms))}
             rows = session.exec(select(ApiKey).order_by("created", "prefix"))
-            return tuple(_view(row, sites.get(row.prefix, "")) for row in rows)
+            return tuple(_view(row, sites.get(row.prefix, ""), terms.get(row.prefix)) for row in rows)
 
     def get(self, key_id: str) -> KeyView:
-        row = self._row(key_id)
-        if row is None:
+        view = self._row(key_id)
+        if view is None:
             raise KeyNotFoundError(f"no key {key_id!r}; `affidavit keys list` shows the ids")
-        return _view(row, self._site(key_id))
+        return view[1]
 
     def revoke(self, key_id: str) -> KeyView:
         """Revoke at once, and for good; revoking twice changes nothing.
@@ -171,8 +262,25 @@ class KeyStore:
                 row.revoked = _text(self._clock())
                 session.add(row)
                 session.commit()
-                session.refresh(row)
-            return _view(row, self._site(key_id))
+        self._forget(key_id)
+        return self.get(key_id)
+
+    def revoked_in_log(self, key_id: str) -> None:
+        """The log says that this key is revoked: so it is, whatever a restored store says."""
+        self._forget(key_id)
+        try:
+            self.revoke(key_id)
+        except KeyNotFoundError:
+            return
+
+    def recall(self, text: str) -> Principal | None:
+        """Return a remembered key's principal, touching no database; None when it must be looked up."""
+        known = self._known.get(hashlib.sha256(text.encode()).digest())
+        if known is None or known.row_until <= time.monotonic():
+            return None
+        if known.expires and known.expires <= _text(self._clock()):
+            return None
+        return known.principal
 
     def authenticate(self, text: str) -> Principal:
         """Return the principal that holds the key. Costs about 30 ms when the key is not remembered.
@@ -181,29 +289,117 @@ class KeyStore:
             UnauthenticatedError: for every reason alike.
             TooBusyError: too many unremembered keys are being checked at once.
         """
-        match = _KEY.fullmatch(text)
-        row = self._row(match.group(1)) if match else None
-        if match is None or row is None or row.revoked:
+        recalled = self.recall(text)
+        if recalled is not None:
+            return recalled
+        match, forgotten = _KEY.fullmatch(text), self._forgotten
+        found = self._row(match.group(1)) if match else None
+        if match is None or found is None or not self._stands(found[1]):
             raise UnauthenticatedError(_REFUSED)
-        if row.expires and row.expires <= _text(self._clock()):
-            raise UnauthenticatedError(_REFUSED)
-        digest = hashlib.sha256(text.encode()).digest()
-        if not self._is_remembered(digest):
-            self._verify(row.secret_hash, match.group(2))
-            self._remember(digest)
-        return Principal(id=row.principal, role=row.role, site=self._site(row.prefix))
+        secret_hash, view = found
+        digest, now = hashlib.sha256(text.encode()).digest(), time.monotonic()
+        known = self._known.get(digest)
+        secret_until = known.secret_until if known is not None else 0.0
+        if secret_until <= now:
+            self._verify(secret_hash, match.group(2))
+            secret_until = now + self._cache_s
+        principal = _principal(view, "key")
+        self._remember(
+            digest,
+            _Known(
+                principal, view.key_id, view.expires, min(now + self._recheck_s, secret_until), secret_until
+            ),
+            forgotten,
+        )
+        return principal
+
+    def authenticate_certificate(self, fingerprint: str) -> Principal:
+        """Return the principal to whom a client certificate is bound; the caller proved that it is held.
+
+        Raises:
+            UnauthenticatedError: no key that stands is bound to it.
+        """
+        view = self._of_certificate(fingerprint)
+        if view is None:
+            raise UnauthenticatedError("the client certificate is unknown, revoked or expired")
+        return _principal(view, "certificate")
+
+    def pseudonym(self, issuer: str, subject: str) -> str:
+        """Return the random pseudonym of a token's subject, made at their first visit."""
+        digest = hashlib.sha256(f"{issuer}\0{subject}".encode()).hexdigest()
+        known = self._subjects.get(digest)
+        if known is not None:
+            return known
+        with Session(self._engine) as session:
+            row = session.get(TokenSubject, digest)
+            if row is None:
+                row = TokenSubject(
+                    digest=digest, principal="p-" + secrets.token_hex(16), created=_text(self._clock())
+                )
+                session.add(row)
+                try:
+                    session.commit()
+                except IntegrityError:  # another worker met them first
+                    session.rollback()
+                    row = session.get(TokenSubject, digest)
+            if row is None:
+                raise TooBusyError("could not store the pseudonym; try again")
+            found = row.principal
+        if len(self._subjects) >= _CACHE_SIZE:
+            self._subjects.clear()
+        self._subjects[digest] = found
+        return found
 
     def close(self) -> None:
         self._engine.dispose()
 
-    def _row(self, prefix: str) -> ApiKey | None:
-        with Session(self._engine) as session:
-            return session.get(ApiKey, prefix)
+    def _new(self, role: str, expires: datetime | None, note: str, *, has_secret: bool) -> tuple[str, ApiKey]:
+        prefix = base64.b32encode(secrets.token_bytes(10)).decode().lower()
+        secret = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
+        row = ApiKey(
+            prefix=prefix,
+            secret_hash=self._hasher.hash(secret) if has_secret else _NO_SECRET,
+            role=role,
+            principal="p-" + secrets.token_hex(16),
+            note=note,
+            created=_text(self._clock()),
+            expires=_text(expires) if expires else "",
+            revoked="",
+        )
+        return f"affidavit_{prefix}_{secret}" if has_secret else "", row
 
-    def _site(self, prefix: str) -> str:
+    def _store(self, row: ApiKey, site: str, terms: KeyTerms) -> KeyView:
+        view = _view(row, site, terms)
         with Session(self._engine) as session:
-            found = session.get(KeySite, prefix)
-        return "" if found is None else found.site
+            session.add(row)
+            if site:
+                session.add(KeySite(prefix=row.prefix, site=site))
+            if terms.principal or terms.region or terms.models or terms.certificate:
+                session.add(terms)
+            try:
+                session.commit()
+            except IntegrityError as error:  # an 80-bit prefix met twice
+                raise TooBusyError("could not store the key; try again") from error
+        return view
+
+    def _row(self, prefix: str) -> tuple[str, KeyView] | None:
+        with Session(self._engine) as session:
+            found = session.exec(_JOINED.where(ApiKey.prefix == prefix)).first()
+            if found is None:
+                return None
+            row, site, terms = _split(found)
+            return row.secret_hash, _view(row, "" if site is None else site.site, terms)
+
+    def _of_certificate(self, fingerprint: str) -> KeyView | None:
+        with Session(self._engine) as session:
+            rows = session.exec(_JOINED.where(KeyTerms.certificate == fingerprint)).all()
+            views = [
+                _view(row, "" if site is None else site.site, terms) for row, site, terms in map(_split, rows)
+            ]
+        return next((view for view in views if self._stands(view)), None)
+
+    def _stands(self, view: KeyView) -> bool:
+        return not view.revoked and not (view.expires and view.expires <= _text(self._clock()))
 
     def _verify(self, secret_hash: str, secret: str) -> None:
         if not self._verifying.acquire(timeout=2):
@@ -215,34 +411,92 @@ class KeyStore:
         finally:
             self._verifying.release()
 
-    def _is_remembered(self, digest: bytes) -> bool:
+    def _forget(self, prefix: str) -> None:
         with self._lock:
-            until = self._verified.get(digest)
-            if until is None:
-                return False
-            if until < time.monotonic():
-                del self._verified[digest]
-                return False
-            return True
+            self._forgotten += 1
+            for digest in [digest for digest, known in self._known.items() if known.prefix == prefix]:
+                del self._known[digest]
 
-    def _remember(self, digest: bytes) -> None:
+    def _remember(self, digest: bytes, known: _Known, forgotten: int) -> None:
         with self._lock:
-            self._verified[digest] = time.monotonic() + self._cache_s
-            self._verified.move_to_end(digest)
-            while len(self._verified) > _CACHE_SIZE:
-                self._verified.popitem(last=False)
+            if forgotten != self._forgotten:
+                return
+            self._known[digest] = known
+            self._known.move_to_end(digest)
+            while len(self._known) > _CACHE_SIZE:
+                self._known.popitem(last=False)
 
 
-def _view(row: ApiKey, site: str) -> KeyView:
+_JOINED: Final = (
+    select(ApiKey, KeySite, KeyTerms)
+    .join(KeySite, KeySite.prefix == ApiKey.prefix, isouter=True)  # type: ignore[arg-type]
+    .join(KeyTerms, KeyTerms.prefix == ApiKey.prefix, isouter=True)  # type: ignore[arg-type]
+)
+
+
+def _split(found: Any) -> tuple[ApiKey, KeySite | None, KeyTerms | None]:
+    """An outer join's row: what it did not find is None, which the types of a select do not say."""
+    row, site, terms = found
+    return row, site, terms
+
+
+def _engine(home: Path) -> Engine:
+    location = log_location(home)
+    path = home / FILE
+    if location.url is None:
+        if not path.exists():
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
+        ApiKey.metadata.create_all(engine)
+        return engine
+    engine = open_engine(location)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MAKING})")
+        is_new = not inspect(connection).has_table(ApiKey.__tablename__)
+        ApiKey.metadata.create_all(connection)
+    if is_new and path.exists():
+        _move(path, engine)
+    return engine
+
+
+def _move(path: Path, engine: Engine) -> None:
+    """Take over the keys that a release before this kept in a file, although the log is in PostgreSQL."""
+    older = create_engine(f"sqlite:///{path}")
+    ApiKey.metadata.create_all(older)
+    try:
+        with Session(older) as source, Session(engine) as target:
+            for kind in (ApiKey, KeySite, KeyTerms, TokenSubject):
+                for row in source.exec(select(kind)):
+                    target.add(kind(**row.model_dump()))
+            target.commit()
+    finally:
+        older.dispose()
+
+
+def _principal(view: KeyView, method: str) -> Principal:
+    return Principal(
+        id=view.principal,
+        role=view.role,
+        site=view.site,
+        region=view.region,
+        models=view.models,
+        method=method,
+    )
+
+
+def _view(row: ApiKey, site: str, terms: KeyTerms | None) -> KeyView:
     return KeyView(
         key_id=row.prefix,
         role=row.role,
-        principal=row.principal,
+        principal=(terms.principal if terms else "") or row.principal,
         note=row.note,
         created=row.created,
         expires=row.expires,
         revoked=row.revoked,
         site=site,
+        region=terms.region if terms else "",
+        models=tuple(terms.models.split(",")) if terms and terms.models else (),
+        certificate=terms.certificate if terms else "",
     )
 
 

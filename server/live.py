@@ -1,9 +1,11 @@
 """What may answer: each model's versions and their states, read from the log and from nowhere else.
 
-The server keeps what it has read and, before every decision, reads the entries that came since; so an
-approval or a roll-back by another process counts from the next request on. A transition counts only when an
-officer of the charter signed it, it continues the model's chain of transitions, and it starts from the
-state the version is in: a row that somebody wrote into the database is not an approval.
+The server keeps what it has read (its view) and decides on that. Each answer's entry names the view it rests
+on, and the ledger refuses the entry when a transition came after it (`LiveModels.guard`): then the server
+reads on and decides again. So an approval or a roll-back by any process counts for every entry behind it in
+the log, and no request pays for a look. A transition counts only when an officer of the charter signed it, it
+continues the model's chain of transitions, and it starts from the state the version is in: a row that
+somebody wrote into the database is not an approval.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
+from functools import lru_cache
 from typing import Any, Final
 
 from audit.canonical import parse_strict
@@ -28,15 +33,17 @@ from audit.entries import (
 )
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
-from audit.ledger import Ledger
+from audit.ledger import Guard, Ledger
 from audit.merkle import hash_leaf
-from federation.registry import ALLOWED, CANDIDATE, LIVE, RETIRED
+from audit.runtime_bodies import VersionExported
+from federation.registry import ALLOWED, ANSWERING, APPROVED, CANARY, CANDIDATE, LIVE, RETIRED, SHADOW
 from server.errors import ModelNotFoundError, VersionNotFoundError
 
 _logger = logging.getLogger(__name__)
 
 _PAGE: Final = 500
-_TYPES: Final = ("charter.published", "version.registered", "version.transition")
+_TYPES: Final = ("charter.published", "version.exported", "version.registered", "version.transition")
+ALIASES: Final = ("live", "candidate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,14 @@ class ServedVersion:
     charter_author: str
     transition: str  # leaf hash of the transition that made the present state; zeros for a candidate
     approved_by: tuple[str, ...]
+    moved_index: int = -1  # of the last transition; -1: there was none
+    share: int = 0  # of a canary: percent of the requests that it answers
+    export: VersionExported | None = None  # its file for a runtime, as the log has it
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether an officer's signature made it answer requests that name no version."""
+        return self.state in ANSWERING
 
     @property
     def purposes(self) -> tuple[str, ...]:
@@ -69,6 +84,16 @@ class ServedVersion:
         return int(parse_decimal(self.charter["privacy"]["epsilon"]) * 1_000_000)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Route:
+    """Who answers for one model."""
+
+    first: ServedVersion  # the live version, else the newest
+    canary: ServedVersion | None
+    candidate: ServedVersion | None  # the newest that is neither live nor retired
+    shadows: tuple[ServedVersion, ...]
+
+
 class LiveModels:
     """The models of one log."""
 
@@ -78,27 +103,42 @@ class LiveModels:
         self._charters: dict[str, tuple[dict[str, Any], str]] = {}  # digest -> charter, author
         self._versions: dict[tuple[str, str], ServedVersion] = {}
         self._heads: dict[str, str] = {}  # model -> leaf hash of its last transition
+        self._routes: dict[str, _Route] = {}
         self._lock = threading.Lock()
 
-    def refresh(self) -> None:
-        """Read the entries that came since the last call."""
+    @property
+    def guard(self) -> Guard:
+        """The present view, for the append of an entry that rests on it."""
+        return Guard(_TYPES, self._read_to - 1)
+
+    def confirm(self, guard: Guard, leaf_index: int) -> None:
+        """Take note that the ledger accepted an entry under `guard`: nothing of ours lies before it."""
         with self._lock:
-            size = self._ledger.tree_size
-            if size == self._read_to:
-                return
+            if guard.after <= self._read_to - 1 < leaf_index:
+                self._read_to = leaf_index + 1
+
+    def refresh(self) -> bool:
+        """Read the entries that came since the last call; say whether any counts here."""
+        with self._lock:
+            size, found = self._ledger.tree_size, False
+            if size <= self._read_to:
+                return False
             cursor = self._read_to - 1
             while True:
                 page = self._ledger.search(type=_TYPES, after=cursor, limit=_PAGE)
                 for row in page:
-                    self._take(row.leaf_index, row.body)
-                    cursor = row.leaf_index
+                    self.take(row.leaf_index, row.body)
+                    cursor, found = row.leaf_index, True
                 if len(page) < _PAGE:
                     break
+            if found:
+                self._routes = _routes(self._versions.values())
             self._read_to = max(size, cursor + 1)
+            return found
 
     def models(self) -> tuple[str, ...]:
         self.refresh()
-        return tuple(sorted({model for model, _ in self._versions}))
+        return tuple(sorted({model for model, _ in list(self._versions)}))
 
     def versions(self, model: str) -> tuple[ServedVersion, ...]:
         """Return the model's versions, newest first.
@@ -107,7 +147,7 @@ class LiveModels:
             ModelNotFoundError: the log registers no version of that name.
         """
         self.refresh()
-        found = [version for version in self._versions.values() if version.model == model]
+        found = [version for version in list(self._versions.values()) if version.model == model]
         if not found:
             raise ModelNotFoundError(f"no model {model!r} is registered; GET /v1/models lists the names")
         return tuple(sorted(found, key=lambda version: -version.registered_index))
@@ -118,14 +158,61 @@ class LiveModels:
                 return version
         raise VersionNotFoundError(f"model {model!r} has no version {digest}")
 
-    def answering(self, model: str, digest: str | None = None) -> ServedVersion:
-        """Return the version that would answer: the one asked for, else the live one, else the newest."""
-        if digest is not None:
-            return self.version(model, digest)
-        versions = self.versions(model)
-        return next((version for version in versions if version.state == LIVE), versions[0])
+    def answering(self, model: str, version: str | None = None) -> ServedVersion:
+        """Return the version that would answer by the log as it is now; errors as `choose`."""
+        self.refresh()
+        return self.choose(model, version)
 
-    def _take(self, index: int, data: bytes) -> None:
+    def choose(self, model: str, version: str | None = None, draw: str = "") -> ServedVersion:
+        """Return, in the present view, the version that answers.
+
+        Args:
+            version: a digest, or an alias: "live", or "candidate" (the newest neither live nor retired).
+            draw: what decides whether a canary's share takes the request, such as its id; empty for never.
+
+        Raises:
+            ModelNotFoundError, VersionNotFoundError: there is nothing of that name.
+        """
+        route = self._routes.get(model)
+        if route is None:
+            self.refresh()
+            route = self._routes.get(model)
+        if route is None:
+            raise ModelNotFoundError(f"no model {model!r} is registered; GET /v1/models lists the names")
+        if version is None:
+            canary = route.canary
+            if canary is not None and draw and zlib.crc32(draw.encode()) % 100 < canary.share:
+                return canary
+            return route.first
+        if version == "live":
+            return route.first
+        if version == "candidate":
+            if route.candidate is None:
+                raise VersionNotFoundError(f"model {model!r} has no candidate now")
+            return route.candidate
+        found = self._versions.get((model, version))
+        return found if found is not None else self.version(model, version)
+
+    def shadows(self, model: str) -> tuple[ServedVersion, ...]:
+        """Return, in the present view, the versions that are asked beside the one that answers."""
+        route = self._routes.get(model)
+        return route.shadows if route is not None else ()
+
+    def known(self, model: str, version: str | None) -> ServedVersion | None:
+        """The version, or else what would answer, as far as the log was read."""
+        if version:
+            return self._versions.get((model, version))
+        found = [served for served in self._versions.values() if served.model == model]
+        found.sort(key=lambda served: (not served.is_answering, -served.registered_index))
+        return found[0] if found else None
+
+    def charters_in_force(self) -> tuple[dict[str, Any], ...]:
+        """The charters of what is live, as far as the log was read; where nothing is, all of them."""
+        live = {found.charter_digest for found in self._versions.values() if found.is_answering}
+        return tuple(found for digest, (found, _) in self._charters.items() if digest in live or not live)
+
+    def take(self, index: int, data: bytes) -> None:
+        """Take one entry; what is malformed, or no valid transition, does not count."""
         try:
             entry = decode_entry(data)
         except AuditError as error:
@@ -157,6 +244,12 @@ class LiveModels:
                 )
             case VersionTransition() as body:
                 self._move(index, hash_leaf(data).hex(), body)
+            case VersionExported() as body:
+                found = self._versions.get((body.model, body.version))
+                if found is None or found.export is not None or found.charter_digest != body.charter:
+                    _logger.error("entry %d exports a version that is not registered, or twice", index)
+                    return
+                self._versions[body.model, body.version] = replace(found, export=body)
             case _:
                 return
 
@@ -167,17 +260,40 @@ class LiveModels:
         if version is None or reason:
             _logger.error("entry %d is no valid transition and does not count: %s", index, reason)
             return
-        if body.to_state == LIVE:
-            for other, served in self._versions.items():
-                if served.model == body.model and served.state == LIVE:
-                    self._versions[other] = replace(served, state=RETIRED)
         officers = (
             (*version.approved_by, body.officer) if body.to_state == "approved" else version.approved_by
         )
         self._versions[key] = replace(
-            version, state=body.to_state, transition=leaf_hash, approved_by=officers
+            version,
+            state=body.to_state,
+            transition=leaf_hash,
+            moved_index=index,
+            approved_by=officers,
+            share=body.share,
         )
         self._heads[body.model] = leaf_hash
+
+
+def _routes(versions: Iterable[ServedVersion]) -> dict[str, _Route]:
+    models: dict[str, list[ServedVersion]] = {}
+    for version in sorted(versions, key=lambda version: -version.registered_index):
+        models.setdefault(version.model, []).append(version)
+    return {model: _route(newest_first) for model, newest_first in models.items()}
+
+
+def _route(newest_first: list[ServedVersion]) -> _Route:
+    def find(*states: str) -> ServedVersion | None:
+        return next((version for version in newest_first if version.state in states), None)
+
+    live = [version for version in newest_first if version.state == LIVE]
+    return (
+        _Route(  # of two, the one that became live last: a swap makes the new one live, then retires the old
+            first=max(live, key=lambda version: version.moved_index) if live else newest_first[0],
+            canary=find(CANARY),
+            candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
+            shadows=tuple(version for version in newest_first if version.state == SHADOW),
+        )
+    )
 
 
 def _fault(version: ServedVersion | None, head: str, body: VersionTransition) -> str:
@@ -190,6 +306,8 @@ def _fault(version: ServedVersion | None, head: str, body: VersionTransition) ->
         return f"the version is {version.state}, not {body.from_state}"
     if (body.from_state, body.to_state) not in ALLOWED:
         return f"nothing goes from {body.from_state} to {body.to_state}"
+    if not (1 <= body.share <= 99 if body.to_state == CANARY else body.share == 0):
+        return f"a share of {body.share} percent fits no {body.to_state} version"
     if body.to_state != RETIRED and not all(gate.passed for gate in version.registered.gates):
         return "a gate did not pass"
     if body.officer in (version.registered.author, version.charter_author):
@@ -207,6 +325,7 @@ def _fault(version: ServedVersion | None, head: str, body: VersionTransition) ->
     return ""
 
 
+@lru_cache(maxsize=1_024)
 def _micro(text: str) -> int:
     try:
         return int((parse_decimal(text) * 1_000_000).to_integral_value(ROUND_CEILING))

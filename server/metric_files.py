@@ -1,9 +1,9 @@
 """Metrics of several workers as one: the files in which each leaves its own, and those that the dead left.
 
 `prometheus_client` keeps values in files when PROMETHEUS_MULTIPROC_DIR names a folder **before it is
-imported**. Whoever starts the workers calls `prepare` first and `forget` for each worker that ended; whichever
-worker is asked for /metrics adds up everybody's. Counters of workers that ended go on counting; what they said
-of the moment (requests in flight) does not.
+imported**. Whoever starts the workers calls `prepare` first and `forget` for each worker that ended;
+whichever worker is asked for /metrics adds up everybody's. Counters of workers that ended go on counting;
+what they said of the moment (requests in flight) does not.
 """
 
 from __future__ import annotations

@@ -5,12 +5,16 @@ With several workers (`server.metric_files`) whichever is asked adds up everybod
 
 from __future__ import annotations
 
-from typing import Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.metric_files import folder_of, forget_dead
+
+if TYPE_CHECKING:
+    from audit.ledger import Ledger
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _SCORES: Final = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -38,10 +42,21 @@ class Monitoring:
         self.predicted_rows = Counter(
             "affidavit_predicted_rows", "Rows answered.", ("model",), registry=self.registry
         )
+        self.shadowed = Counter(
+            "affidavit_shadow_rows",
+            "Rows that a shadow version was asked, by how its label compares; skipped under load.",
+            ("model", "outcome"),
+            registry=self.registry,
+        )
         self.denials = Counter(
             "affidavit_denials",
             "Requests refused, by the policy that decided.",
             ("action", "policy"),
+            registry=self.registry,
+        )
+        self.spoofed_identities = Counter(
+            "affidavit_spoofed_identities",
+            "Client certificates claimed from an address that is no trusted proxy's.",
             registry=self.registry,
         )
         self.append_seconds = Histogram(
@@ -101,12 +116,38 @@ class Monitoring:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.certificate_seconds = Gauge(
+            "affidavit_certificate_seconds_left",
+            "Seconds until a certificate of this coordinator ends; what renews itself starts over in time.",
+            ("name",),
+            registry=self.registry,
+            multiprocess_mode="min",
+        )
+        self.node_key_seconds = Gauge(
+            "affidavit_node_key_seconds_left",
+            "Seconds until the first of the members' node keys ends.",
+            registry=self.registry,
+            multiprocess_mode="min",
+        )
         self.alarms = Counter(
             "affidavit_alarms",
             "Alarms that this server raised.",
             ("model", "kind"),
             registry=self.registry,
         )
+
+    def look_at_network(self, home: Path, ledger: Ledger) -> None:
+        """Take what the coordinator's network part says of its ends; without one nothing is said."""
+        if not (home / "network" / "network.yaml").is_file():
+            return
+        from federation.network.roster import seconds_left
+        from federation.network.settings import NetworkHome
+
+        for state in NetworkHome.open(home).pki.states():
+            self.certificate_seconds.labels(state.name).set(state.left.total_seconds())
+        soonest = seconds_left(ledger)
+        if soonest is not None:
+            self.node_key_seconds.set(soonest)
 
     def render(self) -> bytes:
         """Return the exposition text, format 0.0.4; of all workers, where there are several."""

@@ -7,9 +7,17 @@ from typing import Any, Final
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.errors import MEDIA_TYPE
+from server.errors import MEDIA_TYPE, PROTOCOL_PATHS
 
 _REFERENCE: Final = {"$ref": "#/components/schemas/Problem"}
+_PROTOCOL_REFERENCE: Final = {"$ref": "#/components/schemas/ProtocolError"}
+_PROTOCOL_ERROR: Final = {
+    "title": "ProtocolError",
+    "description": "The Open Inference Protocol's error; the header `Affidavit-Code` holds the stable code.",
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string"}},
+}
 _ALWAYS: Final = {
     "405": "`request.method_not_allowed`",
     "408": "`request.timeout`: the body took too long to arrive",
@@ -41,7 +49,8 @@ def install(app: FastAPI) -> None:
 
 
 def _corrected(document: dict[str, Any]) -> dict[str, Any]:
-    for item in document["paths"].values():
+    for path, item in document["paths"].items():
+        protocol = path.startswith(PROTOCOL_PATHS)
         for operation in item.values():
             responses = operation["responses"]
             for status, text in _ALWAYS.items():
@@ -49,8 +58,12 @@ def _corrected(document: dict[str, Any]) -> dict[str, Any]:
                     responses[status] = {"description": text}
             for status, response in responses.items():
                 if int(status) >= 400:
-                    response["content"] = {MEDIA_TYPE: {"schema": _REFERENCE}}
+                    if protocol:
+                        response["content"] = {"application/json": {"schema": _PROTOCOL_REFERENCE}}
+                    else:
+                        response["content"] = {MEDIA_TYPE: {"schema": _REFERENCE}}
     schemas = document["components"]["schemas"]
+    schemas["ProtocolError"] = _PROTOCOL_ERROR
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     return document

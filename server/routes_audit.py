@@ -93,7 +93,7 @@ async def prove_entry(
 ) -> Response:
     """An inclusion proof under the newest checkpoint. `Accept: text/plain` gives a C2SP tlog-proof file."""
     text = "text/plain" in request.headers.get("accept", "")
-    return await _proof(request, principal, index, wait, as_text=text)
+    return await proof_of(request, principal, index, wait, as_text=text)
 
 
 @router.get(
@@ -106,7 +106,7 @@ async def prove_entry_file(
     request: Request, principal: Caller, index: Index, wait: Wait = "sequenced"
 ) -> Response:
     """The same as a C2SP tlog-proof file."""
-    return await _proof(request, principal, index, wait, as_text=True)
+    return await proof_of(request, principal, index, wait, as_text=True)
 
 
 @router.get(
@@ -248,7 +248,10 @@ async def export_evidence(request: Request, principal: Caller, index: Index) -> 
     )
 
 
-async def _proof(request: Request, principal: Caller, index: int, wait: Level, *, as_text: bool) -> Response:
+async def proof_of(
+    request: Request, principal: Caller, index: int, wait: Level, *, as_text: bool
+) -> Response:
+    """Return the proof of an entry that the caller may read, once it is of the level asked for."""
     context = context_of(request)
     await context.publisher.cover(index)
     async with denials_recorded(request):

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from audit.canonical import parse_strict
 from audit.errors import AuditError
-from server.context import Caller, authorise, context_of
+from server.context import Caller, authorise, context_of, parsed_body
 from server.errors import MalformedRequestError
-from server.key_service import create_key, revoke_key
-from server.schemas import KeyRequest, body_of, problems
+from server.key_service import create_key, revoke_key, rotate_key
+from server.schemas import KeyRequest, RotateRequest, body_of, problems
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 
@@ -54,7 +54,28 @@ async def new_key(request: Request, principal: Caller) -> dict[str, Any]:
             expires=asked.expires,
             note=asked.note,
             site=asked.site,
+            region=asked.region,
+            models=tuple(asked.models),
+            certificate=asked.certificate,
         )
+    )
+    return {"key": made.text, **asdict(made.view), "entry": made.entry}
+
+
+@router.post(
+    "/{key_id}/rotate",
+    summary="Replace a key",
+    status_code=201,
+    responses=problems(401, 403, 404, 422),
+    openapi_extra=body_of(RotateRequest),
+)
+async def rotate(request: Request, principal: Caller, key_id: KeyId) -> dict[str, Any]:
+    """Make a successor for the same principal, role and terms; the old key ends after `overlap_s`."""
+    await authorise(request, principal, "keys.rotate")
+    asked = await parsed_body(request, RotateRequest)
+    context = context_of(request)
+    made = await to_thread.run_sync(
+        lambda: rotate_key(context.keys, context.journal, key_id, overlap_s=asked.overlap_s)
     )
     return {"key": made.text, **asdict(made.view), "entry": made.entry}
 

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import ValidationError
 
 from audit.canonical import parse_strict
-from audit.checkpoints import parse_checkpoint_note
 from audit.entries import body_document
 from audit.errors import AuditError
-from audit.tlog_proof import TlogProof
-from server.context import Caller, Context, authorise, context_of
+from server.context import Caller, authorise, context_of
 from server.errors import MalformedRequestError, request_id_of
 from server.live import ServedVersion
+from server.proving import proved
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
 from server.service import Answered, Asked
-from server.watching import MAX_WAIT_S, Level
+from server.watching import Level
+
+_CARD_TYPES: Final = {"markdown": "text/markdown", "json": "application/json", "html": "text/html"}
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -33,7 +34,7 @@ Digest = Annotated[str, Path(pattern=DIGEST_PATTERN, description="SHA-256 of the
     "/{name}/predict",
     summary="Answer rows with the live version",
     response_model=PredictResponse,
-    responses=problems(401, 403, 404, 422, 503),
+    responses=problems(401, 403, 404, 422, 429, 501, 503, 504),
     openapi_extra=body_of(PredictRequest),
 )
 async def predict(
@@ -43,7 +44,7 @@ async def predict(
     wait: Annotated[
         Level, Query(description="Answer only once the entry is in a signed, or in a witnessed, checkpoint.")
     ] = "sequenced",
-) -> PredictResponse:
+) -> Response:
     """Send named features, get answers, the policies that allowed them, and a signed receipt.
 
     The decision and salted commitments to each row and each answer are one entry of the log, durable before
@@ -69,11 +70,13 @@ async def predict(
             site=asked.site,
             version=asked.version,
             subject=asked.subject,
+            legal_basis=asked.legal_basis,
+            consent=asked.consent,
             explain=asked.explain,
             request_id=request_id_of(request),
         ),
     )
-    return render_answer(await _proved(context, answered, wait))
+    return Response(render_answer(await proved(context, answered, wait)), media_type="application/json")
 
 
 @router.get("", summary="List the models", responses=problems(401, 403))
@@ -124,62 +127,71 @@ async def show_version(
     "/{name}/versions/{digest}/card",
     summary="Read the model card",
     response_class=PlainTextResponse,
-    responses={**problems(401, 403, 404), 200: {"content": {"text/markdown": {}}}},
+    responses={
+        **problems(401, 403, 404, 422),
+        200: {"content": {"text/markdown": {}, "application/json": {}, "text/html": {}}},
+    },
 )
 async def show_card(
-    request: Request, principal: Caller, name: ModelName, digest: Digest
+    request: Request,
+    principal: Caller,
+    name: ModelName,
+    digest: Digest,
+    form: Annotated[
+        Literal["markdown", "json", "html"], Query(description="html is a page to print.")
+    ] = "markdown",
 ) -> PlainTextResponse:
-    """Markdown made from the log alone; what nothing proves reads NO EVIDENCE."""
+    """Made from the log and the registry's files, under the headings of the EU AI Act's Annex IV.
+
+    What nothing proves reads NO EVIDENCE.
+    """
     await authorise(request, principal, "models.read")
     context = context_of(request)
     context.live.version(name, digest)
-    from federation.model_card import model_card
+    from federation.model_card import card_of
 
-    card = await to_thread.run_sync(model_card, context.coordinator.ledger, digest)
-    return PlainTextResponse(card, media_type="text/markdown")
-
-
-async def _proved(context: Context, answered: Answered, wait: Level) -> Answered:
-    """The answer with a proof of the level asked for, or of the one below where that did not come in time."""
-    index, ledger = answered.leaf_index, context.coordinator.ledger
-    timeout_s = min(MAX_WAIT_S, context.settings.request_timeout_s / 2)
-    level, note = wait, await context.watching.wait(index, wait, timeout_s)
-    if note is None and wait == "witnessed":
-        level, note = "checkpointed", await context.watching.wait(index, "checkpointed", 0.2)
-    if note is None:
-        return answered
-    size = parse_checkpoint_note(note).tree_size
-    hashes = await to_thread.run_sync(ledger.inclusion_proof, index, size)
-    proof = TlogProof(leaf_index=index, hashes=tuple(hashes), checkpoint_note=note).format()
-    return replace(answered, level=level, proof=proof.decode())
+    coordinator = context.coordinator
+    card = await to_thread.run_sync(card_of, coordinator.ledger, digest, coordinator.blobs.find)
+    text = await to_thread.run_sync(getattr(card, form))
+    return PlainTextResponse(text, media_type=_CARD_TYPES[form])
 
 
-def render_answer(answered: Answered) -> PredictResponse:
-    """Render the answers: probabilities and values as JSON numbers; `opened` holds the exact committed
-    text.
+def render_answer(answered: Answered) -> bytes:
+    """Render the answers as a `PredictResponse`: probabilities and values as JSON numbers, `opened` as the
+    exact committed text.
     """
-    return PredictResponse.model_validate(
-        {
-            "model": answered.model,
-            "version": answered.version,
-            "answers": [_numbers(answer) for answer in answered.answers],
-            "decision": {
-                "id": answered.request_id,
-                "policies": list(answered.decision.policies),
-                "policy_set": answered.decision.policy_set,
-            },
-            "entry": {"leaf_index": answered.leaf_index, "leaf_hash": answered.leaf_hash},
-            "receipt": answered.receipt,
-            "level": answered.level,
-            "proof": answered.proof,
-            "opened": list(answered.opened),
-            "sealed": answered.sealed,
-            "annotations": dict(answered.annotations),
-        }
-    )
+    document = {
+        "model": answered.model,
+        "version": answered.version,
+        "answers": [numbers(answer) for answer in answered.answers],
+        "decision": {
+            "id": answered.request_id,
+            "policies": answered.decision.policies,
+            "policy_set": answered.decision.policy_set,
+        },
+        "entry": {
+            "leaf_index": answered.leaf_index,
+            "leaf_hash": answered.leaf_hash,
+            "id": answered.entry_id,
+        },
+        "receipt": answered.receipt,
+        "level": answered.level,
+        "proof": answered.proof,
+        "opened": answered.opened,
+        "sealed": answered.sealed,
+        "review_required": bool(answered.review),
+        "review": _review(answered.review),
+        "annotations": dict(answered.annotations),
+    }
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _numbers(answer: dict[str, Any]) -> dict[str, Any]:
+def _review(decision: str) -> dict[str, Any] | None:
+    return {"id": decision, "url": f"/v1/reviews/{decision}", "final": False} if decision else None
+
+
+def numbers(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer with its numbers as numbers."""
     shown = dict(answer)
     for key in ("probability", "value"):
         if key in shown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,7 +12,13 @@ PURPOSE_PATTERN: Final = r"^[a-z0-9][a-z0-9 ._-]{0,62}$"
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 DIGEST_PATTERN: Final = r"^[0-9a-f]{64}$"
 
+VERSION_PATTERN: Final = r"^(?:[0-9a-f]{64}|live|candidate)$"
+
 Value = str | int | float | bool | None
+LegalBasis = Literal[
+    "consent", "contract", "legal_obligation", "vital_interests", "public_task", "legitimate_interests",
+    "health_care", "public_health", "research",
+]  # fmt: skip
 
 
 class _Strict(BaseModel):
@@ -42,8 +48,9 @@ class PredictRequest(_Strict):
         str | None,
         Field(
             default=None,
-            pattern=DIGEST_PATTERN,
-            description="Insist on this version; absent means the live one. Only a live version answers.",
+            pattern=VERSION_PATTERN,
+            description="Insist on this version, by digest or as `live` or `candidate`; absent means the "
+            "live one, or a canary by its share. Only what an officer made answer does.",
         ),
     ]
 
@@ -60,6 +67,22 @@ class PredictRequest(_Strict):
             max_length=256,
             description="Your own id for the person that the rows are about. It never enters the log: the "
             "entry holds a random pseudonym, and what it says of the person can be exported and erased.",
+        ),
+    ]
+
+    legal_basis: Annotated[
+        LegalBasis | None,
+        Field(default=None, description="Your legal basis, a word for GDPR Art. 6 or 9. Yours to claim."),
+    ]
+
+    consent: Annotated[
+        str | None,
+        Field(
+            default=None,
+            min_length=1,
+            max_length=256,
+            description="Your reference of the person's consent, for legal basis `consent`. It goes to the "
+            "vault with all else about `subject`, which it needs.",
         ),
     ]
 
@@ -86,15 +109,25 @@ class EntryRef(BaseModel):
 
     leaf_index: int
     leaf_hash: str
+    id: Annotated[
+        str | None, Field(default=None, description="Of an answer: what `/v1/receipts/{id}` takes.")
+    ]
 
 
 class Opened(BaseModel):
-    """What opens one row's commitments. Keep it: nobody else holds the salts."""
+    """What opens one row's commitments. Keep it: nobody else holds the salts.
+
+    Of many rows in one entry, `row` and `path` make it that row's own receipt: they lead to the entry's root.
+    """
 
     input_salt: str
     output_salt: str
     input: str
     output: str
+    row: Annotated[str | None, Field(default=None, description="Of many: the row's number, from 0.")]
+    path: Annotated[
+        str | None, Field(default=None, description="Its inclusion path: base64 hashes, joined by commas.")
+    ]
 
 
 class SealedView(BaseModel):
@@ -103,6 +136,14 @@ class SealedView(BaseModel):
     subject: str
     context_salt: str
     context: str
+
+
+class ReviewView(BaseModel):
+    """A person must review this decision before anything with legal effect rests on it (GDPR Art. 22)."""
+
+    id: str
+    url: str
+    final: bool
 
 
 class PredictResponse(BaseModel):
@@ -120,6 +161,8 @@ class PredictResponse(BaseModel):
     ]
     opened: list[Opened]
     sealed: SealedView | None = None
+    review_required: bool = False
+    review: ReviewView | None = None
     annotations: Annotated[
         dict[str, Any], Field(default_factory=dict, description="What was added to the answer, by name.")
     ]
@@ -167,6 +210,66 @@ class KeyRequest(_Strict):
     site: Annotated[
         str, Field(default="", max_length=63, description="For a node: the site whose entries it may read.")
     ]
+    region: Annotated[str, Field(default="", max_length=63, description="Where its holder asks from.")]
+    models: Annotated[
+        list[str], Field(default_factory=list, max_length=64, description="The only models it may ask.")
+    ]
+    certificate: Annotated[
+        str,
+        Field(
+            default="",
+            max_length=64,
+            description="Hex SHA-256 of a client certificate, in place of a secret; see `mtls_header`.",
+        ),
+    ]
+
+
+class RotateRequest(_Strict):
+    """How long the old key still counts."""
+
+    overlap_s: Annotated[int, Field(default=86_400, ge=0, le=30 * 86_400)]
+
+
+class ReviewRequest(_Strict):
+    """What a person made of a decision. With `officer` and `signature` their own key says so."""
+
+    outcome: Literal["confirmed", "overturned"]
+    reason: Annotated[
+        str, Field(max_length=200, description="A file number or a word; it must name nobody.")
+    ] = ""
+    officer: Annotated[str, Field(max_length=60, description="Public key, `ed25519:…`.")] = ""
+    signature: Annotated[
+        str, Field(max_length=88, description="Base64, over the entry's body without it; see the docs.")
+    ] = ""
+
+
+class AlarmRequest(_Strict):
+    """What a drift job of your own found; the model does not answer until an officer closes the alarm."""
+
+    kind: Literal["drift"] = "drift"
+    model: Annotated[str, Field(pattern=NAME_PATTERN)]
+    measure: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$", description="Such as `psi_age`.")]
+    value: Annotated[str, Field(max_length=40, description="Decimal text.")]
+    threshold: Annotated[str, Field(max_length=40, description="Decimal text, which `value` passed.")]
+    window_s: Annotated[int, Field(ge=0, le=10**9, description="Over how long it was measured.")]
+
+
+class AlarmCloseRequest(_Strict):
+    """Why an alarm ends."""
+
+    reason: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class PolicyRequest(_Strict):
+    """A change of rules, signed by an officer: the body of a `policy.changed` entry."""
+
+    policy_set: Annotated[str, Field(pattern=DIGEST_PATTERN)]
+    schema_digest: Annotated[str, Field(pattern=DIGEST_PATTERN)]
+    text: Annotated[str, Field(max_length=49_152)]
+    previous_change: Annotated[str, Field(pattern=DIGEST_PATTERN)]
+    officer: Annotated[str, Field(max_length=60)]
+    reason: Annotated[str, Field(max_length=200)]
+    signature: Annotated[str, Field(max_length=88)]
 
 
 Subject = Annotated[
@@ -209,7 +312,11 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
         403: "`access.denied`: `policies` names what decided, `entry` the log's record of it",
         404: "the thing that was named does not exist",
         410: "`vault.erased`: it was erased; `erasure` names the entry that says so, `proof` proves yours",
+        409: "not in this state: `detail` says in which it is",
         422: "`request.malformed`: `fields` names each field and the fix",
+        501: "`explain.not_available`: this server cannot explain this model's answers",
+        504: "`request.deadline`: no answer within `X-Request-Timeout`",
+        429: "`predict.quota`: the caller's quota is used up; come back after `Retry-After`",
         503: "the log could not record the request, so there is no answer; come back after `Retry-After`",
     }.items()
 }

@@ -1,7 +1,8 @@
 """How far each row lies from what the model was trained on, beside every answer.
 
 The score is `audit.reference.OodScorer`'s, by the sketch that the version's run paid for, else by the
-declared bounds. It is committed to and sealed with the row's answer, shown in the answer's annotations, and counted.
+declared bounds. It is committed to and sealed with the row's answer, shown in the answer's annotations, and
+counted.
 """
 
 from __future__ import annotations

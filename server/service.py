@@ -1,9 +1,11 @@
 """The use case `predict`: decide, answer, and let the answer go only after its entry is durable.
 
-Order: the version that would answer (`server.live`) - the decision (`audit.principal`) - the rows
-(`server.warm`) - the entry (`server.journal`) - the receipt (`server.receipting`). A refusal by policy is
-an entry too. Where the request names a person, what it says of them goes to the vault before the entry is
-written, and the entry holds a pseudonym and roots of commitments (`audit.disclosure`).
+Order: the version that would answer (`server.live`) - the facts (`server.hooks`) - the decision
+(`audit.principal`) - the rows (`server.warm`, `server.batching`) - the annotations - the entry
+(`server.journal`) - the receipt (`server.receipting`). A refusal by policy is an entry too. The entry is
+refused by the ledger when a transition came after the view that the decision rests on; then all of it is
+done again on what the log says now. Where the request names a person, what it says of them goes to the vault
+before the entry is written, and the entry holds a pseudonym and roots of commitments (`audit.disclosure`).
 """
 
 from __future__ import annotations
@@ -19,20 +21,31 @@ from audit.commitments import commit
 from audit.disclosure import CONTEXT, new_part
 from audit.encoding import EncodingError, plain_row
 from audit.entries import Prediction, PredictionDenied, RowCommitment
-from audit.ledger import Sequenced
+from audit.errors import StaleViewError
+from audit.ledger import Guard, Sequenced
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
+from audit.row_tree import RowTree
 from audit.vault_records import PERSON
-from server.errors import RowContractError
+from server.batching import Batching
+from server.errors import MalformedRequestError, RowContractError, TooBusyError
+from server.facts import has_legal_effect, model_attributes
 from server.hooks import Answering, Hooks, with_fields
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
 from server.monitoring import Monitoring
+from server.quotas import Quotas, Taken
 from server.receipting import Receipting
 from server.sealing import Sealing
+from server.shadowing import Shadowing
 from server.warm import WarmModel, WarmModels
 from server.watching import Level
 
-_INLINE_ROWS: Final = 16  # more rows than this are computed beside the event loop
+QUOTA: Final = "quota-exhausted"  # the policy whose refusal is worth another try later
+_TRIES: Final = 20  # transitions that may come one after the other while a request is answered
+MAX_SEALED_ROWS: Final = 384  # a sealed entry holds its rows itself: two commitments each
+_INLINE_ROWS: Final = 64  # more rows than this are encoded and committed to beside the event loop
+
+Opened = tuple[dict[str, str], ...]
 
 
 class PredictionDeniedError(AccessDeniedError):
@@ -40,9 +53,20 @@ class PredictionDeniedError(AccessDeniedError):
 
     code = "predict.denied"
 
-    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced) -> None:
+    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced | None) -> None:
         super().__init__(denied.principal, denied.question, denied.decision)
-        self.entry = {"leaf_index": sequenced.leaf_index, "leaf_hash": sequenced.leaf_hash.hex()}
+        if sequenced is not None:
+            self.entry = {"leaf_index": sequenced.leaf_index, "leaf_hash": sequenced.leaf_hash.hex()}
+
+
+class QuotaExceededError(PredictionDeniedError):
+    """Nothing but the quota stood against it. The first refusal of a window is an entry, no later one."""
+
+    code = "predict.quota"
+
+    def __init__(self, denied: AccessDeniedError, sequenced: Sequenced | None, retry_after_s: int) -> None:
+        super().__init__(denied, sequenced)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +77,10 @@ class Asked:
     purpose: str
     rows: Sequence[Mapping[str, Any]]
     site: str | None = None
-    version: str | None = None
+    version: str | None = None  # a digest, "live" or "candidate"; None: live, or a canary by its share
     subject: str | None = None  # the caller's own id for the person that the rows are about
+    legal_basis: str | None = None  # one of audit.serving_bodies.LEGAL_BASES
+    consent: str | None = None  # the caller's reference of the person's consent; to the vault
     explain: bool = False  # attribute each answer to its features
     request_id: str
 
@@ -70,12 +96,14 @@ class Answered:
     request_id: str
     leaf_index: int
     leaf_hash: str
+    entry_id: str  # by which `/v1/receipts` knows it
     receipt: dict[str, Any]
-    opened: tuple[dict[str, str], ...]
+    opened: Opened
     sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
     level: Level = "sequenced"
     proof: str | None = None  # C2SP tlog-proof, above "sequenced"
     annotations: Mapping[str, Any] = field(default_factory=dict)  # what `server.hooks` added
+    review: str = ""  # what names this decision at /v1/reviews, where a person must review it; else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +118,9 @@ class PredictService:
     monitoring: Monitoring
     sealing: Sealing
     hooks: Hooks = field(default_factory=Hooks)
+    batching: Batching = field(default_factory=Batching)
+    shadowing: Shadowing | None = None
+    quotas: Quotas | None = None
 
     async def predict(self, principal: Principal, asked: Asked) -> Answered:
         """Answer, or refuse.
@@ -97,17 +128,46 @@ class PredictService:
         Raises:
             ModelNotFoundError, VersionNotFoundError: there is nothing of that name.
             PredictionDeniedError: the policies refused; it is in the log.
+            QuotaExceededError: the caller's quota is used up.
             RowContractError: a row is outside the charter's data contract.
+            MalformedRequestError: more rows than a sealed entry holds.
             ArtefactError: the registry's copy of the version cannot be used.
             LedgerUnavailableError: the entry did not become durable, so there is no answer.
+            TooBusyError: the model's versions kept changing.
         """
-        served = self.live.answering(asked.model, asked.version)
-        decision = await self._decide(principal, asked, served)
-        warm = self.warm.get(served)
-        if len(asked.rows) > _INLINE_ROWS:
-            plain, encoded, answers = await asyncio.to_thread(_answer, warm, asked)
-        else:
-            plain, encoded, answers = _answer(warm, asked)
+        if asked.subject is not None and len(asked.rows) > MAX_SEALED_ROWS:
+            problem = f"{len(asked.rows)} rows about one person; at most {MAX_SEALED_ROWS} fit in one entry"
+            raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
+        if asked.consent is not None and asked.subject is None:
+            problem = "names the consent of nobody: give `subject` too, so that it goes to the vault"
+            raise MalformedRequestError(
+                f"consent: {problem}", fields=[{"field": "consent", "problem": problem}]
+            )
+        taken = Taken(True)
+        if self.quotas is not None and self.quotas.limits:
+            taken = await asyncio.to_thread(self.quotas.take, principal.id, len(asked.rows))
+        self.batching.in_flight += 1
+        try:
+            for _ in range(_TRIES):
+                try:
+                    return await self._on_present_view(principal, asked, taken)
+                except StaleViewError:
+                    await asyncio.to_thread(self.live.refresh)
+            raise TooBusyError(f"the versions of {asked.model} keep changing; try again")
+        finally:
+            self.batching.in_flight -= 1
+
+    async def _on_present_view(self, principal: Principal, asked: Asked, taken: Taken) -> Answered:
+        guard = self.live.guard
+        served = self.live.choose(asked.model, asked.version, asked.request_id)
+        decision = await self._decide(principal, asked, served, guard, taken)
+        warm = self.warm.ready(served.version)
+        if warm is None:
+            warm = await asyncio.to_thread(self.warm.get, served)
+        many = len(asked.rows) > _INLINE_ROWS
+        plain, encoded = await asyncio.to_thread(_encode, warm, asked) if many else _encode(warm, asked)
+        site = warm.site_index(asked.site)
+        answers = warm.answers_of(await self.batching.run(warm, encoded, site))
         answering = Answering(
             principal=principal,
             asked=asked,
@@ -131,14 +191,21 @@ class PredictService:
             policies=decision.policies,
             policy_set=decision.policy_set,
             rows=(),
+            legal_basis=asked.legal_basis or "",
+            region=principal.region,
         )
         body, outputs = with_fields(body, added.body), added.outputs(answers)
         sealed = None
         if asked.subject is None:
-            commitments, opened = _commit(plain, outputs)
-            sequenced = await self.journal.append(replace(body, rows=commitments))
+            committed, opened = (
+                await asyncio.to_thread(_commit, body, plain, outputs)
+                if many
+                else _commit(body, plain, outputs)
+            )
+            sequenced = await self.journal.append(committed, guard=guard)
         else:
-            sequenced, opened, sealed = await self._sealed(body, asked.subject, plain, outputs)
+            sequenced, opened, sealed = await self._sealed(body, asked, plain, outputs, guard)
+        self.live.confirm(guard, sequenced.leaf_index)
         receipt = await self.receipting.receipt(sequenced)
         self.monitoring.predicted_rows.labels(served.model).inc(len(answers))
         answered = Answered(
@@ -149,28 +216,37 @@ class PredictService:
             request_id=asked.request_id,
             leaf_index=sequenced.leaf_index,
             leaf_hash=sequenced.leaf_hash.hex(),
+            entry_id=sequenced.event_id,
             receipt=receipt,
             opened=opened,
             sealed=sealed,
             annotations=added.shown,
+            review=sequenced.event_id if has_legal_effect(served.charter) else "",
         )
         self.hooks.observe(answering, answered)
+        if self.shadowing is not None:
+            for shadow in self.live.shadows(served.model):
+                self.shadowing.ask(shadow, answering, answered.leaf_hash)
         return answered
 
     async def _sealed(
         self,
         body: Prediction,
-        subject: str,
+        asked: Asked,
         plain: Sequence[Mapping[str, Any]],
         answers: Sequence[Mapping[str, Any]],
-    ) -> tuple[Sequenced, tuple[dict[str, str], ...], dict[str, str]]:
+        guard: Guard,
+    ) -> tuple[Sequenced, Opened, dict[str, str]]:
         """Seal what the answer says of a person, then append the entry that commits to it.
 
         In this order an acknowledged entry never lacks its record. What a failed append leaves in the vault
         has no entry, was told to nobody, and is swept.
         """
         event_id = secrets.token_hex(16)
-        context = new_part({"purpose": body.purpose, "request_id": body.request_id})
+        said = {"legal_basis": asked.legal_basis, "consent": asked.consent}
+        context = new_part(
+            {"purpose": body.purpose, "request_id": body.request_id, **{k: v for k, v in said.items() if v}}
+        )
         rows = [
             (new_part(dict(row)), new_part(dict(answer))) for row, answer in zip(plain, answers, strict=True)
         ]
@@ -178,7 +254,7 @@ class PredictService:
         for number, (given, answered) in enumerate(rows):
             parts[f"row.{number}.input"], parts[f"row.{number}.output"] = given, answered
         sealed = await self.sealing.seal(
-            kind=PERSON, name=subject, event_id=event_id, type="prediction", parts=parts
+            kind=PERSON, name=asked.subject or "", event_id=event_id, type="prediction", parts=parts
         )
         commitments = tuple(
             RowCommitment(input=given.root(f"row.{n}.input"), output=answered.root(f"row.{n}.output"))
@@ -188,12 +264,13 @@ class PredictService:
             body,
             purpose="",
             request_id="",
+            legal_basis="",
             rows=commitments,
             subject=sealed.pseudonym,
             context=context.root(CONTEXT),
             sealed=sealed.digest,
         )
-        sequenced = await self.journal.append(entry, event_id=event_id)
+        sequenced = await self.journal.append(entry, event_id=event_id, guard=guard)
         opened = tuple(
             {
                 "input_salt": given.salt.hex(),
@@ -210,25 +287,27 @@ class PredictService:
         }
         return sequenced, opened, told
 
-    async def _decide(self, principal: Principal, asked: Asked, served: ServedVersion) -> Decision:
+    async def _decide(
+        self, principal: Principal, asked: Asked, served: ServedVersion, guard: Guard, taken: Taken
+    ) -> Decision:
         found = self.hooks.gather(principal, asked, served)
+        context = {"purpose": asked.purpose, **found.context}
+        if not taken.allowed:
+            context["over_quota"] = True
         question = Question(
             action="predict",
             resource=served.model,
-            attributes={
-                "purposes": served.purposes,
-                "state": served.state,
-                "epsilon_micro": served.epsilon_micro,
-                "epsilon_limit_micro": served.epsilon_limit_micro,
-                **found.resource,
-            },
-            context={"purpose": asked.purpose, **found.context},
+            attributes={**model_attributes(served), **found.resource},
+            context=context,
         )
         try:
             return require(self.authorizer, principal, question)
         except AccessDeniedError as denied:
             for policy in denied.decision.policies:
                 self.monitoring.denials.labels("predict", policy).inc()
+            is_quota = denied.decision.policies == (QUOTA,)
+            if is_quota and not taken.is_first:
+                raise QuotaExceededError(denied, None, taken.retry_after_s) from denied
             sequenced = await self.journal.append(
                 PredictionDenied(
                     request_id=asked.request_id,
@@ -236,33 +315,40 @@ class PredictService:
                     purpose=asked.purpose,
                     principal=principal.id,
                     role=principal.role,
-                    reason="policy",
+                    reason="quota" if is_quota else "policy",
                     policies=denied.decision.policies,
                     policy_set=denied.decision.policy_set,
-                )
+                    version=served.version,
+                    legal_basis=asked.legal_basis or "",
+                    region=principal.region,
+                ),
+                guard=guard,
             )
+            if is_quota:
+                raise QuotaExceededError(denied, sequenced, taken.retry_after_s) from denied
             raise PredictionDeniedError(denied, sequenced) from denied
 
 
-def _answer(
-    warm: WarmModel, asked: Asked
-) -> tuple[list[dict[str, Any]], list[list[float]], list[dict[str, Any]]]:
+def _encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[list[float]]]:
     try:
         plain = [plain_row(row) for row in asked.rows]
     except EncodingError as error:
         fields = [{"field": found.field, "problem": found.message} for found in error.problems]
         raise RowContractError(str(error), fields=fields) from error
-    encoded = warm.encode(plain)
-    return plain, encoded, warm.answers(encoded, warm.site_index(asked.site))
+    return plain, warm.encode(plain)
 
 
 def _commit(
-    plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
-) -> tuple[tuple[RowCommitment, ...], tuple[dict[str, str], ...]]:
-    commitments, opened = [], []
-    for row, answer in zip(plain, answers, strict=True):
+    body: Prediction, plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> tuple[Prediction, Opened]:
+    """Return the entry with its commitments, and what opens each row: one stands in it, many in a tree."""
+    commitments: list[RowCommitment] = []
+    opened: list[dict[str, str]] = []
+    salts = secrets.token_bytes(64 * len(plain))
+    for number, (row, answer) in enumerate(zip(plain, answers, strict=True)):
         input_text, output_text = canonical_bytes(dict(row)), canonical_bytes(dict(answer))
-        input_salt, output_salt = secrets.token_bytes(32), secrets.token_bytes(32)
+        input_salt = salts[64 * number : 64 * number + 32]
+        output_salt = salts[64 * number + 32 : 64 * number + 64]
         commitments.append(
             RowCommitment(
                 input=commit("input", input_salt, input_text),
@@ -277,4 +363,9 @@ def _commit(
                 "output": output_text.decode(),
             }
         )
-    return tuple(commitments), tuple(opened)
+    if len(commitments) == 1:
+        return replace(body, rows=tuple(commitments)), tuple(opened)
+    tree = RowTree(commitments)
+    for number, row in enumerate(opened):
+        row["row"], row["path"] = str(number), tree.path(number)
+    return replace(body, row_count=len(commitments), rows_root=tree.root), tuple(opened)

@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from server.errors import SettingsError
 
@@ -26,17 +26,48 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     signer_home: Path = Path(".affidavit/signer")
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    grpc_port: Annotated[int, Field(ge=0, le=65_535)] | None = (
+        None  # the inference protocol over gRPC; else off
+    )
+    workers: Annotated[int, Field(ge=1, le=64)] = 1  # processes that answer on one port
+    drain_s: Annotated[float, Field(ge=0, le=300)] = 0.0  # unready for so long before it stops
     policies: Path | None = None  # a Cedar file in place of the shipped rules
     max_body_bytes: Annotated[int, Field(ge=1_024, le=64 * 2**20)] = 1_048_576
-    max_rows: Annotated[int, Field(ge=1, le=384)] = 256  # two commitments a row, one entry
+    max_rows: Annotated[int, Field(ge=1, le=16_384)] = 1_024  # of one request: one entry, a tree of rows
     body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     request_timeout_s: Annotated[float, Field(gt=0, le=3_600)] = 30.0
+    max_in_flight: Annotated[int, Field(ge=1, le=65_536)] = 512  # requests that a worker takes at once
+    shed_latency_s: Annotated[float, Field(gt=0, le=600)] = 1.0  # slower answers lower that number
+    access_log: bool = True  # a line for each request
+    log_format: Literal["ecs", "text"] = "ecs"
+    otlp_endpoint: str = ""  # an OTLP/HTTP collector's address for traces; "": none are made
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the requests
     explain_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
     merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600
     key_cache_s: Annotated[float, Field(ge=0, le=600)] = 60.0
+    key_recheck_s: Annotated[float, Field(ge=0, le=5)] = 2.0  # a revocation elsewhere takes at most so long
+    rules_follow_s: Annotated[float, Field(gt=0, le=5)] = 1.0  # so do changed rules and raised alarms
+    quota_rows_per_minute: Annotated[int, Field(ge=0)] = 0  # of one principal, over all workers; 0: no limit
+    quota_rows_per_day: Annotated[int, Field(ge=0)] = 0
+    oidc_issuer: str = ""  # the `iss` of bearer tokens; "": API keys alone
+    oidc_audience: str = ""  # the `aud` that a token must name
+    oidc_jwks_url: str = ""  # where its keys are; "": as its openid-configuration says
+    oidc_role_claim: str = "affidavit_role"
+    oidc_region_claim: str = "affidavit_region"
+    oidc_models_claim: str = "affidavit_models"
+    oidc_site_claim: str = "affidavit_site"
+    oidc_stale_s: Annotated[float, Field(ge=0, le=86_400)] = 3_600.0  # old keys count so long, issuer down
+    mtls_header: str = ""  # holds the client certificate, set by a proxy; "": no such identity
+    mtls_trusted_proxies: tuple[str, ...] = ()  # the addresses or networks that may set it
     public_tiles: bool = False  # hash tiles without a key: for a log whose size and rate are no secret
     log_level: str = "INFO"
+
+    @field_validator("mtls_trusted_proxies", mode="before")
+    @classmethod
+    def _by_commas(cls, value: Any) -> Any:
+        """The environment holds one text."""
+        return tuple(filter(None, value.replace(" ", "").split(","))) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

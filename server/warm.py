@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,16 @@ from typing import Any, Final
 from audit.answers import AnswerTerms
 from audit.encoding import RowEncoder
 from audit.errors import AuditError
-from audit.models import answer_of, weights_of_file
-from federation.errors import FederationError
+from audit.models import answer_of, dimension, weights_of_file
+from federation.blobs import BlobStore
+from federation.errors import ExportError, FederationError, LayerNotExportedError
 from server.errors import ArtefactError, RowContractError
 from server.live import ServedVersion
 
-_KEPT: Final = 8
+_logger = logging.getLogger(__name__)
+
+_KEPT: Final = 32
+_WEIGHT_FILE_SLACK: Final = 1 << 20
 
 Forward = Callable[[Sequence[Sequence[float]], int | None], list[list[float]]]
 
@@ -38,17 +43,22 @@ class WarmModel:
         Raises:
             RowContractError: a row is outside the contract; names each row, field, problem and fix.
         """
-        fields = [
-            {"row": number, "field": found.field, "problem": found.message, "code": found.code}
-            for number, row in enumerate(rows)
-            for found in self.encoder.check(row)
-        ]
+        encoded: list[list[float]] = []
+        fields: list[dict[str, Any]] = []
+        for number, row in enumerate(rows):
+            values, problems = self.encoder.read(row)
+            encoded.append(values)
+            if problems:
+                fields += [
+                    {"row": number, "field": found.field, "problem": found.message, "code": found.code}
+                    for found in problems
+                ]
         if fields:
             first = fields[0]
             raise RowContractError(
                 f"row {first['row']}, {first['field']}: {first['problem']}", fields=fields[:100]
             )
-        return [self.encoder.encode(row) for row in rows]
+        return encoded
 
     def site_index(self, site: str | None) -> int | None:
         if site is None:
@@ -63,17 +73,31 @@ class WarmModel:
 
     def answers(self, encoded: Sequence[Sequence[float]], site: int | None) -> list[dict[str, Any]]:
         """Return one answer a row, as much of it as the charter lets out; numbers as decimal text."""
-        outputs = self.forward(encoded, site)
-        return [self.terms.released(answer_of(self.task, self.label, values)) for values in outputs]
+        return self.answers_of(self.forward(encoded, site))
+
+    def answers_of(self, outputs: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+        """Return what the charter lets out of the model's outputs.
+
+        Raises:
+            RowContractError: for these rows the model gives no finite number.
+        """
+        try:
+            return [self.terms.released(answer_of(self.task, self.label, row)) for row in outputs]
+        except AuditError as error:
+            raise RowContractError(f"the version has no answer to such a row: {error}") from error
 
 
 class WarmModels:
-    """The versions in memory, loaded once each."""
+    """The versions in memory, loaded once each, by digest, and checked before they answer anybody."""
 
-    def __init__(self, get_blob: Callable[[str], bytes]) -> None:
-        self._get = get_blob
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
         self._models: OrderedDict[str, WarmModel] = OrderedDict()
         self._lock = threading.Lock()
+
+    def ready(self, version: str) -> WarmModel | None:
+        """Return the version if it is in memory."""
+        return self._models.get(version)
 
     def get(self, served: ServedVersion) -> WarmModel:
         """Return the version, loading it when needed.
@@ -92,18 +116,46 @@ class WarmModels:
             return warm
 
     def _load(self, served: ServedVersion) -> WarmModel:
-        from server.engine import torch_forward
-
         layers = served.charter["model"]["layers"]
+        encoder = RowEncoder(served.charter["features"])
         try:
-            weights = weights_of_file(layers, self._get(served.version))
+            limit = 8 * dimension(layers) + _WEIGHT_FILE_SLACK
+            weights = weights_of_file(layers, self._file(served.version, limit))
+            forward = self._forward(served, layers, weights, encoder.size)
         except (AuditError, FederationError, OSError) as error:
             raise ArtefactError(f"version {served.version}: {error}") from error
         return WarmModel(
-            encoder=RowEncoder(served.charter["features"]),
+            encoder=encoder,
             task=served.charter["task"],
             label=served.charter["label"],
             sites=tuple(site["name"] for site in served.charter["sites"]),
-            forward=torch_forward(layers, weights),
+            forward=forward,
             terms=AnswerTerms.of_charter(served.charter),
         )
+
+    def _forward(
+        self, served: ServedVersion, layers: list[dict[str, Any]], weights: Sequence[float], inputs: int
+    ) -> Forward:
+        """Run the registry's export when the log names one, else an export made here; torch without one."""
+        from federation import onnx_export
+
+        try:
+            if served.export is None:
+                data = onnx_export.export_onnx(layers, weights, inputs)
+            else:
+                data = self._file(served.export.digest, 8 * len(weights) + _WEIGHT_FILE_SLACK)
+                onnx_export.check_export(data, layers, weights, inputs)
+        except LayerNotExportedError as error:
+            from server.engine import torch_forward
+
+            _logger.info("version=%s is served by torch: %s", served.version, error)
+            return torch_forward(layers, weights)
+        from server.onnx_engine import onnx_forward
+
+        return onnx_forward(data, layers)
+
+    def _file(self, digest: str, limit: int) -> bytes:
+        size = self._blobs.size_bytes(digest)
+        if size > limit:
+            raise ExportError(f"the file {digest} has {size} bytes; this version's has at most {limit}")
+        return self._blobs.get(digest)

@@ -40,6 +40,9 @@ PARTS: Final = {
     "kills": "kill -9 at random moments of ServerApp, SuperLink, SuperNode, agent and API",
     "clocks": "The clock jumps",
     "erasure": "After an erasure",
+    "serving_kills": "kill -9 of a serving worker under load",
+    "serving_swaps": "Versions swapped and rolled back under load",
+    "serving_load": "Load on the serving workers",
 }
 
 _WHOSE: Final = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -71,7 +74,7 @@ def _cpu_s() -> float:
 
 
 def page(rows: Iterable[dict[str, Any]], *, where: str) -> str:
-    """Return the page of these rows, in the order of `PARTS` and of the tests' names, a repeated test once."""
+    """Return the page of these rows, in the order of `PARTS` and of the tests' names, each test once."""
     found = list({(row["test"], row["part"], row["size"]): row for row in rows}.values())
     lines = [
         "# Faults by the thousand",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Final
 
 from audit.answers import EXACT, AnswerTerms
 from audit.canonical import parse_canonical
-from audit.commitments import verify_opening
+from audit.commitments import commit, parse_salt, verify_opening
 from audit.decimals import parse_decimal
 from audit.disclosure import DisclosureError, opened_row, verify_disclosed
 from audit.encoding import RowEncoder
@@ -17,14 +17,18 @@ from audit.errors import AuditError, LogKeyError
 from audit.forward import forward
 from audit.models import answer_of
 from audit.receipts import Receipt, find_signer, verify_kept
+from audit.row_tree import RowPathError, verify_row
 from audit.verify.additions import addition_problem, said_of, split_answer
 from audit.verify.aggregation import CHEAP_WORK, WEIGHTS
+from audit.verify.approval import ANSWERING
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
-from audit.verify.disclosed import opened_purpose, opened_rows
+from audit.verify.disclosed import opened_context, opened_rows
 from audit.verify.history import CHECKPOINT, INCLUSION, LINKS
 from audit.verify.members import CHARTER
 from audit.verify.report import Word
+from audit.verify.review import check_terms, rules_told
 
+TEST_ONLY: Final = "prediction.test_only"
 DECISION, ANSWER, RECEIPT = "The decision to answer", "The answer", "The receipt"
 _TOLERANCE: Final = Decimal("0.000001")
 
@@ -33,14 +37,22 @@ def check_decision(chain: Chain) -> Outcome:
     """Allowed by named policies, for a purpose of the charter, by a version that was live."""
     charter, leaf = need(chain.charter, CHARTER), need(chain.prediction, LINKS)
     transition, body = need(chain.transition, LINKS), leaf.body
-    expect(
-        transition.body.to_state,
-        "live",
-        code="prediction.version_not_live",
-        field="to_state",
-        entry=leaf.index,
-    )
-    purpose = opened_purpose(chain, leaf) if body.sealed else body.purpose
+    if body.role == "tester" and transition.body.to_state not in ANSWERING:
+        raise GapError(TEST_ONLY, "a tester's answer by a version that was not live: nothing may rest on it",
+                       leaf.index)  # fmt: skip
+    if transition.body.to_state not in ANSWERING:
+        expect(
+            transition.body.to_state,
+            "live",
+            code="prediction.version_not_live",
+            field="to_state",
+            entry=leaf.index,
+        )
+    purpose: str | None = body.purpose
+    basis: str | None = body.legal_basis
+    if body.sealed:
+        purpose, basis = opened_context(chain, leaf)
+    check_terms(chain, basis, body.region, leaf.index)
     if purpose is not None and purpose not in charter.purposes:
         raise FailError("prediction.purpose", f"purpose {purpose!r} is not in the charter", leaf.index)
     if not body.policies or not all(body.policies):
@@ -52,6 +64,7 @@ def check_decision(chain: Chain) -> Outcome:
             _check_still_live(later, body.version, leaf.index)
     asked = "a purpose that stays closed" if purpose is None else purpose
     allowed = f"logged as allowed by {', '.join(body.policies)} to role {body.role} for {asked}"
+    allowed += rules_told(chain, leaf.index, body.policy_set, body.policies)
     registered = need(chain.registered, LINKS)
     since = range(registered.index + 1, leaf.index)  # an old signature may have been logged a second time
     if purpose is not None and all(index in chain.located for index in since):
@@ -107,10 +120,11 @@ def check_answer(chain: Chain) -> Outcome:
         )
         if problem:
             raise FailError("answer.additions", f"row {number}: {problem}", leaf.index)
-    count = len(opened)
+    count, of = len(opened), leaf.body.row_count
+    shown = f"{count} of {of} rows" if of else f"{count} row{'s' if count > 1 else ''}"
     return Outcome(
         word=Word.PROVED,
-        detail=f"{count} row{'s' if count > 1 else ''} opened; this version gives exactly this answer"
+        detail=f"{shown} opened; this version gives exactly this answer"
         + _rounding(charter.serving.answers)
         + said_of([added for _, _, added in parts]),
     )
@@ -151,7 +165,7 @@ def check_receipt(chain: Chain) -> Outcome:
 
 
 def _check_still_live(later: Leaf[VersionTransition], version: str, entry: int) -> None:
-    if later.body.version == version and later.body.to_state != "live":
+    if later.body.version == version and later.body.to_state not in ANSWERING:
         raise FailError(
             "prediction.version_not_live",
             f"leaf {later.index} had made the version {later.body.to_state}",
@@ -167,14 +181,50 @@ def _opened_rows(chain: Chain, leaf: Leaf[Prediction]) -> list[tuple[dict[str, A
         if rows is not None:
             _check_parts(chain, leaf)
         return rows
+    if leaf.body.rows_root or leaf.body.row_count:
+        return _opened_from_tree(given, leaf)
     expect(
         len(given), len(leaf.body.rows), code="answer.rows", field="number of opened rows", entry=leaf.index
     )
+    if any("path" in row for row in given):
+        raise FailError("answer.rows", "the entry holds its rows itself, and needs no path", leaf.index)
     sealed = bool(leaf.body.sealed)
     return [
         _open(row, commitment, number, leaf.index, sealed)
         for number, (row, commitment) in enumerate(zip(given, leaf.body.rows, strict=True), start=1)
     ]
+
+
+def _opened_from_tree(
+    given: Sequence[Mapping[str, str]], leaf: Leaf[Prediction]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return (input, output) of the rows that the file opens, each proved to be under the entry's root."""
+    body, rows, seen = leaf.body, [], set()
+    if body.rows or body.sealed or not body.rows_root or body.row_count < 1:
+        raise FailError("answer.rows", "the entry holds its rows in two ways, or in none", leaf.index)
+    for row in given:
+        text = row.get("row", "")
+        if not (text.isascii() and text.isdigit() and str(int(text[:9])) == text) or text in seen:
+            raise FailError("answer.rows", "an opened row has no number, or one used twice", leaf.index)
+        seen.add(text)
+        number = int(text)
+        commitments: dict[str, str] = {}
+        documents: dict[str, Any] = {}
+        for field in ("input", "output"):
+            try:
+                salt, value = parse_salt(row[f"{field}_salt"]), row[field].encode()
+                commitments[field] = commit(field, salt, value)
+                documents[field] = parse_canonical(value)
+            except (AuditError, ValueError) as error:
+                raise FailError("answer.commitment", f"row {text}, {field}: {error}", leaf.index) from error
+            if not isinstance(documents[field], dict):
+                raise FailError("answer.commitment", f"row {text}, {field}: is not an object", leaf.index)
+        try:
+            verify_row(RowCommitment(**commitments), number, body.row_count, row["path"], body.rows_root)
+        except RowPathError as error:
+            raise FailError("answer.row_path", str(error), leaf.index) from error
+        rows.append((documents["input"], documents["output"]))
+    return rows
 
 
 def _check_parts(chain: Chain, leaf: Leaf[Prediction]) -> None:
@@ -206,7 +256,7 @@ def _value(row: Mapping[str, str], commitment: str, field: str, number: int, sea
         if root != commitment:
             raise DisclosureError(part, "salt and values do not open what the entry commits to")
         return values
-    salt, value = bytes.fromhex(row[f"{field}_salt"]), row[field].encode()
+    salt, value = parse_salt(row[f"{field}_salt"]), row[field].encode()
     verify_opening(commitment, field=field, salt=salt, value=value)
     return parse_canonical(value)
 

@@ -39,7 +39,7 @@ def check_disclosed(chain: Chain) -> Outcome:
 def opened_rows(chain: Chain, leaf: Leaf[Prediction]) -> list[tuple[dict[str, Any], dict[str, Any]]] | None:
     """Return (input, output) of every row when the file opens them all; None when it does not."""
     parts = (chain.evidence.disclosed or {}).get(leaf.index, {})
-    rows = []
+    rows: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for number in range(len(leaf.body.rows)):
         found = [parts.get(f"row.{number}.{side}") for side in ("input", "output")]
         if any(part is None or part.closed for part in found):
@@ -49,16 +49,21 @@ def opened_rows(chain: Chain, leaf: Leaf[Prediction]) -> list[tuple[dict[str, An
     return rows
 
 
-def opened_purpose(chain: Chain, leaf: Leaf[Prediction]) -> str | None:
-    """Return the purpose of a sealed prediction where the file opens it."""
+def opened_context(chain: Chain, leaf: Leaf[Prediction]) -> tuple[str | None, str | None]:
+    """Return purpose and legal basis of a sealed prediction, each None where it stays closed.
+
+    A context that is opened and holds no legal basis gives "" for it.
+    """
     part = (chain.evidence.disclosed or {}).get(leaf.index, {}).get(CONTEXT)
-    if part is None or "purpose" not in part.opened:
-        return None
+    if part is None:
+        return None, None
     try:
         verify_disclosed(leaf.body, {CONTEXT: part})
-        return str(values_of(part)["purpose"])
+        values = values_of(part)
     except AuditError as error:
         raise FailError(error.code, f"leaf {leaf.index}: {error}", leaf.index) from error
+    purpose = str(values["purpose"]) if "purpose" in part.opened else None
+    return purpose, None if "legal_basis" in part.closed else str(values.get("legal_basis", ""))
 
 
 def _told(located: Located, parts: Mapping[str, DisclosedPart]) -> str:

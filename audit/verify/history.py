@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from audit.checkpoints import Checkpoint, open_checkpoint
 from audit.entries import (
+    ZERO_DIGEST,
     KeyRotated,
     LogCompromised,
     LogCreated,
@@ -242,6 +243,12 @@ def _keys_in_file(chain: Chain, created: LogCreated) -> tuple[NoteVerifier, ...]
 
 def _take_prediction(chain: Chain, leaf: Leaf[Prediction]) -> None:
     body = leaf.body
+    if body.transition == ZERO_DIGEST and body.role == "tester":
+        raise GapError(
+            "prediction.test_only",
+            "a tester's answer by a version that nobody approved: nothing may rest on it",
+            leaf.index,
+        )
     transition = chain.linked(
         body.transition, VersionTransition, "the transition that made the version live", entry=leaf.index
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from audit.charter_view import CharterFormError, read_charter
+from audit.charter_parts import CharterFormError
+from audit.charter_view import read_charter
 from audit.entries import CharterPublished, CharterSigned, SiteEnrolled
 from audit.errors import AuditError
 from audit.keys import format_public_key
@@ -92,6 +93,7 @@ def check_sites(chain: Chain) -> Outcome:
         raise GapError("site.not_enrolled", f"no enrolment of {', '.join(missing)} under the charter's keys")
     for name, leaves in found.items():
         _check_population(chain, name, leaves)
+        _check_keys(name, leaves)
     chain.enrolments = {name: tuple(leaves) for name, leaves in found.items()}
     if chain.policy is None:
         return Outcome(
@@ -116,6 +118,25 @@ def _check_population(chain: Chain, site: str, leaves: list[Leaf[SiteEnrolled]])
                 "signed says that nobody is in both",
                 leaf.index,
             )
+
+
+def _check_keys(site: str, leaves: list[Leaf[SiteEnrolled]]) -> None:
+    """A statement key that was replaced stays replaced: who stole it must not bring it back by an old
+    enrolment.
+    """
+    replaced: set[str] = set()
+    present = ""
+    for leaf in leaves:
+        key = leaf.body.statement_key
+        if key in replaced:
+            raise FailError(
+                "site.key_returned",
+                f"site {site} enrolled again with a statement key that it had replaced",
+                leaf.index,
+            )
+        if present and present != key:
+            replaced.add(present)
+        present = key
 
 
 def check_enrolment(leaf: Leaf[SiteEnrolled], origin: str) -> NoteVerifier:

@@ -48,6 +48,9 @@ def join(
         str | None, typer.Option(help="All that this population may ever spend.")
     ] = None,
     lifetime_delta: Annotated[str, typer.Option(help="Fixed for life.")] = "0.00001",
+    node_hours: Annotated[
+        int, typer.Option(min=1, max=8760, help="How long a node key lasts; `site up` renews it in time.")
+    ] = 8760,
     wait_s: Annotated[
         float, typer.Option(min=0, help="For so long wait for the operator's approval.")
     ] = 86_400,
@@ -74,7 +77,7 @@ def join(
     line = sys.stdin.readline() if invitation == "-" else invitation
     read = Invitation.parse(line)
     place = _home_for(base, read, data, population, lifetime_epsilon, lifetime_delta)
-    joined = ask(place, read)
+    joined = ask(place, read, node_lifetime_s=node_hours * 3600.0)
     if joined.state == "requested" and not as_json:
         typer.echo(f"asked to join as {joined.site}; identity {joined.identity}")
         typer.echo("waiting for the operator, who should compare this key with you by telephone")
@@ -130,13 +133,21 @@ def standing(name: Name, home: Home = None, as_json: AsJson = False) -> None:
     Exit codes: 0 requested or approved, 1 revoked, or nobody answers, 2 wrong usage.
     """
     from clients.network.joining import standing as ask
+    from clients.network.joining import utc_now
     from clients.network.membership import network_folder
+    from federation.network.invitation import parse_time
+    from federation.network.pki import urgency_of
 
     place = _open(base_home(home), name)
     found = ask(place)
     expires = network_folder(place.path).read().node_expires
-    document = {**_shown(found), "node_expires": expires}
-    emit(document, f"{name} is {found.state}; its node key ends {expires}", as_json=as_json)
+    urgency = urgency_of(parse_time(expires) - utc_now())
+    document = {**_shown(found), "node_expires": expires, "urgency": urgency}
+    warning = {
+        "urgent": "\nURGENT: it ends within 7 days and was not renewed; is `site up` running?",
+        "soon": "\nit ends within 30 days; `site up` renews it",
+    }.get(urgency, "")
+    emit(document, f"{name} is {found.state}; its node key ends {expires}{warning}", as_json=as_json)
 
 
 @guarded
@@ -155,20 +166,43 @@ def leave(name: Name, home: Home = None, as_json: AsJson = False) -> None:
 
 
 @guarded
-def rotate_keys(name: Name, home: Home = None, as_json: AsJson = False) -> None:
-    """Exchange the node key for a new one, signed by the site's identity key. `site up` does it by itself
-    in the last thirty days of the old one.
+def rotate_keys(
+    name: Name,
+    keys: Annotated[
+        str, typer.Option(help="node, signing (for statements and key agreement), or all.")
+    ] = "node",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Exchange keys for new ones, signed by the site's identity key.
 
-    Exit codes: 0 exchanged, 1 it belongs nowhere, or nobody answers, 2 wrong usage.
+    The node key opens the network; `site up` exchanges it by itself in the last thirty days of the old one.
+    Statements that the old signing key made stay valid where they stand in the log. The identity key and the
+    witness key stay: charters and other people's policies name them.
+
+    Exit codes: 0 exchanged, 1 it belongs nowhere, is in a run, or nobody answers, 2 wrong usage.
     """
     from clients.network.joining import rotate_keys as exchange
+    from clients.network.joining import rotate_signing_keys
     from clients.network.membership import network_folder
+    from clients.network.starting import agent_of
 
+    if keys not in ("node", "signing", "all"):
+        raise CommandError(f"--keys is node, signing or all, not {keys!r}", code="command.usage")
     place = _open(base_home(home), name)
-    key = exchange(place)
-    expires = network_folder(place.path).read().node_expires
-    shown = f"{name} has a new node key until {expires}; restart it with `site down` and `site up`"
-    emit({"site": name, "node_key": key, "node_expires": expires}, shown, as_json=as_json)
+    document, lines = {"site": name}, []
+    if keys in ("signing", "all"):
+        before = agent_of(place)
+        enrolled = rotate_signing_keys(place, is_up=lambda: before is not None and agent_of(place) == before)
+        document |= {"statement_key": enrolled.statement_key, "agreement_key": enrolled.agreement_key}
+        lines.append(f"{name} signs statements with {enrolled.statement_key} from here on")
+    if keys in ("node", "all"):
+        document |= {"node_key": exchange(place)}
+        document |= {"node_expires": network_folder(place.path).read().node_expires}
+        lines.append(
+            f"{name} has a new node key until {document['node_expires']}; `site up` takes it by itself"
+        )
+    emit(document, lines, as_json=as_json)
 
 
 def _stay_up(place: SiteHome, base: Path, *, as_json: bool) -> None:

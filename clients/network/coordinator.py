@@ -30,7 +30,7 @@ class WrongCaError(ClientsError):
     def __init__(self, address: str, *, expected: str, found: str) -> None:
         super().__init__(
             f"{address} shows the CA {found[:16]}…, the invitation pins {expected[:16]}…: this is not your "
-            "coordinator, or its CA is new. Do not go on; call the operator"
+            "coordinator, or its CA is new. Do not go on; call the operator. It is entered in the site's log"
         )
         self.address, self.expected, self.found = address, expected, found
 
@@ -109,6 +109,9 @@ class CoordinatorLink:
 
     def rotate(self, body: Any) -> dict[str, Any]:
         return self._ask("POST", "/v1/join/keys", body_document(body))
+
+    def enrol(self, body: SiteEnrolled) -> dict[str, Any]:
+        return self._ask("POST", "/v1/join/enrolment", body_document(body))
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:

@@ -7,9 +7,11 @@ be repeated, and ends where it left off.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,27 +19,31 @@ from typing import Any, Final, TypeVar
 
 from audit._files import write_durably
 from audit.entries import SiteEnrolled, body_document, signing_payload
+from audit.errors import AuditError
 from audit.membership import SiteJoined, SiteKeysRotated, SiteLeft
 from audit.notes import NoteVerifier
+from audit.site_bodies import RequestRefused
 from audit.tlog_policy import Policy
-from clients.errors import HomeError
+from clients.errors import ClientsError, HomeError
 from clients.home import SiteHome
 from clients.identity import SiteKeys, signature_text
-from clients.network.coordinator import CoordinatorError, CoordinatorLink, fetch_ca
+from clients.network.coordinator import CoordinatorError, CoordinatorLink, WrongCaError, fetch_ca
 from clients.network.membership import NetworkFolder, SiteMembership, network_folder
 from federation.errors import StatementError
 from federation.network.errors import JoinRefusedError
 from federation.network.invitation import Invitation, format_time, parse_time
 from federation.network.membership import enrolment_digest
-from federation.network.pki import create_node_key, read_node_key
+from federation.network.pki import create_node_key, read_node_key, renewal_margin
 from federation.statements import verify_enrolment
+
+_logger = logging.getLogger(__name__)
 
 B = TypeVar("B", SiteJoined, SiteLeft, SiteKeysRotated)
 Clock = Callable[[], datetime]
 
-NODE_DAYS: Final = 365
-ROTATE_BEFORE_DAYS: Final = 30
+NODE_LIFETIME_S: Final = 365 * 86_400.0
 POLL_S: Final = 1.0
+RESTART_S: Final = 30.0  # for an agent to notice that its keys were exchanged
 WAITS: Final = frozenset({"requested"})
 
 
@@ -55,7 +61,13 @@ class Joined:
     identity: str
 
 
-def join(home: SiteHome, invitation: Invitation, *, clock: Clock = utc_now) -> Joined:
+def join(
+    home: SiteHome,
+    invitation: Invitation,
+    *,
+    node_lifetime_s: float = NODE_LIFETIME_S,
+    clock: Clock = utc_now,
+) -> Joined:
     """Pin the coordinator, make the node key, send the signed request; again does no harm.
 
     Raises:
@@ -73,7 +85,8 @@ def join(home: SiteHome, invitation: Invitation, *, clock: Clock = utc_now) -> J
                 home.path, "belongs to a federation already", "leave it with `affidavit site leave` first"
             )
     _check_log(home, invitation.log)
-    pem = fetch_ca(invitation.address, invitation.ca)
+    with noting_wrong_ca(home):
+        pem = fetch_ca(invitation.address, invitation.ca)
     folder.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_durably(folder.ca, pem, mode=0o644)
     node_key = (
@@ -82,7 +95,9 @@ def join(home: SiteHome, invitation: Invitation, *, clock: Clock = utc_now) -> J
     known = folder.read() if folder.exists() else None
     fresh = known is None or known.invitation != invitation.digest
     expires = (
-        format_time(clock() + timedelta(days=NODE_DAYS)) if fresh or known is None else known.node_expires
+        format_time(clock() + timedelta(seconds=node_lifetime_s))
+        if fresh or known is None
+        else known.node_expires
     )
     membership = SiteMembership(
         address=invitation.address,
@@ -91,6 +106,7 @@ def join(home: SiteHome, invitation: Invitation, *, clock: Clock = utc_now) -> J
         label=invitation.label,
         node_expires=expires,
         approved=False if known is None or fresh else known.approved,
+        node_lifetime_s=node_lifetime_s,
     )
     folder.write(membership)
     enrolment = keys.enrolment(
@@ -111,6 +127,33 @@ def join(home: SiteHome, invitation: Invitation, *, clock: Clock = utc_now) -> J
     )
     answer = CoordinatorLink(invitation.address, folder.ca).request(invitation.secret, body, enrolment)
     return _noted(home, folder, membership, answer)
+
+
+@contextmanager
+def noting_wrong_ca(home: SiteHome) -> Iterator[None]:
+    """Enter it in the site's own log when somebody else answers at the coordinator's address."""
+    try:
+        yield
+    except (WrongCaError, CoordinatorError) as error:
+        if error.code == WrongCaError.code:
+            note_wrong_ca(home)
+        raise
+
+
+def note_wrong_ca(home: SiteHome, *, clock: Clock = utc_now) -> None:
+    """Write a request.refused of kind "coordinator" into the site's log, once an hour."""
+    from clients.site_log import SiteLog, event_id
+
+    body = RequestRefused(site=home.name, kind="coordinator", reason="wrong_ca", count=1, signature="")
+    hour = clock().strftime("%Y-%m-%dT%H")
+    try:
+        log = SiteLog.open(home.path, home.name)
+        try:
+            log.append(home.keys().signed(body), event_id=event_id("coordinator.wrong_ca", hour))
+        finally:
+            log.close()
+    except (AuditError, ClientsError):
+        _logger.exception("site %s: that another CA answers could not be entered in its log", home.name)
 
 
 def wait_for_approval(
@@ -142,7 +185,8 @@ def standing(home: SiteHome) -> Joined:
     """
     folder = network_folder(home.path)
     membership = folder.read()
-    answer = CoordinatorLink(membership.address, folder.ca).standing(home.keys().identity.text)
+    with noting_wrong_ca(home):
+        answer = CoordinatorLink(membership.address, folder.ca).standing(home.keys().identity.text)
     return _noted(home, folder, membership, answer)
 
 
@@ -163,7 +207,8 @@ def leave(home: SiteHome) -> None:
             signature="",
         ),
     )
-    CoordinatorLink(membership.address, folder.ca).leave(body)
+    with noting_wrong_ca(home):
+        CoordinatorLink(membership.address, folder.ca).leave(body)
     folder.write(dataclasses.replace(membership, approved=False))
 
 
@@ -178,8 +223,9 @@ def rotate_keys(home: SiteHome, *, clock: Clock = utc_now) -> str:
     pending = folder.next_node_key
     fresh = read_node_key(pending) if pending.exists() else create_node_key(pending)
     link = CoordinatorLink(membership.address, folder.ca)
-    expires = format_time(clock() + timedelta(days=NODE_DAYS))
-    present = link.standing(keys.identity.text)
+    expires = format_time(clock() + timedelta(seconds=membership.node_lifetime_s))
+    with noting_wrong_ca(home):
+        present = link.standing(keys.identity.text)
     if present["node_key"] != fresh:
         body = _signed(
             keys,
@@ -199,10 +245,49 @@ def rotate_keys(home: SiteHome, *, clock: Clock = utc_now) -> str:
     return fresh
 
 
+def rotate_signing_keys(home: SiteHome, *, is_up: Callable[[], bool] = lambda: False) -> SiteEnrolled:
+    """Exchange the keys for statements and key agreement; return the enrolment that delegates the new ones.
+
+    What the old statement key signed stays valid where it stands in the log. `is_up` says whether an agent
+    that started under the old keys still answers; the coordinator is told once it does not.
+
+    Raises:
+        HomeError: a run is open, whose statements the old key has to sign.
+        NotJoinedError, CoordinatorError: it belongs nowhere, or the coordinator is not there; then the new
+            keys are known with the next run.
+    """
+    from clients.ledger import SiteLedger
+
+    folder = network_folder(home.path)
+    membership = folder.read()
+    ledger = SiteLedger(home.ledger_path, home.high_water_path, look=True)
+    try:
+        runs = [item.run for item in ledger.open_reservations(home.config.population.pseudonym)]
+    finally:
+        ledger.close()
+    if runs:
+        raise HomeError(
+            home.path,
+            f"is in run {', '.join(runs)}",
+            "exchange its keys when the run has ended, or was refused",
+        )
+    keys = SiteKeys.rotate(home.path / "keys")
+    deadline = time.monotonic() + RESTART_S
+    while is_up() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    origin = NoteVerifier.parse(membership.log).name
+    enrolment = keys.enrolment(home.name, home.config.population.pseudonym, origin, home.config.operator)
+    CoordinatorLink(membership.address, folder.ca).enrol(enrolment)
+    return enrolment
+
+
 def needs_rotation(folder: NetworkFolder, *, clock: Clock = utc_now) -> bool:
-    """Whether the node key ends within 30 days, or an exchange was begun and not finished."""
-    end = parse_time(folder.read().node_expires)
-    return folder.next_node_key.exists() or end - clock() < timedelta(days=ROTATE_BEFORE_DAYS)
+    """Whether the node key is due for renewal, or an exchange was begun and not finished."""
+    membership = folder.read()
+    left = parse_time(membership.node_expires) - clock()
+    return folder.next_node_key.exists() or left < renewal_margin(
+        timedelta(seconds=membership.node_lifetime_s)
+    )
 
 
 def follow_members(home: SiteHome, charter: Any) -> SiteHome:
@@ -216,7 +301,8 @@ def follow_members(home: SiteHome, charter: Any) -> SiteHome:
     """
     folder = network_folder(home.path)
     membership = folder.read()
-    listed = CoordinatorLink(membership.address, folder.ca).members(home.keys().identity.text)
+    with noting_wrong_ca(home):
+        listed = CoordinatorLink(membership.address, folder.ca).members(home.keys().identity.text)
     home.join(members_policy(charter, listed, _log_line(home, membership.log)))
     return SiteHome.open(home.path)
 

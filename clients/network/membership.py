@@ -38,6 +38,7 @@ class SiteMembership:
     label: str
     node_expires: str
     approved: bool
+    node_lifetime_s: float = 365 * 86_400.0  # of a node key, from its making
 
     @property
     def url(self) -> str:

@@ -5,6 +5,7 @@ All connections go out. The agent is reached by a Unix socket in a folder of the
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Final
 
 from audit._files import write_durably
+from clients.agent_place import PLACE, RUN
 from clients.errors import ClientsError, HomeError
 from clients.home import SiteHome
+from clients.identity import STATEMENT_KEY
 from clients.network.joining import needs_rotation, rotate_keys
 from clients.network.membership import NetworkFolder, network_folder
 from federation.network.errors import NetworkError
@@ -28,35 +31,50 @@ WATCH_S: Final = 10.0
 SUPERNODE_WAITS_S: Final = (1.0, 10.0)  # after a kill, SuperLink refuses a node for up to a minute
 
 
-class PolicyWatch:
-    """Which policy the agent and the watch started under: another one in the file means a restart."""
+class Watched:
+    """Files that parts read when they start: another content means a restart of those parts."""
 
-    def __init__(self, home: SiteHome) -> None:
-        self._path = home.path / "policy.txt"
-        self._started: dict[str, int] = {}
+    def __init__(self, *paths: Path) -> None:
+        """The first of `paths` has to be there for a part to start at all."""
+        self._paths = paths
+        self._started: dict[str, tuple[int, ...]] = {}
 
     def begin(self, name: str) -> Callable[[], bool]:
-        """Return whether `name` can start, which is once there is a policy; asked just before it does."""
+        """Return whether `name` can start; asked just before it does."""
 
         def may_begin() -> bool:
-            self._started[name] = self._stamp()
-            return self._started[name] > 0
+            self._started[name] = self._stamps()
+            return self._started[name][0] > 0
 
         return may_begin
 
     def outdated(self) -> tuple[str, ...]:
-        """Return the parts that started under another policy than the file holds now."""
-        now = self._stamp()
-        return tuple(name for name, then in self._started.items() if then not in (0, now))
+        """Return the parts that started under other files than there are now."""
+        now = self._stamps()
+        return tuple(name for name, then in self._started.items() if then[0] > 0 and then != now)
 
-    def _stamp(self) -> int:
-        try:
-            return self._path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
+    def _stamps(self) -> tuple[int, ...]:
+        return tuple(_stamp(path) for path in self._paths)
 
 
-def site_parts(home: SiteHome, base: Path, policy: PolicyWatch) -> list[Part]:
+def _stamp(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def agent_of(home: SiteHome) -> int | None:
+    """Return the process of the site's agent, None where none answers."""
+    try:
+        place = json.loads((home.path / RUN / PLACE).read_bytes())
+        os.kill(place["pid"], 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return int(place["pid"])
+
+
+def site_parts(home: SiteHome, base: Path, trust: Watched, node: Watched) -> list[Part]:
     """Return the agent, the SuperNode, its relay and the watch of a site that was approved.
 
     Raises:
@@ -71,13 +89,14 @@ def site_parts(home: SiteHome, base: Path, policy: PolicyWatch) -> list[Part]:
             name="agent",
             command=_agent_command(home, base, folder),
             ready=(folder.sockets / f"{home.name}.sock").exists,
-            begin=policy.begin("agent"),
+            begin=trust.begin("agent"),
             after=(),
         ),
         Part(
             name="supernode",
             command=supernode_command(folder, membership.address, home.name, port),
             environment=flower_environment(folder),
+            begin=node.begin("supernode"),
             backoff_s=SUPERNODE_WAITS_S,
             after=(),
         ),
@@ -91,7 +110,7 @@ def site_parts(home: SiteHome, base: Path, policy: PolicyWatch) -> list[Part]:
         Part(
             name="watch",
             command=[sys.executable, "-P", "-m", "clients.network.watching", str(home.path)],
-            begin=policy.begin("watch"),
+            begin=trust.begin("watch"),
             after=(),
         ),
     ]
@@ -154,26 +173,26 @@ def carry_out(
         NotJoinedError: it belongs nowhere.
     """
     folder = network_folder(home.path)
-    folder.read()
+    every_s = min(CHECK_S, folder.read().node_lifetime_s / 20)
     _claim(folder)
-    due, policy = time.monotonic(), PolicyWatch(home)
+    due, node = time.monotonic(), Watched(folder.node_key, folder.ca)
+    trust = Watched(home.path / "policy.txt", home.path / "keys" / STATEMENT_KEY)
 
     def tick() -> None:
         nonlocal due
-        for name in policy.outdated():
+        for name in (*trust.outdated(), *node.outdated()):
             supervisor.restart(name)
         if time.monotonic() < due:
             return
-        due = time.monotonic() + CHECK_S
+        due = time.monotonic() + every_s
         if needs_rotation(folder):
             try:
                 rotate_keys(home)
-                supervisor.restart("supernode")
                 on_warning("the node key was exchanged for a new one")
             except (ClientsError, NetworkError) as error:
                 on_warning(f"the node key ends {folder.read().node_expires} and was not exchanged: {error}")
 
-    supervisor = Supervisor(site_parts(home, base, policy), folder.logs, on_event=on_event, tick=tick)
+    supervisor = Supervisor(site_parts(home, base, trust, node), folder.logs, on_event=on_event, tick=tick)
     supervisor.install_signals()
     try:
         supervisor.run()

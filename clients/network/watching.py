@@ -17,6 +17,7 @@ from audit.errors import WitnessConflictError
 from clients.errors import LinkError
 from clients.home import SiteHome
 from clients.network.coordinator import pinned_context
+from clients.network.joining import note_wrong_ca
 from clients.network.membership import network_folder
 from clients.service import witness_once
 
@@ -45,6 +46,8 @@ def watch(home: SiteHome, stop: threading.Event, *, every_s: float = EVERY_S) ->
                 _logger.info("the agent cosigned meanwhile")
             except LinkError as error:
                 _logger.warning("%s", error)
+                if "certificate verify failed" in str(error).lower():
+                    note_wrong_ca(home)
             stop.wait(every_s)
 
 

@@ -244,6 +244,35 @@ class Membership:
         )
         return self._present(body.invitation)
 
+    def enrol(self, document: object) -> Member:
+        """Take a member's new enrolment: other keys for statements and key agreement, by the same identity.
+
+        Raises:
+            MembershipError: it is no member's, or changes what an enrolment may not change.
+            JoinRefusedError: its keys did not sign it.
+        """
+        body = self._parsed(SiteEnrolled, document)
+        found = self.roster.refresh().of_identity(body.identity_key)
+        if found is None or found.state != "approved" or found.site != body.site:
+            raise MembershipError(f"site {body.site[:63]} does not belong under that identity")
+        try:
+            enrolled = verify_enrolment(found.site, found.identity_key, self.origin, document)
+        except StatementError:
+            self._refuse(found, "signature")
+        past = [item for _, item in self._bodies(SiteEnrolled, "site.enrolled", found.site)]
+        own = [item for item in past if item.identity_key == found.identity_key]
+        if own:
+            for field in ("population", "witness_key", "operator"):
+                if getattr(enrolled, field) != getattr(own[-1], field):
+                    raise MembershipError(f"site {found.site}: a new enrolment keeps its {field}")
+            if body_document(own[-1]) == body_document(enrolled):
+                return found
+            if enrolled.statement_key in {item.statement_key for item in own}:
+                raise MembershipError(f"site {found.site}: a statement key that was replaced stays replaced")
+        digest = enrolment_digest(enrolled)
+        self._append(enrolled, f"site:{found.site}", "site.enrolled", found.invitation, digest)
+        return found
+
     def node_refused(self, site: str, fingerprint: str, reason: str) -> None:
         """Record that the gateway turned a key away: once an hour for a member's key and a reason, once an
         hour for all strangers together, so that nobody outside can fill the log.

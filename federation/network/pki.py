@@ -31,8 +31,10 @@ from federation.network.errors import PkiError
 
 CA_DAYS: Final = 3650
 SERVER_DAYS: Final = 90
-RENEW_BEFORE_DAYS: Final = 30
+RENEW_BEFORE: Final = timedelta(days=30)
 WARN_CA_DAYS: Final = 180
+SOON_DAYS: Final = 30
+URGENT_DAYS: Final = 7
 LOOPBACK: Final = ("localhost", "127.0.0.1")
 
 _SKEW: Final = timedelta(minutes=5)
@@ -45,8 +47,29 @@ class CertificateState:
     name: str
     path: Path
     not_after: datetime
-    days_left: int
+    lifetime: timedelta  # from its issue
+    left: timedelta
     renews: bool  # by `coordinator up`
+
+    @property
+    def days_left(self) -> int:
+        return self.left // timedelta(days=1)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether its renewal is due; see `renewal_margin`."""
+        return self.renews and self.left < renewal_margin(self.lifetime)
+
+    @property
+    def urgency(self) -> str:
+        """Return "urgent", "soon" or "", by what people have to do about it: what renews itself is silent
+        until it is overdue.
+        """
+        if self.renews and not self.is_due:
+            return ""
+        if self.name == "ca" and URGENT_DAYS <= self.days_left < WARN_CA_DAYS:
+            return "soon"
+        return urgency_of(self.left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +143,14 @@ class Pki:
         """Return the SHA-256 of the CA's DER, as invitations carry it."""
         return pem_fingerprint(_read(self.ca))
 
-    def issue(self, stem: str, hosts: Sequence[str], *, now: datetime | None = None) -> None:
+    def issue(
+        self,
+        stem: str,
+        hosts: Sequence[str],
+        *,
+        now: datetime | None = None,
+        lifetime: timedelta = timedelta(days=SERVER_DAYS),
+    ) -> None:
         """Write `<stem>.pem` and a fresh `<stem>.key`, signed by the own CA.
 
         Raises:
@@ -132,7 +162,7 @@ class Pki:
         ca_key = _load_key(self.inner_ca.with_suffix(".key"))
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:60])])
-        lifetime = min(timedelta(days=SERVER_DAYS), ca.not_valid_after_utc - now)
+        lifetime = min(lifetime, ca.not_valid_after_utc - now)
         certificate = (
             _builder(subject, ca.subject, key.public_key(), now, lifetime)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -156,27 +186,54 @@ class Pki:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return tuple(str(name.value) for name in names if isinstance(name, (x509.DNSName, x509.IPAddress)))
 
-    def renew(self, *, now: datetime | None = None) -> tuple[str, ...]:
-        """Renew what our own CA signed and what ends within 30 days; return the names of those renewed."""
+    def renew(
+        self, *, now: datetime | None = None, server: timedelta = timedelta(days=SERVER_DAYS)
+    ) -> tuple[str, ...]:
+        """Renew what our own CA signed and what is due; return the names of those renewed.
+
+        `server` is how long the gateway's certificate lasts from now on; one that lasts longer is due too.
+        """
         now = now or datetime.now(UTC)
         renewed = []
         for state in self.states(now=now):
-            if state.renews and state.days_left < RENEW_BEFORE_DAYS:
-                stem = state.path.stem
-                self.issue(stem, self.hosts() if stem == "server" else LOOPBACK, now=now)
+            stem = state.path.stem
+            lifetime = server if stem == "server" else timedelta(days=SERVER_DAYS)
+            if state.is_due or (state.renews and state.lifetime > lifetime + 2 * _SKEW):
+                self.issue(stem, self.hosts() if stem == "server" else LOOPBACK, now=now, lifetime=lifetime)
                 renewed.append(stem)
         return tuple(renewed)
 
     def states(self, *, now: datetime | None = None) -> tuple[CertificateState, ...]:
-        """Return every certificate and the days it has left."""
+        """Return every certificate and what is left of its time."""
         now = now or datetime.now(UTC)
         found = []
         for stem, renews in (("ca", False), ("server", not self.adopted), ("inner", True)):
             path = self.folder / f"{stem}.pem"
-            end = x509.load_pem_x509_certificate(_read(path)).not_valid_after_utc
-            left = (end - now) // timedelta(days=1)
-            found.append(CertificateState(name=stem, path=path, not_after=end, days_left=left, renews=renews))
+            certificate = x509.load_pem_x509_certificate(_read(path))
+            end = certificate.not_valid_after_utc
+            found.append(
+                CertificateState(
+                    name=stem,
+                    path=path,
+                    not_after=end,
+                    lifetime=end - certificate.not_valid_before_utc - _SKEW,
+                    left=end - now,
+                    renews=renews,
+                )
+            )
         return tuple(found)
+
+
+def renewal_margin(lifetime: timedelta) -> timedelta:
+    """Return how long before its end a key or certificate is renewed: 30 days, or the last third of less."""
+    return min(RENEW_BEFORE, lifetime / 3)
+
+
+def urgency_of(left: timedelta) -> str:
+    """Return "urgent" in the last 7 days, "soon" in the last 30, else ""."""
+    if left < timedelta(days=URGENT_DAYS):
+        return "urgent"
+    return "soon" if left < timedelta(days=SOON_DAYS) else ""
 
 
 def create_node_key(path: Path) -> str:

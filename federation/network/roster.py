@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, Literal
 
 from audit.entries import decode_entry
@@ -20,6 +20,7 @@ from audit.membership import (
     SiteRevoked,
 )
 from federation.network.invitation import parse_time
+from federation.network.pki import urgency_of
 
 State = Literal["invited", "requested", "approved", "revoked", "left", "replaced"]
 
@@ -59,9 +60,14 @@ class Member:
             return "expired"
         return self.state
 
-    @property
-    def days_left(self) -> str:
-        return self.node_expires or self.invited_until
+    def urgency(self, now: datetime) -> str:
+        """Return "urgent" or "soon" for a member whose node key ends within 7 or 30 days.
+
+        A site that is up exchanges its key before; where this shows, it is away or cannot.
+        """
+        if self.standing(now) != "approved":
+            return ""
+        return urgency_of(parse_time(self.node_expires) - now)
 
 
 class Roster:
@@ -168,3 +174,13 @@ class Roster:
         for digest, other in list(self._members.items()):
             if other.site == member.site and other.state == "approved":
                 self._members[digest] = dataclasses.replace(other, state="replaced")
+
+
+def seconds_left(ledger: Ledger) -> float | None:
+    """Return the seconds until the first of the members' node keys ends; None without members."""
+    now = datetime.now(UTC)
+    left = [
+        (parse_time(member.node_expires) - now).total_seconds()
+        for member in Roster(ledger).refresh().approved()
+    ]
+    return min(left, default=None)

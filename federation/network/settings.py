@@ -31,6 +31,9 @@ class NetworkSettings(BaseModel, frozen=True, extra="forbid"):
     body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     requests_per_s: Annotated[float, Field(gt=0)] = 60.0  # a node
     burst: Annotated[int, Field(ge=1)] = 400
+    certificate_s: Annotated[float, Field(ge=15, le=90 * 86_400)] = (
+        90 * 86_400
+    )  # how long the gateway's lasts
     superexec_poll_s: Annotated[float, Field(gt=0, le=10)] = 0.5
 
     @property

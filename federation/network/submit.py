@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from audit.entries import RunCompleted, RunFailed, decode_entry
+from audit.entries import RunCompleted, RunFailed, RunStarted, decode_entry, parse_body
 from audit.ledger import Ledger
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import RunFailedError
@@ -15,12 +15,14 @@ from federation.network.control import SuperLinkControl
 from federation.network.errors import NetworkError, NotCarriedOutError, RunControlError
 from federation.network.settings import NetworkHome
 from federation.progress import Listener
+from federation.run_hold import is_held
 from federation.run_journal import RunJournal
 from federation.service import RunConfig
 
 POLL_S: Final = 0.02  # between the ServerApp's looks for replies, each of which waits for a bell
 DISCOVERY_S: Final = 90.0  # a restarted SuperNode is refused for up to a minute
 STATUS_EVERY_S: Final = 3.0
+MISSED: Final = 2  # looks at which nobody holds a run that somebody held
 LOST_S: Final = 20.0  # SuperLink says finished and the log shows no end
 
 
@@ -64,9 +66,10 @@ def follow(
         NotCarriedOutError: it was not taken up, or its ServerApp went without a word; it can be resumed.
     """
     journal, control = RunJournal(coordinator.home, run), control_of(coordinator)
-    looked, gone = time.monotonic(), 0.0
+    looked, gone, heard, begun, missed = time.monotonic(), 0.0, False, False, 0
     while True:
         events, after = journal.read(after)
+        heard = heard or bool(events)  # a hold before that may be a dead process's
         for event in events:
             if on_event is not None:
                 on_event(event)
@@ -80,8 +83,13 @@ def follow(
         now = time.monotonic()
         if now - looked >= STATUS_EVERY_S:
             looked = now
+            held = is_held(coordinator.ledger, run)
+            begun = begun or (held and heard)
+            missed = 0 if held or not begun else missed + 1
             gone = _gone_since(control, number, gone, now)
-            if gone and now - gone > LOST_S:
+            if missed >= MISSED and end_of(coordinator.ledger, run) is not None:
+                continue
+            if missed >= MISSED or (gone and now - gone > LOST_S):
                 raise NotCarriedOutError(
                     f"run {run}: its ServerApp is gone and the log has no end of it; "
                     f"go on with `affidavit runs resume {run[:12]}`"
@@ -116,7 +124,10 @@ def stop_run(coordinator: Coordinator, run: str, *, now: bool, grace_s: float = 
             ) from error
     from federation.runs import find_run
 
-    view = find_run(coordinator.ledger, run)
+    view = find_run(coordinator.ledger, run, home=coordinator.home)
+    if not view.started:  # nobody was asked yet: what is ended here begins here
+        started = parse_body(RunStarted, coordinator.kept_run(run)["run_started"])
+        coordinator.append(started, "coordinator", stable_event_id("run.started", run))
     body = RunFailed(run=run, charter=view.charter, round=view.round, reason="stopped")
     coordinator.append(body, "coordinator", stable_event_id("run.failed", run))
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import threading
@@ -162,7 +163,7 @@ class Supervisor:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **part.environment},
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=_begin_child,
                 )
             except OSError as error:
                 raise ProcessError(
@@ -218,5 +219,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
+def _begin_child() -> None:
+    """In the child: die with the supervisor, and leave no core dump, whose memory may hold keys."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -139,8 +139,11 @@ def status(home: Home = None, as_json: AsJson = False) -> None:
     with _membership(base) as membership:
         sites = [_shown(member) for member in membership.roster.refresh()]
     lines = [f"gateway  {address}"]
-    lines += [f"{row['name']:<8} {row['days_left']} days left, until {row['ends']}" for row in certificates]
-    lines += [f"site     {item['site']}  {item['state']}" for item in sites]
+    lines += [
+        f"{row['name']:<8} {row['days_left']} days left, until {row['ends']}{_urgent(row)}"
+        for row in certificates
+    ]
+    lines += [f"site     {item['site']}  {item['state']}{_urgent(item)}" for item in sites]
     emit({"address": address, "certificates": certificates, "sites": sites}, lines, as_json=as_json)
 
 
@@ -228,7 +231,18 @@ def _shown(member: Member) -> dict[str, str]:
         "invited_until": member.invited_until,
         "node_expires": member.node_expires,
         "reason": member.reason,
+        "urgency": _urgency_of(member),
     }
+
+
+def _urgency_of(member: Member) -> str:
+    from federation.network.membership import utc_now
+
+    return member.urgency(utc_now())
+
+
+def _urgent(row: Mapping[str, Any]) -> str:
+    return {"urgent": "  URGENT: ends within 7 days", "soon": "  ends within 30 days"}.get(row["urgency"], "")
 
 
 @contextmanager

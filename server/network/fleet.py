@@ -32,7 +32,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.run_pb2 import GetRunRequest
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message
 
 from audit.membership import NODE_REFUSALS
 from federation.network.pki import node_fingerprint, node_key_text

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesResponse
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from federation.network.bell import Bell, ring
 

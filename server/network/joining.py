@@ -5,6 +5,7 @@ POST /v1/join/request                  {secret, joined, enrolment}
 GET  /v1/join/sites/<identity>         where a site's request stands; <identity> is SHA-256 of the key
 GET  /v1/join/sites/<identity>/members the enrolments of all members, for an approved site
 POST /v1/join/leave, /v1/join/keys     a signed site.left, site.keys_rotated
+POST /v1/join/enrolment                a signed site.enrolled, with other keys of the same identity
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ JSON: Final = "application/json"
 PEM: Final = "application/x-pem-file"
 
 _SITE: Final = re.compile(r"/v1/join/sites/([0-9a-f]{64})(/members)?")
-_POSTS: Final = frozenset({"/v1/join/request", "/v1/join/leave", "/v1/join/keys"})
+_POSTS: Final = frozenset({"/v1/join/request", "/v1/join/leave", "/v1/join/keys", "/v1/join/enrolment"})
 
 
 class JoinProblem(Exception):  # noqa: N818 - an answer, not a fault
@@ -80,6 +81,8 @@ class Joining:
             member = self._membership.request(document["secret"], document["joined"], document["enrolment"])
         elif path == "/v1/join/leave":
             member = self._membership.leave(document)
+        elif path == "/v1/join/enrolment":
+            member = self._membership.enrol(document)
         else:
             member = self._membership.rotate(document)
         return _shown(member)

@@ -22,6 +22,9 @@ from federation.network.ringing import GATEWAY, bells_folder
 from federation.network.settings import NetworkHome
 from server.network.directory import NodeDirectory
 from server.network.gateway import Gateway, Limits
+from server.network.handshakes import Handshakes
+
+_logger = logging.getLogger(__name__)
 
 
 def build_gateway(home: Path, ledger: Ledger) -> Gateway:
@@ -70,7 +73,47 @@ def serve_gateway(home: Path) -> None:
             limit_concurrency=1000,
             h11_max_incomplete_event_size=32 << 10,
         )
-        asyncio.run(uvicorn.Server(config).serve())
+        asyncio.run(_serve(config, tls / "server.pem", tls / "server.key"))
+
+
+async def _serve(config: uvicorn.Config, certificate: Path, key: Path) -> None:
+    config.load()
+    assert config.ssl is not None  # noqa: S101 - the configuration names a certificate
+    Handshakes().watch(config.ssl)
+    fresh = asyncio.create_task(keep_fresh(config.ssl, certificate, key))
+    try:
+        await uvicorn.Server(config).serve()
+    finally:
+        fresh.cancel()
+
+
+async def keep_fresh(context: ssl.SSLContext, certificate: Path, key: Path, *, every_s: float = 1.0) -> None:
+    """Give `context` the certificate in the files whenever they change; connections that stand go on.
+
+    Key and certificate are two files: between the two writes they do not fit, and the next look tries again.
+    A context that was given a pair which does not fit serves nobody, so another one tries it first.
+    """
+    seen = _stamp(certificate)
+    while True:
+        await asyncio.sleep(every_s)
+        now = _stamp(certificate)
+        if now == seen:
+            continue
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+            context.load_cert_chain(certificate, key)
+        except (OSError, ssl.SSLError) as error:
+            _logger.warning("the new certificate is not taken yet: %s", error)
+            continue
+        seen = now
+        _logger.info("serving a new certificate")
+
+
+def _stamp(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def main() -> None:

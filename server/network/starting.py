@@ -11,11 +11,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from federation.network.pki import WARN_CA_DAYS
 from federation.network.settings import NetworkHome
 from federation.network.supervisor import Part, PartEvent, Supervisor
 
@@ -91,18 +90,23 @@ def coordinator_parts(base: Path) -> list[Part]:
 def carry_out(base: Path, on_event: Callable[[PartEvent], None], on_warning: Callable[[str], None]) -> None:
     """Keep the coordinator up until a signal comes; renew certificates before they end."""
     network = NetworkHome.open(base / "coordinator")
+    lifetime = timedelta(seconds=network.settings().certificate_s)
+    every_s = min(RENEW_EVERY_S, lifetime.total_seconds() / 10)
     warn_of_expiry(network, on_warning)
-    network.pki.renew()
-    due = time.monotonic() + RENEW_EVERY_S
+    network.pki.renew(server=lifetime)
+    due, warned = time.monotonic() + every_s, time.monotonic()
 
     def tick() -> None:
-        nonlocal due
-        if time.monotonic() < due:
+        nonlocal due, warned
+        now = time.monotonic()
+        if now < due:
             return
-        due = time.monotonic() + RENEW_EVERY_S
-        for stem in network.pki.renew():
-            supervisor.restart("gateway" if stem == "server" else "superlink")
-        warn_of_expiry(network, on_warning)
+        due = now + every_s
+        if "inner" in network.pki.renew(server=lifetime):
+            supervisor.restart("superlink")  # the gateway takes its own new certificate while it serves
+        if now - warned >= RENEW_EVERY_S:
+            warned = now
+            warn_of_expiry(network, on_warning)
 
     supervisor = Supervisor(coordinator_parts(base), network.logs, on_event=on_event, tick=tick)
     supervisor.install_signals()
@@ -112,10 +116,10 @@ def carry_out(base: Path, on_event: Callable[[PartEvent], None], on_warning: Cal
 def warn_of_expiry(network: NetworkHome, on_warning: Callable[[str], None]) -> None:
     """Say which certificates end soon and are not renewed here."""
     for state in network.pki.states():
-        limit = WARN_CA_DAYS if state.name == "ca" else 30
-        if not state.renews and state.days_left < limit:
+        if state.urgency:
             on_warning(
-                f"{state.path} ends in {state.days_left} days; see docs/network.md, section Certificates"
+                f"{state.urgency}: {state.path} ends in {state.days_left} days; see docs/network.md, "
+                "section Certificates"
             )
 
 
@@ -150,7 +154,7 @@ def http_answers(url: str) -> Callable[[], bool]:
     return answers
 
 
-def certificate_rows(base: Path) -> list[dict[str, str | int]]:
+def certificate_rows(base: Path) -> list[dict[str, Any]]:
     """Return what `status` and `doctor` show of the certificates; empty without a network part."""
     folder = base / "coordinator"
     if not (folder / "network" / "network.yaml").is_file():
@@ -160,6 +164,7 @@ def certificate_rows(base: Path) -> list[dict[str, str | int]]:
             "name": state.name,
             "days_left": state.days_left,
             "ends": state.not_after.astimezone(UTC).date().isoformat(),
+            "urgency": state.urgency,
         }
         for state in NetworkHome.open(folder).pki.states(now=datetime.now(UTC))
     ]

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from audit.commitments import commit, new_pseudonym, new_salt, verify_opening
+from audit.commitments import commit, new_pseudonym, new_salt, parse_salt, verify_opening
 from audit.errors import CommitmentError
 
 SALT = bytes(range(32))
@@ -46,6 +46,15 @@ def test_field_that_could_be_read_two_ways_is_refused(field: str) -> None:
 def test_salt_of_another_length_is_refused(size: int) -> None:
     with pytest.raises(CommitmentError):
         commit("input", b"s" * size, b"")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "AB" * 32, "ab" * 31 + "aB", " " + "ab" * 32, "ab " * 32, "ab" * 31, "ab" * 33, "zz" * 32]
+)
+def test_salt_has_one_text_alone(text: str) -> None:
+    with pytest.raises(CommitmentError, match="64 lower-case hex digits"):
+        parse_salt(text)
+    assert parse_salt(SALT.hex()) == SALT
 
 
 def test_equal_values_are_unlinkable_and_not_guessable() -> None:

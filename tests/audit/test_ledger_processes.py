@@ -101,7 +101,7 @@ ledger.close()
 
 
 def test_two_processes_share_one_log_without_a_gap(place: Path | str, log_tools: SimpleNamespace) -> None:
-    share_one_log(place, log_tools, count=500)
+    share_one_log(place, log_tools, count=250)  # ten thousand in the soak
 
 
 @pytest.mark.soak
@@ -141,7 +141,7 @@ def share_one_log(place: Path | str, log_tools: SimpleNamespace, count: int) -> 
 def test_killed_writer_loses_nothing_that_was_acknowledged(
     place: Path | str, log_tools: SimpleNamespace
 ) -> None:
-    kill_writers(place, log_tools, times=20)
+    kill_writers(place, log_tools, times=10)  # five hundred in the soak
 
 
 @pytest.mark.soak

@@ -236,6 +236,14 @@ def test_flipped_bit_under_right_digests_proves_nothing(honest):
     assert forge(honest, small, draw.sample(all_bits(small), 300)).keys() <= {"checkpoint"}
 
 
+def test_salt_in_capitals_is_no_other_text_of_the_same_salt(honest):
+    """Flipping one bit of a hex digit makes it a capital, which a lenient parser reads as the same digit."""
+    opened = read_zip(honest.data)["opened.json"]
+    place = opened.index(b'_salt":"') + len(b'_salt":"')
+    letter = next(at for at in range(place, place + 64) if opened[at : at + 1].isalpha())
+    assert not forge(honest, honest.data, [("opened.json", letter * 8 + 5)])
+
+
 @pytest.mark.soak
 def test_no_flipped_bit_of_an_entrys_evidence_passes_under_right_digests(honest, report):
     small = honest.world.evidence(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 
 from audit.entries import ZERO_DIGEST
+from audit.keys import SigningKey
 from audit.verify import Verdict
 
 SITES = "The sites and their keys"
@@ -46,3 +47,29 @@ def test_a_version_made_before_the_change_stays_valid(make_world):
     world.publish()
     report = world.report(world.evidence(index, opened=opened))
     assert report.verdict is Verdict.VALID, report.text()
+
+
+def with_key(world, name, key):
+    hospital = world.hospital(name)
+    before, hospital.statement = hospital.statement, key or SigningKey.generate()
+    world.append(world._enrolment(hospital))
+    return before
+
+
+def test_a_site_may_go_on_under_a_new_statement_key(make_world):
+    world = make_world()
+    world.train("run-0")
+    with_key(world, "east", None)
+    report, _ = judged(world, "run-1")
+    assert report.verdict is Verdict.VALID, report.text()
+
+
+def test_a_statement_key_that_was_replaced_does_not_come_back(make_world):
+    world = make_world()
+    world.train("run-0")
+    stolen = with_key(world, "east", None)
+    with_key(world, "east", stolen)
+    report, _ = judged(world, "run-1")
+    step = report.step(SITES)
+    assert (report.verdict, step.code) == (Verdict.INVALID, "site.key_returned"), report.text()
+    assert "east" in step.detail

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from audit.canonical import canonical_bytes
-from audit.charter_view import CharterFormError
+from audit.charter_parts import CharterFormError
 from audit.checkpoints import Checkpoint, add_signatures, cosign, sign_checkpoint
 from audit.commitments import commit, new_salt
 from audit.entries import (

@@ -48,6 +48,7 @@ from audit.metrics import gate_result
 from audit.models import answer_of, initial_weights, model_file, weights_of_file
 from audit.public_set import read_public_set
 from audit.replay import Aggregator, SiteUpdate, average
+from audit.row_tree import RowTree
 from audit.verify import Report
 from audit.weights import encode_update
 from tests.audit_verify.hospitals import FEATURES, ORIGIN, SITES, Hospital, patients, public_csv
@@ -350,15 +351,23 @@ class World(Office):
         *,
         answer_by: str | None = None,
         rows: Sequence[dict[str, Any]] = (),
+        finish: Callable[..., dict[str, Any]] = lambda answer, encoded, outputs: answer,
+        tree: bool = False,
     ) -> tuple[int, list[dict[str, str]]]:
-        """Answer with the version (or, lying, with `answer_by`); return leaf index and opened rows."""
+        """Answer with the version (or, lying, with `answer_by`); return leaf index and opened rows.
+
+        `finish` makes of an answer, the encoded row and the outputs what is committed to. With `tree` the
+        entry holds the root of the rows, and each row its path.
+        """
         charter = self.charter
         weights = self.weights(answer_by or version)
         opened, commitments = [], []
         for row in rows or [{"alpha": 6.1, "beta": 5.0, "gamma": 7}, {"alpha": 3, "beta": 2.5, "gamma": 4}]:
-            outputs = forward(charter.layers, weights, RowEncoder(charter.features).encode(row))
+            encoded = RowEncoder(charter.features).encode(row)
+            outputs = forward(charter.layers, weights, encoded)
             given = canonical_bytes(plain_row(row))
-            answer = canonical_bytes(answer_of(charter.task, charter.label, outputs))
+            answer = answer_of(charter.task, charter.label, outputs)
+            answer = canonical_bytes(finish(answer, encoded, outputs))
             salts = new_salt(), new_salt()
             commitments.append(
                 RowCommitment(
@@ -371,11 +380,17 @@ class World(Office):
                     "output": answer.decode(),
                 }
             )  # fmt: skip
+        held: dict[str, Any] = {"rows": tuple(commitments)}
+        if tree:
+            rooted = RowTree(commitments)
+            held = {"rows": (), "row_count": len(commitments), "rows_root": rooted.root}
+            for number, row in enumerate(opened):
+                row["row"], row["path"] = str(number), rooted.path(number)
         body = self.lie(
             Prediction(
                 request_id=secrets.token_hex(16), model="tiny", version=version, charter=charter.digest,
                 transition=transition, purpose="triage", principal=secrets.token_hex(16), role="consumer",
-                site="", policies=("consumer-may-predict",), policy_set="ab" * 32, rows=tuple(commitments),
+                site="", policies=("consumer-may-predict",), policy_set="ab" * 32, **held,
             )
         )  # fmt: skip
         return self.append(body)[0], opened

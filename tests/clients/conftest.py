@@ -6,14 +6,15 @@ import base64
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from audit.canonical import canonical_bytes
 from audit.checkpoints import parse_checkpoint_note
@@ -275,40 +276,21 @@ def make_charter(agents: dict[str, Agent], **changes: Any) -> Charter:
     return Charter.parse(charter_text(agents, **changes))
 
 
-def build_federation(
-    folder: Path,
-    *,
-    data: dict[str, str] | None = None,
-    lifetime_epsilon: str = "20",
-    auto_approve: bool = True,
-    rounds: int = 3,
-    agent: Callable[[SiteHome], Agent] = Agent.open,
-) -> Network:
-    make_homes(folder, data=data, lifetime_epsilon=lifetime_epsilon, auto_approve=auto_approve)
-    return open_federation(folder, rounds=rounds, agent=agent)
-
-
-def make_homes(
-    folder: Path,
-    *,
-    data: dict[str, str] | None = None,
-    lifetime_epsilon: str = "20",
-    auto_approve: bool = True,
-) -> None:
-    """Make three sites and a log in which they are enrolled."""
+def make_homes(folder: Path) -> None:
+    """Make three sites and a log in which they are enrolled; nothing else has happened yet."""
     homes = {}
     for site in SITES:
         path = folder / "data" / f"{site}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text((data or {}).get(site, ROWS), encoding="utf-8")
+        path.write_text(ROWS, encoding="utf-8")
         homes[site] = SiteHome.create(
             folder / "sites" / site,
             name=site,
             data=path,
             population=f"people of {site}",
-            lifetime_epsilon=lifetime_epsilon,
+            lifetime_epsilon="20",
             lifetime_delta="0.00001",
-            auto_approve=auto_approve,
+            auto_approve=True,
         )
     coordinator = Coordinator.create(folder / "coordinator", folder / "signer", ORIGIN)
     lines = [f"log {coordinator.log_key}"]
@@ -321,18 +303,29 @@ def make_homes(
     coordinator.close()
 
 
-def open_federation(
-    folder: Path, *, rounds: int = 3, agent: Callable[[SiteHome], Agent] = Agent.open
+def open_copy(
+    homes: Path,
+    folder: Path,
+    *,
+    data: dict[str, str] | None = None,
+    lifetime_epsilon: str = "20",
+    auto_approve: bool = True,
+    rounds: int = 3,
+    agent: Callable[[SiteHome], Agent] = Agent.open,
 ) -> Network:
+    """Copy what `make_homes` made, set in each site's file what differs, and open everything."""
+    shutil.copytree(homes, folder, dirs_exist_ok=True)
+    for site in SITES:
+        rows, settings = folder / "data" / f"{site}.csv", folder / "sites" / site / "site.yaml"
+        rows.write_text((data or {}).get(site, ROWS), encoding="utf-8")
+        document = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        document["data"] = str(rows)
+        document["lifetime"]["epsilon"] = lifetime_epsilon
+        document["rules"]["auto_approve"] = auto_approve
+        settings.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     coordinator = Coordinator.open(folder / "coordinator", folder / "signer")
     agents = {site: agent(SiteHome.open(folder / "sites" / site)) for site in SITES}
     return Network(folder, coordinator, agents, make_charter(agents, rounds=rounds))
-
-
-@pytest.fixture(scope="session")
-def make_network() -> Callable[..., Network]:
-    """Return `make(folder, **options) -> Network`; the caller closes it."""
-    return build_federation
 
 
 @pytest.fixture(scope="session")
@@ -341,27 +334,27 @@ def new_homes(build_once: Callable[[str, Callable[[Path], None]], Path]) -> Path
     return build_once("small-network", make_homes)
 
 
+@pytest.fixture(scope="session")
+def make_network(new_homes: Path) -> Callable[..., Network]:
+    """Return `make(folder, **options) -> Network`; the caller closes it."""
+    return partial(open_copy, new_homes)
+
+
 @pytest.fixture
 def network(new_homes: Path, tmp_path: Path) -> Iterator[Network]:
-    shutil.copytree(new_homes, tmp_path, dirs_exist_ok=True)
-    for path in tmp_path.glob("sites/*/site.yaml"):
-        data = tmp_path / "data" / f"{path.parent.name}.csv"
-        text = path.read_text(encoding="utf-8")
-        path.write_text(re.sub(r"(?m)^data: .*$", f"data: {data}", text), encoding="utf-8")
-    made = open_federation(tmp_path)
+    made = open_copy(new_homes, tmp_path)
     yield made
     made.close()
 
 
 @pytest.fixture(scope="session")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Network]]:
+def networks(new_homes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Network]]:
     """A network with a signed charter, one with an accepted run, and one that has played round 1.
 
     Tests that use them through `signed`, `accepted` or `played` only make requests that change nothing.
     """
-    made = {
-        name: build_federation(tmp_path_factory.mktemp(name)) for name in ("signed", "accepted", "played")
-    }
+    names = ("signed", "accepted", "played")
+    made = {name: open_copy(new_homes, tmp_path_factory.mktemp(name)) for name in names}
     made["signed"].sign()
     made["signed"].run_started()
     made["accepted"].start()
@@ -405,12 +398,12 @@ def odometers(network: Network) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture
-def build_network(tmp_path: Path) -> Iterator[Callable[..., Network]]:
+def build_network(new_homes: Path, tmp_path: Path) -> Iterator[Callable[..., Network]]:
     """Return `build(**options) -> Network`; all are closed at the end."""
     made: list[Network] = []
 
     def build(**options: Any) -> Network:
-        made.append(build_federation(tmp_path / f"network-{len(made)}", **options))
+        made.append(open_copy(new_homes, tmp_path / f"network-{len(made)}", **options))
         return made[-1]
 
     yield build
@@ -428,3 +421,35 @@ def request_of() -> Callable[..., tuple[dict[str, Any], dict[str, bytes]]]:
 def code_of() -> Callable[[dict[str, Any]], str]:
     """Return `code(answer)`: the closed code of a refused request."""
     return refusal_code
+
+
+@pytest.fixture
+def driver(network: Network) -> Any:
+    """Three sites that accepted a masked run, and a coordinator by hand; one may drop out."""
+    return _masked_run(network)
+
+
+@pytest.fixture(scope="session")
+def keyed(new_homes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """All three have given keys; tests that use it only make requests that are refused."""
+    network = open_copy(new_homes, tmp_path_factory.mktemp("keyed") / "network")
+    made = _masked_run(network)
+    made.ask_keys()
+    yield made
+    network.close()
+
+
+@pytest.fixture
+def masked(driver: Any) -> Any:
+    """All three have sent masked updates."""
+    driver.ask_keys()
+    driver.ask_shares()
+    for site in SITES:
+        assert "statement" in driver.update(site)
+    return driver
+
+
+def _masked_run(network: Network) -> Any:
+    from tests.clients.masked_driver import masked_run  # which imports this module
+
+    return masked_run(network)

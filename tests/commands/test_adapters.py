@@ -111,6 +111,27 @@ def test_listing_models_is_the_same_from_every_side(served):
     assert len({json.dumps(document, sort_keys=True) for _, document in outcomes}) == 1
 
 
+def test_a_runs_updates_are_the_same_from_every_side(served, tmp_path):
+    (stored,) = served.context.coordinator.ledger.search(type="run.completed", limit=1)
+    run = json.loads(stored.body)["body"]["run"]
+    picture = tmp_path / "updates.png"
+    outcomes = [
+        served.http("officer", "GET", f"/v1/audit/runs/{run}/updates"),
+        served.command("runs", "updates", run),
+        served.remote("officer", "runs", "updates", run, "--plot", str(picture)),
+    ]
+    assert [code for code, _ in outcomes] == ["ok"] * 3
+    assert len({json.dumps(document, sort_keys=True) for _, document in outcomes}) == 1
+    assert outcomes[0][1]["rounds"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    unknown = [
+        served.http("officer", "GET", "/v1/audit/runs/no-such-run/updates"),
+        served.command("runs", "updates", "no-such-run"),
+        served.remote("officer", "runs", "updates", "no-such-run"),
+    ]
+    assert len({code for code, _ in unknown}) == 1
+
+
 @pytest.mark.parametrize(
     ("role", "expires", "code"),
     [
@@ -172,6 +193,7 @@ def test_revoking_a_key_is_the_same_from_every_side(served):
         ("consumer", "GET", "/v1/audit/entries/0", ("log", "show", 0)),
         ("consumer", "GET", "/v1/audit/evidence/0", ("evidence", "export", 0)),
         ("node", "GET", "/v1/keys", ("keys", "list")),
+        ("consumer", "GET", "/v1/audit/runs/no-such-run/updates", ("runs", "updates", "no-such-run")),
         ("officer", "DELETE", "/v1/keys/aaaaaaaaaaaaaaaa", ("keys", "revoke", "a" * 16)),
     ],
     ids=lambda value: None if not isinstance(value, tuple) else " ".join(map(str, value)),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import typer
@@ -306,10 +308,25 @@ def test_every_command_has_help_with_its_exit_codes(run, repository, path):
         assert "--json" in result.out
 
 
-def test_manual_names_every_command():
-    for path in COMMANDS:
-        assert path[0] in affidavit.MANUAL, path
-        assert path[-1] in affidavit.MANUAL, path
+def test_manual_names_every_command_and_none_that_is_not_there():
+    named = set()
+    for line in affidavit.MANUAL.partition("Begin here")[2].partition("Homes are")[0].splitlines():
+        if not re.match(r" {2}\S", line):
+            continue
+        shown = line[2:] if line[24:26].strip() or len(line) < 26 else line[2:24]
+        first, *others = (re.findall(r"[a-z-]+(?= |$)", part) for part in shown.split(" --")[0].split(" | "))
+        named |= {tuple(first), *((*first[:-1], *other) for other in others)}
+    assert named == {*COMMANDS, ("verify",)}
+
+
+def test_manual_fits_a_terminal_and_its_columns_stand():
+    lines = affidavit.MANUAL.splitlines()
+    assert max(map(len, lines)) <= 100
+    body = lines[lines.index("Begin here") : -3]
+    for line, following in pairwise(body):
+        if re.match(r" {2}\S", line):
+            in_columns = re.fullmatch(r" {2}(?=\S).{22} {2}\S.*", line)
+            assert in_columns or re.match(r" {26}\S", following), line
 
 
 def test_version_is_printed(run):

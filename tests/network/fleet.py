@@ -82,13 +82,22 @@ class Fleet:
     """Use as a context: everything is up inside, and gone afterwards."""
 
     def __init__(
-        self, base: Path, sites: tuple[str, ...], rows: Callable[[str], list[tuple[Any, ...]]]
+        self,
+        base: Path,
+        sites: tuple[str, ...],
+        rows: Callable[[str], list[tuple[Any, ...]]],
+        *,
+        more: str = "",
     ) -> None:
+        """`more`: lines that the charter has besides."""
+        self._more = more
         self.base, self.home, self.sites = base, base / "coordinator", sites
         self.author, self.officer = SigningKey.generate(), SigningKey.generate()
         self._rows, self._processes = rows, list[subprocess.Popen[bytes]]()
         self.charter: Charter
         self.homes: dict[str, SiteHome] = {}
+        self.core_limits: set[tuple[str, str]] = set()  # of what was killed
+        self.scanned_bytes = 0
 
     def __enter__(self) -> Fleet:
         try:
@@ -135,7 +144,7 @@ class Fleet:
                 for name, key in sorted(identities.items())
             ),
         )
-        self.charter = Charter.parse(text)
+        self.charter = Charter.parse(text + self._more)
         for name, home in self.homes.items():
             home = approve_charter(home, self.charter.canonical().decode())
             follow_members(home, self.charter)
@@ -240,6 +249,9 @@ class Fleet:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
+        with contextlib.suppress(OSError):
+            limits = Path(f"/proc/{found[0]}/limits").read_text()
+            self.core_limits.add((kind, limits.partition("Max core file size")[2].split()[0]))
         with contextlib.suppress(ProcessLookupError):
             os.kill(found[0], signal.SIGKILL)
         return True
@@ -252,10 +264,16 @@ class Fleet:
         return found
 
 
+def canary_of(name: str) -> tuple[float, float]:
+    """A point of a site's that nothing but its own row holds."""
+    dice = random.Random(f"canary of {name}")
+    return 2 + dice.random(), 7 + dice.random()
+
+
 def rows_of(name: str, count: int = 100) -> list[tuple[Any, ...]]:
-    """Two clouds of points; the same for the same name."""
+    """Two clouds of points, and the canary; the same for the same name."""
     dice = random.Random(name)
-    found = []
+    found: list[tuple[Any, ...]] = [(*canary_of(name), "benign")]
     for _ in range(count):
         label = dice.random() < 0.5
         centre = 6 if label else 4

@@ -11,8 +11,6 @@ import affidavit
 from clients.home import SiteHome
 from clients.network.joining import needs_rotation
 from clients.network.membership import NetworkFolder, SiteMembership
-from clients.network.systemd import unit_text
-from clients.network.warm_relay import WarmRelay, write_stub
 
 
 @pytest.fixture
@@ -119,38 +117,3 @@ def test_node_keys_are_exchanged_in_their_last_month(tmp_path, office):
     assert not needs_rotation(folder, clock=office.clock)
     office.clock.turn(days=32)
     assert needs_rotation(folder, clock=office.clock)
-
-
-def test_unit_runs_as_a_user_and_leaves_no_core(tmp_path):
-    text = unit_text("st-mary", tmp_path, "affidavit")
-    assert "User=affidavit" in text
-    assert "LimitCORE=0" in text
-    assert "site up st-mary" in text
-
-
-def test_warm_relay_forks_for_each_message_and_hands_back_its_status(tmp_path):
-    import multiprocessing
-    import subprocess
-    import time
-
-    sockets = tmp_path / "relay"
-
-    def start(arguments: list[str]) -> None:
-        raise SystemExit(int(arguments[0]))
-
-    process = multiprocessing.get_context("fork").Process(target=WarmRelay(sockets, start).serve)
-    process.start()
-    try:
-        cold = tmp_path / "cold"
-        cold.write_text("#!/bin/sh\nexit 77\n")
-        cold.chmod(0o700)
-        stub = write_stub(tmp_path / "bin", sockets, cold)
-        until = time.monotonic() + 20
-        while not sockets.exists() and time.monotonic() < until:
-            time.sleep(0.02)
-        statuses = [subprocess.run([stub, str(n)], timeout=20, check=False).returncode for n in (0, 3)]
-        assert statuses == [0, 3]
-    finally:
-        process.terminate()
-        process.join(timeout=20)
-    assert subprocess.run([stub, "0"], timeout=20, check=False).returncode == 77

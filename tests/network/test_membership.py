@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from audit.entries import body_document
+from audit.entries import SiteEnrolled, body_document
 from audit.keys import SigningKey
 from audit.membership import JoinRefused, NodeRefused
+from clients.identity import SiteKeys
 from federation.network.errors import InvitationError, JoinRefusedError, MembershipError
 from federation.network.invitation import format_time
 from federation.network.membership import Membership
 from federation.network.roster import Roster
+from tests.network.conftest import ORIGIN
 
 JOINING = ["site.invited", "site.joined", "site.enrolled", "site.approved"]
 
@@ -279,3 +283,64 @@ def test_invitations_have_a_sensible_time(office, hours):
 
 def test_times_are_written_in_one_form(office):
     assert format_time(office.clock()) == "2026-11-24T08:00:00Z"
+
+
+def renewed(office, hospital, **changes):
+    """The enrolment after the site exchanged its keys for statements and key agreement."""
+    hospital.keys = SiteKeys.rotate(office.folder / "sites" / hospital.name)
+    return body_document(dataclasses.replace(hospital.enrolment(), **changes))
+
+
+def test_new_signing_keys_are_an_entry_and_the_same_again_is_the_same_one(office):
+    hospital = office.hospital()
+    office.admit(hospital)
+    first = hospital.enrolment()
+    document = renewed(office, hospital)
+    assert office.membership.enrol(document).state == "approved"
+    office.membership.enrol(document)
+    (before, after) = office.bodies(SiteEnrolled)
+    assert before == first
+    assert body_document(after) == document
+    assert office.membership.members_enrolments() == (after,)
+
+
+def test_a_replaced_statement_key_is_not_taken_back(office):
+    hospital = office.hospital()
+    office.admit(hospital)
+    stolen = body_document(hospital.enrolment())
+    office.membership.enrol(renewed(office, hospital))
+    with pytest.raises(MembershipError, match="stays replaced"):
+        office.membership.enrol(stolen)
+
+
+@pytest.mark.parametrize("field", ["population", "operator"])
+def test_an_enrolment_changes_keys_and_nothing_else(office, field):
+    hospital = office.hospital()
+    office.admit(hospital)
+    hospital.keys = SiteKeys.rotate(office.folder / "sites" / hospital.name)
+    other = {"population": "ab" * 16, "operator": "group"}
+    population = other["population"] if field == "population" else hospital.population
+    operator = other["operator"] if field == "operator" else ""
+    enrolment = hospital.keys.enrolment(hospital.name, population, ORIGIN, operator)
+    with pytest.raises(MembershipError, match=f"keeps its {field}"):
+        office.membership.enrol(body_document(enrolment))
+
+
+def test_an_enrolment_that_its_identity_did_not_sign_is_refused_and_logged(office):
+    hospital = office.hospital()
+    office.admit(hospital)
+    thief = office.hospital("st-olaf")
+    document = renewed(office, hospital, statement_key=thief.keys.statement.text)
+    with pytest.raises(JoinRefusedError, match="signature"):
+        office.membership.enrol(document)
+    assert [body.reason for body in office.bodies(JoinRefused)] == ["signature"]
+
+
+def test_who_is_no_member_enrols_nothing(office):
+    stranger = office.hospital()
+    with pytest.raises(MembershipError, match="does not belong"):
+        office.membership.enrol(body_document(stranger.enrolment()))
+    office.admit(stranger)
+    office.membership.revoke("st-mary", "test")
+    with pytest.raises(MembershipError, match="does not belong"):
+        office.membership.enrol(renewed(office, stranger))

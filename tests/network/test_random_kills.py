@@ -21,7 +21,8 @@ from audit.service import export_evidence
 from audit.verify import verify_evidence
 from clients.ledger import SiteLedger
 from federation.runs import find_run
-from tests.network.fleet import Fleet, rows_of
+from tests.network.fleet import Fleet, canary_of, rows_of
+from tests.raw_scan import number_forms, scan, size_of
 
 pytestmark = pytest.mark.soak
 
@@ -31,13 +32,22 @@ PER_RUN = 10
 PEACE_S = 900.0
 
 
-def schedule(kills: int, seed: int) -> list[tuple[float, str, str]]:
-    """Return (pause in seconds, kind, site); every kind as often as the others."""
+def schedule(kills: int, seed: int) -> list[tuple[float, int, str, str]]:
+    """Return (seconds to wait, entries to wait for, kind, site); every kind as often as the others.
+
+    Half of the kills come some time after the one before, the others once the log has grown by so much: so
+    they find the run in its rounds too, and not only on its way back.
+    """
     dice = random.Random(seed)
     kinds = [KINDS[index % len(KINDS)] for index in range(kills)]
     dice.shuffle(kinds)
     return [
-        (dice.uniform(0.5, 5.0), kind, dice.choice(SITES) if kind in ("agent", "supernode") else "")
+        (
+            dice.uniform(0.2, 4.0),
+            dice.choice((0, dice.randrange(1, 14))),
+            kind,
+            dice.choice(SITES) if kind in ("agent", "supernode") else "",
+        )
         for kind in kinds
     ]
 
@@ -46,56 +56,93 @@ def test_runs_end_complete_and_nothing_is_spent_twice(report):
     kills = int(os.environ.get("AFFIDAVIT_KILLS", "200"))
     seed = int(os.environ.get("AFFIDAVIT_KILL_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
     plan = schedule(kills, seed)
-    print(
-        f"seed {seed}:",
-        " ".join(f"{pause:.1f}s/{kind}{'/' + site if site else ''}" for pause, kind, site in plan),
-    )
+    print(f"seed {seed}:", *[f"{wait:.1f}s+{more} {kind} {site};" for wait, more, kind, site in plan])
     killed: Counter[str] = Counter()
     runs: list[str] = []
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="aff") as folder, Fleet(Path(folder), SITES, rows_of) as fleet:
+        began = time.monotonic()
         while plan:
             run = fleet.start()
             runs.append(run)
+            driver = Driver(fleet, run, began)
             due, plan = plan[:PER_RUN], plan[PER_RUN:]
-            for pause, kind, site in due:
-                time.sleep(pause)
-                if kind == "serverapp" and not fleet.pids(kind) and fleet.end(run) is None:
-                    fleet.submit(run)
-                if fleet.end(run) is not None:  # the run was quicker: go on killing in the next one
-                    _check_run(fleet, run)
-                    run = fleet.start()
-                    runs.append(run)
-                killed[kind] += fleet.kill(kind, site)
-                print(f"{time.monotonic() - began:6.0f} s  {run[:6]}  {kind} {site}", flush=True)
-            _finish(fleet, run, began)
+            for number, (wait_s, entries, kind, site) in enumerate(due):
+                driver.wait(wait_s, entries)
+                if fleet.end(run) is not None:  # it was quicker: the rest of its kills meet the next one
+                    plan = [*due[number:], *plan]
+                    break
+                killed[kind] += driver.kill(kind, site)
+            driver.finish()
             _check_run(fleet, run)
         _check_debits(fleet)
-        resumed = len(list(fleet.coordinator.bodies(RunResumed)))
-        lost = sum(find_run(fleet.ledger, run).undelivered.get(site, 0) for run in runs for site in SITES)
+        _check_nothing_personal(fleet)
+        assert {limit for _, limit in fleet.core_limits} <= {"0"}, fleet.core_limits
+        resumed = Counter(body.round for _, body in fleet.coordinator.bodies(RunResumed))
+        lost = sum(sum(find_run(fleet.ledger, run).undelivered.values()) for run in runs)
+        minutes = (time.monotonic() - began) / 60
     assert sum(killed.values()) >= kills - 2, killed
     counted = ", ".join(f"{killed[kind]} {kind}" for kind in KINDS)
+    rounds = ", ".join(f"{count} at round {number}" for number, count in sorted(resumed.items()))
+    print(f"killed {counted}; resumed {rounds}; {lost} undelivered; {minutes:.1f} minutes")
     report(
         "kills",
         size=f"{sum(killed.values())} kills ({counted}), seed {seed}, {len(runs)} runs of 3 rounds, 3 sites",
-        result=f"every run complete and proved, taken up again {resumed} times; one debit a release, "
-        f"{lost} of them undelivered and listed",
+        result=f"every run complete and proved, taken up again {sum(resumed.values())} times ({rounds}); "
+        f"one debit a release, {lost} undelivered and listed; nothing personal in "
+        f"{fleet.scanned_bytes / 1e6:.0f} MB",
     )
 
 
-def _finish(fleet: Fleet, run: str, began: float) -> None:
-    """Nobody kills any more: resume until the log shows the end."""
-    deadline, free = time.monotonic() + PEACE_S, 0.0
-    while fleet.end(run) is None:
-        assert time.monotonic() < deadline, f"run {run} neither ends nor can be resumed"
-        time.sleep(0.5)
-        if fleet.is_carried_out(run) or fleet.pids("serverapp"):
-            free = time.monotonic()
-        elif time.monotonic() - free > 4:
-            assert find_run(fleet.ledger, run).resumable or not _is_begun(fleet, run)
-            print(f"{time.monotonic() - began:6.0f} s  {run[:6]}  resume", flush=True)
-            fleet.submit(run)
-            free = time.monotonic() + 10
+class Driver:
+    """One run's operator: resumes it whenever nobody carries it out."""
+
+    def __init__(self, fleet: Fleet, run: str, began: float) -> None:
+        self._fleet, self._run, self._began = fleet, run, began
+        self._busy = time.monotonic()
+
+    def wait(self, seconds: float, entries: int) -> None:
+        """Wait, then until the log has so many entries more, the run ends, or ten seconds are over."""
+        time.sleep(seconds)
+        wanted, deadline = self._fleet.ledger.tree_size + entries, time.monotonic() + 10
+        while self._fleet.ledger.tree_size < wanted and time.monotonic() < deadline:
+            if self._fleet.end(self._run) is not None:
+                return
+            self._nudge()
+            time.sleep(0.05)
+
+    def kill(self, kind: str, site: str) -> bool:
+        if kind == "serverapp" and not self._fleet.pids(kind):
+            self._resume()
+        done = self._fleet.kill(kind, site)
+        self._say(f"{kind} {site}")
+        return done
+
+    def finish(self) -> None:
+        """Nobody kills any more: resume until the log shows the end."""
+        deadline = time.monotonic() + PEACE_S
+        while self._fleet.end(self._run) is None:
+            assert time.monotonic() < deadline, f"run {self._run} neither ends nor can be resumed"
+            self._nudge()
+            time.sleep(0.3)
+        self._say("ended")
+
+    def _nudge(self) -> None:
+        if self._fleet.is_carried_out(self._run) or self._fleet.pids("serverapp"):
+            self._busy = time.monotonic()
+        elif time.monotonic() - self._busy > 3:
+            assert not _is_begun(self._fleet, self._run) or find_run(self._fleet.ledger, self._run).resumable
+            self._resume()
+
+    def _resume(self) -> None:
+        self._say("resume")
+        self._fleet.submit(self._run)
+        self._busy = time.monotonic() + 10
+
+    def _say(self, what: str) -> None:
+        at = find_run(self._fleet.ledger, self._run).round if _is_begun(self._fleet, self._run) else "-"
+        print(
+            f"{time.monotonic() - self._began:6.0f} s  {self._run[:6]} after round {at}: {what}", flush=True
+        )
 
 
 def _is_begun(fleet: Fleet, run: str) -> bool:
@@ -116,6 +163,22 @@ def _check_run(fleet: Fleet, run: str) -> None:
     report = verify_evidence(data, policy_text=fleet.homes[SITES[0]].policy().format(), replay=True)
     for title in ("The training run", "The rounds and their statements", "The aggregation", "The odometers"):
         assert report.step(title).code == "ok", report.step(title)
+
+
+def _check_nothing_personal(fleet: Fleet) -> None:
+    """No site's row and no site's key is in any byte that the coordinator keeps: logs and databases too."""
+    needles = []
+    for name, home in fleet.homes.items():
+        for value in canary_of(name):
+            forms = (*number_forms(value), str(value).encode())
+            needles += [(f"a row of {name}", form) for form in forms]
+        for path in (home.path / "keys").iterdir():
+            lines = path.read_text().splitlines()
+            needles += [(f"{name}'s {path.name}", line.encode()) for line in lines if "-----" not in line]
+    folders = [fleet.home, fleet.base / "signer"]
+    assert scan(folders, needles) == []
+    assert {hit.what for hit in scan([fleet.base], needles)} == {what for what, _ in needles}
+    fleet.scanned_bytes = size_of(folders)
 
 
 def _check_debits(fleet: Fleet) -> None:

@@ -5,19 +5,25 @@ Slow, because nine processes start: SuperLink, SuperExec, the API, the gateway, 
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
@@ -26,15 +32,18 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from audit.entries import decode_entry
+from audit.entries import RunFailed, decode_entry
+from audit.keys import SigningKey
 from audit.ledger import Ledger
 from audit.location import log_location
-from audit.membership import JoinRefused, NodeRefused
+from audit.membership import JoinRefused, NodeRefused, SiteKeysRotated
+from audit.site_bodies import RequestRefused
 from clients.home import SiteHome
 from clients.network.coordinator import CoordinatorError, WrongCaError
 from clients.network.joining import join, leave, rotate_keys, standing
 from clients.network.membership import network_folder
-from clients.network.starting import relay_environment
+from clients.network.starting import flower_environment, supernode_command
+from clients.site_log import SiteLog
 from federation.coordinator import Coordinator
 from federation.network.control import SuperLinkControl
 from federation.network.errors import JoinRefusedError, RunControlError
@@ -46,6 +55,7 @@ from federation.network.settings import NetworkHome, NetworkSettings
 pytestmark = pytest.mark.slow
 
 START_S = 120.0
+LIFETIME_S = 24  # of the gateway's certificate: everything here goes on while it is exchanged
 
 
 def free_ports(count: int) -> list[int]:
@@ -63,8 +73,9 @@ class World:
         self.base, self.home = base, base / "coordinator"
         public, inner, api = free_ports(3)
         settings = NetworkSettings(
-            public_host="localhost", bind="127.0.0.1", port=public, superlink_port=inner, api_port=api
-        )
+            public_host="localhost", bind="127.0.0.1", port=public, superlink_port=inner, api_port=api,
+            certificate_s=LIFETIME_S,
+        )  # fmt: skip
         with Coordinator.create(self.home, base / "signer", "log.example.org/real") as coordinator:
             self.log_key = coordinator.log_key
         self.network = NetworkHome.create(self.home, settings)
@@ -124,10 +135,15 @@ class World:
             auto_approve=False,
         )
 
-    def admitted(self, name: str) -> SiteHome:
+    def admitted(self, name: str, **options) -> SiteHome:
         home = self.site(name)
-        assert join(home, self.invite(name, auto_approve=True)).state == "approved"
+        assert join(home, self.invite(name, auto_approve=True), **options).state == "approved"
         return home
+
+    def certificate(self) -> x509.Certificate:
+        """What the gateway shows at this moment."""
+        address = ("localhost", self.settings.port)
+        return x509.load_pem_x509_certificate(ssl.get_server_certificate(address).encode())
 
     def node_id(self, home: SiteHome, *, status: str = "") -> int | None:
         pem = node_key_pem(network_folder(home.path).node_public_key())
@@ -145,8 +161,6 @@ class World:
         )
 
     def outsider(self) -> httpx.Client:
-        import ssl
-
         context = ssl.create_default_context(cafile=str(self.pki.ca))
         return httpx.Client(base_url=f"https://{self.settings.address}", verify=context)
 
@@ -197,13 +211,9 @@ def test_two_supernodes_come_online_through_the_gateway_and_go(world):
         folder = network_folder(home.path)
         folder.sockets.mkdir(parents=True)
         world.start(
-            [
-                *(sys.executable, "-P", "-m", "clients.network.supernode"),
-                *("--superlink", world.settings.address, "--root-certificates", str(folder.ca)),
-                *("--auth-supernode-private-key", str(folder.node_key), "--port", str(port)),
-            ],
+            supernode_command(folder, world.settings.address, home.name, port),
             folder.folder / "supernode.log",
-            **relay_environment(folder, home.name),
+            **flower_environment(folder),
         )
     for home in homes:
         world.until(lambda home=home: world.node_id(home, status="online"))
@@ -240,8 +250,6 @@ def test_an_outsider_can_do_nothing(world):
 
 
 def test_superlink_gives_no_task_without_the_secret(world):
-    import ssl
-
     context = ssl.create_default_context(cafile=str(world.pki.inner_ca))
     with httpx.Client(base_url=f"https://{world.settings.superlink}", verify=context) as client:
         assert client.post("/v1/runtime/acquire-task", content=b"").status_code >= 400
@@ -296,18 +304,59 @@ def test_a_stolen_invitation_serves_once(world):
 
 
 def test_another_ca_is_refused_at_the_site(world):
-    import dataclasses
-
     invitation = dataclasses.replace(world.invite("Southgate"), ca="ab" * 32)
     home = world.site("southgate")
     with pytest.raises(WrongCaError, match="call the operator"):
         join(home, invitation)
     assert not network_folder(home.path).node_key.exists()
+    assert refusals(home) == [("coordinator", "wrong_ca", 1)]
+    with pytest.raises(WrongCaError):
+        join(home, invitation)
+    assert len(refusals(home)) == 1  # once an hour
+
+
+def test_a_member_that_meets_another_ca_keeps_it_in_its_log_and_says_so(world, tmp_path):
+    home = world.admitted("northfield")
+    other = Pki.create(tmp_path / "tls", LOOPBACK, name="stranger")
+    folder = network_folder(home.path)
+    folder.ca.write_bytes(other.ca.read_bytes())
+    for ask in (standing, leave, rotate_keys):
+        with pytest.raises(CoordinatorError, match="call the operator") as caught:
+            ask(home)
+        assert caught.value.code == "site.wrong_ca"
+    assert refusals(home) == [("coordinator", "wrong_ca", 1)]
+    log = world.network.logs / "gateway.log"
+    world.until(lambda: "TLS handshakes failed" in log.read_text())
+    assert "unknown ca" in log.read_text()
+
+
+def refusals(home: SiteHome) -> list[tuple[str, str, int]]:
+    log = SiteLog.open(home.path, home.name)
+    found = [(body.kind, body.reason, body.count) for _, _, body in log.entries(RequestRefused)]
+    log.release()
+    return found
+
+
+def test_a_captured_request_passes_no_second_time(world):
+    home = world.admitted("fairview")
+    world.until(lambda: world.node_id(home))
+    key, timestamp = load(home), datetime.now(UTC).isoformat()
+    headers = {
+        "flwr-public-key": base64.b64encode(public_key_to_bytes(key.public_key())).decode(),
+        "flwr-timestamp": timestamp,
+        "flwr-signature": base64.b64encode(key.sign(timestamp.encode(), ec.ECDSA(hashes.SHA256()))).decode(),
+        "content-type": "application/x-protobuf",
+    }
+    body = PullMessagesRequest(node=Node(node_id=world.node_id(home))).SerializeToString()
+    with world.outsider() as client:
+        world.until(lambda: world.membership.roster.refresh().of_site("fairview").state == "approved")
+        first = client.post("/v1/fleet/pull-messages", content=body, headers=headers)
+        again = client.post("/v1/fleet/pull-messages", content=body, headers=headers)
+    assert (first.status_code != 401, again.status_code) == (True, 401)
+    assert ("fairview", "replayed") in {(item.site, item.reason) for item in world.bodies(NodeRefused)}
 
 
 def test_nobody_at_the_address_is_said_plainly(world):
-    import dataclasses
-
     invitation = dataclasses.replace(world.invite("Midtown"), address=f"localhost:{free_ports(1)[0]}")
     with pytest.raises(CoordinatorError, match="does not answer"):
         join(world.site("midtown"), invitation)
@@ -334,6 +383,86 @@ def test_a_superlink_that_is_away_is_named(world):
     away = SuperLinkControl(f"127.0.0.1:{free_ports(1)[0]}", world.pki.inner_ca)
     with pytest.raises(RunControlError, match="coordinator up"):
         away.nodes()
+
+
+def test_a_run_that_is_stopped_now_ends_everywhere(world):
+    from clients.demo_data import demo_charter, write_demo_files
+
+    files = write_demo_files(world.base / "data")
+    made = affidavit(world, "identity", "new", "curie", "--role", "scientist")
+    path = world.base / "charter.yaml"
+    path.write_text(
+        demo_charter(
+            public=files.public,
+            identities={site: SigningKey.generate().text for site in files.sites},
+            officers={"olsen": made["key"]},
+            rounds=2,
+        )
+    )
+    author = world.base / "scientists" / "curie"
+    run = affidavit(world, "runs", "start", str(path), "--author", str(author), "--no-follow")
+    number = int(run["superlink"])
+    world.until(lambda: world.control.run_status(number) == "running")
+    world.until(lambda: serverapps(world))  # it looks for sites that never come
+    assert affidavit(world, "runs", "stop", run["run"][:12], "--now")["ended"]
+    world.until(lambda: world.control.run_status(number).startswith("finished"))
+    world.until(lambda: not serverapps(world))
+    ends = [body for body in world.bodies(RunFailed) if body.run == run["run"]]
+    assert [(body.round, body.reason) for body in ends] == [(0, "stopped")]
+    (shown,) = affidavit(world, "runs", "list")["runs"]
+    assert (shown["state"], shown["reason"], shown["awaited"]) == ("stopped", "stopped", [])
+    assert affidavit(world, "runs", "stop", run["run"], "--now")["ended"]  # again changes nothing
+    assert len([body for body in world.bodies(RunFailed) if body.run == run["run"]]) == 1
+
+
+def affidavit(world, *arguments: str) -> dict:
+    command = [sys.executable, "-P", "-m", "affidavit", *arguments, "--home", str(world.base), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def serverapps(world) -> list[str]:
+    """The processes of ServerApps that this world's SuperLink started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+            if "flwr-serverapp" in line and world.settings.superlink in line:
+                found.append(path.parent.name)
+    return found
+
+
+def test_coordinator_and_site_go_on_when_their_certificates_end(world):
+    sleeper = world.admitted("sleepy-hollow", node_lifetime_s=8)  # it is never up: nothing renews its key
+    home = world.admitted("lakeside", node_lifetime_s=LIFETIME_S)
+    command = ["-P", "-m", "affidavit", "site", "up", "lakeside", "--home", str(world.base), "--json"]
+    log = world.base / "lakeside.log"
+    process = world.start([sys.executable, *command], log)
+    first, key = world.certificate(), network_folder(home.path).node_public_key()
+    world.until(lambda: world.node_id(home, status="online"), process)
+    end = max(first.not_valid_after_utc.timestamp(), time.time() + LIFETIME_S) + 1
+    world.until(lambda: time.time() > end, process)
+    shown = world.certificate()
+    assert shown.serial_number != first.serial_number
+    assert shown.not_valid_after_utc > datetime.now(UTC)
+    world.until(lambda: world.node_id(home, status="online"), process)
+    assert network_folder(home.path).node_public_key() != key
+    assert standing(home).state == "approved"
+    exchanged = [body for body in world.bodies(SiteKeysRotated) if body.site == "lakeside"]
+    assert exchanged
+    assert exchanged[0].previous_key == key
+    pem = node_key_pem(network_folder(sleeper.path).node_public_key())
+    with world.fleet(load(sleeper)) as client:
+        request = ActivateNodeRequest(public_key=pem, heartbeat_interval=30.0)
+        assert status_of(lambda: client.ActivateNode(request)) == 401
+    with pytest.raises(JoinRefusedError, match="past its time"):
+        standing(sleeper)
+    said = {(body.site, body.reason) for body in world.bodies(NodeRefused)}
+    assert ("sleepy-hollow", "expired") in said
+    assert ("lakeside", "expired") not in said
+    listed = {item["site"]: item["state"] for item in affidavit(world, "site", "list")["sites"]}
+    assert (listed["lakeside"], listed["sleepy-hollow"]) == ("approved", "expired")
 
 
 @pytest.mark.soak

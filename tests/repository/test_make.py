@@ -24,8 +24,29 @@ def clone(tmp_path: Path, repository: Path) -> Path:
 def test_make_alone_lists_the_targets(clone):
     done = _make(clone)
     assert done.returncode == 0
-    for target in ("demo", "test", "check", "soak", "bench", "bench-dp", "results", "clean"):
+    for target in ("demo", "test", "test-first", "check", "soak", "bench", "bench-dp", "results", "clean"):
         assert f"make {target} " in done.stdout
+
+
+def test_the_first_releases_tests_are_files_that_exist_each_once_and_of_every_part(repository):
+    names = (repository / "tests" / "first_release.txt").read_text().split()
+    assert len(names) == len(set(names))
+    assert all((repository / name).is_file() for name in names)
+    parts = {name.split("/")[1] for name in names}
+    later = {"faults", "network"}
+    assert parts == {path.parent.name for path in repository.glob("tests/*/test_*.py")} - later
+
+
+def test_the_first_releases_tests_say_their_time_and_fail_with_them(clone):
+    _pretend_installed(clone)
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "ran: $*"\nexit 3\n')
+    python.chmod(0o755)
+    done = _make(clone, "test-first", "PYTEST_OPTIONS=-k merkle")
+    assert done.returncode == 2
+    assert "@tests/first_release.txt -k merkle" in done.stdout
+    assert "the tests of tests/first_release.txt took" in done.stdout
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "old-python"])

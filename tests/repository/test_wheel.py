@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import email
+import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -35,6 +38,24 @@ def test_wheel_carries_its_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (licence,) = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
         assert b"Apache License" in archive.read(licence)
+
+
+def test_api_shows_its_reference_from_the_wheel_and_from_no_other_host(wheel, tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from fastapi import FastAPI; import server.reference\n"
+        "assert server.reference.__file__.startswith(sys.argv[1]), server.reference.__file__\n"
+        "print(server.reference.render(FastAPI(title='wheel').openapi()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(wheel)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "<h1>wheel" in done.stdout
+    assert "//" not in done.stdout
+    with zipfile.ZipFile(wheel) as archive:
+        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
+    assert not [name for name, text in sources.items() if re.search(r"\bcdn\.|jsdelivr|unpkg", text)]
 
 
 def test_bare_environment_lacks_every_framework(bare_install, tmp_path):

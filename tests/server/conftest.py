@@ -31,7 +31,9 @@ from audit.entries import (
 from audit.keys import SigningKey
 from audit.models import model_file
 from audit.notes import KeyType, NoteSigner
+from audit.principal import ROLES
 from audit.public_set import public_set_digest
+from audit.vault_home import open_vault
 from federation.coordinator import Coordinator
 from server.app import create_app
 from server.keys import KeyStore
@@ -64,7 +66,7 @@ class Clock:
         self.moment += timedelta(**time)
 
 
-def charter(officers: list[SigningKey], identity: str, **changed: object) -> dict:
+def charter(officers: list[SigningKey], identity: str, /, **changed: object) -> dict:
     document = {
         "affidavit": 1,
         "name": MODEL,
@@ -210,7 +212,8 @@ def lab_template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     lab = Lab(folder)
     lab.version, lab.charter = lab.live()
-    lab.tokens = {role: lab.key(role) for role in ("node", "officer", "scientist", "consumer", "operator")}
+    open_vault(folder / "coordinator", ORIGIN).close()
+    lab.tokens = {role: lab.key(role) for role in ROLES}
     lab.close()
     return lab
 

@@ -14,17 +14,22 @@ MEMBERS = {"node", "officer", "scientist", "operator"}
 PREDICT = {"purpose": "triage", "rows": [{"age": 51, "fever": True, "ward": "north"}]}
 
 ROUTES = [
-    ("POST", "/v1/models/toy/predict", PREDICT, {"consumer"}),
+    ("POST", "/v1/models/toy/predict", PREDICT, {"consumer", "tester"}),
     ("GET", "/v1/models", None, set(ROLES)),
     ("GET", "/v1/models/toy", None, set(ROLES)),
     ("GET", "/v1/models/toy/versions/VERSION", None, set(ROLES)),
     ("GET", "/v1/audit/entries", None, set(ROLES)),
-    ("GET", "/v1/audit/entries?site=alpha", None, {"officer", "scientist", "operator", "consumer"}),
+    ("GET", "/v1/audit/entries?site=alpha", None, {"officer", "scientist", "operator", "consumer", "tester"}),
     ("GET", "/v1/audit/entries?principal=p-1", None, {"officer", "scientist", "operator"}),
     ("GET", "/v1/audit/count", None, {"officer", "scientist", "operator"}),
     ("GET", "/v1/audit/export", None, {"officer", "scientist", "operator"}),
     ("GET", "/v1/audit/export?format=csv", None, {"officer", "scientist", "operator"}),
-    ("GET", "/v1/audit/evidence?type=log.created", None, {"node", "officer", "scientist", "consumer"}),
+    (
+        "GET",
+        "/v1/audit/evidence?type=log.created",
+        None,
+        {"node", "officer", "scientist", "consumer", "tester"},
+    ),
     ("GET", "/v1/audit/tile/0/000.p/1", None, MEMBERS),
     ("GET", "/v1/audit/tile/entries/000.p/1", None, {"officer", "scientist", "operator"}),
     ("GET", "/v1/audit/entries/0/receipt.cose", None, MEMBERS),
@@ -81,8 +86,9 @@ def test_what_witnesses_need_is_open(client, path):
 
 
 def test_unknown_route_is_a_problem_document(client):
-    reply = client.get("/v2/models")
+    reply = client.get("/v3/models")
     assert (reply.status_code, reply.json()["code"]) == (404, "request.no_such_route")
+    assert list(client.get("/v2/models").json()) == ["error"], "the inference protocol's own form"
 
 
 def test_revoked_key_stops_at_the_next_request(client, lab, as_role):
@@ -158,8 +164,20 @@ def test_consumer_reads_and_proves_its_own_answer_and_nobody_elses(client, lab, 
 ALLOWED_QUESTION = Question(
     action="predict",
     resource="m",
-    attributes={"purposes": ("triage",), "state": "live", "epsilon_micro": 1, "epsilon_limit_micro": 2},
-    context={"purpose": "triage"},
+    attributes={
+        "name": "m",
+        "purposes": ("triage",),
+        "state": "live",
+        "epsilon_micro": 1,
+        "epsilon_limit_micro": 2,
+        "regions": (),
+        "age_days": 0,
+        "max_age_days": 0,
+        "drift_alarms": 0,
+        "legal_basis_required": False,
+        "legal_effect": False,
+    },
+    context={"purpose": "triage", "legal_basis": "", "consent": False, "over_quota": False},
 )
 CONSUMER = Principal(id="p-1", role="consumer")
 

@@ -45,7 +45,11 @@ def hooked(lab, as_role, row):
     def ask(recorder):
         with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
             context = client.app.state.context
-            hooks = Hooks(facts=(recorder,), annotators=(recorder,), observers=(recorder,))
+            hooks = Hooks(
+                facts=(*context.predicting.hooks.facts, recorder),
+                annotators=(recorder,),
+                observers=(recorder,),
+            )
             predicting = replace(context.predicting, hooks=hooks)
             client.app.state.context = replace(context, predicting=predicting)
             body = {**ASK, "rows": [row]}

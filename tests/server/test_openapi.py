@@ -12,17 +12,24 @@ import pytest
 import uvicorn
 
 from server.app import create_app
+from server.errors import MEDIA_TYPE
 
 
-def test_every_error_is_described_as_a_problem_document(client):
+def test_every_error_is_described_as_a_problem_document_or_as_the_protocols_own(client):
     document = client.get("/openapi.json").json()
     assert "HTTPValidationError" not in str(document)
-    for item in document["paths"].values():
+    seen = set()
+    for path, item in document["paths"].items():
+        protocol = path.startswith("/v2")
+        kind, schema = ("application/json", "ProtocolError") if protocol else (MEDIA_TYPE, "Problem")
         for operation in item.values():
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
-                    assert list(response["content"]) == ["application/problem+json"]
+                    content = response["content"]
+                    assert content == {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}, path
                     assert response["description"]
+                    seen.add(protocol)
+    assert seen == {False, True}
 
 
 def test_unknown_methods_make_no_label_of_their_own(client, as_role):

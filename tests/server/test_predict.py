@@ -9,8 +9,9 @@ import threading
 import pytest
 from starlette.testclient import TestClient
 
-from audit.commitments import verify_opening
+from audit.commitments import commit, verify_opening
 from audit.encoding import encode_row
+from audit.entries import RowCommitment
 from audit.errors import LedgerBusyError, LedgerClosedError, LedgerWriteError
 from audit.forward import forward
 from audit.keys import SigningKey
@@ -18,6 +19,7 @@ from audit.merkle import hash_leaf
 from audit.models import answer_of
 from audit.notes import NoteVerifier
 from audit.receipts import Receipt, verify_receipt
+from audit.row_tree import RowPathError, verify_row
 from server.app import create_app
 
 URL = "/v1/models/toy/predict"
@@ -34,7 +36,9 @@ def test_answer_is_recomputed_by_the_verifiers_own_definition(client, lab, as_ro
     plain = json.loads(answer["opened"][0]["input"])
     outputs = forward(lab.layers, lab.weights, encode_row(charter["features"], plain), index)
     expected = answer_of("binary", charter["label"], outputs)
-    assert json.loads(answer["opened"][0]["output"]) == expected
+    committed = json.loads(answer["opened"][0]["output"])
+    assert {key: committed[key] for key in expected} == expected
+    assert set(committed) == {*expected, "ood"}
     assert answer["answers"][0] == {**expected, "probability": float(expected["probability"])}
 
 
@@ -53,7 +57,7 @@ def test_answer_entry_names_what_decided_and_what_answered(client, lab, as_role,
 
 
 def test_returned_salts_open_the_commitments_of_the_entry(client, lab, as_role, row):
-    answer = ask(client, as_role("consumer"), row, {**row, "age": 7}).json()
+    answer = ask(client, as_role("consumer"), row).json()
     (entry,) = lab.entries("prediction")
     for committed, opened in zip(entry["body"]["rows"], answer["opened"], strict=True):
         for field in ("input", "output"):
@@ -61,11 +65,30 @@ def test_returned_salts_open_the_commitments_of_the_entry(client, lab, as_role, 
             verify_opening(committed[field], field=field, salt=salt, value=opened[field].encode())
 
 
+def test_each_of_many_rows_has_its_own_path_to_the_root_of_the_entry(client, lab, as_role, row):
+    answer = ask(client, as_role("consumer"), *({**row, "age": age} for age in range(7))).json()
+    body = lab.entries("prediction")[0]["body"]
+    assert (body["rows"], body["row_count"]) == ([], 7)
+    for number, opened in enumerate(answer["opened"]):
+        commitments = {
+            field: commit(field, bytes.fromhex(opened[f"{field}_salt"]), opened[field].encode())
+            for field in ("input", "output")
+        }
+        assert opened["row"] == str(number)
+        verify_row(RowCommitment(**commitments), number, 7, opened["path"], body["rows_root"])
+        with pytest.raises(RowPathError):
+            verify_row(RowCommitment(**commitments), (number + 1) % 7, 7, opened["path"], body["rows_root"])
+
+
 def test_equal_rows_have_unlike_commitments(client, lab, as_role, row):
-    ask(client, as_role("consumer"), row, row)
-    first, second = lab.entries("prediction")[0]["body"]["rows"]
-    assert first["input"] != second["input"]
-    assert first["output"] != second["output"]
+    first, second = ask(client, as_role("consumer"), row, row).json()["opened"]
+    assert first["input"] == second["input"]
+    assert first["input_salt"] != second["input_salt"]
+    ask(client, as_role("consumer"), row)
+    ask(client, as_role("consumer"), row)
+    third, fourth = (entry["body"]["rows"][0] for entry in lab.entries("prediction")[1:])
+    assert third["input"] != fourth["input"]
+    assert third["output"] != fourth["output"]
 
 
 def test_receipt_is_the_logs_own_promise_about_this_leaf(client, lab, as_role, row):
@@ -254,7 +277,7 @@ def test_malformed_body_is_refused_by_code_and_not_logged(client, lab, as_role, 
 
 
 def test_more_rows_than_an_entry_can_hold_are_refused(client, lab, as_role, row):
-    reply = ask(client, as_role("consumer"), *[row] * 257)
+    reply = ask(client, as_role("consumer"), *[row] * 1025)
     assert (reply.status_code, reply.json()["code"]) == (422, "request.malformed")
     assert lab.entries("prediction") == []
 

@@ -1,0 +1,87 @@
+"""Rows of requests that arrive together go through the model together, where that pays.
+
+Alone, a request runs at once. In a crowd, the rows that gather within one turn of the event loop share one
+run, up to a limit, if runs of this model are long enough for the sharing to cost less than it saves; that
+is measured as the model runs. No timer: nobody waits for a companion that may not come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from server.warm import WarmModel
+
+WORTH_S: Final = 0.00005  # a run of one row under this is cheaper than the hand-over
+MAX_ROWS: Final = 256
+_INLINE_ROWS: Final = 16  # more rows than this are computed beside the event loop
+_SMOOTH: Final = 0.1
+
+Rows = Sequence[Sequence[float]]
+Outputs = list[list[float]]
+
+
+@dataclass(slots=True)
+class _Gathering:
+    warm: WarmModel
+    site: int | None
+    waiting: list[tuple[Rows, asyncio.Future[Outputs]]] = field(default_factory=list)
+    rows: int = 0
+
+
+class Batching:
+    """Runs models for the requests of one event loop."""
+
+    def __init__(self) -> None:
+        self._cost_s: dict[int, float] = {}  # by model in memory: seconds of a run of one row, smoothed
+        self._gathering: dict[tuple[int, int | None], _Gathering] = {}
+        self.in_flight = 0  # requests between arrival and answer
+        self.shared_runs = 0
+
+    async def run(self, warm: WarmModel, encoded: Rows, site: int | None) -> Outputs:
+        """Return the model's outputs for these rows."""
+        if len(encoded) > _INLINE_ROWS:
+            return await asyncio.to_thread(warm.forward, encoded, site)
+        cost_s = self._cost_s.get(id(warm))
+        if self.in_flight < 2 or cost_s is None or cost_s < WORTH_S:
+            return self._alone(warm, encoded, site)
+        key = (id(warm), site)
+        gathering = self._gathering.get(key)
+        if gathering is None or gathering.rows + len(encoded) > MAX_ROWS:
+            gathering = self._gathering[key] = _Gathering(warm, site)
+            asyncio.get_running_loop().call_soon(self._together, key, gathering)
+        future: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
+        gathering.waiting.append((encoded, future))
+        gathering.rows += len(encoded)
+        return await future
+
+    def _alone(self, warm: WarmModel, encoded: Rows, site: int | None) -> Outputs:
+        begun = time.perf_counter()
+        outputs = warm.forward(encoded, site)
+        taken_s = (time.perf_counter() - begun) / max(len(encoded), 1)
+        before = self._cost_s.get(id(warm), taken_s)
+        if len(self._cost_s) > 256:
+            self._cost_s.clear()
+        self._cost_s[id(warm)] = before + _SMOOTH * (taken_s - before)
+        return outputs
+
+    def _together(self, key: tuple[int, int | None], gathering: _Gathering) -> None:
+        if self._gathering.get(key) is gathering:
+            del self._gathering[key]
+        rows = [row for encoded, _ in gathering.waiting for row in encoded]
+        try:
+            outputs = gathering.warm.forward(rows, gathering.site)
+        except Exception as error:  # noqa: BLE001 - each of those who share the run hears of it
+            for _, future in gathering.waiting:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        self.shared_runs += len(gathering.waiting) > 1
+        start = 0
+        for encoded, future in gathering.waiting:
+            if not future.done():
+                future.set_result(outputs[start : start + len(encoded)])
+            start += len(encoded)

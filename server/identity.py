@@ -1,0 +1,55 @@
+"""Who asks: an API key, an issuer's token, or a client certificate that a trusted proxy passed on.
+
+What stands in `Authorization` decides alone; a certificate counts only where nothing stands there. A
+remembered key or token costs no thread and no database.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from anyio import to_thread
+from starlette.requests import Request
+
+from audit.principal import Principal
+from server.errors import UnauthenticatedError
+from server.keys import KeyStore
+from server.oidc import TokenVerifier
+from server.proxy_identity import ProxyIdentity
+
+_KEY: Final = "affidavit_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identities:
+    """The ways in that this server has."""
+
+    keys: KeyStore
+    tokens: TokenVerifier | None
+    certificates: ProxyIdentity | None
+
+    async def principal(self, request: Request, credentials: str | None) -> Principal:
+        """Return who asks.
+
+        Raises:
+            UnauthenticatedError: nobody that we know.
+            IssuerUnreachableError: a token, and the issuer's keys are not to be had.
+            TooBusyError: too many unknown keys at once.
+        """
+        fingerprint = "" if self.certificates is None else self.certificates.fingerprint(request)
+        if credentials is not None:
+            return await self.holder(credentials)
+        if request.headers.get("authorization"):
+            raise UnauthenticatedError("send `Authorization: Bearer …`, and nothing else")
+        if fingerprint:
+            return await to_thread.run_sync(self.keys.authenticate_certificate, fingerprint)
+        raise UnauthenticatedError("an API key is needed: send `Authorization: Bearer affidavit_…`")
+
+    async def holder(self, credentials: str) -> Principal:
+        """Return who holds a key or a token; errors as `principal`."""
+        source = self.keys if self.tokens is None or credentials.startswith(_KEY) else self.tokens
+        recalled = source.recall(credentials)
+        if recalled is not None:
+            return recalled
+        return await to_thread.run_sync(source.authenticate, credentials)

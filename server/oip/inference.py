@@ -1,0 +1,205 @@
+"""From a protocol's request to the use case and back, for REST and gRPC alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from audit.principal import Principal
+from audit.serving_bodies import LEGAL_BASES
+from server.context import Context
+from server.errors import MalformedRequestError
+from server.live import ServedVersion
+from server.oip.tensors import InferAsk, Signature, Tensor, TensorError, answer_tensors
+from server.proving import proved
+from server.schemas import NAME_PATTERN, PURPOSE_PATTERN, VERSION_PATTERN
+from server.service import Answered, Asked
+from server.watching import Level
+
+PURPOSE: Final = "affidavit-purpose"  # header or metadata, for clients that send no parameters
+PLATFORM: Final = "affidavit_onnx_float64"
+EXTENSIONS: Final = ("binary_tensor_data",)
+_is_purpose = re.compile(PURPOSE_PATTERN).fullmatch
+_is_site = re.compile(r"[a-z0-9][a-z0-9-]{0,62}").fullmatch
+_is_version = re.compile(VERSION_PATTERN).fullmatch
+_is_name = re.compile(NAME_PATTERN).fullmatch
+_TAKEN: Final = frozenset(
+    {"purpose", "site", "subject", "legal_basis", "consent", "explain", "wait", "binary_data_output"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inferred:
+    """What goes back: the head of the answer, and its tensors."""
+
+    model: str
+    version: str
+    parameters: dict[str, str | int]
+    outputs: tuple[Tensor, ...]
+
+
+async def infer(
+    context: Context,
+    principal: Principal,
+    model: str,
+    version: str,
+    ask: InferAsk,
+    *,
+    purpose: str,
+    request_id: str,
+) -> Inferred:
+    """Answer an inference request; errors as `PredictService.predict`, and MalformedRequestError."""
+    chosen = version or None
+    served = served_version(context, model, version)
+    signature = Signature.of(served.charter)
+    _check_outputs(ask, signature)
+    rows = signature.rows(ask.inputs, max_rows=context.settings.max_rows)
+    text = _text(ask.parameters, "purpose") or purpose
+    if not text or not _is_purpose(text):
+        raise MalformedRequestError(
+            f"purpose: say what the answer is for, as the parameter `purpose` or the header {PURPOSE}",
+            fields=[{"field": "parameters.purpose", "problem": "is missing or malformed"}],
+        )
+    site, subject = _text(ask.parameters, "site"), _text(ask.parameters, "subject")
+    if site and not _is_site(site):
+        raise MalformedRequestError("parameters.site: is no site's name")
+    if subject and len(subject) > 256:
+        raise MalformedRequestError("parameters.subject: is longer than 256 characters")
+    basis, consent = _text(ask.parameters, "legal_basis"), _text(ask.parameters, "consent")
+    if basis and basis not in LEGAL_BASES:
+        raise MalformedRequestError(f"parameters.legal_basis: one of {', '.join(sorted(LEGAL_BASES))}")
+    if consent and len(consent) > 256:
+        raise MalformedRequestError("parameters.consent: is longer than 256 characters")
+    explain = ask.parameters.get("explain", False)
+    if type(explain) is not bool:
+        raise MalformedRequestError("parameters.explain: is true or false")
+    unknown = sorted(name for name in ask.parameters if name not in _TAKEN)
+    if unknown:
+        raise MalformedRequestError(f"parameters.{unknown[0][:80]}: is not known; leave it out")
+    level = _level(ask.parameters)
+    answered = await context.predicting.predict(
+        principal,
+        Asked(
+            model=model,
+            purpose=text,
+            rows=rows,
+            site=site or None,
+            version=chosen,
+            subject=subject or None,
+            legal_basis=basis or None,
+            consent=consent or None,
+            explain=explain,
+            request_id=request_id,
+        ),
+    )
+    answered = await proved(context, answered, level)
+    if answered.version != served.version:  # a transition came meanwhile, perhaps under another charter
+        signature = Signature.of(context.live.choose(model, answered.version).charter)
+    outputs = answer_tensors(signature, answered.answers)
+    if ask.outputs:
+        outputs = tuple(tensor for tensor in outputs if tensor.name in ask.outputs)
+    return Inferred(
+        model=answered.model,
+        version=answered.version,
+        parameters=_parameters(answered),
+        outputs=outputs,
+    )
+
+
+def served_version(context: Context, model: str, version: str) -> ServedVersion:
+    """Return the version that a path names: a digest, `live` or `candidate`; empty: the one that answers.
+
+    Raises:
+        ModelNotFoundError, VersionNotFoundError, MalformedRequestError: it names none.
+    """
+    if not _is_name(model):
+        raise MalformedRequestError("the model's name is malformed; GET /v1/models lists the names")
+    if version and not _is_version(version):
+        raise MalformedRequestError("a version is its digest, 64 hex digits, or `live` or `candidate`")
+    return context.live.choose(model, version or None)
+
+
+def metadata(context: Context, served: ServedVersion) -> dict[str, Any]:
+    """Return a model's metadata, as the protocol lays it out."""
+    signature = Signature.of(served.charter)
+    listed = [found.version for found in context.live.versions(served.model) if found.is_answering] or [
+        served.version
+    ]
+    return {
+        "name": served.model,
+        "versions": listed,
+        "platform": PLATFORM,
+        "inputs": [_line(kind) for kind in signature.inputs()],
+        "outputs": [_line(kind) for kind in signature.outputs()],
+        "properties": {
+            "columns": json.dumps([name for name, _ in signature.features]),
+            "purposes": json.dumps(list(served.purposes)),
+            "state": served.state,
+        },
+    }
+
+
+def is_ready(context: Context, served: ServedVersion) -> bool:
+    """Whether the version answers requests: an officer made it, and it is loaded or can be."""
+    if not served.is_answering:
+        return False
+    context.predicting.warm.get(served)
+    return True
+
+
+def _line(kind: Any) -> dict[str, Any]:
+    return {"name": kind.name, "datatype": kind.datatype, "shape": list(kind.shape)}
+
+
+def _parameters(answered: Answered) -> dict[str, str | int]:
+    shown: dict[str, str | int] = {
+        "decision_id": answered.request_id,
+        "entry_id": answered.entry_id,
+        "leaf_index": answered.leaf_index,
+        "leaf_hash": answered.leaf_hash,
+        "model_digest": answered.version,
+        "policies": ",".join(answered.decision.policies),
+        "policy_set": answered.decision.policy_set,
+        "level": answered.level,
+        "receipt": json.dumps(answered.receipt, separators=(",", ":")),
+        "opened": json.dumps(answered.opened, ensure_ascii=False, separators=(",", ":")),
+    }
+    if answered.sealed is not None:
+        shown["sealed"] = json.dumps(answered.sealed, ensure_ascii=False, separators=(",", ":"))
+    if answered.proof is not None:
+        shown["proof"] = answered.proof
+    if answered.review:
+        shown["review_required"] = True
+        shown["review_id"] = answered.review
+    if answered.annotations:
+        shown["annotations"] = json.dumps(dict(answered.annotations), ensure_ascii=False)
+    return shown
+
+
+def _check_outputs(ask: InferAsk, signature: Signature) -> None:
+    known = [kind.name for kind in signature.outputs()]
+    for name in ask.outputs:
+        if name not in known:
+            raise TensorError(name, f"is no output; the model gives {', '.join(known)}")
+
+
+def _level(parameters: Mapping[str, Any]) -> Level:
+    match parameters.get("wait", "sequenced"):
+        case "sequenced":
+            return "sequenced"
+        case "checkpointed":
+            return "checkpointed"
+        case "witnessed":
+            return "witnessed"
+        case _:
+            raise MalformedRequestError("parameters.wait: is sequenced, checkpointed or witnessed")
+
+
+def _text(parameters: Mapping[str, Any], name: str) -> str:
+    value = parameters.get(name, "")
+    if not isinstance(value, str):
+        raise MalformedRequestError(f"parameters.{name}: is not a text")
+    return value

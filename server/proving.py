@@ -1,0 +1,30 @@
+"""A proof beside an answer, for whoever would rather wait than come back for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from anyio import to_thread
+
+from audit.checkpoints import parse_checkpoint_note
+from audit.tlog_proof import TlogProof
+from server.context import Context
+from server.service import Answered
+from server.watching import MAX_WAIT_S, Level
+
+
+async def proved(context: Context, answered: Answered, wait: Level) -> Answered:
+    """The answer with a proof of the level asked for, or of the one below where that did not come in time."""
+    if wait == "sequenced":
+        return answered
+    index, ledger = answered.leaf_index, context.coordinator.ledger
+    timeout_s = min(MAX_WAIT_S, context.settings.request_timeout_s / 2)
+    level, note = wait, await context.watching.wait(index, wait, timeout_s)
+    if note is None and wait == "witnessed":
+        level, note = "checkpointed", await context.watching.wait(index, "checkpointed", 0.2)
+    if note is None:
+        return answered
+    size = parse_checkpoint_note(note).tree_size
+    hashes = await to_thread.run_sync(ledger.inclusion_proof, index, size)
+    proof = TlogProof(leaf_index=index, hashes=tuple(hashes), checkpoint_note=note).format()
+    return replace(answered, level=level, proof=proof.decode())

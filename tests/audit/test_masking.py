@@ -1,0 +1,193 @@
+"""Masks cancel in a sum and in nothing else; shares give a secret back, or nothing of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from audit.masking import (
+    MODULUS,
+    MaskError,
+    combined,
+    coordinate_limit,
+    mask_bytes,
+    mask_words,
+    own_mask_key,
+    pair_mask_key,
+    sign_of,
+)
+from audit.secure_round import SecureTerms
+from audit.shamir import SHARE_BYTES, Opening, P, ShareError, split
+from federation.secure_round import combined as fast_combined
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+def is_probable_prime(number: int) -> bool:
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43):
+        value = pow(base, odd, number)
+        if value in (1, number - 1):
+            continue
+        for _ in range(twos - 1):
+            value = value * value % number
+            if value == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def test_the_field_is_the_least_prime_above_every_secret() -> None:
+    assert is_probable_prime(P)
+    assert not any(is_probable_prime((1 << 256) + offset) for offset in range(1, P - (1 << 256)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=32, max_size=32), st.integers(1, 9), st.data())
+def test_any_threshold_of_shares_gives_the_secret(secret: bytes, holders: int, data: st.DataObject) -> None:
+    threshold = data.draw(st.integers(1, holders))
+    shares = split(secret, holders=holders, threshold=threshold)
+    places = data.draw(st.permutations(range(1, holders + 1)))[:threshold]
+    assert Opening(places).join({place: shares[place - 1] for place in places}) == secret
+
+
+def test_fewer_shares_than_the_threshold_fit_every_secret() -> None:
+    """For two of three shares and any other secret there is a third share that gives it: they say nothing."""
+    secret = bytes(range(32))
+    shares = split(secret, holders=3, threshold=3)
+    for other in (bytes(32), b"\xff" * 32, bytes(reversed(secret))):
+        line = Opening([0 + 1, 2, 3])
+        value = int.from_bytes(other, "big")
+        known = sum(
+            weight * int.from_bytes(share, "big")
+            for weight, share in zip(line._weights[:2], shares[:2], strict=True)
+        )
+        third = (value - known) * pow(line._weights[2], -1, P) % P
+        joined = line.join({1: shares[0], 2: shares[1], 3: third.to_bytes(SHARE_BYTES, "big")})
+        assert joined == other
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {1: bytes(33)},
+        {1: bytes(33), 2: bytes(32)},
+        {1: bytes(33), 2: P.to_bytes(33, "big")},
+        {1: b"\x01" + bytes(32), 2: b"\xff" * 33},
+        {1: bytes(33), 2: bytes(32) + b"\x01" * 2},
+    ],
+)
+def test_malformed_shares_are_refused(shares: dict[int, bytes]) -> None:
+    with pytest.raises(ShareError):
+        Opening([1, 2]).join(shares)
+
+
+@pytest.mark.parametrize("places", [[], [1, 1], [0, 1], [-1]])
+def test_places_are_distinct_and_positive(places: list[int]) -> None:
+    with pytest.raises(ShareError):
+        Opening(places)
+
+
+@pytest.mark.parametrize(("secret", "holders", "threshold"), [(31, 3, 2), (33, 3, 2), (32, 3, 4), (32, 3, 0)])
+def test_a_secret_has_32_bytes_and_a_possible_threshold(secret: int, holders: int, threshold: int) -> None:
+    with pytest.raises(ShareError):
+        split(bytes(secret), holders=holders, threshold=threshold)
+
+
+def raw(key: X25519PrivateKey) -> bytes:
+    return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(INT64, min_size=3, max_size=3), min_size=2, max_size=5))
+def test_pair_masks_cancel_over_all_sites(vectors: list[list[int]]) -> None:
+    sites = [f"site-{number}" for number in range(len(vectors))]
+    keys = {site: X25519PrivateKey.generate() for site in sites}
+    masked = []
+    for site, vector in zip(sites, vectors, strict=True):
+        parts: list[tuple[int, object]] = [(1, vector)]
+        for other in sites:
+            if other != site:
+                key = pair_mask_key(keys[site], raw(keys[other]), b"b" * 32)
+                parts.append((sign_of(site, other), mask_words(key, 3)))
+        masked.append(combined(3, parts))  # type: ignore[arg-type]
+    assert combined(3, [(1, vector) for vector in masked]) == combined(3, [(1, v) for v in vectors])
+    assert masked != vectors
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([1, -1]), st.lists(INT64, min_size=4, max_size=4)), max_size=6))
+def test_the_fast_sum_is_the_defined_one(parts: list[tuple[int, list[int]]]) -> None:
+    expected = [sum(sign * vector[place] for sign, vector in parts) % MODULUS for place in range(4)]
+    found = combined(4, parts)
+    assert [value % MODULUS for value in found] == expected
+    assert all(-(2**63) <= value < 2**63 for value in found)
+    assert fast_combined(4, parts) == found
+    words = [(1, mask_words(bytes(32), 4))]
+    assert fast_combined(4, words) == combined(4, words)
+
+
+def test_vectors_of_two_lengths_are_not_added() -> None:
+    for add in (combined, fast_combined):
+        with pytest.raises(MaskError):
+            add(3, [(1, [1, 2, 3]), (1, [1, 2])])
+
+
+def test_a_mask_is_the_whole_stream_of_its_whole_key() -> None:
+    """Two keys that share all bits but one have streams that share nothing; a longer mask begins alike."""
+    base = bytearray(32)
+    streams = {bytes(mask_bytes(bytes(base), 64))}
+    for bit in range(256):
+        key = bytearray(base)
+        key[bit // 8] ^= 1 << bit % 8
+        streams.add(mask_bytes(bytes(key), 64))
+    assert len(streams) == 257
+    assert mask_bytes(bytes(32), 100)[:512] == mask_bytes(bytes(32), 64)
+    assert list(mask_words(bytes(32), 5)) == np.frombuffer(mask_bytes(bytes(32), 5), "<u8").tolist()
+    with pytest.raises(MaskError):
+        mask_bytes(bytes(16), 1)
+
+
+def test_a_key_that_makes_the_exchange_void_is_refused() -> None:
+    with pytest.raises(MaskError):
+        pair_mask_key(X25519PrivateKey.generate(), bytes(32), bytes(32))
+
+
+def test_keys_for_two_purposes_or_rounds_differ() -> None:
+    seed = b"s" * 32
+    mine, other = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    found = {
+        own_mask_key(seed, b"a" * 32),
+        own_mask_key(seed, b"b" * 32),
+        pair_mask_key(mine, raw(other), b"a" * 32),
+        pair_mask_key(mine, raw(other), b"b" * 32),
+    }
+    assert len(found) == 4
+    assert pair_mask_key(mine, raw(other), b"a" * 32) == pair_mask_key(other, raw(mine), b"a" * 32)
+
+
+@given(st.integers(3, 1000), st.integers(0, 2**40))
+def test_no_sum_of_limited_coordinates_wraps(sites: int, noise: int) -> None:
+    limit = coordinate_limit(sites, noise)
+    assert sites * (limit + noise) < 2**63 <= sites * (limit + 1 + noise) + sites
+
+
+@pytest.mark.parametrize("sites", range(3, 12))
+def test_two_sets_with_enough_signatures_share_an_honest_site(sites: int) -> None:
+    """For every t below half and every allowed minimum, whatever the colluders sign."""
+    for tolerated in range((sites + 1) // 2):
+        for least in range(sites - tolerated, sites + 1):
+            terms = SecureTerms(sites=sites, tolerated=tolerated, least=least)
+            colluders = terms.colluders(least)
+            assert 0 <= colluders <= tolerated
+            # each set needs `least` signers; honest sites sign one set, colluders both
+            assert 2 * least > sites + colluders
+            assert least > colluders  # colluders alone never reach the threshold
+            assert least - colluders >= 2  # and the sum they know is of two honest sites or more

@@ -1,0 +1,227 @@
+"""Bells, held questions, the pace of a SuperNode: a lost ring loses nothing and keeps nobody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import types
+
+import pytest
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesResponse
+from flwr.proto.message_pb2 import Message
+
+from clients.network.supernode import HELD_S, Pace, quicken
+from federation.network.bell import Bell, ring, with_sleep
+from federation.network.ringing import GATEWAY, RingingGrid, bells_folder, with_bells
+from server.network.holding import PullHold
+
+EMPTY = PullMessagesResponse().SerializeToString()
+FULL = PullMessagesResponse(messages_list=[Message()]).SerializeToString()
+
+
+async def never():
+    await asyncio.Event().wait()
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("b")  # short: Unix sockets have 107 characters
+
+
+def test_a_ring_before_the_wait_is_kept_and_many_are_one(folder):
+    with Bell(folder / "bell") as bell:
+        for _ in range(5):
+            ring(folder / "bell")
+        assert bell.wait(0)
+        assert not bell.wait(0)
+
+
+def test_only_its_user_rings_and_nobody_hangs_on_a_long_path(folder):
+    with Bell(folder / "bell"):
+        assert os.stat(folder / "bell").st_mode & 0o077 == 0
+    assert not (folder / "bell").exists()
+    ring(folder / "bell")  # nobody there: nothing happens
+    with pytest.raises(OSError, match="too long"):
+        Bell(folder / ("x" * 110))
+
+
+def test_a_changed_sleep_is_one_modules_alone():
+    slept = []
+    changed = with_sleep(time, slept.append)
+    changed.sleep(3)
+    assert slept == [3]
+    assert changed.monotonic is time.monotonic
+    assert time.sleep is not changed.sleep
+
+
+def hold_of(folder, **options):
+    hold = PullHold(**options)
+    assert hold.start(folder / "bells" / GATEWAY)
+    return hold
+
+
+def test_a_question_waits_only_after_an_empty_answer_and_until_it_rings(folder):
+    async def play():
+        hold = hold_of(folder, hold_s=5.0)
+        try:
+            begun = time.monotonic()
+            assert await hold.wait("a", never)  # the first is passed on at once
+            hold.answered("a", hold.rings, FULL)
+            assert await hold.wait("a", never)  # after a message there may be another
+            hold.answered("a", hold.rings, EMPTY)
+            assert time.monotonic() - begun < 1
+            asyncio.get_running_loop().call_later(0.05, ring, folder / "bells" / GATEWAY)
+            assert await hold.wait("a", never)
+            assert 0.04 < time.monotonic() - begun < 3
+            before = hold.rings
+            hold.answered("a", before - 1, EMPTY)  # it rang while SuperLink was being asked
+            begun = time.monotonic()
+            assert await hold.wait("a", never)
+            assert time.monotonic() - begun < 1
+        finally:
+            hold.stop()
+
+    asyncio.run(play())
+
+
+def test_a_lost_ring_costs_the_hold_and_no_more(folder):
+    async def play():
+        hold = hold_of(folder, hold_s=0.1)
+        hold.answered("a", hold.rings, EMPTY)
+        begun = time.monotonic()
+        assert await hold.wait("a", never)
+        assert 0.09 < time.monotonic() - begun < 2
+        hold.stop()
+
+    asyncio.run(play())
+
+
+def test_nothing_is_pulled_for_a_node_that_hung_up(folder):
+    async def gone():
+        await asyncio.sleep(0.02)
+
+    async def play():
+        hold = hold_of(folder, hold_s=5.0)
+        hold.answered("a", hold.rings, EMPTY)
+        assert not await hold.wait("a", gone)
+        hold.stop()
+
+    asyncio.run(play())
+
+
+def test_who_floods_the_hold_is_passed_on(folder):
+    async def play():
+        hold = hold_of(folder, hold_s=5.0, most=1)
+        for node in ("a", "b"):
+            hold.answered(node, hold.rings, EMPTY)
+        first = asyncio.ensure_future(hold.wait("a", never))
+        await asyncio.sleep(0)
+        begun = time.monotonic()
+        assert await hold.wait("b", never)
+        assert time.monotonic() - begun < 1
+        hold.stop()
+        assert await first
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("content", [b"\xff\xff", FULL])
+def test_an_answer_that_is_not_plainly_empty_holds_nobody(folder, content):
+    async def play():
+        hold = hold_of(folder, hold_s=5.0)
+        hold.answered("a", hold.rings, content)
+        begun = time.monotonic()
+        assert await hold.wait("a", never)
+        assert time.monotonic() - begun < 1
+        hold.stop()
+
+    asyncio.run(play())
+
+
+def test_a_run_is_told_when_a_reply_is_whole_and_not_before(folder):
+    async def play():
+        hold = hold_of(folder)
+        with Bell(folder / "bells" / "run-1") as bell:
+            hold.reply_begun("a", PushMessagesResponse(objects_to_push=["x", "y"]).SerializeToString())
+            hold.reply_part("a")
+            assert not bell.wait(0)
+            hold.reply_part("a")
+            assert bell.wait(0)
+            hold.reply_begun("b", PushMessagesResponse().SerializeToString())
+            assert bell.wait(0)
+            hold.reply_begun("b", b"\xff")
+            assert not bell.wait(0)
+        hold.stop()
+
+    asyncio.run(play())
+
+
+class PlayedGrid:
+    def __init__(self):
+        self.answers, self.pulls, self.pushed = [], 0, []
+
+    def push_messages(self, messages):
+        self.pushed += list(messages)
+        return ["id"]
+
+    def pull_messages(self, ids):
+        self.pulls += 1
+        return self.answers.pop(0) if self.answers else []
+
+
+def test_a_sent_message_rings_the_gateway_and_a_ring_brings_the_reply(folder):
+    grid = PlayedGrid()
+    (folder / "network" / "bells").mkdir(parents=True)
+    with Bell(bells_folder(folder) / GATEWAY) as gateway, with_bells(grid, folder) as heard:
+        assert isinstance(heard, RingingGrid)
+        assert heard.push_messages(["question"]) == ["id"]
+        assert gateway.wait(0)
+        grid.answers = [[], ["reply"]]
+        (own,) = (path for path in bells_folder(folder).iterdir() if path.name.startswith("run-"))
+        threading.Timer(0.05, ring, (own,)).start()
+        begun = time.monotonic()
+        assert list(heard.pull_messages(["id"])) == ["reply"]
+        assert time.monotonic() - begun < 0.9
+    assert not own.exists()
+
+
+def test_without_a_network_part_the_grid_is_itself(folder):
+    grid = PlayedGrid()
+    with with_bells(grid, folder) as heard:
+        assert heard is grid
+
+
+def test_a_supernode_never_sleeps_longer_than_it_would_and_not_at_all_when_held():
+    now, slept = [0.0], []
+    pace = Pace(0.25, sleep=slept.append, monotonic=lambda: now[0])
+    pace.sleep(3)
+    pace.asked(0.01, got=True)
+    pace.sleep(3)
+    pace.sleep(0.5)
+    now[0] = 60.0
+    pace.sleep(3)
+    pace.asked(HELD_S, got=False)
+    pace.sleep(3)
+    assert slept[:2] == [1.0, 0.25]
+    assert slept[2] == slept[4] < 0.1
+    assert slept[3] == 1.0
+
+
+def test_the_relay_is_rung_for_each_message_that_was_taken_in():
+    rung, found = [], iter([None, 7, None])
+    module = types.SimpleNamespace(time=time, _pull_and_store_message=lambda **_: next(found))
+    quicken(module, Pace(0.25), lambda: rung.append(1))
+    assert [module._pull_and_store_message() for _ in range(3)] == [None, 7, None]
+    assert rung == [1]
+
+
+def test_flowers_supernode_still_has_what_is_changed():
+    import flwr.supercore.superexec.run_superexec as superexec
+    import flwr.supernode.start_client_internal as internal
+
+    assert internal.time is time
+    assert callable(internal._pull_and_store_message)
+    assert superexec.time is time
+    assert callable(superexec.get_executor)

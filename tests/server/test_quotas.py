@@ -1,0 +1,194 @@
+"""Quotas: exact over threads and processes on both databases; 429 with Retry-After; one entry a window."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from starlette.testclient import TestClient
+
+from audit.location import DATABASE
+from server.app import create_app
+from server.errors import LedgerUnavailableError
+from server.quotas import Limit, Quotas
+from tests.postgresql import running_server
+
+PREDICT = "/v1/models/toy/predict"
+START = datetime(2026, 11, 29, 12, 0, 0, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running_server() as found:
+        yield found
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def home(request, tmp_path, monkeypatch):
+    if request.param == "postgresql":
+        monkeypatch.setenv(DATABASE, request.getfixturevalue("server").new_schema())
+    return tmp_path
+
+
+class Now:
+    def __init__(self) -> None:
+        self.moment = START
+
+    def __call__(self) -> datetime:
+        return self.moment
+
+
+@pytest.fixture
+def quotas(home):
+    made = []
+
+    def make(*limits: Limit, clock: Now | None = None) -> Quotas:
+        made.append(Quotas(home, clock or Now(), limits))
+        return made[-1]
+
+    yield make
+    for found in made:
+        found.close()
+
+
+def test_what_fits_is_taken_and_what_does_not_is_refused_whole(quotas):
+    found = quotas(Limit(60, 10))
+    assert [found.take("p", rows).allowed for rows in (4, 4, 4, 2, 1)] == [True, True, False, True, False]
+    assert found.take("q", 10).allowed, "another principal has a window of its own"
+    assert not found.take("r", 11).allowed, "more than any window holds"
+
+
+def test_refusal_says_how_long_and_only_the_first_is_first(quotas):
+    clock = Now()
+    clock.moment += timedelta(seconds=20)
+    one, two = quotas(Limit(60, 1), clock=clock), quotas(Limit(60, 1), clock=clock)
+    assert one.take("p", 1).allowed
+    assert [(r.retry_after_s, r.is_first) for r in (two.take("p", 1), one.take("p", 1))] == [
+        (40, True),
+        (40, False),
+    ]
+    clock.moment += timedelta(seconds=40)
+    assert two.take("p", 1).allowed
+
+
+def test_minute_that_has_room_gives_back_when_the_day_has_none(quotas):
+    clock = Now()
+    found = quotas(Limit(60, 5), Limit(86_400, 7), clock=clock)
+    assert found.take("p", 5).allowed
+    clock.moment += timedelta(seconds=60)
+    assert not found.take("p", 3).allowed
+    assert found.take("p", 2).allowed, "the three were not counted in the minute"
+    assert found.take("p", 1).retry_after_s > 3_600
+
+
+def test_threads_of_two_workers_take_exactly_the_limit(quotas):
+    workers, taken = [quotas(Limit(60, 200)), quotas(Limit(60, 200))], []
+
+    def ask(worker: Quotas) -> None:
+        taken.extend(worker.take("p", 1).allowed for _ in range(60))
+
+    threads = [threading.Thread(target=ask, args=(workers[n % 2],)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 480
+    assert sum(taken) == 200
+
+
+def test_processes_take_exactly_the_limit(home, quotas):
+    script = textwrap.dedent("""
+        import sys, datetime, pathlib
+        from server.quotas import Limit, Quotas
+        now = datetime.datetime(2026, 11, 29, 12, tzinfo=datetime.UTC)
+        found = Quotas(pathlib.Path(sys.argv[1]), lambda: now, (Limit(60, 150),))
+        sys.stdin.readline()
+        print(sum(found.take("p", 1).allowed for _ in range(100)))
+    """)
+    command = [sys.executable, "-c", script, str(home)]
+    workers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    assert sum(int(worker.communicate(timeout=60)[0]) for worker in workers) == 150
+    assert not quotas(Limit(60, 150)).take("p", 1).allowed
+
+
+@pytest.mark.parametrize("ahead_s", [50, 100])
+def test_machine_whose_clock_is_ahead_gives_nobody_a_second_window(quotas, ahead_s):
+    ours, theirs = Now(), Now()
+    theirs.moment += timedelta(seconds=ahead_s)
+    here, there = quotas(Limit(60, 10), clock=ours), quotas(Limit(60, 10), clock=theirs)
+    assert there.take("p", 6).allowed
+    assert not here.take("p", 6).allowed
+    assert here.take("p", 4).allowed
+
+
+def test_window_far_in_the_future_stops_nobody_for_ever(quotas):
+    far, now = Now(), Now()
+    far.moment += timedelta(days=400)
+    assert quotas(Limit(60, 1), clock=far).take("p", 1).allowed
+    assert quotas(Limit(60, 1), clock=now).take("p", 1).allowed
+
+
+def test_counts_that_cannot_be_read_answer_nobody(tmp_path):
+    found = Quotas(tmp_path, Now(), (Limit(60, 1),))
+    found.close()
+    (tmp_path / "quota.db").write_bytes(b"no database at all, whatever the name says" * 100)
+    for suffix in ("-wal", "-shm"):
+        (tmp_path / f"quota.db{suffix}").unlink(missing_ok=True)
+    with pytest.raises(LedgerUnavailableError):
+        found.take("p", 1)
+
+
+def test_no_limit_costs_no_database(tmp_path):
+    found = Quotas(tmp_path, Now(), ())
+    assert found.take("p", 10**9).allowed
+    assert list(tmp_path.iterdir()) == []
+
+
+def ask(client, headers, row, count=1):
+    return client.post(PREDICT, headers=headers, json={"purpose": "triage", "rows": [row] * count})
+
+
+def test_exhausted_quota_is_429_with_retry_after_and_one_entry(lab, as_role, row):
+    settings = lab.settings(quota_rows_per_minute=3)
+    lab.clock.moment = lab.clock.moment.replace(second=15, microsecond=0)
+    with TestClient(create_app(settings, clock=lab.clock)) as client:
+        assert ask(client, as_role("consumer"), row, 3).status_code == 200
+        replies = [ask(client, as_role("consumer"), row) for _ in range(4)]
+        assert [reply.status_code for reply in replies] == [429] * 4
+        assert {reply.headers["retry-after"] for reply in replies} == {"45"}
+        first = replies[0].json()
+        assert (first["code"], first["policies"]) == ("predict.quota", ["quota-exhausted"])
+        (denied,) = lab.entries("prediction.denied")
+        assert (denied["leaf_index"], denied["body"]["reason"]) == (first["entry"]["leaf_index"], "quota")
+        assert "entry" not in replies[1].json()
+        assert ask(client, as_role("tester"), row).status_code == 200, "another principal"
+        lab.clock.forward(seconds=45)
+        assert ask(client, as_role("consumer"), row).status_code == 200
+
+
+def test_quota_does_not_hide_another_reason(lab, as_role, row):
+    with TestClient(create_app(lab.settings(quota_rows_per_minute=1), clock=lab.clock)) as client:
+        ask(client, as_role("consumer"), row)
+        body = {"purpose": "marketing", "rows": [row]}
+        reply = client.post(PREDICT, headers=as_role("consumer"), json=body)
+        assert reply.status_code == 403
+        assert reply.json()["policies"] == ["purpose-outside-charter", "quota-exhausted"]
+
+
+def test_two_servers_share_one_quota(lab, as_role, row):
+    settings = lab.settings(quota_rows_per_day=5)
+    with (
+        TestClient(create_app(settings, clock=lab.clock)) as one,
+        TestClient(create_app(settings, clock=lab.clock)) as two,
+    ):
+        codes = [ask(client, as_role("consumer"), row).status_code for client in (one, two) * 4]
+    assert codes == [200] * 5 + [429] * 3
