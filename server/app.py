@@ -102,8 +102,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         context = build_context(settings, authorizer, monitoring, clock)
         app.state.context, grpc_server = context, None
         try:
-            await record_policies(context)
             await context.rules_follower.start()
+            await record_policies(context)
             await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
             await context.publisher.start()
@@ -250,7 +250,7 @@ def build_context(
         clock=clock,
         reading=ReadingLog(sealing, journal),
         vault=vault,
-        readiness=Readiness(live, warm, lambda: ""),
+        readiness=Readiness(live, warm),
     )
 
 
@@ -294,7 +294,7 @@ def _service_routes(app: FastAPI) -> None:
         "/readyz", tags=["service"], summary="Should the service be sent requests?", responses=problems(503)
     )
     async def readyz(request: Request) -> dict[str, Any]:
-        """200 once every live model is loaded and receipts can be signed, until the process drains."""
+        """200 once the log can be read and every live model is loaded, until the process drains."""
         problem = await to_thread.run_sync(context_of(request).readiness.problem)
         if problem:
             raise NotReadyError(problem)
