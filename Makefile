@@ -27,7 +27,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-network test test-first check soak bench bench-dp bench-serve kserve-client bench-log results clean
+.PHONY: help install demo demo-network test test-first check soak bench bench-dp bench-federation bench-serve kserve-client bench-log results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -89,6 +89,9 @@ bench-serve: $(STAMP)  ## answers a CPU-second beside MLServer, KServe, BentoML 
 
 bench-dp: $(STAMP)  ## the cost of a private training step beside other implementations
 	@$(BIN)/python benchmarks/bench_dp.py
+
+bench-federation: $(STAMP)  ## a federation's round beside plain Flower with Opacus, and beside Ray
+	@$(BIN)/python benchmarks/bench_federation.py --write
 
 bench-log: $(STAMP)  ## the log beside a commit an entry, pymerkle and Go's judge
 	@$(BIN)/python benchmarks/bench_log.py

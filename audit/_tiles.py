@@ -24,6 +24,7 @@ class TileReader:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._warm: dict[tuple[int, int], bytes] = {}
         self.known_size = 0  # the largest tree seen committed; tiles within it are full
         self._loose_node = lru_cache(maxsize=_CACHED_NODES)(self._load_loose_node)
         self._full_tile = lru_cache(maxsize=_CACHED_TILES)(self._load_full_tile)
@@ -42,7 +43,25 @@ class TileReader:
         if (tile + 1) << TILE_HEIGHT * (tile_level + 1) <= self.known_size:
             at = _OFFSETS[height] + (index & _MASKS[height]) * HASH_SIZE
             return self._full_tile(tile_level, tile)[at : at + HASH_SIZE]
-        return self._loose_node(level, index)
+        return self._warm.get((level, index)) or self._loose_node(level, index)
+
+    def warm(self, tree_size: int) -> None:
+        """Hold every perfect subtree of the unfinished tiles of the first `tree_size` leaves."""
+        held: dict[tuple[int, int], bytes] = {}
+        tile_level = 0
+        while available := tree_size >> TILE_HEIGHT * tile_level:
+            start = available - available % TILE_WIDTH
+            row = self._tile_row(tile_level, start, available) if available > start else []
+            height = 0
+            while row:
+                first = start >> height
+                held.update(
+                    ((tile_level * TILE_HEIGHT + height, first + i), node) for i, node in enumerate(row)
+                )
+                row = [hash_node(row[i], row[i + 1]) for i in range(0, len(row) - 1, 2)]
+                height += 1
+            tile_level += 1
+        self._warm = held
 
     def _load_loose_node(self, level: int, index: int) -> bytes:
         tile_level, height = divmod(level, TILE_HEIGHT)

@@ -17,6 +17,7 @@ from audit.access_bodies import (
     SubjectExported,
 )
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
+from audit.packing import unpack_digests, unpack_text
 from audit.round_bodies import ROUND_TYPES, Metric, RoundBody
 from audit.runtime_bodies import PredictionShadowed, VersionExported
 from audit.secure_bodies import RoundOpened
@@ -111,6 +112,15 @@ class CharterPublished:
     digest: str
     canonical: str  # the canonical bytes of the charter, as text
     author: str  # public key of whoever drew it up
+    packed: str = ""  # the canonical bytes of a charter that is too long for an entry: `audit.packing`
+
+    def __post_init__(self) -> None:
+        unpack_text(self.canonical, self.packed)
+
+    @property
+    def text(self) -> str:
+        """The canonical bytes of the charter, as text."""
+        return unpack_text(self.canonical, self.packed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +226,15 @@ class RoundCompleted:
     missing: tuple[str, ...]  # sites that gave none
     output_model: str
     metrics: tuple[Metric, ...]
+    packed: str = ""  # the leaf hashes of more statements than an entry can name in hex: `audit.packing`
+
+    def __post_init__(self) -> None:
+        unpack_digests(self.statements, self.packed)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Leaf hashes of the statements, in the order of the sites' names."""
+        return unpack_digests(self.statements, self.packed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -223,7 +223,7 @@ class Closure:
         for index, data, body in self._search(CharterPublished, type="charter.published"):
             if body.digest == digest:
                 self._take(index, data)
-                charter = read_charter(body.canonical.encode())
+                charter = read_charter(body.text.encode())
                 if charter.public_set:
                     self._artefact(charter.public_set)
                 for site in charter.site_names:

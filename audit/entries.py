@@ -459,6 +459,8 @@ def _plain(value: Any) -> Any:
             if (item := getattr(value, field.name)) != later.get(field.name, dataclasses.MISSING)
         }
     if isinstance(value, tuple):
+        if value and type(value[0]) is str:  # names of hundreds of sites
+            return list(value)
         return [_plain(item) for item in value]
     return value
 
@@ -480,5 +482,7 @@ def _read(hint: Any, value: object, path: str, name: str) -> Any:
         if not isinstance(value, list):
             raise EntryError(path, "is not an array")
         item = get_args(hint)[0]
+        if item is str and all(type(part) is str for part in value):
+            return tuple(value)
         return tuple(_read(item, part, f"{path}[{i}]", "") for i, part in enumerate(value))
     return parse_body(hint, value, path=path)

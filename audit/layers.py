@@ -16,7 +16,7 @@ Layer: TypeAlias = Mapping[str, Any]
 Shape: TypeAlias = tuple[int, ...]
 
 NORM_EPS: Final = 1e-5
-MAX_PARAMETERS: Final = 8_000_000  # an update of as many whole numbers still fits into an evidence file
+MAX_PARAMETERS: Final = 120_000_000  # above 8 million the updates themselves do not fit into evidence
 MAX_WORK: Final = 200_000_000  # multiplications for one example, some ten seconds in plain Python
 _MAX_SIZE: Final = 1 << 24
 

@@ -236,6 +236,11 @@ class Ledger:
         self._reach((index + 1) << level)
         return self._tiles.node(level, index)
 
+    def warm(self, tree_size: int) -> None:
+        """Read the nodes of the last, unfinished tiles at once: for a caller with many proofs to make."""
+        self._reach(tree_size)
+        self._tiles.warm(tree_size)
+
     # reading entries
 
     def entry(self, leaf_index: int) -> bytes:

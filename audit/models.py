@@ -54,25 +54,38 @@ def initial_weights(layers: Sequence[Layer], charter_digest: str) -> list[float]
     counter, 8 bytes big-endian), four to a block, drawn in parameter order.
     """
     check_layers(layers)
-    kinds = [layer["layer"] for layer in layers if parameters_of(layer)]
-    if kinds.count("linear") == 1 and set(kinds) <= {"linear", "site_intercept"}:
+    if is_zero_start(layers):
         return [0.0] * dimension(layers)
     stream = _uniforms(bytes.fromhex(charter_digest))
     values: list[float] = []
+    for count, bound, constant in starting_spans(layers):
+        if bound is None:
+            values += [constant] * count
+        else:
+            values += [bound * (2.0 * u - 1.0) for u in islice(stream, count)]
+    return values
+
+
+def is_zero_start(layers: Sequence[Layer]) -> bool:
+    """Whether a model's only trainable layers are one linear and site intercepts."""
+    kinds = [layer["layer"] for layer in layers if parameters_of(layer)]
+    return kinds.count("linear") == 1 and set(kinds) <= {"linear", "site_intercept"}
+
+
+def starting_spans(layers: Sequence[Layer]) -> Iterator[tuple[int, float | None, float]]:
+    """Yield (count, bound, constant) a parameter: from ±bound, or all `constant` where bound is None."""
     for layer in layers:
         for name, shape in parameters_of(layer):
             count = math.prod(shape)
             match layer["layer"]:
                 case "linear" | "conv2d":
-                    bound = 1.0 / math.sqrt(layer["in"] * layer.get("kernel", 1) ** 2)
-                    values += [bound * (2.0 * u - 1.0) for u in islice(stream, count)]
+                    yield count, 1.0 / math.sqrt(layer["in"] * layer.get("kernel", 1) ** 2), 0.0
                 case "embedding":
-                    values += [0.05 * (2.0 * u - 1.0) for u in islice(stream, count)]
+                    yield count, 0.05, 0.0
                 case "layer_norm" | "group_norm":
-                    values += [1.0 if name == "weight" else 0.0] * count
+                    yield count, None, 1.0 if name == "weight" else 0.0
                 case _:
-                    values += [0.0] * count
-    return values
+                    yield count, None, 0.0
 
 
 def _uniforms(digest: bytes) -> Iterator[float]:

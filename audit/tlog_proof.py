@@ -13,12 +13,13 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 from audit.checkpoints import parse_checkpoint_note
 from audit.errors import AuditError, MalformedProofError
 from audit.merkle import HASH_SIZE, MAX_TREE_SIZE, verify_inclusion
 from audit.notes import MAX_NOTE_BYTES
-from audit.tlog_policy import AcceptedCheckpoint, Policy
+from audit.tlog_policy import AcceptedCheckpoint
 
 HEADER = "c2sp.org/tlog-proof@v1"
 MAX_HASHES = 63
@@ -84,7 +85,13 @@ class TlogProof:
         return cls(leaf_index=int(found[1]), hashes=hashes, checkpoint_note=note, extra=extra)
 
 
-def verify_tlog_proof(proof: TlogProof, *, leaf_hash: bytes, policy: Policy, now: int) -> AcceptedCheckpoint:
+class Opener(Protocol):
+    """What decides about a checkpoint: a `Policy`, or something that remembers what one said."""
+
+    def open(self, note: bytes, *, now: int) -> AcceptedCheckpoint: ...
+
+
+def verify_tlog_proof(proof: TlogProof, *, leaf_hash: bytes, policy: Opener, now: int) -> AcceptedCheckpoint:
     """Prove that `leaf_hash` is the entry at the proof's index of a log the policy believes.
 
     Returns:

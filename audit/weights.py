@@ -13,7 +13,7 @@ import re
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from audit.errors import AuditError
 
@@ -53,7 +53,9 @@ def decode_weights(data: bytes) -> dict[str, tuple[tuple[int, ...], list[float]]
     Raises:
         WeightsError: anything but the exact bytes of `encode_weights`.
     """
-    tensors = {name: (shape, list(map(float, flat))) for name, shape, flat in _decode("F64", "d", data)}
+    tensors = {
+        name: (shape, list(map(float, _numbers("d", body)))) for name, shape, body in read_parts("F64", data)
+    }
     for name, (_, values) in tensors.items():
         if not all(map(math.isfinite, values)):
             raise WeightsError(f"tensor {name} holds a value that is not finite")
@@ -75,40 +77,44 @@ def decode_update(data: bytes) -> list[int]:
     Raises:
         WeightsError: anything but the exact bytes of `encode_update`.
     """
-    tensors = _decode("I64", "q", data)
+    return list(map(int, update_array(data)))
+
+
+def update_array(data: bytes) -> array[int]:
+    """Read an update file into eight bytes a number; errors as `decode_update`."""
+    tensors = read_parts("I64", data)
     if len(tensors) != 1 or tensors[0][0] != "update" or len(tensors[0][1]) != 1:
         raise WeightsError('an update file holds one tensor, "update", of one axis')
-    return list(map(int, tensors[0][2]))
+    return _numbers("q", tensors[0][2])
 
 
-def _encode(dtype: str, parts: Sequence[tuple[str, tuple[int, ...], array[float] | array[int]]]) -> bytes:
-    if not parts:
+def file_header(dtype: str, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> bytes:
+    """Return how a file of these tensors (name, shape) begins; their values follow, little-endian, in order.
+
+    Raises:
+        WeightsError: no tensor, or a bad name or shape.
+    """
+    if not tensors:
         raise WeightsError("a file needs at least one tensor")
     header: dict[str, object] = {}
-    body, offset = [], 0
-    for name, shape, flat in parts:
+    offset = 0
+    for name, shape in tensors:
         if not _NAME.fullmatch(name) or any(type(n) is not int or n < 1 for n in shape):
             raise WeightsError(f"tensor {name!r} of shape {shape}: bad name or shape")
-        if len(flat) != math.prod(shape):
-            raise WeightsError(f"tensor {name} of shape {shape} has {len(flat)} values")
-        if sys.byteorder != "little":
-            flat.byteswap()
-        raw = flat.tobytes()
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + len(raw)],
-        }
-        offset += len(raw)
-        body.append(raw)
+        end = offset + 8 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *body])
+    return len(text).to_bytes(8, "little") + text
 
 
-def _decode(
-    dtype: str, typecode: str, data: bytes
-) -> list[tuple[str, tuple[int, ...], array[float] | array[int]]]:
+def read_parts(dtype: str, data: bytes) -> list[tuple[str, tuple[int, ...], memoryview]]:
+    """Read a file's form: (name, shape, its values' bytes, not copied) a tensor. Values are not looked at.
+
+    Raises:
+        WeightsError: the form is not the one that `file_header` begins, or the bytes are too few or too many.
+    """
     if len(data) < 16:
         raise WeightsError("the file is too short")
     size = int.from_bytes(data[:8], "little")
@@ -120,7 +126,7 @@ def _decode(
         raise WeightsError("the header is not JSON") from error
     if not isinstance(header, dict) or not header:
         raise WeightsError("the header names no tensor")
-    parts: list[tuple[str, tuple[int, ...], array[float] | array[int]]] = []
+    parts: list[tuple[str, tuple[int, ...], memoryview]] = []
     body, offset = memoryview(data)[8 + size :], 0
     for name, spec in header.items():
         if not isinstance(spec, dict) or spec.get("dtype") != dtype:
@@ -131,13 +137,29 @@ def _decode(
         end = offset + 8 * math.prod(shape)
         if end > len(body):
             raise WeightsError(f"tensor {name!r} reaches beyond the file")
-        flat: array[float] | array[int] = array(typecode)
-        flat.frombytes(body[offset:end])
-        if sys.byteorder != "little":
-            flat.byteswap()
-        parts.append((name, tuple(shape), flat))
+        parts.append((name, tuple(shape), body[offset:end]))
         offset = end
-    copies = [(name, shape, array(typecode, flat)) for name, shape, flat in parts]
-    if _encode(dtype, copies) != data:
+    expected = file_header(dtype, [(name, shape) for name, shape, _ in parts])
+    if offset != len(body) or data[: 8 + size] != expected:
         raise WeightsError("the bytes are not in the one form that has a digest")
     return parts
+
+
+def _encode(dtype: str, parts: Sequence[tuple[str, tuple[int, ...], array[float] | array[int]]]) -> bytes:
+    head = file_header(dtype, [(name, shape) for name, shape, _ in parts])
+    body = []
+    for name, shape, flat in parts:
+        if len(flat) != math.prod(shape):
+            raise WeightsError(f"tensor {name} of shape {shape} has {len(flat)} values")
+        if sys.byteorder != "little":
+            flat.byteswap()
+        body.append(flat.tobytes())
+    return b"".join([head, *body])
+
+
+def _numbers(typecode: Literal["d", "q"], body: memoryview) -> array[Any]:
+    flat: array[Any] = array(typecode)
+    flat.frombytes(body)
+    if sys.byteorder != "little":
+        flat.byteswap()
+    return flat

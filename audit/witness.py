@@ -177,11 +177,14 @@ class Witness:
             )
         timestamp = max(now, state.timestamp)
         line = cosign(note, self.key, timestamp)
+        self._keep(WitnessState(checkpoint, note, timestamp))
+        return line
+
+    def _keep(self, state: WitnessState) -> None:
         try:
-            write_durably(self.path, WitnessState(checkpoint, note, timestamp).encode())
+            write_durably(self.path, state.encode())
         except OSError as error:
             raise WitnessStateError(f"cannot write {self.path}: {error.strerror}") from error
-        return line
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.decimals import decimal_text
@@ -50,7 +50,7 @@ class Admission:
         self._keys, self._ledger, self._trainer = keys, ledger, trainer
         self._decisions = decisions
         self._terms: dict[str, Terms] = {}
-        self._read = _stamp(home)
+        self._read = home.stamp()
 
     def refresh(self) -> None:
         """Take the rules of `site.yaml` as they are now, when the file was written since.
@@ -58,7 +58,7 @@ class Admission:
         Raises:
             HomeError: the file breaks a rule; names the key and the fix.
         """
-        stamp = _stamp(self.home)
+        stamp = self.home.stamp()
         if stamp != self._read:
             self.home, self._read = self.home.refreshed(), stamp
 
@@ -147,7 +147,7 @@ class Admission:
         if run.rounds != terms.rounds:
             raise RefusedError("bad_request", f"the run has {run.rounds} rounds, the charter {terms.rounds}")
         self.check_participants(run.sites, terms)
-        if run.initial_model != hashlib.sha256(terms.initial_model()).hexdigest():
+        if run.initial_model != terms.initial_digest:
             raise RefusedError("base_model_mismatch", "the run does not start from the charter's weights")
 
     def _reserve(self, run: RunStarted, terms: Terms, canonical: str) -> Reservation:
@@ -181,25 +181,13 @@ class Admission:
         return reservation
 
 
-def _stamp(home: SiteHome) -> tuple[int, int, int]:
-    found = (home.path / "site.yaml").stat()
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
 def check_promise(terms: Terms) -> None:
     """Hold a charter to its own epsilon: people who read it agreed to that number.
 
     Raises:
         RefusedError: the plan with this noise costs more.
     """
-    planned, delta = terms.planned, float(terms.delta)
-    bound = recompute(planned, delta)
-    cost = bound.value
-    if cost > terms.epsilon and not bound.exact:
-        try:
-            cost = min(cost, pld_epsilon(planned, delta))
-        except AccountingError:
-            cost = epsilon_floor(planned, delta)
+    cost = _cost(terms.planned, float(terms.delta), float(terms.epsilon))
     if cost > float(terms.epsilon) * (1 + 1e-9):
         raise RefusedError(
             "charter_not_approved",
@@ -207,9 +195,21 @@ def check_promise(terms: Terms) -> None:
             f"{cost:.4f}; `affidavit charter check` names the noise it needs",
         )
     if terms.site_epsilon is not None:
-        whole = recompute([site_level(event) for event in planned], delta).value
+        whole = recompute([site_level(event) for event in terms.planned], float(terms.delta)).value
         if whole > float(terms.site_epsilon) * (1 + 1e-9):
             raise RefusedError(
                 "charter_not_approved",
                 f"the charter promises a whole site epsilon {terms.site_epsilon}, its plan costs {whole:.4f}",
             )
+
+
+@lru_cache(maxsize=8)
+def _cost(planned: tuple[MechanismEvent, ...], delta: float, promised: float) -> float:
+    """Return what a plan costs, by the cheapest bound that decides whether it is within the promise."""
+    bound = recompute(planned, delta)
+    if bound.value <= promised or bound.exact:
+        return bound.value
+    try:
+        return min(bound.value, pld_epsilon(planned, delta))
+    except AccountingError:
+        return epsilon_floor(planned, delta)

@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from clients.code_digest import agent_code
 from clients.decisions import Decisions
 from clients.errors import HomeError, LedgerBehindError, RefusedError, WaitingError
 from clients.high_water import Head
-from clients.history import Clock, History
+from clients.history import Clock, History, OpenedNotes
 from clients.home import SiteHome
 from clients.ledger import Odometers, Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
@@ -59,7 +60,8 @@ from clients.requests import (
 from clients.site_log import Diary, SiteLog
 from clients.story import SiteStory
 from clients.terms import Terms
-from clients.trainer import Trainer
+from clients.trainer import Trainer, Workshop
+from federation.flat import update_bytes
 
 _logger = logging.getLogger(__name__)
 
@@ -74,8 +76,19 @@ def _utc_now() -> datetime:
 class Agent:
     """One site's agent. Thread-safe: requests are answered one after the other."""
 
-    def __init__(self, home: SiteHome, ledger: Odometers, log: Diary, *, clock: Clock = _utc_now) -> None:
+    def __init__(
+        self,
+        home: SiteHome,
+        ledger: Odometers,
+        log: Diary,
+        *,
+        clock: Clock = _utc_now,
+        workshop: Workshop | None = None,
+        notes: OpenedNotes | None = None,
+    ) -> None:
         """Take the home, its open ledger and its open log.
+
+        `workshop` and `notes` are what virtual sites of one process share; a real site has its own.
 
         Raises:
             ClientsError: the home's policy or keys are missing, or its population is not the ledger's.
@@ -84,7 +97,7 @@ class Agent:
         self._ledger, self._log = ledger, log
         self._keys = home.keys()
         self._clock = clock
-        self._trainer = Trainer(home.config.data, LocalLayers(home.local_layers_path))
+        self._trainer = Trainer(home.config.data, LocalLayers(home.local_layers_path), workshop)
         policy = home.policy()
         self._origin = policy.logs[0].origin
         self._masked = MaskedRounds(home.name, self._origin, self._keys, ledger)
@@ -92,7 +105,7 @@ class Agent:
         decisions = Decisions(home, self._keys, ledger, log, self.refusals, clock)
         self.admission = Admission(home, self._keys, ledger, self._trainer, decisions, origin=self._origin)
         own = (self._keys.statement.verify_key, *self._keys.past_statements)
-        self._history = History(policy, own, clock)
+        self._history = History(notes or OpenedNotes(policy), own, clock)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
         self._closed = False
@@ -346,16 +359,16 @@ class Agent:
 
     def _check_past(self, request: RoundRequest, terms: Terms) -> str:
         """Return the leaf hash of the previous round, once the base model is proved to be its output."""
-        base = hashlib.sha256(request.base_model).hexdigest()
+        base = request.base_digest
         if request.round == 1:
-            if base != hashlib.sha256(terms.initial_model()).hexdigest():
+            if base != terms.initial_digest:
                 raise RefusedError("base_model_mismatch", "round 1 does not start from the charter's weights")
             return ZERO_DIGEST
         number = min(request.round - 1, terms.rounds)  # what is released after the last round builds on it
         completed, leaf_hash = self._history.round_completed(
             request.previous_round, run=request.run, number=number
         )
-        self._check_own(request, completed.statements, in_a_round=request.round - 1 <= terms.rounds)
+        self._check_own(request, completed.leaves, in_a_round=request.round - 1 <= terms.rounds)
         # the averaged weights are no round's output; any model's counts have the same cost
         if request.round <= terms.rounds and base != completed.output_model:
             raise RefusedError("base_model_mismatch", f"the base model is not the output of round {number}")
@@ -395,8 +408,8 @@ class Agent:
 
     def _release(self, request: RoundRequest, terms: Terms, previous_round: str, digest: str) -> Release:
         values = self._trainer.update(terms, request.base_model, run=request.run, server_round=request.round)
-        masked = self._masked.mask(request, terms, values) if terms.masks(request.round) else None
-        update_file = encode_update(values if masked is None else masked.values)
+        masked = self._masked.mask(request, terms, list(values)) if terms.masks(request.round) else None
+        update_file = update_bytes(values) if masked is None else encode_update(masked.values)
         head = self._ledger.head(self.population)
         unsigned = SiteStatement(
             run=request.run,
@@ -404,8 +417,8 @@ class Agent:
             charter=terms.digest,
             site=self.name,
             population=self.population,
-            base_model=hashlib.sha256(request.base_model).hexdigest(),
-            participants=request.participants,
+            base_model=request.base_digest,
+            participants=_shared_names(request.participants),
             agent_code=agent_code(),
             previous_round=previous_round,
             event=terms.planned[request.round - 1],
@@ -432,6 +445,12 @@ class Agent:
                 self._declined("cosign", error.code)
             return _witness_error(error), {}
         return {"cosignature": line.decode()}, {}
+
+
+@lru_cache(maxsize=4)
+def _shared_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the first of equal tuples, so that many sites of one process hold their names once."""
+    return names
 
 
 def _check_population(home: SiteHome, ledger: Odometers) -> None:
@@ -468,7 +487,7 @@ def _request_digest(request: RoundRequest) -> str:
         "participants": list(request.participants),
         "previous_round": leaf(request.previous_round),
         "own_statement": leaf(request.own_statement),
-        "base_model": hashlib.sha256(request.base_model).hexdigest(),
+        "base_model": request.base_digest,
     }
     if request.shares is not None:
         document["shares"] = dict(request.shares)

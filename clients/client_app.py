@@ -6,7 +6,8 @@ answers is signed; what goes wrong here leaves as one code from the closed list,
 an exception's text along.
 
 A message's content is `{"header": {"kind": str, "header": bytes}, "blobs": {name: bytes}}`. Kind "round"
-travels as Flower's "train", every other kind as "query".
+travels as Flower's "train", every other kind as "query". Large blobs come and go in pieces
+(`federation.pieces`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.errors import LinkError
-from clients.link import DEFAULT_TARGET, MAX_BLOB_BYTES, MAX_HEADER_BYTES, connect
+from clients.link import DEFAULT_TARGET, MAX_HEADER_BYTES, connect
+from federation.pieces import PiecesError, blob_records, read_blobs
 
 _logger = logging.getLogger(__name__)
 
@@ -68,9 +70,7 @@ def relay(message: Message, context: Context, kinds: frozenset[str]) -> Message:
 
 
 def pack(kind: str, header: bytes, blobs: Mapping[str, bytes]) -> RecordDict:
-    return RecordDict(
-        {"header": ConfigRecord({"kind": kind, "header": header}), "blobs": ConfigRecord(dict(blobs))}
-    )
+    return RecordDict({"header": ConfigRecord({"kind": kind, "header": header}), **blob_records(blobs)})
 
 
 def unpack(content: RecordDict) -> tuple[str, bytes, dict[str, bytes]]:
@@ -79,18 +79,16 @@ def unpack(content: RecordDict) -> tuple[str, bytes, dict[str, bytes]]:
     Raises:
         LinkError: a record is missing, of another type, or too large.
     """
-    header_record, blob_record = content.get("header"), content.get("blobs")
-    if not isinstance(header_record, ConfigRecord) or not isinstance(blob_record, ConfigRecord):
+    header_record = content.get("header")
+    if not isinstance(header_record, ConfigRecord):
         raise LinkError("a message holds the records 'header' and 'blobs'")
     kind, header = header_record.get("kind"), header_record.get("header")
     if not isinstance(kind, str) or not isinstance(header, bytes) or len(header) > MAX_HEADER_BYTES:
         raise LinkError(f"'header' holds a kind and at most {MAX_HEADER_BYTES} bytes")
-    blobs: dict[str, bytes] = {}
-    for name, blob in blob_record.items():
-        if not isinstance(blob, bytes) or len(blob) > MAX_BLOB_BYTES:
-            raise LinkError(f"blob {name!r} is not bytes, or larger than {MAX_BLOB_BYTES} bytes")
-        blobs[name] = blob
-    return kind, header, blobs
+    try:
+        return kind, header, read_blobs(content)
+    except PiecesError as error:
+        raise LinkError(f"{error.code}: {error}") from error
 
 
 def _address(context: Context) -> tuple[str, str]:

@@ -291,7 +291,7 @@ def trace_statements(home: Path) -> int:
             said[leaf.hex()] = body, keys.get(body.site, "")
     count = 0
     for _, body in rows:
-        for named in body.statements if isinstance(body, RoundCompleted) else ():
+        for named in body.leaves if isinstance(body, RoundCompleted) else ():
             statement, key = said[named]
             try:
                 verify_signature(statement.site, statement, key)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from audit.entries import (
     Body,
@@ -18,12 +21,14 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.keys import VerifyKey
 from audit.merkle import hash_leaf
-from audit.tlog_policy import Policy
+from audit.tlog_policy import AcceptedCheckpoint, Policy
 from audit.tlog_proof import verify_tlog_proof
 from clients.errors import RefusedError
 from clients.requests import LoggedEntry
 
 Clock = Callable[[], datetime]
+
+_KEPT_NOTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +40,38 @@ class WitnessedEntry:
     leaf_index: int
 
 
+class OpenedNotes:
+    """The last few checkpoints that a policy accepted, so that one which comes again is not verified again.
+
+    What a policy accepted stays accepted: time only adds cosignatures that were from the future. Thread-safe.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._accepted: OrderedDict[bytes, AcceptedCheckpoint] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, note: bytes, *, now: int) -> AcceptedCheckpoint:
+        """As `Policy.open`; only what has its quorum is remembered."""
+        with self._lock:
+            accepted = self._accepted.get(note)
+        if accepted is None:
+            accepted = self._policy.open(note, now=now)
+            if accepted.quorum.satisfied:
+                with self._lock:
+                    self._accepted[note] = accepted
+                    while len(self._accepted) > _KEPT_NOTES:
+                        self._accepted.popitem(last=False)
+        return accepted
+
+
 class History:
     """Reads logged entries by the site's own policy; what it returns is believed, all else is refused."""
 
-    def __init__(self, policy: Policy, statement_keys: Sequence[VerifyKey], clock: Clock) -> None:
+    def __init__(self, notes: OpenedNotes, statement_keys: Sequence[VerifyKey], clock: Clock) -> None:
         """`statement_keys`: this site's present one and those before it."""
-        self._policy, self._statement_keys, self._clock = policy, tuple(statement_keys), clock
+        self._notes, self._statement_keys, self._clock = notes, tuple(statement_keys), clock
+        self._proved: SiteStatement | None = None  # the last one: it is asked about twice
 
     def witnessed(self, logged: LoggedEntry) -> WitnessedEntry:
         """Prove an entry.
@@ -51,7 +82,7 @@ class History:
         leaf_hash = hash_leaf(logged.leaf)
         try:
             accepted = verify_tlog_proof(
-                logged.proof, leaf_hash=leaf_hash, policy=self._policy, now=int(self._clock().timestamp())
+                logged.proof, leaf_hash=leaf_hash, policy=self._notes, now=int(self._clock().timestamp())
             )
             entry = decode_entry(logged.leaf)
         except AuditError as error:
@@ -108,6 +139,8 @@ class History:
         Raises:
             RefusedError: unwitnessed_history; it did not.
         """
+        if statement is self._proved:
+            return
         domain, payload = signing_payload(statement)
         problem: AuditError | None = None
         for key in self._statement_keys:
@@ -116,5 +149,6 @@ class History:
             except AuditError as error:
                 problem = error
             else:
+                self._proved = statement
                 return
         raise RefusedError("unwitnessed_history", f"a statement this site never signed: {problem}")

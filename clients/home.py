@@ -153,6 +153,16 @@ class SiteHome:
     def keys(self) -> SiteKeys:
         return SiteKeys.open(self.path / "keys")
 
+    @property
+    def follows_a_log(self) -> bool:
+        """Whether this site believes a policy and witnesses its log."""
+        return self.witness_path.exists()
+
+    def stamp(self) -> tuple[int, int, int]:
+        """Return what changes whenever `site.yaml` is written."""
+        found = (self.path / _CONFIG).stat()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
     def approve(self, digest: str) -> SiteHome:
         """Return the home with one more approved charter, added to `site.yaml` as it is now."""
         return self._with_rules(lambda rules: {"approved_charters": _added(rules.approved_charters, digest)})

@@ -109,6 +109,13 @@ class SiteKeys:
     past_statements: tuple[VerifyKey, ...] = ()  # which this site signed statements with before
 
     @classmethod
+    def generate(cls) -> SiteKeys:
+        """Return four new keys that are kept nowhere."""
+        return cls(
+            SigningKey.generate(), SigningKey.generate(), SigningKey.generate(), X25519PrivateKey.generate()
+        )
+
+    @classmethod
     def create(cls, folder: Path) -> SiteKeys:
         """Make the four keys of a new site.
 
@@ -116,9 +123,7 @@ class SiteKeys:
             IdentityError: the folder holds keys already, or cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        keys = cls(
-            SigningKey.generate(), SigningKey.generate(), SigningKey.generate(), X25519PrivateKey.generate()
-        )
+        keys = cls.generate()
         try:
             keys.identity.save(folder / IDENTITY_KEY, None)
             keys.statement.save(folder / STATEMENT_KEY, None)

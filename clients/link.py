@@ -18,7 +18,7 @@ from clients.errors import LinkError
 
 DEFAULT_TARGET: Final = "inprocess:clients.inprocess:agent_of"
 MAX_HEADER_BYTES: Final = 4 << 20
-MAX_BLOB_BYTES: Final = 512 << 20
+MAX_BLOB_BYTES: Final = 1 << 30
 
 
 class AgentLink(Protocol):

@@ -7,6 +7,7 @@ witnessed checkpoint holds them: `{"entry": base64 of the leaf, "proof": tlog-pr
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class RoundRequest:
     previous_round: LoggedEntry | None
     own_statement: LoggedEntry | None
     base_model: bytes
+    base_digest: str
     shares: Mapping[str, str] | None = None  # sealed for this site, by sender; where updates are masked
 
 
@@ -120,6 +122,7 @@ def parse_round(header: bytes, blobs: Mapping[str, bytes]) -> RoundRequest:
     )
     if set(blobs) != {"base_model"}:
         raise _bad("a round comes with the one blob base_model")
+    base_model = blobs["base_model"]
     return RoundRequest(
         run=_text(document, "run"),
         round=round_number(document),
@@ -127,7 +130,8 @@ def parse_round(header: bytes, blobs: Mapping[str, bytes]) -> RoundRequest:
         participants=names_of(document, "participants"),
         previous_round=_entry(document["previous_round"]),
         own_statement=_entry(document["own_statement"]),
-        base_model=blobs["base_model"],
+        base_model=base_model,
+        base_digest=hashlib.sha256(base_model).hexdigest(),
         shares=_texts_by_name(document["shares"], "shares") if "shares" in document else None,
     )
 

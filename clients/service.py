@@ -273,13 +273,15 @@ def cosign_here(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> byte
         WitnessError: a site refuses, because the log was rewritten, truncated or forked.
     """
     from audit.checkpoints import parse_checkpoint_note
+    from federation.trust import asked_to_cosign
 
+    operators = {name: home.config.operator for name, home in homes.items()}
     now = int(datetime.now(UTC).timestamp())
 
     def collect(note: bytes) -> dict[str, list[bytes]]:
         size, lines = parse_checkpoint_note(note).tree_size, {}
-        for name, home in homes.items():
-            witness = home.witness()
+        for name in asked_to_cosign(homes, operators):
+            witness = homes[name].witness()
             old_size = witness.tree_size
             proof = coordinator.ledger.consistency_proof(old_size, size) if old_size else []
             lines[name] = [witness.cosign(note, old_size, proof, now=now)]

@@ -1,7 +1,8 @@
 """A whole federation on one machine: real homes, agents, ledgers, log and witnesses, Flower's real objects.
 
 `run_federation` carries out one run for homes that exist; the command and the demo call it. `simulate`
-makes temporary homes from DataFrames first, for a notebook. Both use `federation.server_app` and
+makes temporary homes from DataFrames first, for a notebook: on disk, or in memory (`clients.virtual`) where
+there are hundreds. Both use `federation.server_app` and
 `clients.client_app` as they are, over the in-process grid or, with `engine="ray"`, over Flower's own
 simulation.
 """
@@ -27,6 +28,7 @@ from clients.agent import Agent
 from clients.agent_server import served_agents
 from clients.agreement import CharterSource, complete_charter, read_source
 from clients.errors import SimulationError
+from clients.history import OpenedNotes
 from clients.home import SiteHome
 from clients.identity import Identity
 from clients.inprocess import live_agents
@@ -38,6 +40,8 @@ from clients.simulated import (
     write_frame,
     write_site_files,
 )
+from clients.trainer import Workshop
+from clients.virtual import VirtualHome
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.evaluation import PublicData, metrics_of
@@ -51,7 +55,9 @@ if TYPE_CHECKING:
     from federation.grid import Fault
 
 Engine = Literal["inprocess", "ray"]
+Homes = Literal["disk", "memory"]
 
+LARGE_MODEL: Final = 1_000_000  # parameters; one site at a time computes from here on, for memory's sake
 _MAX_DELTA: Final = Decimal("0.1")
 _LINK_VARIABLES: Final = ("AFFIDAVIT_AGENT", "AFFIDAVIT_SITES")
 
@@ -92,10 +98,25 @@ def run_federation(
         coordinator.blobs.put(public_set.read_bytes())
     join_all(homes, coordinator)
     with ExitStack() as stack:
-        launch = _launchers[engine](_open_agents(homes, coordinator, stack))
+        launch = _launchers[engine](_open_agents(homes, coordinator, stack), charter)
         principal = Principal(id=author.verify_key.fingerprint, role="scientist", key=author.text)
         request = TrainRequest(charter=charter, model=model)
         return train(coordinator, principal, LocalOwner(), request, author, launch, on_event=on_event)
+
+
+class _Shared:
+    """What the virtual sites of one run share: it follows from the charter and the log, never from rows."""
+
+    def __init__(self) -> None:
+        self._workshop = Workshop()
+        self._notes: OpenedNotes | None = None
+
+    def agent(self, home: SiteHome) -> Agent:
+        """Open the agent of a site on disk, or that of a virtual one."""
+        if not isinstance(home, VirtualHome):
+            return Agent.open(home)
+        self._notes = self._notes or OpenedNotes(home.policy())
+        return home.agent(self._workshop, self._notes)
 
 
 def resume_federation(
@@ -128,7 +149,7 @@ def resume_federation(
         raise SimulationError(f"homes of {sorted(homes)} for a charter of {list(charter.site_names)}")
     join_all(homes, coordinator)
     with ExitStack() as stack:
-        launch = _launchers[engine](_open_agents(homes, coordinator, stack))
+        launch = _launchers[engine](_open_agents(homes, coordinator, stack), charter)
         request = ResumeRequest(run=run)
         return resume(coordinator, principal, LocalOwner(), request, launch, on_event=on_event)
 
@@ -136,12 +157,14 @@ def resume_federation(
 def _open_agents(
     homes: Mapping[str, SiteHome], coordinator: Coordinator, stack: ExitStack
 ) -> dict[str, Agent]:
-    agents = {}
+    agents, shared = {}, _Shared()
     for name, home in homes.items():
-        agents[name] = Agent.open(home)
+        agents[name] = shared.agent(home)
         stack.callback(agents[name].close)
-        for statement in statements(coordinator.ledger, site=name):
-            agents[name].observe(statement)
+    if not coordinator.simulated:  # virtual ledgers are as old as this process, and cannot be put back
+        for statement in statements(coordinator.ledger):
+            if statement.site in agents:
+                agents[statement.site].observe(statement)
     return agents
 
 
@@ -151,23 +174,35 @@ def join_all(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> None:
     operators = {name: home.config.operator for name, home in homes.items()}
     policy = federation_policy(coordinator.log_key, witnesses, operators=operators)
     for home in homes.values():
-        if not home.witness_path.exists():
+        if not home.follows_a_log:
             home.join(policy)
 
 
-def inprocess_launch(agents: Mapping[str, Agent], *, fault: Fault | None = None) -> Launch:
-    """Run the ServerApp here, with one thread a site for the ClientApp; `fault` plays the bad network."""
+def inprocess_launch(
+    agents: Mapping[str, Agent], *, fault: Fault | None = None, workers: int | None = None
+) -> Launch:
+    """Run the ServerApp here and the ClientApps in threads, by default as many as `InProcessGrid` chooses.
+
+    `fault` plays the bad network.
+    """
 
     def launch(config: RunConfig) -> None:
         from flwr.app import Context, RecordDict
 
         from clients.client_app import app as client_app
-        from federation.grid import InProcessGrid
+        from federation.grid import MANY_NODES, InProcessGrid
         from federation.server_app import app as server_app
 
         with (
+            _one_thread_each(len(agents) > MANY_NODES),
             live_agents(agents),
-            InProcessGrid(client_app, {name: {} for name in agents}, run_config=config, fault=fault) as grid,
+            InProcessGrid(
+                client_app,
+                {name: {} for name in agents},
+                run_config=config,
+                fault=fault,
+                workers=workers,
+            ) as grid,
         ):
             context = Context(
                 run_id=grid.run.run_id,
@@ -179,6 +214,20 @@ def inprocess_launch(agents: Mapping[str, Agent], *, fault: Fault | None = None)
             server_app(grid=grid, context=context)
 
     return launch
+
+
+@contextmanager
+def _one_thread_each(many: bool) -> Iterator[None]:
+    """Let torch use one thread a site where many sites share the cores: two at one product cost more."""
+    import torch
+
+    before = torch.get_num_threads()
+    if many:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ray_launch(agents: Mapping[str, Agent]) -> Launch:
@@ -226,9 +275,11 @@ def ray_launch(agents: Mapping[str, Agent]) -> Launch:
     return launch
 
 
-_launchers: Final[dict[str, Callable[[Mapping[str, Agent]], Launch]]] = {
-    "inprocess": inprocess_launch,
-    "ray": ray_launch,
+_launchers: Final[dict[str, Callable[[Mapping[str, Agent], Charter], Launch]]] = {
+    "inprocess": lambda agents, charter: inprocess_launch(
+        agents, workers=1 if charter.dimension > LARGE_MODEL else None
+    ),
+    "ray": lambda agents, _: ray_launch(agents),
 }
 
 
@@ -247,10 +298,10 @@ def _link_environment(folder: str, agents: Mapping[str, Agent]) -> Iterator[None
                 os.environ[name] = value
 
 
-def new_coordinator(folder: Path, origin: str = "") -> Coordinator:
+def new_coordinator(folder: Path, origin: str = "", *, simulated: bool = False) -> Coordinator:
     """Make a coordinator's home and its signer's beside it, under `folder`."""
     name = origin or f"simulation.invalid/{secrets.token_hex(4)}"
-    return Coordinator.create(folder / "coordinator", folder / "signer", name)
+    return Coordinator.create(folder / "coordinator", folder / "signer", name, simulated=simulated)
 
 
 def simulate(
@@ -262,6 +313,7 @@ def simulate(
     folder: Path | str | None = None,
     lifetime_epsilon: str = "1000",
     engine: Engine = "inprocess",
+    homes: Homes = "disk",
     on_event: Listener | None = None,
 ) -> SimulatedRun:
     """Train one model among made-up sites on this machine; the notebook's way in.
@@ -274,6 +326,9 @@ def simulate(
         folder: where homes and log are kept; by default a temporary folder that goes with the run.
         lifetime_epsilon: each made-up site's own cap; high, since a simulation is often repeated.
         engine: "inprocess" or "ray".
+        homes: "disk" gives each site the home that a real one has; "memory" makes virtual sites, for hundreds
+            of them: nothing of theirs outlives the process, and their enrolments call their operator
+            "simulated", so that all of them are one voice in the log's policy.
         on_event: called after each step.
 
     Raises:
@@ -281,14 +336,17 @@ def simulate(
         SimulationError: a site's name or file cannot serve.
         RunFailedError: the run stopped; the log says why.
     """
-    federation, agreed = _set_up(charter, sites, public, folder, lifetime_epsilon)
+    federation, agreed = _set_up(charter, sites, public, folder, lifetime_epsilon, homes)
     try:
         if privacy is None:
             return _without_privacy(agreed, federation)
         events: list[RunEvent] = []
 
         def note(event: RunEvent) -> None:
-            events.append(event)
+            if (
+                event.kind != "answered" or homes == "disk"
+            ):  # a thousand sites answer a thousand times a round
+                events.append(event)
             if on_event is not None:
                 on_event(event)
 
@@ -314,6 +372,7 @@ def _set_up(
     public: SiteData | None,
     folder: Path | str | None,
     lifetime_epsilon: str,
+    kind: Homes,
 ) -> tuple[SimulatedFederation, Charter]:
     with ExitStack() as undo:
         temporary = None
@@ -326,15 +385,7 @@ def _set_up(
         rows = {name: count_rows(path) for name, path in files.items()}
         public_file = None if public is None else write_frame(base / "data" / "public.csv", public)
         homes = {
-            name: SiteHome.create(
-                base / "sites" / name,
-                name=name,
-                data=path,
-                population=f"simulated people of {name}",
-                lifetime_epsilon=lifetime_epsilon,
-                lifetime_delta=delta,
-                auto_approve=True,
-            )
+            name: _home(base / "sites" / name, name, path, lifetime_epsilon, delta, kind)
             for name, path in files.items()
         }
         officer = Identity.create(base / "officer")
@@ -346,12 +397,27 @@ def _set_up(
             public_set=None if public_file is None else public_file.read_bytes(),
             public_rows=0 if public_file is None else count_rows(public_file),
         )
-        scientist, coordinator = Identity.create(base / "scientist"), new_coordinator(base)
+        scientist = Identity.create(base / "scientist")
+        coordinator = new_coordinator(base, simulated=kind == "memory")
         federation = SimulatedFederation(
             base, files, homes, coordinator, scientist, officer, public_file, temporary
         )
         undo.pop_all()
     return federation, agreed
+
+
+def _home(path: Path, name: str, data: Path, epsilon: str, delta: str, kind: Homes) -> SiteHome:
+    if kind == "memory":
+        return VirtualHome.make(path, name=name, data=data, lifetime_epsilon=epsilon, lifetime_delta=delta)
+    return SiteHome.create(
+        path,
+        name=name,
+        data=data,
+        population=f"simulated people of {name}",
+        lifetime_epsilon=epsilon,
+        lifetime_delta=delta,
+        auto_approve=True,
+    )
 
 
 def _delta(source: CharterSource) -> str:

@@ -20,7 +20,7 @@ from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 
 MAX_HEAD_BYTES: Final = 1 << 16
 MAX_BLOBS: Final = 8
-MAX_FRAME_BYTES: Final = 640 << 20  # header and blobs together
+MAX_FRAME_BYTES: Final = 1280 << 20  # header and blobs together
 ANSWER_TIMEOUT_S: Final = 600.0
 CONNECT_TIMEOUT_S: Final = 10.0
 FRAME_TIMEOUT_S: Final = 30.0

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from audit.canonical import parse_canonical
-from audit.charter_view import read_charter
+from audit.canonical import canonical_bytes, parse_canonical
+from audit.charter_view import CharterView, read_charter
 from audit.decimals import parse_decimal
 from audit.encoding import RowEncoder
 from audit.entries import MechanismEvent
 from audit.epsilon import check_event
 from audit.errors import AuditError
 from audit.layers import shared_spans
-from audit.models import dimension, initial_weights, model_file
+from audit.models import dimension
 from audit.private_evaluation import Evaluation
 from audit.reference import Reference
 from audit.secure_round import SecureTerms
@@ -25,6 +26,7 @@ from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.errors import RefusedError
+from federation.flat import initial_vector, model_pieces
 
 if TYPE_CHECKING:
     from clients.dp.losses import Loss  # torch is the trainer's; who reads a charter needs none of it
@@ -97,11 +99,28 @@ class Terms:
         """What a noisy sum is divided by inside local steps: public rows times sample rate."""
         return float(self.nominal_rows * self.sample_rate)
 
-    def initial_model(self) -> bytes:
-        """Return the model file that the charter fixes as the start of every run."""
-        return model_file(list(self.layers), initial_weights(list(self.layers), self.digest))
+    @property
+    def initial_digest(self) -> str:
+        """Digest of the model file that the charter fixes as the start of every run."""
+        return _initial_digest(canonical_bytes(self.layers), self.digest)
 
 
+@lru_cache(maxsize=16)
+def _initial_digest(layers: bytes, digest: str) -> str:
+    parsed = cast("list[Any]", parse_canonical(layers))
+    hashed = hashlib.sha256()
+    for piece in model_pieces(parsed, initial_vector(parsed, digest)):
+        hashed.update(piece)
+    return hashed.hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _read(canonical: bytes) -> tuple[CharterView, dict[str, Any]]:
+    """Read a charter once, for however many sites of this process; nobody changes what comes out."""
+    return read_charter(canonical), cast("dict[str, Any]", parse_canonical(canonical))
+
+
+@lru_cache(maxsize=4)
 def charter_digest(canonical: str) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -113,9 +132,8 @@ def read_terms(canonical: str, *, site: str) -> Terms:
         RefusedError: it is not a charter, does not name the site, or asks for what this agent cannot give.
     """
     try:
-        view = read_charter(canonical.encode())
-        document = parse_canonical(canonical.encode())
-        terms = _terms(cast("dict[str, Any]", document), charter_digest(canonical), site)
+        view, document = _read(canonical.encode())
+        terms = _terms(document, charter_digest(canonical), site)
         problem = view.event_problem(terms.event)
     except (AuditError, DPError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError("bad_request", f"the charter cannot be read: {error!r}") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from audit.errors import AuditError
-from audit.models import weights_of_file
 from audit.reference import Reference
 from clients.dp.mechanism import Mechanism, MechanismTerms
 from clients.errors import DataFileError, RefusedError
@@ -17,15 +17,49 @@ from clients.loader import TrainingData, load_evaluation_data, load_training_dat
 from clients.local_layers import LocalLayers, moved_locally, overlaid, shared_values
 from clients.sketching import noisy_sketch
 from clients.terms import Terms
+from federation.flat import Integers, Vector, model_vector
 from federation.torch_models import build_model
+
+
+class Workshop(threading.local):
+    """What rounds are computed with, kept warm: the charter's mechanism and the last base model, a thread.
+
+    It holds nothing of any site's rows: virtual sites of one process share it. A mechanism draws from a fresh
+    key of the operating system in every release.
+    """
+
+    def __init__(self) -> None:
+        self._mechanisms: dict[tuple[str, int | None], Mechanism] = {}
+        self._base: tuple[str, bytes, Vector] | None = None
+
+    def mechanism(self, terms: Terms) -> Mechanism:
+        """Return the charter's mechanism, made at the first call."""
+        own = any(layer["layer"] == "site_intercept" for layer in terms.layers)
+        key = (terms.digest, terms.site_index if own else None)
+        if key not in self._mechanisms:
+            model = build_model(
+                [dict(layer) for layer in terms.layers], precision=terms.precision, site=terms.site_index
+            )
+            self._mechanisms[key] = Mechanism(model, mechanism_terms(terms), terms.loss)
+        return self._mechanisms[key]
+
+    def base(self, terms: Terms, base_model: bytes) -> Vector:
+        """Return the flat weights of a model file; a caller leaves them as they are.
+
+        Raises:
+            AuditError: it is no model file, or of another model.
+        """
+        if self._base is None or self._base[0] != terms.digest or self._base[1] != base_model:
+            self._base = (terms.digest, base_model, model_vector(terms.layers, base_model))
+        return self._base[2]
 
 
 class Trainer:
     """One site's data file and the mechanisms of the charters it serves."""
 
-    def __init__(self, path: Path, local_layers: LocalLayers) -> None:
+    def __init__(self, path: Path, local_layers: LocalLayers, workshop: Workshop | None = None) -> None:
         self._path, self._local = path, local_layers
-        self._mechanisms: dict[str, Mechanism] = {}
+        self._workshop = workshop or Workshop()
         self._data: tuple[tuple[str, int, int], TrainingData] | None = None
 
     def check_file(self, terms: Terms) -> None:
@@ -36,7 +70,9 @@ class Trainer:
         """
         self._load(terms)
 
-    def update(self, terms: Terms, base_model: bytes, *, run: str, server_round: int) -> Sequence[int]:
+    def update(
+        self, terms: Terms, base_model: bytes, *, run: str, server_round: int
+    ) -> Sequence[int] | Integers:
         """Return the whole numbers of one noised release from `base_model`.
 
         Layers that the charter leaves at the site are taken from and kept in the site's own folder. They are
@@ -47,7 +83,7 @@ class Trainer:
             RefusedError: the base model is not of the charter, or the data file has gone.
         """
         try:
-            weights = weights_of_file(list(terms.layers), base_model)
+            weights = self._workshop.base(terms, base_model)
         except AuditError as error:
             raise RefusedError("base_model_mismatch", str(error)) from error
         after = terms.after[server_round - terms.rounds - 1] if server_round > terms.rounds else None
@@ -59,12 +95,13 @@ class Trainer:
         if isinstance(after, Reference):
             return noisy_sketch(after, terms, data)
         if after is not None:
-            return noisy_counts(after, terms, weights, data)
-        mechanism = self._mechanism(terms)
+            return noisy_counts(after, terms, weights.tolist(), data)
+        mechanism = self._workshop.mechanism(terms)
         kept = self._local.load(run, server_round - 1) if terms.spans else None
+        start: Sequence[float] | Vector = weights
         if kept is not None:
-            weights = overlaid(terms.spans, weights, kept)
-        mechanism.load(torch.tensor(weights, dtype=torch.float64))
+            start = overlaid(terms.spans, weights.tolist(), kept)
+        mechanism.load(torch.tensor(start, dtype=torch.float64))
         release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
@@ -78,19 +115,12 @@ class Trainer:
             event.site_sensitivity_grid,
         ):
             raise RefusedError("internal_error", f"the mechanism ran {made}, the charter asks for {event}")
+        if not terms.spans:
+            return release.update
         values: list[int] = release.update.tolist()
-        if terms.spans:
-            moved = moved_locally(terms, mechanism.terms.scale, weights, values)
-            self._local.save(run, server_round, moved, keep=terms.average_last)
+        moved = moved_locally(terms, mechanism.terms.scale, list(start), values)
+        self._local.save(run, server_round, moved, keep=terms.average_last)
         return shared_values(terms.spans, values)
-
-    def _mechanism(self, terms: Terms) -> Mechanism:
-        if terms.digest not in self._mechanisms:
-            model = build_model(
-                [dict(layer) for layer in terms.layers], precision=terms.precision, site=terms.site_index
-            )
-            self._mechanisms[terms.digest] = Mechanism(model, mechanism_terms(terms), terms.loss)
-        return self._mechanisms[terms.digest]
 
     def _load(self, terms: Terms) -> TrainingData:
         try:

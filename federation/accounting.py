@@ -355,12 +355,18 @@ class LifetimeFilter:
 
     def spent(self, events: Sequence[MechanismEvent]) -> float:
         """Return the filter's own epsilon of the events."""
-        return recompute(list(events), float(self.delta)).value if events else 0.0
+        return _composed(tuple(events), float(self.delta)) if events else 0.0
 
     def admits(self, events: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
         """Whether the whole plan may run on top of the events already debited."""
         unit_of([*events, *planned])
         return self.spent([*events, *planned]) <= float(self.epsilon)
+
+
+@lru_cache(maxsize=64)
+def _composed(events: tuple[MechanismEvent, ...], delta: float) -> float:
+    """Return the epsilon of events: the same for every site of a simulation, so it is worked out once."""
+    return recompute(events, delta).value
 
 
 def _trust_lines(charter: Charter, cost: PlanCost) -> list[str]:

@@ -81,7 +81,8 @@ class Coordinator:
         self.watchers = watchers_of(home, ledger.origin)
         self.publisher = publisher_of(ledger, signer, self.watchers)
         self.clock: Clock = clock or SystemClock()
-        self.blobs = BlobStore(home / "blobs")
+        self.simulated = _is_simulated(home)
+        self.blobs = BlobStore(home / "blobs", durable=not self.simulated)
         self._enrolled: dict[str, SiteEnrolled] = {}
         self._enrolled_until: int | None = None
 
@@ -94,10 +95,12 @@ class Coordinator:
         *,
         clock: Clock | None = None,
         database: str | None = None,
+        simulated: bool = False,
     ) -> Coordinator:
         """Make a new log named `origin` with a signer of its own, and write its first entry.
 
         `database` is a path or URL without a password; by default the log is a SQLite file in the home. The
+        `simulated` marks a home of virtual sites alone, whose files by digest are not forced to disk. The
         signer's key is encrypted when AFFIDAVIT_SIGNER_PASSPHRASE, or the file that
         AFFIDAVIT_SIGNER_PASSPHRASE_FILE names, gives a passphrase.
 
@@ -117,6 +120,8 @@ class Coordinator:
             if url is not None and url.password:
                 raise HomeError(str(home), "would keep a password; give it by AFFIDAVIT_DATABASE_PASSWORD")
             config["database"] = database
+        if simulated:
+            config["simulated"] = "yes"
         location = log_location(home, {**os.environ, "AFFIDAVIT_DATABASE": database or ""})
         if database is None:
             location = log_location(home)
@@ -366,6 +371,14 @@ class Coordinator:
 
 def _signed(body: KeyRotated | LogCompromised, signer: NoteSigner) -> str:
     return base64.b64encode(signer.key.sign(*signing_payload(body))).decode()
+
+
+def _is_simulated(home: Path) -> bool:
+    try:
+        document = yaml.safe_load((home / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(document, dict) and document.get("simulated") == "yes"
 
 
 def stable_event_id(*parts: str) -> str:

@@ -18,6 +18,7 @@ from audit.metrics import METRICS_OF_TASK, evaluate
 from audit.public_set import public_set_digest, read_public_set
 from federation.charter import Charter
 from federation.errors import PublicSetError
+from federation.flat import Vector
 
 _NUMPY_LAYERS = frozenset({"linear", "relu", "tanh", "sigmoid", "flatten", "site_intercept"})
 
@@ -58,7 +59,7 @@ class PublicData:
 
 
 def model_outputs(
-    layers: Sequence[Any], weights: Sequence[float], rows: Sequence[Sequence[float]]
+    layers: Sequence[Any], weights: Sequence[float] | Vector, rows: Sequence[Sequence[float]]
 ) -> list[list[float]]:
     """Return the raw output of every row, in float64, without a site (the mean intercept).
 
@@ -68,11 +69,11 @@ def model_outputs(
         return _numpy_outputs(layers, weights, rows)
     if importlib.util.find_spec("torch") is not None:
         return _torch_outputs(layers, weights, rows)
-    return [forward(layers, weights, list(row)) for row in rows]
+    return [forward(layers, list(weights), list(row)) for row in rows]
 
 
 def _numpy_outputs(
-    layers: Sequence[Any], weights: Sequence[float], rows: Sequence[Sequence[float]]
+    layers: Sequence[Any], weights: Sequence[float] | Vector, rows: Sequence[Sequence[float]]
 ) -> list[list[float]]:
     flat = np.asarray(weights, dtype=np.float64)
     parts: dict[str, Any] = {}
@@ -101,7 +102,7 @@ def _numpy_outputs(
 
 
 def _torch_outputs(
-    layers: Sequence[Any], weights: Sequence[float], rows: Sequence[Sequence[float]]
+    layers: Sequence[Any], weights: Sequence[float] | Vector, rows: Sequence[Sequence[float]]
 ) -> list[list[float]]:
     import torch
 
@@ -115,7 +116,7 @@ def _torch_outputs(
     return outputs
 
 
-def metrics_of(charter: Charter, data: PublicData, weights: Sequence[float]) -> tuple[Metric, ...]:
+def metrics_of(charter: Charter, data: PublicData, weights: Sequence[float] | Vector) -> tuple[Metric, ...]:
     """Return every metric of the charter's task on the public set, to six places; those undefined there are
     left out.
     """

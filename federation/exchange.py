@@ -1,15 +1,15 @@
 """Questions to the sites' agents over a Flower grid: short time-outs, one repetition, no answer trusted.
 
 One protocol for every kind of message: content {"header": {"kind", "header"}, "blobs": {…}}, header bytes
-strict JSON. A repeated request is the same bytes, and an agent answers it with the same bytes, so a lost
-message costs nothing.
+strict JSON, large blobs in pieces (`federation.pieces`). A repeated request is the same bytes, and an agent
+answers it with the same bytes, so a lost message costs nothing.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,13 +19,13 @@ from flwr.serverapp import Grid
 from audit.canonical import JsonValue, canonical_bytes, parse_strict
 from audit.errors import AuditError
 from federation.asking import TROUBLE, Asking
+from federation.pieces import PiecesError, blob_records, read_blobs
 
 TRAIN_KINDS: Final = frozenset({"round"})
 TROUBLE_S: Final = 20.0  # for how long a node or relay in trouble is asked again
 LOOK_S: Final = 0.5
 HELLO_AGAIN_S: Final = 5.0
 MAX_HEADER_BYTES: Final = 4 << 20
-MAX_BLOB_BYTES: Final = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +35,13 @@ class Request:
     kind: str
     header: Mapping[str, JsonValue]
     blobs: Mapping[str, bytes] = field(default_factory=dict)
+    records: Mapping[str, ConfigRecord] | None = None  # the blobs ready to travel, made once for all sites
 
     def message(self, node_id: int, group_id: str) -> Message:
         content = RecordDict(
             {
                 "header": ConfigRecord({"kind": self.kind, "header": canonical_bytes(self.header)}),
-                "blobs": ConfigRecord(dict(self.blobs)),
+                **(blob_records(self.blobs) if self.records is None else self.records),
             }
         )
         kind = "train" if self.kind in TRAIN_KINDS else "query"
@@ -61,17 +62,16 @@ def read_answer(site: str, reply: Message) -> Answer:
     """Read a reply strictly; anything else than a proper one becomes a failure."""
     if reply.has_error():
         return Answer(site=site, failure=f"node error {reply.error.code}")
-    header_record, blob_record = reply.content.get("header"), reply.content.get("blobs")
-    if not isinstance(header_record, ConfigRecord) or not isinstance(blob_record, ConfigRecord):
-        return Answer(site=site, failure="the reply lacks its two records")
+    header_record = reply.content.get("header")
+    if not isinstance(header_record, ConfigRecord):
+        return Answer(site=site, failure="the reply lacks its header")
     raw = header_record.get("header")
     if not isinstance(raw, bytes) or len(raw) > MAX_HEADER_BYTES:
         return Answer(site=site, failure="the reply's header is no bytes, or too many")
-    blobs: dict[str, bytes] = {}
-    for name, blob in blob_record.items():
-        if not isinstance(blob, bytes) or len(blob) > MAX_BLOB_BYTES:
-            return Answer(site=site, failure="a blob of the reply is no bytes, or too many")
-        blobs[name] = blob
+    try:
+        blobs = read_blobs(reply.content)
+    except PiecesError as error:
+        return Answer(site=site, failure=f"{error.code}: {error}")
     try:
         header = parse_strict(raw)
     except AuditError as error:
@@ -168,7 +168,21 @@ class Exchange:
         trouble_s: float = TROUBLE_S,
         on_reply: Callable[[str], None] = lambda site: None,
     ) -> list[Message]:
-        """Push `messages`, ask again as `federation.asking` says, return at most one reply a site."""
+        """Return at most one reply a site; see `stream`."""
+        options: dict[str, Any] = {"timeout_s": timeout_s, "group_id": group_id, "trouble_s": trouble_s}
+        return list(self.stream(messages, requests, on_reply=on_reply, **options))
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        requests: Mapping[str, Request],
+        *,
+        timeout_s: float,
+        group_id: str = "",
+        trouble_s: float = TROUBLE_S,
+        on_reply: Callable[[str], None] = lambda site: None,
+    ) -> Iterator[Message]:
+        """Push `messages`, ask again as `federation.asking` says, yield one reply a site as it comes."""
         first = {site: message for message in messages if (site := self._addressee(message)) is not None}
         asking = Asking(
             self._grid,
@@ -178,11 +192,9 @@ class Exchange:
             timeout_s=timeout_s,
             trouble_s=min(timeout_s, trouble_s),
         )
-        replies: list[Message] = []
         for site, reply in asking.ask(first, lambda site: self.message(site, requests[site], group_id)):
-            replies.append(reply)
             on_reply(site)
-        return replies
+            yield reply
 
     def _connect(self, site: str, node_id: int) -> None:
         """Note which node a site answers from; of several sites at one node the first found speaks for it."""

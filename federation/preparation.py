@@ -23,6 +23,7 @@ from audit.entries import (
     body_document,
     event_hash,
 )
+from audit.packing import pack_text
 from federation.charter import Charter
 from federation.coordinator import Addition, Coordinator, stable_event_id
 from federation.errors import FederationError, ReplyError, SiteRefusedError, StatementError
@@ -42,6 +43,9 @@ from federation.witnessing import Witnessing
 ACTOR = "coordinator"
 PREPARE_TIMEOUT_S = 60.0
 
+_SHOWN = 20
+_A_SITE_S = 0.5  # many virtual sites share one machine's cores
+
 Waiting = Callable[[tuple[str, ...]], None]
 
 
@@ -60,7 +64,8 @@ def record_charter(coordinator: Coordinator, charter: Charter, author: str) -> s
     for _, published in coordinator.bodies(CharterPublished):
         if published.digest == charter.digest:
             return published.author
-    body = CharterPublished(digest=charter.digest, canonical=charter.canonical().decode(), author=author)
+    plain, packed = pack_text(charter.canonical().decode())
+    body = CharterPublished(digest=charter.digest, canonical=plain, author=author, packed=packed)
     coordinator.append(body, ACTOR, stable_event_id("charter.published", charter.digest))
     return author
 
@@ -132,7 +137,7 @@ def gather_signatures(
     answers = ask_patiently(
         exchange,
         dict.fromkeys(sorted(missing), request),
-        timeout_s=PREPARE_TIMEOUT_S,
+        timeout_s=prepare_timeout_s(charter),
         patience_s=patience_s,
         waiting=waiting,
     )
@@ -179,7 +184,7 @@ def propose_run(
             header["own_statement"] = witnessing.logged(last)
         requests[name] = Request(kind="run.propose", header=header)
     answers = ask_patiently(
-        exchange, requests, timeout_s=PREPARE_TIMEOUT_S, patience_s=patience_s, waiting=waiting
+        exchange, requests, timeout_s=prepare_timeout_s(charter), patience_s=patience_s, waiting=waiting
     )
     joined: list[str] = []
     entries: list[Addition] = []
@@ -278,8 +283,14 @@ class SiteHistory:
 
 
 def failures_text(failed: Mapping[str, FederationError]) -> str:
-    """Return one line that names every site that is not there, and why."""
-    return "; ".join(str(failed[name]) for name in sorted(failed))
+    """Return one line that names every site that is not there, and why; of very many the first ones."""
+    shown = [str(failed[name]) for name in sorted(failed)[:_SHOWN]]
+    return "; ".join([*shown, *([f"and {len(failed) - _SHOWN} more"] if len(failed) > _SHOWN else [])])
+
+
+def prepare_timeout_s(charter: Charter) -> float:
+    """Return how long the members may take to answer before the first round."""
+    return max(PREPARE_TIMEOUT_S, _A_SITE_S * len(charter.site_names))
 
 
 def names(sites: Iterable[str]) -> str:

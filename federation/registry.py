@@ -175,7 +175,7 @@ def charter_text(log: Ledger, digest: str) -> tuple[str, str]:
     """
     for _, body in bodies(log, CharterPublished):
         if body.digest == digest:
-            return body.canonical, body.author
+            return body.text, body.author
     raise NotFoundError("charter", digest)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from audit.checkpoints import parse_checkpoint_note
@@ -33,7 +34,6 @@ from audit.entries import (
 )
 from audit.errors import AuditError
 from audit.ledger import Ledger, StoredEntry
-from audit.models import model_file
 from audit.round_bodies import RoundExamined, RunEvaluated, RunReferenced, RunResumed, UpdateRefused
 from audit.secure_bodies import RoundOpened
 from audit.weights import decode_update
@@ -43,6 +43,7 @@ from federation.blobs import BlobStore
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.errors import BlobAlteredError, BlobMissingError, NotFoundError, ResumeError
+from federation.flat import Vector, model_bytes, update_vector
 from federation.preparation import Prepared, SiteHistory
 from federation.run_state import LoggedRelease, RunState
 from federation.statements import AcceptedUpdate, OdometerHead
@@ -231,26 +232,25 @@ def recall(blobs: BlobStore, run: str, release: LoggedRelease) -> AcceptedUpdate
     where = f"site {statement.site}'s update of round {statement.round}"
     try:
         update = blobs.get(statement.update)
-        return AcceptedUpdate(statement=statement, update=update, values=tuple(decode_update(update)))
+        update_vector(update)
+        return AcceptedUpdate(statement=statement, read=partial(blobs.get, statement.update), is_kept=True)
     except (BlobMissingError, BlobAlteredError, AuditError) as error:
         raise ResumeError(run, f"{where} cannot be read ({error})", RESTORE) from error
 
 
-def replay(
-    coordinator: Coordinator, charter: Charter, past: RunPast, strategy: Strategy
-) -> list[list[float]]:
+def replay(coordinator: Coordinator, charter: Charter, past: RunPast, strategy: Strategy) -> list[Vector]:
     """Bring a fresh strategy to where the run's completed rounds left it; return each round's weights.
 
     Raises:
         ResumeError: a round gives other weights than the log says, or an update is missing.
     """
-    outputs: list[list[float]] = []
+    outputs: list[Vector] = []
     for number, done in enumerate(past.rounds, start=1):
         updates = {
             site: recall(coordinator.blobs, past.run, release) for site, release in done.releases.items()
         }
         weights = strategy.repeat(number, updates, opened_total(coordinator.blobs, past.opened.get(number)))
-        model = model_file(charter.layers, weights)
+        model = model_bytes(charter.layers, weights)
         if hashlib.sha256(model).hexdigest() != done.completed.output_model:
             problem = f"round {number} gives other weights than the log says"
             raise ResumeError(past.run, problem, "charter, code or log are not those of the run")
@@ -307,7 +307,7 @@ def take_up(
     examine_last(coordinator, charter, past)
     state = RunState(
         participants=past.participants(charter.minimum_sites) or prepared.sites,
-        base_model=model_file(charter.layers, strategy.weights.tolist()),
+        base_model=model_bytes(charter.layers, strategy.weights),
         outputs=outputs[-charter.average_last :],
         logged=past.open_releases(),
         opened=past.opened.get(past.next_round),

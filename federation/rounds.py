@@ -15,8 +15,8 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -33,8 +33,7 @@ from audit.entries import (
     event_hash,
 )
 from audit.epsilon import recompute
-from audit.models import initial_weights, model_file
-from audit.replay import average
+from audit.packing import pack_digests
 from federation.after_rounds import AfterRounds
 from federation.anomaly import record_view
 from federation.charter import Charter
@@ -48,8 +47,10 @@ from federation.errors import (
 )
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Exchange, Request, read_answer
+from federation.flat import Vector, average_vectors, initial_vector, model_bytes
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
+from federation.pieces import blob_records
 from federation.preparation import (
     ACTOR,
     Prepared,
@@ -138,9 +139,10 @@ class RoundLoop:
 
     def _go_on(self, past: RunPast, prepared: Prepared, principal: str) -> RunOutcome:
         charter = self._charter
-        weights = initial_weights(charter.layers, charter.digest)
+        weights = initial_vector(charter.layers, charter.digest)
         strategy = strategy_of(charter, weights)
-        base = model_file(charter.layers, weights)
+        strategy.blobs = self._coordinator.blobs
+        base = model_bytes(charter.layers, weights)
         self._coordinator.blobs.put(base)
         state = RunState(participants=prepared.sites, base_model=base)
         if past.started is not None:
@@ -229,6 +231,8 @@ class RoundLoop:
         terms = self._terms(number, prepared, state)
         masked = self._masked(terms, state)
         total = opened_total(self._coordinator.blobs, state.opened)
+        if number > 1:
+            self._witnessing.prepare([state.own_leaf[site] for site in state.participants])
         requests = self._requests(number, state, again=masked is not None)
         if masked is not None:
             there = [site for site in state.participants if site not in state.silent]
@@ -237,6 +241,8 @@ class RoundLoop:
             terms = masked.terms
         elif state.opened is not None:
             terms = dataclasses.replace(terms, roster=state.opened.roster)
+        records = blob_records({"base_model": state.base_model})
+        requests = {site: replace(request, records=records) for site, request in requests.items()}
         opening = (lambda _: total) if total is not None else None
         strategy.open_round(
             terms,
@@ -248,7 +254,7 @@ class RoundLoop:
         arrays: ArrayRecord = strategy.arrays()
         addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
         self._emit("asked", number=number, sites=state.participants)
-        replies = self._exchange.collect(
+        stream = self._exchange.stream(
             addressed,
             requests,
             timeout_s=float(self._charter.plan.round_timeout_s),
@@ -256,12 +262,13 @@ class RoundLoop:
             trouble_s=ROUND_TROUBLE_S,
             on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
-        output, _ = strategy.aggregate_train(number, replies)
+        unanswered: list[Message] = []
+        output, _ = strategy.aggregate_train(number, _noting(stream, unanswered))
         if masked is not None:
             record_masked(self._coordinator, masked, strategy.rejected)
         self._check_logged(strategy, state)
         self._hold.check()
-        self._record_refusals(number, replies, strategy, prepared)
+        self._record_refusals(number, unanswered, strategy, prepared)
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
         state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
@@ -272,16 +279,18 @@ class RoundLoop:
             leaves.append(sequenced.leaf_hash.hex())
             state.own_leaf[site] = sequenced.leaf_index
             prepared.heads[site] = prepared.heads[site].after(accepted[site].statement)
-        weights: list[float] = strategy.weights.tolist()
-        state.base_model = model_file(self._charter.layers, weights)
+        weights: Vector = strategy.weights
+        state.base_model = model_bytes(self._charter.layers, weights)
         metrics = () if self._public is None else metrics_of(self._charter, self._public, weights)
         if masked is not None:
             record_opened(self._coordinator, masked)
+        plain, packed = pack_digests(tuple(leaves))
         body = RoundCompleted(
             run=self._run.run,
             round=number,
             base_model=terms.base_model,
-            statements=tuple(leaves),
+            statements=plain,
+            packed=packed,
             missing=missing,
             output_model=self._coordinator.blobs.put(state.base_model),
             metrics=metrics,
@@ -414,7 +423,7 @@ class RoundLoop:
         return RunFailedError(self._run.run, number, reason, detail)
 
     def _complete(self, past: RunPast, prepared: Prepared, state: RunState) -> RunOutcome:
-        state.base_model = model_file(self._charter.layers, average(state.outputs))
+        state.base_model = model_bytes(self._charter.layers, average_vectors(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
         AfterRounds(
             coordinator=self._coordinator,
@@ -489,3 +498,11 @@ class RoundLoop:
                 **fields,
             )
         )
+
+
+def _noting(replies: Iterable[Message], unanswered: list[Message]) -> Iterator[Message]:
+    """Pass replies on as they come, and keep those that bring no update: they may hold a signed refusal."""
+    for reply in replies:
+        if reply.has_error() or not (reply.content.get("blobs") or "pieces" in reply.content):
+            unanswered.append(reply)
+        yield reply

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from audit.entries import ZERO_DIGEST, SiteStatement
 from audit.secure_bodies import RoundOpened
+from federation.flat import Vector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class RunState:
     previous_round: str = ZERO_DIGEST  # leaf hash
     round_leaf: int | None = None
     own_leaf: dict[str, int] = field(default_factory=dict)  # by site, of its last release
-    outputs: list[list[float]] = field(default_factory=list)  # of the last rounds, to be averaged
+    outputs: list[Vector] = field(default_factory=list)  # of the last rounds, to be averaged
     logged: dict[str, LoggedRelease] = field(default_factory=dict)  # releases that need not be asked for
     opened: RoundOpened | None = None  # the masked round's sum, where it was opened already
     silent: set[str] = field(default_factory=set)  # sites that are not asked: written off, or not there

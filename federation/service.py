@@ -22,7 +22,7 @@ from audit.entries import (
     signing_payload,
 )
 from audit.keys import SigningKey
-from audit.models import initial_weights, model_file, weights_of_file
+from audit.models import weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
 from federation import registry
 from federation.accounting import check_fits
@@ -37,6 +37,7 @@ from federation.errors import (
 )
 from federation.evaluation import PublicData
 from federation.exporting import export
+from federation.flat import initial_vector, model_pieces
 from federation.gates import epsilons, failed_gates, judge
 from federation.progress import Listener, listening
 from federation.registry import APPROVED, CANARY, CANDIDATE, LIVE, RETIRED, SHADOW, Version
@@ -122,8 +123,8 @@ def start_run(
     require(authorizer, principal, Question(action="runs.start", resource=model))
     check_fits(charter)
     run = secrets.token_hex(16)
-    weights = initial_weights(charter.layers, charter.digest)
-    initial = coordinator.blobs.put(model_file(charter.layers, weights))
+    weights = initial_vector(charter.layers, charter.digest)
+    initial = coordinator.blobs.put_stream(model_pieces(charter.layers, weights))
     body = RunStarted(
         run=run,
         charter=charter.digest,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from audit.entries import (
@@ -26,9 +29,11 @@ from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
 from audit.ledger import Sequenced
 from audit.notes import NoteVerifier
-from audit.weights import decode_update
+from audit.weights import update_array
+from federation.blobs import BlobStore
 from federation.coordinator import Addition, Coordinator, stable_event_id
 from federation.errors import StatementError
+from federation.flat import update_vector
 from federation.trust import OPERATOR
 
 T = TypeVar("T")
@@ -67,8 +72,22 @@ class AcceptedUpdate:
     """A site's proved statement and the integers it released."""
 
     statement: SiteStatement
-    update: bytes
-    values: tuple[int, ...]
+    read: Callable[[], bytes]  # gives the update file, from memory or from where it is kept
+    is_kept: bool = False  # in the coordinator's files already
+
+    @property
+    def update(self) -> bytes:
+        return self.read()
+
+    @property
+    def values(self) -> array[int]:
+        return update_array(self.read())
+
+    def kept_in(self, blobs: BlobStore) -> AcceptedUpdate:
+        """Write the update where files lie by digest, and hold it no longer: a round of many sites, or of a
+        large model, does not fit into memory.
+        """
+        return dataclasses.replace(self, read=partial(blobs.get, blobs.put(self.read())), is_kept=True)
 
 
 def verify_statement(terms: RoundTerms, site: str, document: object, update: bytes) -> AcceptedUpdate:
@@ -103,19 +122,21 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
             raise StatementError(site, name, f"is {_short(found)}, must be {_short(value)}")
     verify_signature(site, statement, enrolment.statement_key)
     try:
-        values = tuple(decode_update(update))
+        count = len(update_vector(update))
     except AuditError as error:
         raise StatementError(site, "update", str(error)) from error
-    if len(values) != terms.released:
-        raise StatementError(site, "update", f"has {len(values)} numbers, the model {terms.released}")
-    return AcceptedUpdate(statement=statement, update=update, values=values)
+    if count != terms.released:
+        raise StatementError(site, "update", f"has {count} numbers, the model {terms.released}")
+    # the names again are the round's own, not one more copy of them a site
+    statement = dataclasses.replace(statement, participants=terms.participants)
+    return AcceptedUpdate(statement=statement, read=lambda: update)
 
 
 def record_statements(
     coordinator: Coordinator, accepted: Mapping[str, AcceptedUpdate]
 ) -> dict[str, Sequenced]:
     """Keep the sites' updates, then enter their statements, together and in the order given."""
-    coordinator.blobs.put_all([update.update for update in accepted.values()])
+    coordinator.blobs.put_all(update.update for update in accepted.values() if not update.is_kept)
     entries: list[Addition] = [
         (update.statement, f"site:{site}", stable_event_id("site.statement", event_hash(update.statement)))
         for site, update in accepted.items()

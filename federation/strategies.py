@@ -22,9 +22,11 @@ from audit.layers import parameter_specs
 from audit.replay import AggregationPlan, ReplayError
 from audit.secure_round import SecureRoundError
 from audit.update_bounds import UpdateTerms, is_too_long
+from federation.blobs import BlobStore
 from federation.charter import Charter
 from federation.errors import StatementError
 from federation.exchange import read_answer
+from federation.flat import update_vector
 from federation.robust_rules import combine, spread
 from federation.statements import AcceptedUpdate, RoundTerms, verify_statement
 
@@ -39,7 +41,7 @@ class ProvableAggregation:
     plan: AggregationPlan
     strategy_name: ClassVar[str]
 
-    def prepare(self, charter: Charter, weights: Sequence[float]) -> None:
+    def prepare(self, charter: Charter, weights: Sequence[float] | Vector) -> None:
         """Take the charter's constants and the flat weights that the first round starts from."""
         self.charter = charter
         self.plan = AggregationPlan.of_charter(charter.document)
@@ -59,6 +61,7 @@ class ProvableAggregation:
         self._terms: RoundTerms | None = None
         self._nodes: dict[int, str] = {}
         self._requests: list[Message] = []
+        self.blobs: BlobStore | None = None
         self._open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None
         self._total: Sequence[int] = ()
         self.not_opened: SecureRoundError | None = None
@@ -90,9 +93,11 @@ class ProvableAggregation:
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Prove each reply, aggregate those that hold, and return the new weights by parameter name.
 
-        `accepted` and `rejected` say who counted and who did not, and why; `too_long` holds the proved
-        releases that pass the charter's norm bound and so count for nothing. With fewer statements than the
-        charter's `minimum_sites` the weights stay as they were and nothing is returned.
+        `replies` is taken as it comes, and where `blobs` is set an update leaves memory once it is proved; it
+        is read again, site by site, when all are there. `accepted` and `rejected` say who counted and who did
+        not, and why; `too_long` holds the proved releases that pass the charter's norm bound and so count for
+        nothing. With fewer statements than the charter's `minimum_sites` the weights stay as they were and
+        nothing is returned.
         """
         terms = self._terms
         if terms is None or terms.round != server_round:
@@ -125,6 +130,8 @@ class ProvableAggregation:
             self.accepted[site] = verify_statement(self._terms, site, statement, update)
             self.rejected.pop(site, None)
             self._check_length(site)
+            if self.blobs is not None:
+                self.accepted[site] = self.accepted[site].kept_in(self.blobs)
         except StatementError as error:
             self.rejected[site] = error
 
@@ -133,7 +140,7 @@ class ProvableAggregation:
         server_round: int,
         updates: Mapping[str, AcceptedUpdate],
         total: Sequence[int] | None = None,
-    ) -> list[float]:
+    ) -> Vector:
         """Make a completed round's step again from the releases that it counted; return its weights.
 
         `total` is their opened sum where they are masked.
@@ -143,7 +150,7 @@ class ProvableAggregation:
         if total is not None:
             self._open_sum, self._total = (lambda _: total), total
         self.weights = self._step(server_round)
-        return [float(weight) for weight in self.weights]
+        return self.weights
 
     def _check_length(self, site: str) -> None:
         terms = self.update_terms[site]
@@ -181,7 +188,7 @@ class ProvableAggregation:
             acc = combine(plan.rule, (whole,), [float(rows)])
             return spread(plan.spans, -acc if plan.is_gradient else acc, len(self.weights))
         vectors = (
-            np.array(self.accepted[site].values, dtype=np.int64).astype(np.float64)
+            update_vector(self.accepted[site].update).astype(np.float64)
             / plan.divisor(document[site]["nominal_rows"])
             for site in names
         )
@@ -228,7 +235,7 @@ class AffidavitFedYogi(ProvableAggregation, FedYogi):
 Strategy: TypeAlias = AffidavitFedAvg | AffidavitFedAdam | AffidavitFedYogi
 
 
-def strategy_of(charter: Charter, weights: Sequence[float]) -> Strategy:
+def strategy_of(charter: Charter, weights: Sequence[float] | Vector) -> Strategy:
     """Return the charter's strategy, ready for round 1."""
     plan = charter.plan
     adaptive: dict[str, Any] = {

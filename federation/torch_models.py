@@ -16,6 +16,7 @@ from audit.layers import NORM_EPS, check_layers
 from audit.models import model_file, weights_of_file
 from federation.errors import LayerError
 from federation.families import Layer
+from federation.flat import Vector
 
 DTYPES: Final = {"float64": torch.float64, "float32": torch.float32}
 
@@ -116,7 +117,7 @@ def _module(layer: Layer) -> nn.Module:
             return SiteIntercept(layer["sites"], layer["out"])
 
 
-def set_weights(model: nn.Module, flat: Sequence[float]) -> None:
+def set_weights(model: nn.Module, flat: Sequence[float] | Vector) -> None:
     """Write a flat vector into the model's parameters, in their order."""
     vector = torch.as_tensor(flat, dtype=torch.float64)
     if vector.numel() != sum(p.numel() for p in model.parameters()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from audit.checkpoints import parse_checkpoint_note
@@ -14,6 +14,7 @@ from federation.exchange import Exchange, Request
 from federation.trust import OPERATOR, asked_to_cosign
 
 COSIGN_TIMEOUT_S = 60.0
+_NEAR = 64
 _LOOKED_AT = 20  # checkpoints, newest first, for what a site cosigned last
 _MEETINGS = 3  # how often to publish again for a site that watched the log meanwhile and is ahead
 
@@ -28,6 +29,7 @@ class Witnessing:
         self._shown: dict[int, dict[str, str]] = {}  # what `logged` said under the present note
         self._seen: dict[str, int] = {}  # tree size that each site cosigned last
         self._note: bytes | None = None
+        self._tree_size = 0
         self._is_behind = False
 
     def cosign(self, sites: Iterable[str]) -> int:
@@ -37,6 +39,7 @@ class Witnessing:
             self._is_behind = False
             note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted))
             self._note, self._shown = note, {}
+            self._tree_size = parse_checkpoint_note(note).tree_size
             if not self._is_behind:
                 break
         return len(parse_note(note).signatures) - 1
@@ -44,7 +47,7 @@ class Witnessing:
     @property
     def tree_size(self) -> int:
         """Size of the last cosigned tree; 0 before the first."""
-        return 0 if self._note is None else parse_checkpoint_note(self._note).tree_size
+        return self._tree_size
 
     def covers(self, leaf_index: int) -> bool:
         """Whether the last cosigned tree holds the leaf."""
@@ -56,17 +59,26 @@ class Witnessing:
             raise ValueError(f"leaf {leaf_index} is not in a cosigned tree yet")
         if leaf_index in self._shown:
             return self._shown[leaf_index]
-        ledger = self._coordinator.ledger
-        proof = TlogProof(
-            leaf_index=leaf_index,
-            hashes=tuple(ledger.inclusion_proof(leaf_index, self.tree_size)),
-            checkpoint_note=self._note,
-        )
-        shown = self._shown[leaf_index] = {
-            "entry": base64.b64encode(ledger.entry(leaf_index)).decode(),
-            "proof": proof.format().decode(),
-        }
+        shown = self._shown[leaf_index] = self._show(leaf_index, self._coordinator.ledger.entry(leaf_index))
         return shown
+
+    def prepare(self, leaves: Sequence[int]) -> None:
+        """Read what `logged` will be asked for these leaves at once, where they lie close together."""
+        if self._note is None or not leaves or max(leaves) - min(leaves) >= 2 * len(leaves) + _NEAR:
+            return
+        first, ledger = min(leaves), self._coordinator.ledger
+        bodies = ledger.entries(first, max(leaves) + 1)
+        ledger.warm(self.tree_size)
+        for leaf_index in leaves:
+            if self.covers(leaf_index):
+                self._shown[leaf_index] = self._show(leaf_index, bodies[leaf_index - first])
+
+    def _show(self, leaf_index: int, body: bytes) -> dict[str, str]:
+        if self._note is None:
+            raise ValueError("nothing is cosigned yet")
+        hashes = self._coordinator.ledger.inclusion_proof(leaf_index, self.tree_size)
+        proof = TlogProof(leaf_index=leaf_index, hashes=tuple(hashes), checkpoint_note=self._note)
+        return {"entry": base64.b64encode(body).decode(), "proof": proof.format().decode()}
 
     def _operators(self) -> dict[str, str]:
         """Who runs each enrolled site: several sites of one operator count once, so not all are asked."""

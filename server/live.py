@@ -220,7 +220,7 @@ class LiveModels:
             return
         match entry.body:
             case CharterPublished() as body:
-                text = body.canonical.encode()
+                text = body.text.encode()
                 document = parse_strict(text)
                 if isinstance(document, dict) and hashlib.sha256(text).hexdigest() == body.digest:
                     self._charters[body.digest] = document, body.author

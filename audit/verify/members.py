@@ -28,7 +28,7 @@ def check_charter(chain: Chain) -> Outcome:
         f"charter {digest[:16]}…",
         missing=f"charter {digest[:16]}… is not in the file",
     )
-    canonical = published.body.canonical.encode()
+    canonical = published.body.text.encode()
     if hashlib.sha256(canonical).hexdigest() != digest:
         raise FailError("charter.digest", "the charter's bytes have another digest", published.index)
     try:

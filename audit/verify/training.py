@@ -190,7 +190,7 @@ def _round(
     expect(body.round, number, code="round.chain", field="round", entry=leaf.index)
     statements = tuple(
         chain.linked(name, SiteStatement, f"a statement of round {number}", entry=leaf.index)
-        for name in body.statements
+        for name in body.leaves
     )
     sites = [statement.body.site for statement in statements]
     if sites != sorted(set(sites)):

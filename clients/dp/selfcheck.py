@@ -7,7 +7,7 @@ whether a model is refused depends on the charter alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,16 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
 
 def example_gradients(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return one flat gradient a row, shape (B, dimension), each from a forward pass of that row alone."""
+    return torch.stack(list(gradient_of_each(model, loss, inputs, targets)))
+
+
+def gradient_of_each(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of `example_gradients` one by one: those of a large model do not fit side by side."""
     parameters = [value for value in model.parameters() if value.requires_grad]
-    rows = []
     for index in range(len(inputs)):
         value = loss_sum(loss, model(inputs[index : index + 1]), targets[index : index + 1])
         gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    return torch.stack(rows)
+        yield torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def check_against_definition(
@@ -52,12 +55,14 @@ def check_against_definition(
             if outputs.dim() == 0 or len(outputs) != rows:
                 raise UnsupportedModelError("model", f"gives {tuple(outputs.shape)} for {rows} rows")
             targets = _made_up_targets(loss, outputs, generator)
-            each = example_gradients(probe, loss, inputs, targets)
-            norms = each.norm(dim=1)
+            norms = torch.stack([row.norm() for row in gradient_of_each(probe, loss, inputs, targets)])
             if engine is None:
                 max_grad_norm = float(norms.median()) or 1.0
                 engine = build(probe, max_grad_norm)
-            expected = (each * (max_grad_norm / norms).clamp(max=1)[:, None]).sum(0)
+            factors = (max_grad_norm / norms).clamp(max=1)
+            expected = torch.zeros(())
+            for factor, row in zip(factors, gradient_of_each(probe, loss, inputs, targets), strict=True):
+                expected = expected + factor * row
             found = engine(inputs, targets)
         except DPError:
             raise

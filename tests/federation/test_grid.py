@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -12,7 +13,7 @@ from flwr.serverapp import Grid
 
 from federation.errors import FederationError
 from federation.exchange import Exchange, Request, read_answer
-from federation.grid import InProcessGrid
+from federation.grid import MANY_NODES, InProcessGrid
 
 
 def echo_app(seen=None):
@@ -159,3 +160,25 @@ def test_the_server_app_names_what_its_run_config_lacks():
         pytest.raises(FederationError, match="`home` and `run`"),
     ):
         app(grid=grid, context=Context(0, 0, {}, RecordDict(), {"home": "", "run": ""}))
+
+
+def test_many_nodes_share_a_few_threads_and_each_answers_in_order():
+    seen: dict[str, list[int]] = {}
+    app = ClientApp()
+
+    @app.query()
+    def answer(message, context):
+        number = message.content["n"]["n"]
+        seen.setdefault(context.node_config["site"], []).append(number)
+        return Message(RecordDict(), reply_to=message)
+
+    before = threading.active_count()
+    with InProcessGrid(app, {f"s{i}": {} for i in range(MANY_NODES + 20)}) as grid:
+        assert threading.active_count() - before <= (os.cpu_count() or 1)
+        messages = [
+            Message(RecordDict({"n": ConfigRecord({"n": number})}), node, "query")
+            for number in range(3)
+            for node in grid.get_node_ids()
+        ]
+        assert len(list(grid.send_and_receive(messages, timeout=20))) == len(messages)
+    assert set(map(tuple, seen.values())) == {(0, 1, 2)}

@@ -1,0 +1,517 @@
+"""What a round costs: over a real network beside plain Flower with Opacus, and in simulation beside Ray.
+
+Parts, each under four minutes on two quiet cores; `--write` merges a part's figures into the page, from a
+file of figures beside it, so that one page can come from several sittings on one machine:
+
+    network   four real SuperNodes: ours with TLS, authentication, agents, ledgers, statements and
+              witnessing; then a plain Flower + Opacus app at defaults (benchmarks/plain_flower)
+    simulate  100 virtual sites: ours with statements and ledger, Flower's Ray simulation of the same step,
+              Ray with a client that does nothing, a plain loop
+    thousand  1,000 virtual sites with a small network of one hidden layer
+    memory    peak memory after 10, 100 and 300 rounds, each in a process of its own
+    large     rounds of models of 10 million (and with --huge 100 million) parameters
+
+    python benchmarks/bench_federation.py [--part NAME ...] [--write]
+
+CPU-seconds are of every process that the benchmark started, between two rounds' ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+HERE: Final = Path(__file__).resolve().parent
+PAGE: Final = HERE.parent / "docs" / "results" / "federation_speed.md"
+FIGURES: Final = PAGE.with_suffix(".json")
+PARTS: Final = ("network", "simulate", "thousand", "memory", "large")
+SITES, FEATURES, HIDDEN, ROWS = 100, 30, 32, 40  # about a thousand parameters
+OFFLINE: Final = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+CHARTER: Final = """
+name: bench
+task: binary
+features: [{features}]
+label: {{name: y, classes: ["no", "yes"]}}
+model: {model}
+plan: {{learning_rate: 1, rounds: {rounds}, average_last: 1, round_timeout_s: 900}}
+privacy:
+  {{unit: row, relation: add_remove, epsilon: 100, delta: 1e-5, max_grad_norm: 1, grid_bits: 20,
+    noise_multiplier: 8, precision: {precision}}}
+"""
+
+
+def charter(rounds: int, *, model: str = "", features: int = FEATURES, precision: str = "float64") -> str:
+    names = ", ".join(f"{{name: f{i}, type: number, lower: -4, upper: 4}}" for i in range(features))
+    model = model or f"{{family: mlp, hidden: [{HIDDEN}]}}"
+    return CHARTER.format(features=names, model=model, rounds=rounds, precision=precision)
+
+
+def frame(seed: int, *, rows: int = ROWS, features: int = FEATURES) -> Any:
+    import numpy as np
+    import pandas as pd
+
+    rng = np.random.default_rng(seed)
+    x = np.clip(rng.normal(size=(rows, features)), -4, 4)
+    columns = {f"f{i}": x[:, i] for i in range(features)}
+    return pd.DataFrame({**columns, "y": np.where(x[:, 0] + x[:, 1] > 0, "yes", "no")})
+
+
+def tree_cpu_s(root: int | None = None) -> float:
+    """CPU-seconds of this process and all that descend from it, those that ended and were waited for too."""
+    parents: dict[int, int] = {}
+    spent: dict[int, float] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(folder.name)] = int(fields[1])
+        spent[int(folder.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    root = root or os.getpid()
+    total = 0.0
+    for process in spent:
+        above = process
+        while above not in (0, root) and above in parents:
+            above = parents[above]
+        total += spent[process] if above == root else 0.0
+    return total
+
+
+def peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+class Laps:
+    """When each round ended, by the clock and by the processors."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        self._marks.append((time.time(), tree_cpu_s()))
+
+    def medians(self) -> tuple[float, float]:
+        """Median (seconds, CPU-seconds) from one round's end to the next; the first round is a warm-up."""
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        wall = statistics.median(b[0] - a[0] for a, b in pairs)
+        return round(wall, 3), round(statistics.median(b[1] - a[1] for a, b in pairs), 3)
+
+
+def simulate_ours(sites: int, rounds: int, **options: Any) -> dict[str, Any]:
+    from clients.simulation import simulate
+
+    laps, begun = Laps(), time.time()
+    ready: list[float] = []
+
+    def watch(event: Any) -> None:
+        if event.kind == "accepted":
+            ready.append(time.time() - begun)
+        if event.kind == "round":
+            laps.mark()
+
+    frames = {f"s{i:04d}": frame(i, features=options.get("features", FEATURES)) for i in range(sites)}
+    text = charter(rounds, **options)
+    run = simulate(text, frames, homes="memory", on_event=watch)
+    parameters = run.charter.dimension
+    run.close()
+    wall, cpu = laps.medians()
+    return {
+        "wall": wall,
+        "cpu": cpu,
+        "peak_mib": peak_mib(),
+        "parameters": parameters,
+        "setup": round(ready[0], 1),
+    }
+
+
+def part_simulate() -> dict[str, Any]:
+    return {
+        "ours": apart("simulate_ours", SITES, 12),
+        "ray": apart("ray_simulation", True),
+        "ray_idle": apart("ray_simulation", False),
+        "loop": apart("plain_loop"),
+    }
+
+
+def plain_model() -> Any:
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
+
+
+def opacus_step(net: Any, data: Any) -> None:
+    import torch
+    from opacus import PrivacyEngine
+    from torch.utils.data import DataLoader, TensorDataset
+
+    x, y = data
+    private, optimizer, loader = PrivacyEngine().make_private(
+        module=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)),
+        noise_multiplier=4.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    for batch, targets in loader:
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(private(batch).squeeze(1), targets).backward()
+        optimizer.step()
+
+
+def tensors(seed: int) -> Any:
+    import torch
+
+    data = frame(seed)
+    x = torch.tensor(data.iloc[:, :-1].to_numpy(), dtype=torch.float32) / 4
+    return x, torch.tensor([float(label == "yes") for label in data["y"]])
+
+
+def ray_simulation(trains: bool, rounds: int = 5) -> dict[str, Any]:
+    """Flower's own simulation of the same hundred sites, with Opacus's step or with none."""
+    os.environ.update(OFFLINE)
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    client, server, laps = ClientApp(), ServerApp(), Laps()
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        arrays = message.content["arrays"]
+        if trains:
+            import warnings
+
+            warnings.filterwarnings("ignore")
+            net = plain_model()
+            net.load_state_dict(arrays.to_torch_state_dict())
+            opacus_step(net, tensors(int(context.node_config["partition-id"])))
+            arrays = ArrayRecord(net.state_dict())
+        metrics = MetricRecord({"num-examples": ROWS})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=SITES, min_available_nodes=SITES)
+        strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(plain_model().state_dict()),
+            num_rounds=rounds,
+            evaluate_fn=lambda number, arrays: laps.mark() if number else None,
+        )
+
+    backend = {
+        "init_args": {"num_cpus": os.cpu_count(), "include_dashboard": False, "log_to_driver": False},
+        "client_resources": {"num_cpus": 1},
+    }
+    run_simulation(server, client, SITES, backend_config=backend)
+    wall, cpu = laps.medians()
+    return {"wall": wall, "cpu": cpu}
+
+
+def plain_loop(rounds: int = 4) -> dict[str, Any]:
+    """The same steps in a loop: no messages, no sites, no record."""
+    import warnings
+
+    import torch
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    net, data, laps = plain_model(), [tensors(i) for i in range(SITES)], Laps()
+    for _ in range(rounds):
+        total: dict[str, Any] = {}
+        for rows in data:
+            site = plain_model()
+            site.load_state_dict(net.state_dict())
+            opacus_step(site, rows)
+            for name, value in site.state_dict().items():
+                total[name] = total.get(name, 0) + value / SITES
+        net.load_state_dict({name.removeprefix("_module."): value for name, value in total.items()})
+        laps.mark()
+    wall, cpu = laps.medians()
+    return {"wall": wall, "cpu": cpu}
+
+
+def part_thousand() -> dict[str, Any]:
+    return {"ours": apart("simulate_ours", 1000, 4)}
+
+
+def part_memory() -> dict[str, Any]:
+    return {str(rounds): apart("simulate_ours", 5, rounds)["peak_mib"] for rounds in (10, 100, 300)}
+
+
+def large_model(width: int) -> str:
+    first = f"{{layer: linear, in: 8, out: {width}, bias: true}}, {{layer: tanh}}"
+    middle = f"{{layer: linear, in: {width}, out: {width}, bias: true}}, {{layer: tanh}}"
+    return (
+        f"{{family: layers, layers: [{first}, {middle}, {{layer: linear, in: {width}, out: 1, bias: true}}]}}"
+    )
+
+
+def simulate_large(width: int, precision: str) -> dict[str, Any]:
+    return simulate_ours(2, 3, model=large_model(width), features=8, precision=precision)
+
+
+def part_large(huge: bool = False) -> dict[str, Any]:
+    found = {"10": apart("simulate_large", 3160, "float64")}
+    if huge:
+        found["100"] = apart("simulate_large", 9995, "float32")
+    return found
+
+
+def part_network() -> dict[str, Any]:
+    return {"ours": apart("network_ours"), "plain": apart("network_plain")}
+
+
+def network_ours(rounds: int = 5) -> dict[str, Any]:
+    from clients.demo_network import run_network_demo
+    from clients.demo_screen import Screen
+
+    laps = Laps()
+
+    class Watching(Screen):
+        def note(self, text: str) -> None:
+            if text.startswith("round "):
+                laps.mark()
+
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = run_network_demo(Path(folder) / "demo", Watching(quiet=True), rounds=rounds)
+    wall, cpu = laps.medians()
+    return {"wall": wall, "cpu": cpu, "verdict": outcome.verdict}
+
+
+def network_plain(rounds: int = 4) -> dict[str, Any]:
+    """flower-superlink, four flower-supernode, flwr run: as their documentation has it."""
+    from clients.demo_data import write_demo_files
+
+    programs = Path(sys.executable).parent
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        write_demo_files(folder / "data")
+        times, home = folder / "times", folder / "home"
+        home.mkdir()
+        (home / "config.toml").write_text(
+            '[superlink]\ndefault = "bench"\n'
+            '[superlink.bench]\naddress = "127.0.0.1:28543"\ninsecure = true\n'
+        )
+        environment = {
+            **os.environ,
+            **OFFLINE,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "FLWR_HOME": str(home),
+        }
+
+        def start(*command: str, **more: str) -> None:
+            log = stack.enter_context((folder / f"{command[0]}-{len(more)}.log").open("wb"))
+            process = subprocess.Popen(
+                [str(programs / command[0]), *command[1:]],
+                env={**environment, **more},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            stack.callback(process.wait)
+            stack.callback(lambda: os.killpg(process.pid, 15))
+
+        start(
+            *("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", "28543"),
+            "--disable-runtime-dependency-installation",
+        )
+        time.sleep(5)
+        for index in range(4):
+            start(
+                *("flower-supernode", "--insecure", "--superlink", "127.0.0.1:28543"),
+                *("--port", str(28550 + index), "--node-config", f"partition-id={index}"),
+                FLWR_HOME=str(folder / f"node{index}"),
+            )
+        time.sleep(8)
+        config = f'rounds={rounds} data="{folder / "data"}" times="{times}"'
+        subprocess.run(
+            [
+                str(programs / "flwr"),
+                "run",
+                str(HERE / "plain_flower"),
+                "bench",
+                "--run-config",
+                config,
+            ],
+            env=environment,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+        until = time.time() + 200
+        laps, seen = Laps(), 1  # the first line is of round 0, before any training
+        while seen <= rounds and time.time() < until:
+            time.sleep(0.05)
+            lines = times.read_text().splitlines() if times.exists() else []
+            if len(lines) > seen:
+                laps.mark()
+                seen = len(lines)
+    wall, cpu = laps.medians()
+    return {"wall": wall, "cpu": cpu}
+
+
+def apart(function: str, *arguments: Any) -> dict[str, Any]:
+    """Call one function of this file in a fresh process; return what it found."""
+    command = [sys.executable, __file__, "--call", function, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{function}{arguments} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{function}{arguments}: {found}", flush=True)
+    return found
+
+
+def aim(value: float, least: float) -> str:
+    return "met" if value >= least else "missed"
+
+
+def page(figures: dict[str, Any]) -> str:
+    where = figures["where"]
+    lines = [
+        "# What a federation's round costs",
+        "",
+        f"Made by `make bench-federation` on {where['date']}: {where['machine']}, Python {where['python']},",
+        f"load average {where['load']}.",
+        "Each part's rows were timed in one sitting; medians of the rounds after the first. CPU-seconds are",
+        "of every process that belongs to the row, between two rounds' ends. On a machine that others load",
+        "too (see the load average) CPU-seconds compare better than seconds.",
+        "",
+    ]
+    if "network" in figures:
+        ours, plain = figures["network"]["ours"], figures["network"]["plain"]
+        ratio, work = plain["wall"] / ours["wall"], plain["cpu"] / ours["cpu"]
+        lines += [
+            "## A DP round over four real SuperNodes",
+            "",
+            "| | s a round | CPU-s a round |",
+            "|---|---|---|",
+            (
+                "| ours: TLS, authentication, agents, ledgers, statements, witnesses "
+                f"| {ours['wall']} | {ours['cpu']} |"
+            ),
+            f"| plain Flower and Opacus at their defaults, no TLS | {plain['wall']} | {plain['cpu']} |",
+            f"| ratio | {ratio:.1f} (aim 4: {aim(ratio, 4)}) | {work:.1f} |",
+            "",
+        ]
+    if "simulate" in figures:
+        found = figures["simulate"]
+        ours, ray, idle, loop = (found[name] for name in ("ours", "ray", "ray_idle", "loop"))
+        same, bare = ray["wall"] / ours["wall"], idle["wall"] / ours["wall"]
+        lines += [
+            f"## {SITES} virtual sites, {ours['parameters']:,} parameters, {ROWS} rows each",
+            "",
+            "| | s a round | CPU-s a round | ours is faster by |",
+            "|---|---|---|---|",
+            f"| ours: statements, odometers, log and witnesses on | {ours['wall']} | {ours['cpu']} | |",
+            (
+                f"| Flower's Ray simulation, Opacus's step at each site | {ray['wall']} | {ray['cpu']} | "
+                f"{same:.1f} (aim 8: {aim(same, 8)}) |"
+            ),
+            (
+                f"| Flower's Ray simulation, clients that only answer | {idle['wall']} | {idle['cpu']} | "
+                f"{bare:.2f} (aim 8: {aim(bare, 8)}) |"
+            ),
+            (
+                f"| a plain loop of Opacus's step | {loop['wall']} | {loop['cpu']} | "
+                f"{loop['wall'] / ours['wall']:.1f} |"
+            ),
+            "",
+        ]
+    if "thousand" in figures:
+        ours = figures["thousand"]["ours"]
+        rate = 60 / ours["wall"]
+        lines += [
+            "## 1,000 virtual sites",
+            "",
+            (
+                f"{rate:.1f} rounds a minute (aim 3: {aim(rate, 3)}), {ours['cpu']} CPU-s a round, "
+                f"{ours['setup']} s before the first round, peak {ours['peak_mib']} MiB, "
+                f"{ours['parameters']:,} parameters, everything on."
+            ),
+            "",
+        ]
+    if "memory" in figures:
+        cells = figures["memory"]
+        lines += [
+            "## Memory against the number of rounds (5 virtual sites)",
+            "",
+            "| rounds | peak MiB |",
+            "|---|---|",
+            *[f"| {rounds} | {cells[rounds]} |" for rounds in ("10", "100", "300")],
+            "",
+        ]
+    if "large" in figures:
+        lines += [
+            "## Large models (2 virtual sites, one at a time)",
+            "",
+            "| parameters | s a round | CPU-s a round | peak MiB |",
+            "|---|---|---|---|",
+            *[
+                f"| {row['parameters']:,} | {row['wall']} | {row['cpu']} | {row['peak_mib']} |"
+                for row in figures["large"].values()
+            ],
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", action="append", choices=PARTS)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--huge", action="store_true", help="the 100 million parameters too: 10 GiB, minutes")
+    parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.call:
+        import logging
+
+        logging.disable(logging.WARNING)
+        print(json.dumps(globals()[options.call[0]](*json.loads(options.call[1]))))
+        return
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "network": part_network,
+        "simulate": part_simulate,
+        "thousand": part_thousand,
+        "memory": part_memory,
+        "large": lambda: part_large(options.huge),
+    }
+    figures: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    for name in options.part or PARTS:
+        figures[name] = parts[name]()
+        figures["where"] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "load": f"{os.getloadavg()[1]:.1f}",
+        }
+        if options.write:
+            FIGURES.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    if options.write:
+        PAGE.write_text(page(figures))
+    else:
+        print(page(figures))
+
+
+if __name__ == "__main__":
+    main()
