@@ -37,6 +37,7 @@ ACTIONS: Final = frozenset(
         "metrics.read",
         "alarms.read",
         "alarms.close",
+        "alarms.raise",
         "policy.read",
         "policy.change",
         "reviews.read",

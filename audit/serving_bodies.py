@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-ALARM_KINDS: Final = frozenset(
-    {"drift", "extraction", "membership", "out_of_distribution", "spoofed_identity"}
-)
+ALARM_KINDS: Final = frozenset({"drift", "extraction", "membership", "out_of_distribution"})
 """What an alarm may be about. While one of kind `drift` is open, policy `drift-alarm-open` answers nobody."""
 
 REVIEW_OUTCOMES: Final = frozenset({"confirmed", "overturned"})

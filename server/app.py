@@ -102,8 +102,8 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         context = build_context(settings, authorizer, monitoring, clock)
         app.state.context, grpc_server = context, None
         try:
-            await record_policies(context)
             await context.rules_follower.start()
+            await record_policies(context)
             await to_thread.run_sync(reconcile_vault, context)
             await to_thread.run_sync(warm_up, context)
             await context.publisher.start()

@@ -160,7 +160,7 @@ class RulesInForce:
                     leaf_index=index, leaf_hash=hash_leaf(data).hex(), time=entry.time, body=body
                 )
             case AlarmRaised() as alarm:
-                if len(self._alarms) < MAX_OPEN_ALARMS:
+                if alarm.kind == "drift" or len(self._alarms) < MAX_OPEN_ALARMS:  # a flood hides no drift
                     self._alarms.setdefault(alarm.alarm, alarm)
             case AlarmClosed() as closed:
                 self._alarms.pop(closed.alarm, None)

@@ -243,6 +243,17 @@ class ReviewRequest(_Strict):
     ] = ""
 
 
+class AlarmRequest(_Strict):
+    """What a drift job of your own found; the model does not answer until an officer closes the alarm."""
+
+    kind: Literal["drift"] = "drift"
+    model: Annotated[str, Field(pattern=NAME_PATTERN)]
+    measure: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$", description="Such as `psi_age`.")]
+    value: Annotated[str, Field(max_length=40, description="Decimal text.")]
+    threshold: Annotated[str, Field(max_length=40, description="Decimal text, which `value` passed.")]
+    window_s: Annotated[int, Field(ge=0, le=10**9, description="Over how long it was measured.")]
+
+
 class AlarmCloseRequest(_Strict):
     """Why an alarm ends."""
 

@@ -220,6 +220,41 @@ def test_both_written_forms_read_back_to_the_same_digest(charter_text, model):
     assert Charter.from_canonical(charter.canonical().decode()).digest == charter.digest
 
 
+TERMS = {
+    "decisions: legal_effect": ("legal_effect", True),
+    "legal_basis: required": ("needs_legal_basis", True),
+    "regions: [eu, ch]": ("regions", ("ch", "eu")),
+    "max_age_days: 365": ("max_age_days", 365),
+}
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_term_of_use_is_another_charter_in_both_forms_and_for_the_verifier(charter, charter_text, term):
+    from audit.charter_view import read_charter
+
+    with_term = Charter.parse(f"{charter_text.rstrip()}\n{term}\n")
+    assert with_term.digest != charter.digest
+    assert Charter.parse(with_term.to_yaml()).digest == with_term.digest
+    assert Charter.from_canonical(with_term.canonical().decode()).digest == with_term.digest
+    name, value = TERMS[term]
+    assert getattr(read_charter(with_term.canonical()), name) == value
+    assert not getattr(read_charter(charter.canonical()), name)
+
+
+def test_terms_that_ask_for_nothing_keep_the_digest(charter, charter_text):
+    text = f"{charter_text.rstrip()}\ndecisions: support\nregions: []\n"
+    assert Charter.parse(text).digest == charter.digest
+
+
+@pytest.mark.parametrize(
+    "term",
+    ["decisions: final", "legal_basis: maybe", "regions: [EU]", "max_age_days: 0", "max_age_days: 1.5"],
+)
+def test_term_of_use_that_is_none_is_refused(charter_text, term):
+    with pytest.raises(CharterError, match=term.partition(":")[0]):
+        Charter.parse(f"{charter_text.rstrip()}\n{term}\n")
+
+
 def test_canonical_form_holds_no_floats_and_no_defaults_left_out(charter):
     def leaves(value):
         if isinstance(value, dict):

@@ -86,8 +86,9 @@ def test_what_witnesses_need_is_open(client, path):
 
 
 def test_unknown_route_is_a_problem_document(client):
-    reply = client.get("/v2/models")
+    reply = client.get("/v3/models")
     assert (reply.status_code, reply.json()["code"]) == (404, "request.no_such_route")
+    assert list(client.get("/v2/models").json()) == ["error"], "the inference protocol's own form"
 
 
 def test_revoked_key_stops_at_the_next_request(client, lab, as_role):

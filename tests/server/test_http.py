@@ -69,7 +69,7 @@ def test_internal_error_tells_a_stranger_nothing(client, lab, as_role, row):
     def explode(*_: object) -> None:
         raise RuntimeError("secret path /etc/keys")
 
-    client.app.state.context.predicting.warm.get = explode
+    client.app.state.context.predicting.warm.ready = explode
     reply = client.post(PREDICT, headers=as_role("consumer"), json={"purpose": "triage", "rows": [row]})
     assert (reply.status_code, reply.json()["code"]) == (500, "server.internal")
     assert "secret" not in reply.text

@@ -175,6 +175,7 @@ def test_change_by_an_officer_decides_in_every_server_and_after_a_restart(lab, a
     assert entry["body"]["text"] == STRICTER
     applied = [found["body"]["policy_set"] for found in lab.entries("policy.applied")]
     assert applied.count(body["policy_set"]) == 1, "said once a change, whoever follows"
+    assert applied[-1] == body["policy_set"], "a restart does not say that the file's rules decide"
 
 
 def hostile_changes(lab):
@@ -310,6 +311,34 @@ def test_open_drift_alarm_keeps_the_model_from_answering_until_an_officer_closes
         assert (again.status_code, again.json()["code"]) == (404, "alarms.not_found")
     (entry,) = lab.entries("alarm.closed")
     assert (entry["leaf_index"], entry["body"]["role"]) == (done.json()["entry"], "officer")
+
+
+DRIFT = {"model": "toy", "measure": "psi_age", "value": "0.31", "threshold": "0.2", "window_s": 3600}
+
+
+def test_drift_job_raises_an_alarm_and_the_model_answers_no_more(lab, as_role, row):
+    with TestClient(create_app(lab.settings(rules_follow_s=0.01), clock=lab.clock)) as client:
+        done = client.post("/v1/alarms", headers=as_role("scientist"), json=DRIFT)
+        assert done.status_code == 201
+        time.sleep(0.05)
+        assert ask(client, as_role("consumer"), row).json()["policies"] == ["drift-alarm-open"]
+        (shown,) = client.get("/v1/alarms", headers=as_role("officer")).json()["alarms"]
+        assert (shown["alarm"], shown["measure"]) == (done.json()["alarm"], "psi_age")
+
+
+@pytest.mark.parametrize(
+    ("changed", "status"),
+    [
+        ({"model": "none"}, 404), ({"kind": "extraction"}, 422), ({"value": "high"}, 422),
+        ({"value": "1e9"}, 422), ({"measure": "PSI; DROP"}, 422), ({"window_s": -1}, 422),
+        ({"principal": "p-1"}, 422),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_alarm_that_is_none_is_no_entry(client, lab, as_role, changed, status):
+    reply = client.post("/v1/alarms", headers=as_role("operator"), json={**DRIFT, **changed})
+    assert reply.status_code == status
+    assert lab.entries("alarm.raised") == []
 
 
 @pytest.mark.parametrize(("kind", "model"), [("extraction", "toy"), ("drift", "other")])
@@ -493,6 +522,19 @@ def test_decision_by_other_rules_is_counted_apart_not_as_a_change(decided, lab):
     )  # fmt: skip
     found = decided[0](shipped_policies().policies)
     assert (found.asked, found.inexact, found.changed) == (9, 1, ())
+
+
+def test_flood_of_alarms_is_bounded_and_hides_no_drift(lab, monkeypatch):
+    import server.rules as rules_module
+
+    monkeypatch.setattr(rules_module, "MAX_OPEN_ALARMS", 3)
+    for number in range(6):
+        lab.coordinator.append(alarm(number, "extraction"), "api")
+    lab.coordinator.append(alarm(9), "api")
+    rules = RulesInForce(lab.coordinator.ledger)
+    rules.refresh()
+    assert [found.kind for found in rules.open_alarms()] == ["extraction"] * 3 + ["drift"]
+    assert rules.drift_alarms("toy") == 1
 
 
 def test_alarm_closed_twice_or_never_raised_is_nothing(lab):
