@@ -45,7 +45,7 @@ Site engineer: your rows stay with you
   site up | down NAME     start and stop what the site runs for it
   site standing | leave NAME
                           ask where the site stands; leave for good
-  site rotate-keys NAME   a new key for the network
+  site rotate-keys NAME   new keys: --keys node, signing or all
   site add NAME           make the site's home: keys, population, lifetime budget
   site status NAME        what this site has spent, what it agreed to, and what waits for you
   site agent NAME         run the site's agent: rows, keys and budget in one process

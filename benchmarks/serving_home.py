@@ -21,7 +21,7 @@ from audit.keys import SigningKey
 from audit.models import initial_weights, model_file
 from federation.charter import Charter
 from federation.coordinator import Coordinator
-from federation.service import export
+from federation.exporting import export
 
 FEATURES = 30
 LAYERS = [

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from audit.decimals import decimal_text
 from audit.entries import (
     RunCompleted,
     RunStarted,
@@ -26,7 +24,6 @@ from audit.entries import (
 from audit.keys import SigningKey
 from audit.models import initial_weights, model_file, weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
-from audit.runtime_bodies import VersionExported
 from federation import registry
 from federation.accounting import check_fits
 from federation.charter import Charter
@@ -34,18 +31,16 @@ from federation.code_digest import aggregation_code
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import (
     GateNotPassedError,
-    LayerNotExportedError,
     OfficerError,
     RunFailedError,
     TransitionError,
 )
 from federation.evaluation import PublicData
+from federation.exporting import export
 from federation.gates import epsilons, failed_gates, judge
 from federation.progress import Listener, listening
 from federation.registry import APPROVED, CANARY, CANDIDATE, LIVE, RETIRED, SHADOW, Version
 from federation.resume import prepared_run
-
-_logger = logging.getLogger(__name__)
 
 RunConfig = Mapping[str, str]
 Launch = Callable[[RunConfig], None]
@@ -260,49 +255,6 @@ def register(
     coordinator.append(body, "coordinator", stable_event_id("version.registered", request.run))
     export(coordinator, body, charter, weights)
     return registry.find_version(ledger, completed.weights)
-
-
-def export(
-    coordinator: Coordinator, registered: VersionRegistered, charter: Charter, weights: Sequence[float]
-) -> VersionExported | None:
-    """Make the version's ONNX file, measure it against the definition, and enter its digest.
-
-    Returns:
-        The entry, or None for a model with a layer that ONNX has no float64 form of: torch serves that one.
-
-    Raises:
-        ExportError: the file's answers are not the version's.
-    """
-    from federation import onnx_export
-
-    known = next(registry.bodies(coordinator.ledger, VersionExported, version=registered.version), None)
-    if known is not None:
-        return known[1]
-    inputs = charter.encoded_width
-    try:
-        data = onnx_export.export_onnx(charter.layers, weights, inputs)
-    except LayerNotExportedError as error:
-        _logger.info("version=%s: %s", registered.version, error)
-        return None
-    parity = onnx_export.measure_parity(
-        data, charter.layers, weights, inputs, task=charter.task, label=charter.document["label"]
-    )
-    body = VersionExported(
-        model=registered.model,
-        version=registered.version,
-        charter=registered.charter,
-        format="onnx",
-        digest=coordinator.blobs.put(data),
-        size_bytes=len(data),
-        opset=onnx_export.OPSET,
-        precision="float64",
-        tolerance=decimal_text(onnx_export.TOLERANCE),
-        difference=decimal_text(parity.difference),
-        rows=parity.rows,
-        runtime=parity.runtime,
-    )
-    coordinator.append(body, "coordinator", stable_event_id("version.exported", registered.version))
-    return body
 
 
 def approve(

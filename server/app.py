@@ -250,7 +250,7 @@ def build_context(
         clock=clock,
         reading=ReadingLog(sealing, journal),
         vault=vault,
-        readiness=Readiness(live, warm, lambda: ""),
+        readiness=Readiness(live, warm),
     )
 
 
@@ -294,7 +294,7 @@ def _service_routes(app: FastAPI) -> None:
         "/readyz", tags=["service"], summary="Should the service be sent requests?", responses=problems(503)
     )
     async def readyz(request: Request) -> dict[str, Any]:
-        """200 once every live model is loaded and receipts can be signed, until the process drains."""
+        """200 once the log can be read and every live model is loaded, until the process drains."""
         problem = await to_thread.run_sync(context_of(request).readiness.problem)
         if problem:
             raise NotReadyError(problem)

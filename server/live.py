@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
+from functools import lru_cache
 from typing import Any, Final
 
 from audit.canonical import parse_strict
@@ -324,6 +325,7 @@ def _fault(version: ServedVersion | None, head: str, body: VersionTransition) ->
     return ""
 
 
+@lru_cache(maxsize=1_024)
 def _micro(text: str) -> int:
     try:
         return int((parse_decimal(text) * 1_000_000).to_integral_value(ROUND_CEILING))

@@ -1,4 +1,4 @@
-"""Whether this process should get requests: started, able to record, its live models loaded, not draining.
+"""Whether this process should get requests: started, the log readable, live models loaded, not draining.
 
 `/healthz` says that the process lives and can read its log; `/readyz` (and the protocol's
 `/v2/health/ready`) that it should be sent requests. When it is told to stop it turns unready first, waits
@@ -7,7 +7,6 @@ for balancers to notice (`drain_s`), and then finishes what it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, Literal
 
 from audit.errors import AuditError
@@ -23,8 +22,8 @@ DRAINING: Final = "the server is draining: it finishes what it has, and takes no
 class Readiness:
     """One process's word on itself."""
 
-    def __init__(self, live: LiveModels, warm: WarmModels, signer_problem: Callable[[], str]) -> None:
-        self._live, self._warm, self._signer_problem = live, warm, signer_problem
+    def __init__(self, live: LiveModels, warm: WarmModels) -> None:
+        self._live, self._warm = live, warm
         self.state: State = "starting"
 
     def problem(self) -> str:
@@ -37,6 +36,6 @@ class Readiness:
                 served = self._live.choose(model)
                 if served.is_answering:
                     self._warm.get(served)
-            return self._signer_problem()
+            return ""
         except (AuditError, ArtefactError) as error:
             return f"{error}"

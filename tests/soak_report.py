@@ -40,6 +40,9 @@ PARTS: Final = {
     "kills": "kill -9 at random moments of ServerApp, SuperLink, SuperNode, agent and API",
     "clocks": "The clock jumps",
     "erasure": "After an erasure",
+    "serving_kills": "kill -9 of a serving worker under load",
+    "serving_swaps": "Versions swapped and rolled back under load",
+    "serving_load": "Load on the serving workers",
 }
 
 _WHOSE: Final = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

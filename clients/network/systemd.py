@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Final
+
+from clients.errors import HomeError
+
+_PLAIN: Final = re.compile(r"/[A-Za-z0-9/._+@:-]*")
+_USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
 _UNIT: Final = """\
 [Unit]
@@ -32,7 +38,18 @@ WantedBy=multi-user.target
 
 
 def unit_text(name: str, base: Path, user: str) -> str:
-    """Return the unit of a site. A core dump could hold rows, so there is none."""
+    """Return the unit of a site. A core dump could hold rows, so there is none.
+
+    Raises:
+        HomeError: a path or the user is nothing that a unit can name as it stands.
+    """
+    for path in (base.absolute(), Path(sys.executable)):
+        if not _PLAIN.fullmatch(str(path)):
+            raise HomeError(
+                path, "has characters that systemd reads in a way of its own", "choose another place"
+            )
+    if not _USER.fullmatch(user):
+        raise HomeError(base, f"user {user[:40]!r} is no user's name", "give --user a name such as affidavit")
     return _UNIT.format(name=name, base=base.absolute(), user=user, python=sys.executable)
 
 

@@ -91,6 +91,7 @@ async def keep_fresh(context: ssl.SSLContext, certificate: Path, key: Path, *, e
     """Give `context` the certificate in the files whenever they change; connections that stand go on.
 
     Key and certificate are two files: between the two writes they do not fit, and the next look tries again.
+    A context that was given a pair which does not fit serves nobody, so another one tries it first.
     """
     seen = _stamp(certificate)
     while True:
@@ -99,6 +100,7 @@ async def keep_fresh(context: ssl.SSLContext, certificate: Path, key: Path, *, e
         if now == seen:
             continue
         try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
             context.load_cert_chain(certificate, key)
         except (OSError, ssl.SSLError) as error:
             _logger.warning("the new certificate is not taken yet: %s", error)

@@ -27,7 +27,7 @@ _is_site = re.compile(r"[a-z0-9][a-z0-9-]{0,62}").fullmatch
 _is_version = re.compile(VERSION_PATTERN).fullmatch
 _is_name = re.compile(NAME_PATTERN).fullmatch
 _TAKEN: Final = frozenset(
-    {"purpose", "site", "subject", "legal_basis", "consent", "wait", "binary_data_output"}
+    {"purpose", "site", "subject", "legal_basis", "consent", "explain", "wait", "binary_data_output"}
 )
 
 
@@ -73,6 +73,9 @@ async def infer(
         raise MalformedRequestError(f"parameters.legal_basis: one of {', '.join(sorted(LEGAL_BASES))}")
     if consent and len(consent) > 256:
         raise MalformedRequestError("parameters.consent: is longer than 256 characters")
+    explain = ask.parameters.get("explain", False)
+    if type(explain) is not bool:
+        raise MalformedRequestError("parameters.explain: is true or false")
     unknown = sorted(name for name in ask.parameters if name not in _TAKEN)
     if unknown:
         raise MalformedRequestError(f"parameters.{unknown[0][:80]}: is not known; leave it out")
@@ -88,6 +91,7 @@ async def infer(
             subject=subject or None,
             legal_basis=basis or None,
             consent=consent or None,
+            explain=explain,
             request_id=request_id,
         ),
     )

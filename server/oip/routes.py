@@ -101,7 +101,7 @@ async def live(request: Request) -> dict[str, Any]:
 
 @router.get("/health/ready", summary="Is the server ready?", responses=problems(503))
 async def ready(request: Request) -> JSONResponse:
-    """200 once every live model is loaded and the log can be written to, until it drains. No key needed."""
+    """200 once the log can be read and every live model is loaded, until it drains. No key needed."""
     problem = await to_thread.run_sync(context_of(request).readiness.problem)
     if problem:
         raise NotReadyError(problem)

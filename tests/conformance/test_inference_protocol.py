@@ -18,6 +18,7 @@ from server.app import create_app
 from tests.server.conftest import LAYERS, WEIGHTS, charter, lab, lab_template  # noqa: F401 - fixtures
 
 HERE = Path(__file__).parent
+CHECKS = "not_a_server_error,content_type_conformance,status_code_conformance,response_schema_conformance"
 pytest.importorskip("tritonclient")
 
 
@@ -73,3 +74,19 @@ def test_kserves_client_works_unchanged(served):
         pytest.skip("there is no build/kserve-client; `make kserve-client` installs it")
     lab, http, _ = served  # noqa: F811
     assert run("oip_kserve.py", lab, http, python=str(python))["answers"] == list(expected())
+
+
+@pytest.mark.soak  # some hundred generated requests
+def test_requests_generated_from_the_corrected_official_description_find_no_fault(served):
+    lab, http, _ = served  # noqa: F811
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("schemathesis")), "run",
+            str(HERE / "open_inference_rest.yaml"), "--url", f"http://{http}",
+            "-H", f"Authorization: Bearer {lab.tokens['consumer']}",
+            "--checks", CHECKS,
+            "--phases", "examples,coverage,fuzzing", "--max-examples", "30",
+        ],
+        capture_output=True, text=True, check=False, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from audit.entries import VersionRegistered, VersionTransition, signing_payload
+from audit.entries import VersionRegistered, VersionTransition, decode_entry, signing_payload
 from audit.keys import SigningKey, VerifyKey, parse_public_key
+from audit.models import weights_of_file
 from audit.principal import AccessDeniedError, Decision
 from federation import registry, service
 from federation.accounting import spent
@@ -26,6 +27,7 @@ from federation.evaluation import PublicData
 from federation.gates import failed_gates
 from federation.mechanism import planned_event
 from federation.model_card import model_card
+from federation.onnx_export import check_export
 
 
 class Nobody:
@@ -347,3 +349,41 @@ def test_a_registration_that_says_passed_still_meets_the_epsilon_gate(candidate)
         approve(
             federation, registry.find_version(federation.coordinator.ledger, "ab" * 32), federation.officer
         )
+
+
+def test_trial_is_signed_with_its_share_and_ends_where_it_began(candidate):
+    federation, version = candidate.federation, candidate.version
+    approve(federation, version, candidate.federation.officer, "approved")
+
+    def trial(to_state, share=0, key=candidate.federation.officer):
+        request = service.TrialRequest(version=version.digest, to_state=to_state, share=share)
+        return service.trial(federation.coordinator, federation.principal, federation.owner, request, key)
+
+    for to_state, share in (("canary", 0), ("canary", 100), ("shadow", 5), ("live", 0)):
+        with pytest.raises(TransitionError):
+            trial(to_state, share)
+    with pytest.raises(OfficerError):
+        trial("canary", 10, key=SigningKey.generate())
+    assert trial("shadow").state == "shadow"
+    tried = trial("canary", 10)
+    assert (tried.state, tried.transitions[-1].body.share) == ("canary", 10)
+    body = tried.transitions[-1].body
+    _, payload = signing_payload(body)
+    assert b'"share":10' in payload
+    assert trial("approved").state == "approved"
+    trial("canary", 10)
+    assert approve(federation, version, candidate.federation.officer).state == "live"
+
+
+def test_registration_enters_the_export_and_how_far_its_answers_lie(candidate):
+    (stored,) = candidate.federation.coordinator.ledger.search(type="version.exported")
+    body = decode_entry(stored.body).body
+    assert body.version == candidate.version.digest
+    assert float(body.difference) <= float(body.tolerance)
+    data = candidate.federation.coordinator.blobs.get(body.digest)
+    weights = weights_of_file(
+        candidate.federation.charter.layers, candidate.federation.coordinator.blobs.get(body.version)
+    )
+    check_export(
+        data, candidate.federation.charter.layers, weights, candidate.federation.charter.encoded_width
+    )

@@ -11,7 +11,6 @@ import affidavit
 from clients.home import SiteHome
 from clients.network.joining import needs_rotation
 from clients.network.membership import NetworkFolder, SiteMembership
-from clients.network.systemd import unit_text
 
 
 @pytest.fixture
@@ -118,10 +117,3 @@ def test_node_keys_are_exchanged_in_their_last_month(tmp_path, office):
     assert not needs_rotation(folder, clock=office.clock)
     office.clock.turn(days=32)
     assert needs_rotation(folder, clock=office.clock)
-
-
-def test_unit_runs_as_a_user_and_leaves_no_core(tmp_path):
-    text = unit_text("st-mary", tmp_path, "affidavit")
-    assert "User=affidavit" in text
-    assert "LimitCORE=0" in text
-    assert "site up st-mary" in text

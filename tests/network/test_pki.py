@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import shutil
+import socket
+import ssl
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -21,6 +26,8 @@ from federation.network.pki import (
     pem_fingerprint,
     read_node_key,
 )
+from server.network.handshakes import Handshakes
+from server.network.serving import keep_fresh
 
 HOSTS = ("coordinator.example.org", "127.0.0.1")
 
@@ -138,3 +145,92 @@ def test_damaged_files_name_the_file_and_the_fix(tmp_path, content):
         read_node_key(tmp_path / "node.key")
     with pytest.raises(ValueError, match=r".*"):
         pem_fingerprint(content)
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "before", "due"),
+    [
+        (timedelta(days=90), timedelta(days=31), False),
+        (timedelta(days=90), timedelta(days=29), True),
+        (timedelta(seconds=60), timedelta(seconds=21), False),
+        (timedelta(seconds=60), timedelta(seconds=19), True),
+    ],
+)
+def test_a_certificate_is_renewed_in_its_last_month_or_its_last_third(pki, lifetime, before, due):
+    now = datetime.now(UTC).replace(microsecond=0)
+    pki.issue("server", HOSTS, now=now, lifetime=lifetime)
+    then = now + lifetime - before
+    assert ("server" in pki.renew(now=then, server=lifetime)) is due
+    state = next(state for state in pki.states(now=then) if state.name == "server")
+    assert state.left > before if due else state.left == before
+
+
+def test_a_shorter_life_in_the_settings_is_taken_at_once(pki):
+    assert pki.renew(server=timedelta(seconds=60)) == ("server",)
+    assert pki.renew(server=timedelta(seconds=60)) == ()
+
+
+def test_people_hear_of_what_does_not_renew_itself_and_of_what_is_overdue(pki):
+    def heard(**passed: float) -> dict[str, str]:
+        later = datetime.now(UTC) + timedelta(**passed)
+        return {state.name: state.urgency for state in pki.states(now=later)}
+
+    assert heard() == {"ca": "", "server": "", "inner": ""}
+    assert heard(days=65) == {"ca": "", "server": "soon", "inner": "soon"}  # `coordinator up` is not up
+    assert heard(days=84) == {"ca": "", "server": "urgent", "inner": "urgent"}
+    assert heard(days=3500)["ca"] == "soon"
+    assert heard(days=3645)["ca"] == "urgent"
+
+
+def test_a_serving_context_takes_the_new_certificate_and_waits_for_a_key_that_fits(pki):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate, key = pki.folder / "server.pem", pki.folder / "server.key"
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+
+        def serial() -> int:
+            def answer() -> None:
+                with (
+                    contextlib.suppress(OSError),
+                    context.wrap_socket(listener.accept()[0], server_side=True),
+                ):
+                    pass
+
+            served = threading.Thread(target=answer)
+            served.start()
+            found = x509.load_pem_x509_certificate(ssl.get_server_certificate(address).encode())
+            served.join(10)
+            return found.serial_number
+
+        async def play() -> None:
+            first = serial()
+            fresh = asyncio.create_task(keep_fresh(context, certificate, key, every_s=0.01))
+            await asyncio.sleep(0.05)
+            old_key = key.read_bytes()
+            pki.issue("server", HOSTS)
+            new_key = key.read_bytes()
+            key.write_bytes(old_key)  # as between the two writes
+            os.utime(certificate, ns=(1, 1))
+            await asyncio.sleep(0.1)
+            assert serial() == first
+            key.write_bytes(new_key)
+            await asyncio.sleep(0.1)
+            assert serial() != first
+            fresh.cancel()
+
+        asyncio.run(play())
+
+
+def test_failed_handshakes_are_counted_and_told_once_a_minute(pki, caplog):
+    now = [0.0]
+    book = Handshakes(monotonic=lambda: now[0])
+    for number in range(40):
+        book.note(f"REASON_{number % 20}")
+    assert sum(book.failed.values()) == 40
+    assert len(book.failed) <= 17
+    assert len(caplog.records) == 1
+    now[0] = 61.0
+    book.note("TLSV1_ALERT_UNKNOWN_CA")
+    assert len(caplog.records) == 2
+    assert "39" not in caplog.records[0].message
