@@ -1,4 +1,4 @@
-"""Other rules, asked about the decisions that the log holds: each question as it stood when it was decided."""
+"""Other rules, asked about the decisions that the log holds, each question as it stood when decided."""
 
 from __future__ import annotations
 
