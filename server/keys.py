@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
 import re
 import secrets
 import threading
@@ -30,16 +29,13 @@ from typing import Any, Final
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
-from sqlalchemy import Engine, MetaData, create_engine, inspect
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Field, Session, SQLModel, select
+from sqlmodel import Session, select
 
-from audit._store import open_engine
-from audit.location import log_location
 from audit.principal import ROLES, Principal
 from server.errors import KeyNotFoundError, KeyRequestError, TooBusyError, UnauthenticatedError
+from server.key_tables import ApiKey, KeySite, KeyTerms, TokenSubject, open_key_engine
 
-FILE: Final = "keys.db"
 MAX_RECHECK_S: Final = 5.0
 _KEY = re.compile(r"affidavit_([a-z2-7]{16})_([A-Za-z0-9_-]{43})")
 _NOTE = re.compile(r"[ -~]{0,80}")
@@ -48,62 +44,11 @@ _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _CACHE_SIZE: Final = 4_096
 _VERIFYING_AT_ONCE: Final = 4
-_MAKING: Final = 0x41464B59  # the advisory lock under which the tables are made
 _NO_SECRET: Final = "certificate"  # noqa: S105 - in place of a hash; no secret verifies against it
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)  # OWASP's second choice
 _REFUSED: Final = "the API key is absent, unknown, revoked or expired"
 
 Clock = Callable[[], datetime]
-
-
-class _Base(SQLModel):
-    metadata = MetaData()
-
-
-class ApiKey(_Base, table=True):
-    """One key at rest."""
-
-    __tablename__ = "api_key"
-
-    prefix: str = Field(primary_key=True)
-    secret_hash: str
-    role: str
-    principal: str = Field(unique=True)
-    note: str  # the operator's own reminder; stays in this table
-    created: str  # RFC 3339
-    expires: str  # RFC 3339, or "" for never
-    revoked: str  # RFC 3339, or "" while it stands
-
-
-class KeySite(_Base, table=True):
-    """The site that a node's key speaks for; a table of its own, so that older stores gain it."""
-
-    __tablename__ = "api_key_site"
-
-    prefix: str = Field(primary_key=True)
-    site: str
-
-
-class KeyTerms(_Base, table=True):
-    """What else a key is bound to; a table of its own, so that older stores gain it."""
-
-    __tablename__ = "api_key_terms"
-
-    prefix: str = Field(primary_key=True)
-    principal: str  # of the key that this one replaces; "" for its own
-    region: str
-    models: str  # names by commas; "" for any
-    certificate: str = Field(index=True)  # hex SHA-256 of its DER form, or ""
-
-
-class TokenSubject(_Base, table=True):
-    """The pseudonym of somebody whom an issuer knows; deleting the row ends what leads to them."""
-
-    __tablename__ = "token_subject"
-
-    digest: str = Field(primary_key=True)  # SHA-256 of issuer and subject
-    principal: str = Field(unique=True)
-    created: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +93,7 @@ class KeyStore:
     ) -> None:
         if not 0 <= recheck_s <= MAX_RECHECK_S:
             raise ValueError(f"a revocation takes effect within {MAX_RECHECK_S} s, not {recheck_s}")
-        self._engine = _engine(home)
+        self._engine = open_key_engine(home)
         self._clock, self._cache_s, self._recheck_s = clock, cache_s, recheck_s
         self._hasher = hasher
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
@@ -438,39 +383,6 @@ def _split(found: Any) -> tuple[ApiKey, KeySite | None, KeyTerms | None]:
     """An outer join's row: what it did not find is None, which the types of a select do not say."""
     row, site, terms = found
     return row, site, terms
-
-
-def _engine(home: Path) -> Engine:
-    location = log_location(home)
-    path = home / FILE
-    if location.url is None:
-        if not path.exists():
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10})
-        ApiKey.metadata.create_all(engine)
-        return engine
-    engine = open_engine(location)
-    with engine.begin() as connection:
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MAKING})")
-        is_new = not inspect(connection).has_table(ApiKey.__tablename__)
-        ApiKey.metadata.create_all(connection)
-    if is_new and path.exists():
-        _move(path, engine)
-    return engine
-
-
-def _move(path: Path, engine: Engine) -> None:
-    """Take over the keys that a release before this kept in a file, although the log is in PostgreSQL."""
-    older = create_engine(f"sqlite:///{path}")
-    ApiKey.metadata.create_all(older)
-    try:
-        with Session(older) as source, Session(engine) as target:
-            for kind in (ApiKey, KeySite, KeyTerms, TokenSubject):
-                for row in source.exec(select(kind)):
-                    target.add(kind(**row.model_dump()))
-            target.commit()
-    finally:
-        older.dispose()
 
 
 def _principal(view: KeyView, method: str) -> Principal:

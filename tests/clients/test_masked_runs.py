@@ -93,7 +93,7 @@ class Between:
     def handle(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
         if self.gone or self.hold(self.agent.name, kind):
             self.gone = True
-            raise ConnectionError("nobody is there")
+            return canonical_bytes({"error": "site_closed"}), {}  # what is not asked again
         answer, back = self.agent.handle(kind, header, blobs)
         document = json.loads(answer)
         self.lie(self.agent, kind, document)

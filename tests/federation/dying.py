@@ -126,7 +126,7 @@ def go(
     here = None if until is None else lambda: until(RunPast.read(ledger, run))
     home = Dying(federation.coordinator, steps, here)
     with InProcessGrid(federation.client_app(), {name: {} for name in connected}, fault=fault) as grid:
-        exchange = Exchange(grid, poll_s=0.001, discovery_s=0.5)
+        exchange = Exchange(grid, poll_s=0.001, discovery_s=5.0 if connected == ALL else 1.0)
         carry_out(grid, home, run, exchange=exchange, hold_s=hold_s, principal=principal)
     return home.left
 
