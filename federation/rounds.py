@@ -16,7 +16,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -64,7 +64,7 @@ from federation.progress import RunEvent, emit
 from federation.refusals import record_masked, record_opened, record_too_long
 from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
-from federation.run_state import RunState
+from federation.run_state import RunOutcome, RunState
 from federation.secure_round import MaskedRound
 from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
 from federation.strategies import strategy_of
@@ -74,19 +74,6 @@ _logger = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S = 10.0
 ROUND_TROUBLE_S = 90.0  # a node that was killed is refused for up to a minute
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOutcome:
-    """A completed run: the digest of its averaged weights, and what it cost."""
-
-    run: str
-    charter: str
-    rounds: int
-    weights: str
-    sites: tuple[str, ...]
-    epsilon: float  # this run's, per site, by the accountant of the live table
-    elapsed_s: float
 
 
 class RoundLoop:

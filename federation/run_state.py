@@ -1,4 +1,4 @@
-"""Where a run stands between two rounds."""
+"""Where a run stands between two rounds, and what it came to."""
 
 from __future__ import annotations
 
@@ -31,3 +31,16 @@ class RunState:
     logged: dict[str, LoggedRelease] = field(default_factory=dict)  # releases that need not be asked for
     opened: RoundOpened | None = None  # the masked round's sum, where it was opened already
     silent: set[str] = field(default_factory=set)  # sites that are not asked: written off, or not there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutcome:
+    """A completed run: the digest of its averaged weights, and what it cost."""
+
+    run: str
+    charter: str
+    rounds: int
+    weights: str
+    sites: tuple[str, ...]
+    epsilon: float  # this run's, per site, by the accountant of the live table
+    elapsed_s: float

@@ -22,9 +22,10 @@ from federation.patience import PATIENCE_S
 from federation.preparation import ACTOR
 from federation.progress import RunEvent, emit, listening
 from federation.resume import prepared_run
-from federation.rounds import RoundLoop, RunOutcome
+from federation.rounds import RoundLoop
 from federation.run_hold import TTL_S
 from federation.run_journal import RunJournal
+from federation.run_state import RunOutcome
 
 DEFAULT_POLL_S: Final = 0.01
 DEFAULT_DISCOVERY_S: Final = 30.0
