@@ -6,7 +6,10 @@ Everything is in whole numbers modulo 2**64. A site's masked update is
 
 in the order of the sites' names, so in the sum over a set of sites the masks of its pairs cancel. A mask is
 an AES-256-CTR stream under a 256-bit key; a pair's key comes by HKDF-SHA256 from an X25519 exchange between
-keys made for the round, a site's own from a seed that it shares out before it sends anything.
+keys made for the round, a site's own from a seed that it shares out before it sends anything. The names of
+those whose mask it is go into the derivation: one X25519 key can be written in several ways (RFC 7748,
+section 7), so a site that shows its neighbour's key in another form has the neighbour's secrets with all
+others, and must not get masks that take the neighbour's off again.
 
 This is the definition, in plain Python; sites use the same bytes with numpy. An update file holds the numbers
 as signed 64-bit integers, so a masked update and a plain one have one format.
@@ -27,6 +30,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from audit.canonical import canonical_bytes
 from audit.errors import AuditError
 
 BITS: Final = 64
@@ -34,6 +38,7 @@ MODULUS: Final = 1 << BITS
 _HALF: Final = 1 << (BITS - 1)
 _MASK: Final = MODULUS - 1
 KEY_BYTES: Final = 32
+_ANY_PRIVATE: Final = X25519PrivateKey.from_private_bytes(b"affidavit compares public keys..")
 
 
 class MaskError(AuditError):
@@ -59,22 +64,30 @@ def seed_commitment(seed: bytes) -> str:
     return hashlib.sha256(b"affidavit/mask-seed/v1\x00" + seed).hexdigest()
 
 
-def own_mask_key(seed: bytes, binding: bytes) -> bytes:
+def own_mask_key(seed: bytes, binding: bytes, site: str) -> bytes:
     """Return the key of a site's own mask; `binding` is the digest of everybody's keys for the round."""
-    return _derive(seed, binding, b"affidavit/own-mask/v1")
+    return _derive(seed, binding, b"affidavit/own-mask/v1", site)
 
 
-def pair_mask_key(private: X25519PrivateKey, public: bytes, binding: bytes) -> bytes:
+def pair_mask_key(private: X25519PrivateKey, public: bytes, binding: bytes, pair: tuple[str, str]) -> bytes:
     """Return the key of the mask that two sites share, from one's private and the other's public key.
+
+    Args:
+        pair: the two sites' names, in either order.
 
     Raises:
         MaskError: the public key is none that an honest site has.
     """
-    try:
-        shared = private.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError as error:
-        raise MaskError(f"a mask key is not usable: {error}") from error
-    return _derive(shared, binding, b"affidavit/pair-mask/v1")
+    return _derive(_exchanged(private, public), binding, b"affidavit/pair-mask/v1", *sorted(pair))
+
+
+def same_point(public: bytes) -> bytes:
+    """Return what is equal for two public keys exactly when every private key gives both one secret.
+
+    Raises:
+        MaskError: every private key gives it the secret that is all zeros.
+    """
+    return _exchanged(_ANY_PRIVATE, public)
 
 
 def mask_bytes(key: bytes, size: int) -> bytes:
@@ -115,5 +128,13 @@ def sign_of(site: str, other: str) -> int:
     return 1 if site < other else -1
 
 
-def _derive(secret: bytes, binding: bytes, label: bytes) -> bytes:
-    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=binding, info=label).derive(secret)
+def _exchanged(private: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError as error:
+        raise MaskError(f"a mask key is not usable: {error}") from error
+
+
+def _derive(secret: bytes, binding: bytes, label: bytes, *sites: str) -> bytes:
+    info = label + b"\x00" + canonical_bytes(list(sites))
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=binding, info=info).derive(secret)

@@ -25,7 +25,16 @@ from audit.canonical import canonical_bytes, parse_canonical
 from audit.entries import EntryError, body_document, decode_signature, parse_body, signing_payload
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
-from audit.masking import combined, mask_words, own_mask_key, pair_mask_key, seed_commitment, sign_of
+from audit.masking import (
+    MaskError,
+    combined,
+    mask_words,
+    own_mask_key,
+    pair_mask_key,
+    same_point,
+    seed_commitment,
+    sign_of,
+)
 from audit.secure_bodies import MaskKeys, SharesOpened, SurvivorsAgreed
 from audit.shamir import SHARE_BYTES, Opening, ShareError
 
@@ -162,8 +171,8 @@ def check_keys(name: RoundName, keys: Sequence[MaskKeys], key_of: KeyOf, *, leas
         if item.participants != name.participants:
             raise SecureRoundError("keys", "are for other participants", item.site)
         verify_signed(item, key_of(item.site), "keys")
-    public = [raw_key(text, item.site) for item in keys for text in (item.mask_key, item.share_key)]
-    if len(set(public)) != len(public):
+    points = [_point(text, item.site) for item in keys for text in (item.mask_key, item.share_key)]
+    if len(set(points)) != len(points):
         raise SecureRoundError("keys", "one key occurs twice")
 
 
@@ -239,7 +248,7 @@ def open_sum(
     for site in survivors:
         if seed_commitment(seeds[site]) != by_site[site].seed:
             raise SecureRoundError("seed", "the shares give another seed than it bound itself to", site)
-        parts.append((-1, mask_words(own_mask_key(seeds[site], binding), size)))
+        parts.append((-1, mask_words(own_mask_key(seeds[site], binding, site), size)))
     for site in dropped:
         private = X25519PrivateKey.from_private_bytes(keys[site])
         public = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
@@ -247,7 +256,7 @@ def open_sum(
             raise SecureRoundError("mask_key", "the shares give another key than it published", site)
         for other in survivors:
             peer = raw_key(by_site[other].mask_key, other)
-            mask = mask_words(pair_mask_key(private, peer, binding), size)
+            mask = mask_words(pair_mask_key(private, peer, binding, (site, other)), size)
             parts.append((-sign_of(other, site), mask))
     return add(size, parts)
 
@@ -288,6 +297,13 @@ def _join(
     seeds = {site: join("seeds", position, site) for position, site in enumerate(survivors)}
     keys = {site: join("keys", position, site) for position, site in enumerate(dropped)}
     return seeds, keys
+
+
+def _point(text: str, site: str) -> bytes:
+    try:
+        return same_point(raw_key(text, site))
+    except MaskError as error:
+        raise SecureRoundError("keys", str(error), site) from error
 
 
 def raw_key(text: str, site: str) -> bytes:

@@ -192,12 +192,13 @@ class MaskedRounds:
         share_key = X25519PrivateKey.from_private_bytes(bytes.fromhex(secret["share"]))
         held = {self._site: state["own"]}
         total = np.array(values, dtype=np.int64).view(np.uint64)
-        total = total + _words(own_mask_key(bytes.fromhex(secret["seed"]), binding), len(values))
+        total = total + _words(own_mask_key(bytes.fromhex(secret["seed"]), binding, self._site), len(values))
         for site, sealed in sorted((request.shares or {}).items()):
             item = by_site[site]
             context = _context(binding, site, self._site)
             held[site] = _unseal(share_key, raw_key(item.share_key, site), context, sealed).hex()
-            words = _words(pair_mask_key(mask_key, raw_key(item.mask_key, site), binding), len(values))
+            public, pair = raw_key(item.mask_key, site), (self._site, site)
+            words = _words(pair_mask_key(mask_key, public, binding, pair), len(values))
             total = total + words if sign_of(self._site, site) > 0 else total - words
         roster = roster_digest(binding, members)
         state = {**state, "members": members, "roster": roster, "held": held}

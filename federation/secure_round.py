@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -152,8 +152,7 @@ class MaskedRound:
         problem = SecureRoundError(
             "shares", f"{len(opened)} sites gave shares, {self._secure.least} are needed"
         )
-        sets = itertools.combinations(opened, self._secure.least)
-        for givers in itertools.islice(sets, MOST_TRIES):
+        for givers in giver_sets(opened, self._secure.least):
             transcript = Transcript(keys=self._keys, members=self._members, agreed=agreed, opened=givers)
             try:
                 total = open_sum(
@@ -253,6 +252,22 @@ class MaskedRound:
 
     def _key_of(self, site: str) -> str:
         return self._terms.enrolments[site].statement_key
+
+
+def giver_sets(opened: Sequence[SharesOpened], least: int) -> Iterator[tuple[SharesOpened, ...]]:
+    """Yield sets of `least` givers to try, each in the order given.
+
+    The first leave out one block of givers after the other, as many as are not needed, so that every single
+    giver is left out of some; then come at most `MOST_TRIES` others.
+    """
+    count, spare = len(opened), len(opened) - least
+    if spare < 0:
+        return
+    starts = range(0, count, spare) if spare else range(1)
+    blocks = [tuple(sorted((start + step) % count for step in range(least))) for start in starts]
+    others = (places for places in itertools.combinations(range(count), least) if places not in blocks)
+    for places in itertools.chain(blocks, itertools.islice(others, MOST_TRIES)):
+        yield tuple(opened[place] for place in places)
 
 
 def combined(size: int, parts: Iterable[tuple[int, Sequence[int]]]) -> list[int]:

@@ -99,6 +99,12 @@ def sigma_grid(*, noise_multiplier: float | Decimal | Fraction, sensitivity: int
     return sigma
 
 
+def float_below(limit: int) -> float:
+    """Return the largest float that is at most `limit`: the nearest one can be hundreds of units above it."""
+    nearest = float(limit)
+    return nearest if int(nearest) <= limit else math.nextafter(nearest, 0.0)
+
+
 def sum_limit(*, grid_bits: int, sigma: int, steps: int, sites: int = 1) -> int:
     """Return the largest magnitude of a coordinate with which `steps` noisy sums of `sites` fit in int64.
 

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from audit.shared_noise import share_grid, site_sensitivity_grid
 from clients.dp.bookkeeping import ClippedGradient
 from clients.dp.errors import ShapeError, TermsError
-from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
+from clients.dp.grid import (
+    Precision,
+    Relation,
+    check_clip,
+    float_below,
+    sensitivity_grid,
+    sigma_grid,
+    sum_limit,
+)
 from clients.dp.losses import Loss
 from clients.dp.randomness import SecureRandom
 from clients.dp.sampling import Sampling, sample_rows, sampling_of
@@ -287,7 +295,8 @@ class Mechanism:
         """Return values * scale, rounded to whole numbers and held within what int64 takes with noise."""
         scaled = values.to(torch.float64).numpy() * self.terms.scale
         np.rint(scaled, out=scaled)
-        np.clip(scaled, -float(self._limit), float(self._limit), out=scaled)
+        limit = float_below(self._limit)
+        np.clip(scaled, -limit, limit, out=scaled)
         return scaled.astype(np.int64)
 
     def _weights(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,10 +18,13 @@ from audit.masking import (
     mask_words,
     own_mask_key,
     pair_mask_key,
+    same_point,
     sign_of,
 )
+from audit.secure_bodies import SharesOpened
 from audit.secure_round import SecureTerms
 from audit.shamir import SHARE_BYTES, Opening, P, ShareError, split
+from federation.secure_round import MOST_TRIES, giver_sets
 from federation.secure_round import combined as fast_combined
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -115,7 +118,7 @@ def test_pair_masks_cancel_over_all_sites(vectors: list[list[int]]) -> None:
         parts: list[tuple[int, object]] = [(1, vector)]
         for other in sites:
             if other != site:
-                key = pair_mask_key(keys[site], raw(keys[other]), b"b" * 32)
+                key = pair_mask_key(keys[site], raw(keys[other]), b"b" * 32, (site, other))
                 parts.append((sign_of(site, other), mask_words(key, 3)))
         masked.append(combined(3, parts))  # type: ignore[arg-type]
     assert combined(3, [(1, vector) for vector in masked]) == combined(3, [(1, v) for v in vectors])
@@ -157,20 +160,64 @@ def test_a_mask_is_the_whole_stream_of_its_whole_key() -> None:
 
 def test_a_key_that_makes_the_exchange_void_is_refused() -> None:
     with pytest.raises(MaskError):
-        pair_mask_key(X25519PrivateKey.generate(), bytes(32), bytes(32))
+        pair_mask_key(X25519PrivateKey.generate(), bytes(32), bytes(32), ("alpha", "beta"))
+    for small in SMALL_POINTS:
+        with pytest.raises(MaskError):
+            same_point(bytes.fromhex(small))
 
 
-def test_keys_for_two_purposes_or_rounds_differ() -> None:
-    seed = b"s" * 32
+# of an order that divides 8, from which every private key makes zeros (RFC 7748, section 6.1)
+SMALL_POINTS = (
+    "00" * 32,
+    "01" + "00" * 31,
+    "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+    "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "7f",
+)
+
+
+def in_another_dress(public: bytes) -> list[bytes]:
+    """Return other keys that every private key has the same secret with: with the bit that the exchange
+    ignores, and with the point of order 2 added, which every private key, a multiple of 8, takes off.
+    """
+    p = 2**255 - 19
+    u = int.from_bytes(public, "little")
+    order_2 = pow(u, -1, p)  # u' = 1/u is u + (0, 0) on every Montgomery curve
+    return [(u | 1 << 255).to_bytes(32, "little"), order_2.to_bytes(32, "little")]
+
+
+def test_one_key_in_another_dress_is_known_and_makes_another_mask() -> None:
+    """A site that shows its neighbour's key as its own must not get the neighbour's mask: with the other sign
+    it would take it off, and leave the victim between them with no mask but its own, which is opened.
+    """
+    victim, neighbour = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    public, binding = raw(neighbour), b"b" * 32
+    honest = pair_mask_key(victim, public, binding, ("beta", "alpha"))
+    for dressed in in_another_dress(public):
+        assert dressed != public
+        shared = victim.exchange(X25519PublicKey.from_public_bytes(dressed))
+        assert shared == victim.exchange(neighbour.public_key())
+        assert same_point(dressed) == same_point(public)
+        assert pair_mask_key(victim, dressed, binding, ("beta", "gamma")) != honest
+    assert same_point(raw(victim)) != same_point(public)
+
+
+def test_keys_for_two_purposes_rounds_or_sites_differ() -> None:
+    seed, pair = b"s" * 32, ("alpha", "beta")
     mine, other = X25519PrivateKey.generate(), X25519PrivateKey.generate()
     found = {
-        own_mask_key(seed, b"a" * 32),
-        own_mask_key(seed, b"b" * 32),
-        pair_mask_key(mine, raw(other), b"a" * 32),
-        pair_mask_key(mine, raw(other), b"b" * 32),
+        own_mask_key(seed, b"a" * 32, "alpha"),
+        own_mask_key(seed, b"a" * 32, "beta"),
+        own_mask_key(seed, b"b" * 32, "alpha"),
+        pair_mask_key(mine, raw(other), b"a" * 32, pair),
+        pair_mask_key(mine, raw(other), b"a" * 32, ("alpha", "gamma")),
+        pair_mask_key(mine, raw(other), b"b" * 32, pair),
     }
-    assert len(found) == 4
-    assert pair_mask_key(mine, raw(other), b"a" * 32) == pair_mask_key(other, raw(mine), b"a" * 32)
+    assert len(found) == 6
+    theirs = pair_mask_key(other, raw(mine), b"a" * 32, ("beta", "alpha"))
+    assert pair_mask_key(mine, raw(other), b"a" * 32, pair) == theirs
 
 
 @given(st.integers(3, 1000), st.integers(0, 2**40))
@@ -191,3 +238,24 @@ def test_two_sets_with_enough_signatures_share_an_honest_site(sites: int) -> Non
             assert 2 * least > sites + colluders
             assert least > colluders  # colluders alone never reach the threshold
             assert least - colluders >= 2  # and the sum they know is of two honest sites or more
+
+
+def test_whoever_gives_false_shares_is_left_out_of_one_of_the_first_sets() -> None:
+    """With many sites the sets that hold the first liar are more than anybody tries one after the other."""
+
+    def giver(number: int) -> SharesOpened:
+        texts = {"run": "", "charter": "", "roster": "", "signature": ""}
+        return SharesOpened(round=1, site=f"{number:03}", seeds=(), keys=(), **texts)
+
+    for count, least in ((4, 3), (12, 8), (40, 21), (200, 150)):
+        givers = [giver(number) for number in range(count)]
+        tried = list(giver_sets(givers, least))
+        assert all(
+            len(found) == least and list(found) == sorted(found, key=lambda item: item.site)
+            for found in tried
+        )
+        assert len(tried) <= count + MOST_TRIES
+        for liar in givers:
+            assert any(liar not in found for found in tried[:count])
+    assert list(giver_sets(givers[:2], 3)) == []
+    assert [len(found) for found in giver_sets(givers[:3], 3)] == [3]

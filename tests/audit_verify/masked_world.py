@@ -150,12 +150,12 @@ class _Masks:
         size = len(values)
         parts: list[tuple[int, Sequence[int]]] = [
             (1, values),
-            (1, mask_words(own_mask_key(self.seeds[site], self.binding), size)),
+            (1, mask_words(own_mask_key(self.seeds[site], self.binding, site), size)),
         ]
         for other in self.keys:
             if other.site != site:
                 public = base64.b64decode(other.mask_key)
-                key = pair_mask_key(self.private[site], public, self.binding)
+                key = pair_mask_key(self.private[site], public, self.binding, (site, other.site))
                 parts.append((sign_of(site, other.site), mask_words(key, size)))
         return combined(size, parts)
 

@@ -90,6 +90,19 @@ def _one_key_twice(driver: Driver, shown: list[Answer]) -> None:
     shown[1]["keys"] = forged_keys(driver, "beta", key=own_key(driver, "beta"), mask_key=mine)
 
 
+def _one_key_in_another_dress(driver: Driver, shown: list[Answer]) -> None:
+    """beta between alpha and gamma: with gamma's key for alpha's its two masks would cancel each other."""
+    mine = bytearray(base64.b64decode(shown[2]["keys"]["mask_key"]))
+    mine[31] ^= 0x80  # X25519 ignores this bit
+    changed = base64.b64encode(bytes(mine)).decode()
+    shown[1]["keys"] = forged_keys(driver, "beta", key=own_key(driver, "beta"), mask_key=changed)
+
+
+def _small_mask_key(driver: Driver, shown: list[Answer]) -> None:
+    one = base64.b64encode(b"\x01" + bytes(31)).decode()
+    shown[1]["keys"] = forged_keys(driver, "beta", key=own_key(driver, "beta"), mask_key=one)
+
+
 def _small_key(driver: Driver, shown: list[Answer]) -> None:
     zeros = base64.b64encode(bytes(32)).decode()
     shown[1]["keys"] = forged_keys(driver, "beta", key=own_key(driver, "beta"), share_key=zeros)
@@ -116,7 +129,9 @@ def _no_member(driver: Driver, shown: list[Answer]) -> None:
         _leave_out_me,
         _my_keys_changed,
         _one_key_twice,
+        _one_key_in_another_dress,
         _small_key,
+        _small_mask_key,
         _site_twice,
         _no_member,
     ],
@@ -285,7 +300,7 @@ def test_a_late_update_stays_under_its_own_mask_though_its_mask_key_is_known(mas
     parts: list[tuple[int, Any]] = [(1, decode_update(kept))]
     for item in transcript.keys:
         if item.site != "gamma":
-            key = pair_mask_key(private, base64.b64decode(item.mask_key), binding)
+            key = pair_mask_key(private, base64.b64decode(item.mask_key), binding, ("gamma", item.site))
             parts.append((-sign_of("gamma", item.site), mask_words(key, len(plain))))
     stripped = combined(len(plain), parts)
     assert all(abs(found - true) > 2**40 for found, true in zip(stripped, plain, strict=True))

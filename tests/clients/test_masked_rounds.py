@@ -203,6 +203,6 @@ def test_a_transcript_has_one_form_and_any_change_is_found(masked: Driver) -> No
 
 
 def test_the_own_mask_depends_on_seed_and_on_everybodys_keys(masked: Driver) -> None:
-    binding, seed = keys_digest(masked.transcript().keys), os.urandom(32)
-    assert own_mask_key(seed, binding) != own_mask_key(seed, bytes(32))
-    assert own_mask_key(seed, binding) != own_mask_key(os.urandom(32), binding)
+    binding, seed, site = keys_digest(masked.transcript().keys), os.urandom(32), "alpha"
+    assert own_mask_key(seed, binding, site) != own_mask_key(seed, bytes(32), site)
+    assert own_mask_key(seed, binding, site) != own_mask_key(os.urandom(32), binding, site)

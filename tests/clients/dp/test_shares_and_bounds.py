@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from audit.shared_noise import share_grid
 from clients.dp.errors import TermsError
-from clients.dp.grid import MAX_ROWS, sum_limit
+from clients.dp.grid import MAX_ROWS, float_below, sum_limit
 from clients.dp.mechanism import Mechanism, MechanismTerms
 from federation.families import logistic_regression
 from federation.torch_models import build_model
@@ -83,6 +83,18 @@ def test_no_sum_of_all_sites_wraps_even_at_the_largest_draws() -> None:
         limit = sum_limit(grid_bits=20, sigma=1 << 22, steps=1, sites=sites)
         assert sites * (limit + 44 * ((1 << 22) + 1)) < 2**63
         assert limit >= MAX_ROWS * 2**21
+
+
+@pytest.mark.parametrize("sites", [1, 3, 7, 1000])
+def test_a_coordinate_held_at_the_limit_is_not_above_it(sites: int) -> None:
+    """The nearest float to the limit can lie hundreds above it: more than is left for the noise."""
+    one = mechanism(grid_bits=8, noise_multiplier=0.03, summed_sites=sites)
+    limit = sum_limit(grid_bits=8, sigma=one.share_grid, steps=1, sites=sites)
+    for sign in (1, -1):
+        held = one._to_grid(torch.full((2,), sign * 1e30, dtype=torch.float64))
+        assert {sign * int(value) for value in held} == {int(float_below(limit))}
+        assert sites * (abs(int(held[0])) + 43 * (one.share_grid + 1)) < 2**63
+    assert 0 <= limit - float_below(limit) <= 1024
 
 
 @pytest.mark.parametrize("bound", [0.5, 3.0, 1000.0])
