@@ -32,6 +32,7 @@ from federation.mechanism import planned_events
 from federation.patience import PATIENCE_S, WAITING, ask_patiently, is_waiting
 from federation.statements import (
     OdometerHead,
+    refusal_event_id,
     verify_acceptance,
     verify_charter_signature,
     verify_enrolment,
@@ -215,7 +216,7 @@ def _accept(
     site, run = enrolment.site, run_started.run
     if "refusal" in answer.header:
         refusal = verify_refusal(site, enrolment, answer.header["refusal"])
-        entries.append((refusal, f"site:{site}", stable_event_id("site.refused", run, site, "0")))
+        entries.append((refusal, f"site:{site}", refusal_event_id(run, 0, refusal)))
         raise SiteRefusedError(site, refusal.reason)
     if is_waiting(answer):
         raise SiteRefusedError(site, WAITING)

@@ -13,7 +13,7 @@ from audit.weights import encode_update
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import StatementError
 from federation.secure_round import MaskedRound
-from federation.statements import AcceptedUpdate
+from federation.statements import AcceptedUpdate, refusal_event_id
 
 
 def record_too_long(
@@ -51,7 +51,7 @@ def record_too_long(
 def record_masked(coordinator: Coordinator, masked: MaskedRound, rejected: dict[str, StatementError]) -> None:
     """Log what sites refused in the steps around a masked round, and name it in `rejected`."""
     for site, refusal in masked.refusals.items():
-        event_id = stable_event_id("site.refused", refusal.run, site, f"{refusal.round} masked")
+        event_id = refusal_event_id(masked.terms.run, masked.terms.round, refusal)
         coordinator.append(refusal, f"site:{site}", event_id)
     for site, problem in masked.rejected.items():
         rejected.setdefault(site, problem)

@@ -66,7 +66,13 @@ from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_bo
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunOutcome, RunState
 from federation.secure_round import MaskedRound
-from federation.statements import AcceptedUpdate, RoundTerms, record_statements, verify_refusal
+from federation.statements import (
+    AcceptedUpdate,
+    RoundTerms,
+    record_statements,
+    refusal_event_id,
+    verify_refusal,
+)
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
 
@@ -378,7 +384,7 @@ class RoundLoop:
                     strategy.rejected[site] = error
                     continue
                 strategy.rejected[site] = StatementError(site, "refusal", refusal.reason)
-                event_id = stable_event_id("site.refused", self._run.run, site, str(number))
+                event_id = refusal_event_id(self._run.run, number, refusal)
                 self._coordinator.append(refusal, f"site:{site}", event_id)
         for site, rejection in strategy.rejected.items():
             _logger.warning("round %d: %s", number, rejection)

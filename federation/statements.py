@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from audit.canonical import canonical_bytes
 from audit.entries import (
     ZERO_DIGEST,
     CharterSigned,
@@ -19,6 +20,7 @@ from audit.entries import (
     SiteEnrolled,
     SiteRefused,
     SiteStatement,
+    body_document,
     decode_signature,
     event_hash,
     parse_body,
@@ -217,6 +219,15 @@ def verify_refusal(site: str, enrolment: SiteEnrolled, document: object) -> Site
         raise StatementError(site, "site", "refuses in another site's name")
     verify_signature(site, body, enrolment.statement_key)
     return body
+
+
+def refusal_event_id(run: str, number: int, refusal: SiteRefused) -> str:
+    """Return the event id of a refusal: the same one once, and another of the same site beside it.
+
+    A site that is asked again after a crash may refuse for another reason; that must not stop the run.
+    """
+    said = hashlib.sha256(canonical_bytes(body_document(refusal))).hexdigest()
+    return stable_event_id("site.refused", run, refusal.site, str(number), said)
 
 
 def verify_past_statement(site: str, enrolment: SiteEnrolled, document: object) -> SiteStatement:

@@ -9,6 +9,7 @@ from audit.entries import (
     RunAccepted,
     RunCompleted,
     RunFailed,
+    SiteRefused,
     SiteStatement,
     SiteUndelivered,
     decode_entry,
@@ -178,6 +179,26 @@ def test_a_release_written_off_in_another_run_stays_out_and_stays_debited(strict
     assert last.missing == ("west",)
     assert judged(strict).step("The odometers").code == "ok"
     assert judged(strict).step("The rounds and their statements").code == "ok"
+
+
+def test_a_site_that_refuses_for_another_reason_after_a_crash_stops_nobody(strict, charter_text):
+    """Both refusals are its word; each is entered once."""
+    reason = {"north": "budget_exhausted"}
+
+    def refuse(kind, header, blobs):
+        if kind == "run.propose":
+            header.clear()
+            header.update(strict.sites["north"].refusal(run, charter.digest, 0, reason["north"]))
+
+    charter = charter_of(charter_text)
+    run = prepared(strict, charter)
+    strict.sites["north"].tamper = refuse
+    crash(strict, run, until=lambda past: past.accepted)
+    reason["north"] = "run_not_accepted"
+    go(strict, run)
+    assert_whole(strict, run, rounds=2)
+    said = [body.reason for body in strict.bodies(SiteRefused)]
+    assert said == ["budget_exhausted", "run_not_accepted"]
 
 
 def test_an_update_refused_for_its_length_is_refused_again(strict, charter_text):
