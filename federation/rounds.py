@@ -321,8 +321,10 @@ class RoundLoop:
         """Return the question to each participant whose release is not in the log already.
 
         A masked round is asked `again` as a whole: sites give the same keys, shares and bytes, and what the
-        log holds of it must come out of it.
+        log holds of it must come out of it. Once its sum was opened nobody is: nothing more can count.
         """
+        if state.opened is not None:
+            return {}
         known = () if again else state.logged
         asked = [site for site in state.participants if site not in known and site not in state.silent]
         return {site: self._request(number, site, state) for site in asked}

@@ -45,6 +45,7 @@ from federation.errors import CharterError, MaskedRunError, PlanDoesNotFitError,
 from federation.exchange import Exchange
 from federation.grid import InProcessGrid
 from federation.model_card import model_card
+from federation.resume import RunPast
 from federation.server_app import carry_out as carry_run_out
 from federation.service import TrainRequest, train
 from tests.audit_verify.judging import EPSILON, REPLAY
@@ -417,6 +418,40 @@ def test_a_masked_run_whose_coordinator_is_killed_anywhere_goes_on_to_the_same_s
     assert len(done.bodies(Statement)) == 8
     report = done.report()
     assert report.step(REPLAY).word is Word.PROVED, report.text()
+    federation.close()
+
+
+def test_a_sum_that_was_opened_before_the_crash_is_taken_as_it_is(tmp_path: Path) -> None:
+    """d was away when round 1 was opened, and is back when the run is: nobody asks it for what cannot count,
+    and so nobody is entered as having refused.
+    """
+    federation, agreed = _set_up(CHARTER, SITES, None, tmp_path / "sim", "1000")
+    join_all(federation.homes, federation.coordinator)
+    agents = {name: Agent.open(home) for name, home in federation.homes.items()}
+    author = federation.scientist.key
+    principal = Principal(id="curie", role="scientist", key=author.text)
+    log = federation.coordinator
+    run = service.start_run(log, principal, LocalOwner(), TrainRequest(charter=agreed), author)
+
+    def away(site: str, kind: str) -> bool:
+        return (site, kind) == ("d", "round")
+
+    def go_on(links: Any, home: Any) -> None:
+        with live_agents(links), InProcessGrid(client_app, {name: {} for name in agents}) as grid:
+            exchange = Exchange(grid, poll_s=0.001, discovery_s=5)
+            carry_run_out(grid, home, run, exchange=exchange, hold_s=0.2, principal="curie")
+
+    links = {name: Between(agent, away, honestly) for name, agent in agents.items()}
+    dying: Any = Dying(log, 10_000, lambda: bool(RunPast.read(log.ledger, run).opened))
+    with pytest.raises(CrashError):
+        go_on(links, dying)
+    go_on(agents, log)
+    for agent in agents.values():
+        agent.close()
+    done = Carried(federation, agreed, None, run)
+    assert done.bodies(SiteRefused) == []
+    assert [(body.round, body.missing) for body in done.bodies(RoundCompleted)] == [(1, ("d",)), (2, ())]
+    assert done.report().step(REPLAY).word is Word.PROVED
     federation.close()
 
 
