@@ -139,6 +139,8 @@ class MaskedRounds:
                 raise RefusedError("already_answered", "shares were made for another set of keys")
             return {"shares": state["shares"]}
         self._check_fresh(request)
+        if "secret" not in state:
+            raise RefusedError("round_out_of_order", "the keys of this round were forgotten")
         keys, signers = self._read_keys(asked, terms)
         name = _name(request, state)
         try:
@@ -260,6 +262,8 @@ class MaskedRounds:
         own = state["agreed"]
         if [list(found.survivors), list(found.updates)] != [own["survivors"], own["updates"]]:
             raise RefusedError("survivors_not_agreed", "the others signed another set than this site")
+        if "opened" not in state and "held" not in state:
+            raise RefusedError("round_out_of_order", "a later round has begun; the shares were forgotten")
         if "opened" not in state:
             held = {site: bytes.fromhex(text) for site, text in state["held"].items()}
             dropped = [site for site in state["members"] if site not in found.survivors]

@@ -192,6 +192,26 @@ def test_a_masked_round_has_an_order(driver: Driver) -> None:
     assert refusal_code(answer) == "round_out_of_order"
 
 
+def test_a_round_that_was_left_for_the_next_one_is_refused_by_name(masked: Driver) -> None:
+    """The keys of round 2 delete the secrets of round 1; who asks for them then hears that, and gets none."""
+    masked.ask_survivors(SITES)
+    agreed = [masked.agreed[site] for site in SITES]
+    network = masked.network
+    header = {"run": network.run, "round": 2, "charter": network.charter.digest}
+    assert "keys" in call(network.agents["alpha"], "masked.keys", header | {"participants": list(SITES)})[0]
+    kept = network.agents["alpha"].ledger.masked_round(network.run, 1)
+    assert kept is not None
+    assert kept.keys().isdisjoint({"secret", "own", "held"})
+    assert refusal_code(masked.step("open", "alpha", agreed=agreed)) == "round_out_of_order"
+
+
+def test_keys_that_were_forgotten_deal_no_shares(driver: Driver) -> None:
+    driver.ask_keys()
+    agent = driver.network.agents["alpha"]
+    agent._masked.forget(driver.network.run)
+    assert refusal_code(driver.step("shares", "alpha", keys=driver.shown())) == "round_out_of_order"
+
+
 def test_a_plain_run_has_no_masked_steps(network: Network) -> None:
     network.start()
     driver = Driver(network)
