@@ -23,6 +23,7 @@ import hashlib
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -81,6 +82,7 @@ def pair_mask_key(private: X25519PrivateKey, public: bytes, binding: bytes, pair
     return _derive(_exchanged(private, public), binding, b"affidavit/pair-mask/v1", *sorted(pair))
 
 
+@lru_cache(maxsize=1 << 12)  # every site of a round reads all its keys
 def same_point(public: bytes) -> bytes:
     """Return what is equal for two public keys exactly when every private key gives both one secret.
 

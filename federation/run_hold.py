@@ -46,6 +46,7 @@ class RunHold:
         self._lease: Lease = ledger.lease(
             lease_name(run), f"{os.getpid()}-{secrets.token_hex(8)}", ttl_s=ttl_s
         )
+        self._token = 0  # of the hold that was taken; a later one is another's, or came after another's
         self._over = threading.Event()
         self._keeper: threading.Thread | None = None
 
@@ -71,7 +72,7 @@ class RunHold:
             RunHeldError: another process took it.
         """
         state = self._lease.state()
-        if state is None or (state.owner, state.token) != (self._lease.owner, self._lease.token):
+        if state is None or (state.owner, state.token) != (self._lease.owner, self._token):
             raise RunHeldError(self._run, "another process took it over")
 
     def _take(self) -> None:
@@ -83,12 +84,16 @@ class RunHold:
                 raise RunHeldError(self._run, "another process carries it out")
             before = before or now
             self._sleep(_LOOK_S)
+        self._token = self._lease.token
 
     def _keep(self) -> None:
         while not self._over.wait(self._ttl_s / 4):
             try:
                 if not self._lease.acquire():
                     return  # the next check says so
+                if self._lease.token != self._token:  # another took it and gave it back, and so do we
+                    self._lease.release()
+                    return
             except AuditError:
                 _logger.warning("the hold on run %s could not be prolonged", self._run)
 

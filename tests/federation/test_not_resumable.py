@@ -94,6 +94,26 @@ def test_a_holder_that_slept_is_told_that_another_went_on(strict):
         asleep.check()
 
 
+def test_a_holder_that_slept_does_not_take_back_what_another_has_finished(strict):
+    """The other gave the hold back: it is free, and the sleeper's keeper must not pick it up again."""
+    ledger, run = strict.coordinator.ledger, prepared(strict)
+    asleep = RunHold(ledger, run, ttl_s=HOLD_S)
+    asleep._take()
+    with RunHold(ledger, run, ttl_s=HOLD_S):
+        pass
+    keeper = threading.Thread(target=asleep._keep)
+    keeper.start()
+    keeper.join(10 * HOLD_S)
+    try:
+        assert not keeper.is_alive()
+        assert not is_held(ledger, run)
+        with pytest.raises(RunHeldError, match="took it over"):
+            asleep.check()
+    finally:
+        asleep._over.set()
+        keeper.join()
+
+
 def test_a_missing_or_altered_update_is_named(strict, steps_and_weights):
     charter, steps, _ = steps_and_weights()
     run = prepared(strict, charter)
