@@ -133,8 +133,12 @@ class VirtualLedger:
             return self._masked.get((run, server_round))
 
     def put_masked_round(self, run: str, server_round: int, state: Mapping[str, JsonValue]) -> None:
+        """Keep what the site knows of a masked round; of a run the last rounds alone, as of releases."""
         with self._lock:
             self._masked[run, server_round] = dict(state)
+            newest = max(number for name, number in self._masked if name == run)
+            for key in [key for key in self._masked if key[0] == run and key[1] <= newest - _KEPT_RELEASES]:
+                del self._masked[key]
 
     def masked_rounds(self, run: str) -> tuple[int, ...]:
         with self._lock:

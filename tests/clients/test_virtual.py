@@ -184,6 +184,18 @@ class TestSiteLedger(LedgerContract):
         made.close()
 
 
+def test_of_masked_rounds_only_the_last_ones_are_remembered():
+    ledger = VirtualLedger()
+    ledger.put_masked_round("other", 1, {"keys": "k"})
+    for number in range(1, 6):
+        ledger.put_masked_round("run", number, {"keys": "k", "secret": "s"})
+        ledger.put_masked_round("run", number, {"keys": "k"})
+    assert ledger.masked_rounds("run") == (4, 5)
+    ledger.put_masked_round("run", 4, {"keys": "forgotten"})
+    assert ledger.masked_rounds("run") == (4, 5)
+    assert ledger.masked_rounds("other") == (1,)
+
+
 def test_a_virtual_site_follows_one_log(tmp_path):
     home = VirtualHome.make(
         tmp_path / "a", name="a", data=tmp_path / "a.csv", lifetime_epsilon="1", lifetime_delta="0.00001"
