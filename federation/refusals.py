@@ -1,9 +1,11 @@
-"""Releases that arrived and were not let into the model: reported as undelivered, with the reason."""
+"""What is entered of releases that count for nothing, of refusals, and of a masked round that was opened."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+
+from flwr.app import Message
 
 from audit.entries import SiteUndelivered, event_hash
 from audit.round_bodies import UpdateRefused
@@ -72,3 +74,11 @@ def record_opened(coordinator: Coordinator, masked: MaskedRound) -> None:
         total=coordinator.blobs.put(encode_update(opened.total)),
     )
     coordinator.append(body, "coordinator", stable_event_id("round.opened", body.run, str(body.round)))
+
+
+def noting(replies: Iterable[Message], unanswered: list[Message]) -> Iterator[Message]:
+    """Pass replies on as they come, and keep those that bring no update: they may hold a signed refusal."""
+    for reply in replies:
+        if reply.has_error() or not (reply.content.get("blobs") or "pieces" in reply.content):
+            unanswered.append(reply)
+        yield reply

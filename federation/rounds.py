@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +61,7 @@ from federation.preparation import (
     record_charter,
 )
 from federation.progress import RunEvent, emit
-from federation.refusals import record_masked, record_opened, record_too_long
+from federation.refusals import noting, record_masked, record_opened, record_too_long
 from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import RunOutcome, RunState
@@ -256,7 +256,7 @@ class RoundLoop:
             on_reply=lambda site: self._emit("answered", number=number, sites=(site,)),
         )
         unanswered: list[Message] = []
-        output, _ = strategy.aggregate_train(number, _noting(stream, unanswered))
+        output, _ = strategy.aggregate_train(number, noting(stream, unanswered))
         if masked is not None:
             record_masked(self._coordinator, masked, strategy.rejected)
         self._check_logged(strategy, state)
@@ -493,11 +493,3 @@ class RoundLoop:
                 **fields,
             )
         )
-
-
-def _noting(replies: Iterable[Message], unanswered: list[Message]) -> Iterator[Message]:
-    """Pass replies on as they come, and keep those that bring no update: they may hold a signed refusal."""
-    for reply in replies:
-        if reply.has_error() or not (reply.content.get("blobs") or "pieces" in reply.content):
-            unanswered.append(reply)
-        yield reply
