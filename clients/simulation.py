@@ -372,7 +372,7 @@ def _set_up(
     public: SiteData | None,
     folder: Path | str | None,
     lifetime_epsilon: str,
-    kind: Homes,
+    kind: Homes = "disk",
 ) -> tuple[SimulatedFederation, Charter]:
     with ExitStack() as undo:
         temporary = None
