@@ -20,7 +20,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,8 @@ KEPT_ENVIRONMENT: Final = (
 )  # fmt: skip
 LOOK_S: Final = 5.0  # how long to wait for the bell; what was not rung for is found then
 _LAST_DESCRIPTOR: Final = 4096
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 Start = Callable[[list[str], Path | None], None]
 """(arguments of flwr-clientapp, where the bundle lies or belongs unpacked)"""
@@ -66,9 +68,14 @@ class ForkExecutor:
 
         arguments = ["--runtime-api-address", spec.runtime_api_address, "--token", spec.token, "--insecure"]
         place = self._bundles.place(spec.fab_hash)
-        pid = os.fork()
-        if pid == 0:
-            self._be_fork(arguments, place)
+        # a signal that comes before the fork has its own handlers would run the parent's, or be lost
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._be_fork(arguments, place, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._forks[pid] = place
         return LaunchResult.accepted()
 
@@ -90,14 +97,15 @@ class ForkExecutor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    def _be_fork(self, arguments: list[str], place: Path | None) -> None:
+    def _be_fork(self, arguments: list[str], place: Path | None, mask: Iterable[int]) -> None:
         status = 1
         try:
             os.closerange(3, _LAST_DESCRIPTOR)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            for number in _SIGNALS:
                 signal.signal(
                     number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 )
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             exits: Any = importlib.import_module("flwr.supercore.exit.exit_handler")
             exits.registered_exit_handlers.clear()  # they are the parent's: one of them ends all forks
             random.seed()

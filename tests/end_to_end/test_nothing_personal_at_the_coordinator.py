@@ -18,8 +18,8 @@ from audit.entries import SiteRefused, SiteStatement
 from audit.principal import LocalOwner, Principal
 from clients.agent import Agent
 from clients.dp.mechanism import Mechanism
-from clients.terms import read_terms
-from clients.trainer import mechanism_terms
+from clients.terms import Terms, read_terms
+from clients.trainer import Workshop, mechanism_terms
 from federation.network.supervisor import Part, Supervisor
 from federation.service import RegisterRequest, TrainRequest, register, train
 from federation.torch_models import build_model
@@ -39,6 +39,17 @@ evaluation: {share: 0.25, noise_multiplier: 2}
 CANARY_X, CANARY_W = 2.7182818284501, 5.7721566490153
 NAME, SUBJECT = "Zaphira Quillfeather", "subject-7f3e-canary"
 SITES = ("aspen", "birch", "clover")
+
+
+class Overheard(Workshop):
+    """Computes with a mechanism that tells what it adds up before the noise."""
+
+    def __init__(self, mechanism: Mechanism) -> None:
+        super().__init__()
+        self._given = mechanism
+
+    def mechanism(self, terms: Terms) -> Mechanism:
+        return self._given
 
 
 def frame(seed: int) -> pd.DataFrame:
@@ -73,7 +84,7 @@ def ran(tmp_path_factory):
         terms = read_terms(charter.canonical().decode(), site=name)
         model = build_model([dict(layer) for layer in terms.layers], precision=terms.precision, site=0)
         mechanism = Mechanism(model, mechanism_terms(terms), terms.loss, recorder=record)
-        agent._trainer._mechanisms[terms.digest] = mechanism
+        agent._trainer._workshop = Overheard(mechanism)
 
     def lose(event):
         if event.kind == "round" and event.round == 1:

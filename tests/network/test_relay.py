@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -65,6 +66,21 @@ def test_closing_ends_the_forks(tmp_path):
     executor.launch(spec(None))
     executor.close()
     settled(executor)
+
+
+def test_a_fork_that_is_told_to_end_as_soon_as_it_exists_runs_no_handler_of_its_parents(tmp_path):
+    """The parent answers SIGTERM in its own way, as Flower's processes do; a fork just ends."""
+    answered = tmp_path / "answered"
+    before = signal.signal(signal.SIGTERM, lambda *_: answered.write_text("by the parent's handler"))
+    try:
+        for number in range(20):
+            executor = ForkExecutor(lambda *_: time.sleep(60), BundleStore(tmp_path / f"bundles{number}"))
+            executor.launch(spec(None))
+            executor.close()
+            settled(executor)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not answered.exists()
 
 
 def test_only_what_flower_starts_as_a_clientapp_is_taken(tmp_path):
