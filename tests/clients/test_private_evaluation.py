@@ -68,7 +68,10 @@ def test_a_sites_people_are_told_what_the_counts_cost_too(run):
 
 
 def test_a_run_prints_as_one_line(run):
-    assert repr(run) == f"<SimulatedRun {run.id[:12]} of {run.charter.name}: 3 sites, version {run.version.digest[:12]}>"
+    assert (
+        repr(run)
+        == f"<SimulatedRun {run.id[:12]} of {run.charter.name}: 3 sites, version {run.version.digest[:12]}>"
+    )
 
 
 def test_each_site_releases_one_matrix_and_the_odometer_counts_it(run):
