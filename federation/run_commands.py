@@ -245,7 +245,7 @@ def _screen(view: RunView) -> str:
         f"awaited  {', '.join(view.awaited) or '-'}",
     ]
     if view.resumed:
-        head.append(f"resumed  {view.resumed} times")
+        head.append("resumed  " + ("once" if view.resumed == 1 else f"{view.resumed} times"))
     if view.needs:
         head.append(f"needs    {view.needs}")
     if view.metrics:
