@@ -203,8 +203,7 @@ class AgentServer:
             connection.settimeout(0.2)
             send_frame(connection, "answer", json.dumps({"error": code}).encode(), {})
             connection.shutdown(socket.SHUT_WR)
-            connection.setblocking(False)
-            connection.recv(1 << 16)  # closing on unread bytes would take the answer back
+            connection.recv(1 << 16)  # closing on bytes that nobody read would take the answer back
 
     def _note(self, kind: str, code: str) -> None:
         self.counts["turned_away"] += 1
