@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(name, required=True)
     parser.add_argument("--bundle", type=Path, help="where the bundle is, or belongs, unpacked")
     arguments = parser.parse_args(own)
-    scratch = Path(arguments.scratch)
+    scratch = Path(arguments.scratch).resolve()  # this process moves into a folder below it
     _sweep(scratch)
     folder = Path(tempfile.mkdtemp(prefix="message-", dir=scratch))
     os.environ.update(FLWR_HOME=str(folder), HOME=str(folder), TMPDIR=str(folder))

@@ -149,3 +149,31 @@ class TestRefusalBook:
         book.refused("a", "bad_request")
         book.settle()
         assert len(written) == 1
+
+
+RELATIVE = """
+import os
+from clients import launcher
+
+for name in ("connect", "limit", "confine", "_tell", "allowance"):
+    setattr(launcher, name, lambda *_, **__: None)
+launcher._run_flower = lambda *_: print(os.environ["FLWR_HOME"], os.getcwd())
+own = ["--agent", "unix:/x", "--site", "s", "--scratch", "scratch"]
+launcher.main([*own, "--", "--runtime-api-address", "127.0.0.1:9"])
+"""
+
+
+def test_a_folder_named_from_where_the_relay_stands_is_the_same_after_the_message_moved(tmp_path, repository):
+    (tmp_path / "scratch").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", RELATIVE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    home, moved = done.stdout.split()
+    assert home == moved
+    assert home.startswith(str(tmp_path / "scratch" / "message-"))
+    assert list((tmp_path / "scratch").iterdir()) == [], "the message's folder goes with it"
