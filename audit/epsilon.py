@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
 from typing import Final
 
@@ -45,6 +46,17 @@ class EpsilonBound:
     value: float
     method: str
     exact: bool
+
+
+def epsilon_text(value: float, places: int = 4) -> str:
+    """Return epsilon as people read it, rounded up: what is shown is never less than what was spent.
+
+    >>> epsilon_text(5.33871), epsilon_text(0.0), epsilon_text(math.inf)
+    ('5.3388', '0.0000', 'inf')
+    """
+    if not math.isfinite(value):
+        return "inf"
+    return format(Decimal(value).quantize(Decimal(1).scaleb(-places), rounding=ROUND_CEILING), "f")
 
 
 def check_event(event: MechanismEvent) -> float:

@@ -18,7 +18,7 @@ from audit.entries import (
     run_digest,
     signing_payload,
 )
-from audit.epsilon import epsilon_floor, recompute
+from audit.epsilon import epsilon_floor, epsilon_text, recompute
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
 from audit.shared_noise import site_level
@@ -192,14 +192,15 @@ def check_promise(terms: Terms) -> None:
         raise RefusedError(
             "charter_not_approved",
             f"the charter promises epsilon {terms.epsilon} at delta {terms.delta}, its plan costs "
-            f"{cost:.4f}; `affidavit charter check` names the noise it needs",
+            f"{epsilon_text(cost)}; `affidavit charter check` names the noise it needs",
         )
     if terms.site_epsilon is not None:
         whole = recompute([site_level(event) for event in terms.planned], float(terms.delta)).value
         if whole > float(terms.site_epsilon) * (1 + 1e-9):
             raise RefusedError(
                 "charter_not_approved",
-                f"the charter promises a whole site epsilon {terms.site_epsilon}, its plan costs {whole:.4f}",
+                f"the charter promises a whole site epsilon {terms.site_epsilon}, its plan costs "
+                f"{epsilon_text(whole)}",
             )
 
 

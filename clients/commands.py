@@ -239,6 +239,7 @@ def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
     """
     import dataclasses
 
+    from audit.epsilon import epsilon_text
     from clients.agent_place import running
     from clients.service import status
 
@@ -249,8 +250,8 @@ def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
         ("people", f"{found.population} (in the log: {found.pseudonym})"),
         ("data", found.data),
         ("budget for life", f"epsilon {found.cap_epsilon} at delta {found.cap_delta}"),
-        ("spent", f"epsilon {found.lifetime_epsilon:.4f} in {found.releases} releases"),
-        ("spent or reserved", f"epsilon {found.committed_epsilon:.4f}"),
+        ("spent", f"epsilon {epsilon_text(found.lifetime_epsilon)} in {found.releases} releases"),
+        ("spent or reserved", f"epsilon {epsilon_text(found.committed_epsilon)}"),
         ("not delivered", found.undelivered or "none"),
         ("open runs", "\n".join(found.open_runs) or "none"),
         ("agreed charters", "\n".join(found.approved_charters) or "none"),
@@ -347,6 +348,7 @@ def sign_charter(
     Exit codes: 0 agreed, 1 not agreed: it does not fit the lifetime budget or is not for this site, 2 wrong
     usage.
     """
+    from audit.epsilon import epsilon_text
     from clients.service import approve_charter, review
     from federation.charter import Charter
 
@@ -355,8 +357,9 @@ def sign_charter(
     found = review(place, text)
     lines = [
         f"charter   {found.charter}",
-        f"releases  {found.releases}, epsilon {found.charter_epsilon:.4f}",
-        f"lifetime  {found.lifetime_after:.4f} of {place.config.lifetime.epsilon} afterwards",
+        f"releases  {found.releases}, epsilon {epsilon_text(found.charter_epsilon)}",
+        f"lifetime  {epsilon_text(found.lifetime_after)} of {place.config.lifetime.epsilon} afterwards",
+        *([f"counts on {found.counts_on}"] if found.counts_on else []),
         *[f"file      {problem}" for problem in found.problems[:20]],
     ]
     if not found.fits:

@@ -63,7 +63,7 @@ def decision(
 
 def run_cost(terms: Terms, delta: float) -> float:
     """Return what the whole plan costs at the site's delta."""
-    return recompute((terms.event,) * terms.rounds, delta).value
+    return recompute(terms.planned, delta).value
 
 
 def year_events(log: Diary, ledger: Odometers, population: str, now: datetime) -> tuple[MechanismEvent, ...]:
@@ -82,7 +82,7 @@ def facts_of(
 ) -> RunFacts:
     """Return what the site's rules look at in a proposed run."""
     delta = float(home.config.lifetime.delta)
-    planned = (terms.event,) * terms.rounds
+    planned = terms.planned
     year = 0.0
     if home.config.rules.epsilon_per_year is not None:
         events = year_events(log, ledger, home.config.population.pseudonym, now)

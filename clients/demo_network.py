@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from audit.console import CommandError, ask_api
+from audit.epsilon import epsilon_text
 from clients.demo_commands import Call, Started, call_all, last_line, preload, start
 from clients.demo_data import demo_charter, write_demo_files
 from clients.demo_namespaces import Machines, machines
@@ -192,7 +193,7 @@ def _agree(demo: _Demo) -> Charter:
         {site: demo.call_site(site, "charter", "sign", str(path), "--site", site) for site in demo.sites}
     )
     for site in demo.sites:
-        demo.screen.note(f"{site} agrees: epsilon {signed[site]['epsilon']:.3f} of 10 for life")
+        demo.screen.note(f"{site} agrees: epsilon {epsilon_text(signed[site]['epsilon'], 3)} of 10 for life")
     return Charter.load(path)
 
 
@@ -218,7 +219,7 @@ def _train(demo: _Demo) -> dict[str, Any]:
                 if last.get("kind") == "round":
                     demo.screen.note(
                         f"round {last['round']:>2}: {len(last['sites'])} sites, "
-                        f"auc {last['metrics']['auc']:.3f}, epsilon {last['epsilon']:.3f}, "
+                        f"auc {last['metrics']['auc']:.3f}, epsilon {epsilon_text(last['epsilon'], 3)}, "
                         f"{last['witnesses']} witnesses, {last['elapsed_s']:.0f} s"
                     )
             code = started.wait(START_S)

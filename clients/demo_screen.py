@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from audit.epsilon import epsilon_text
 from clients.demo_data import CLASSES
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _cells(event: RunEvent) -> dict[str, str]:
         "round": f"{event.round}/{event.rounds}",
         "sites": str(len(event.sites)),
         **metrics,
-        "epsilon": "" if event.epsilon is None else f"{event.epsilon:.3f}",
+        "epsilon": "" if event.epsilon is None else epsilon_text(event.epsilon, 3),
         "cosigned": str(event.witnesses),
         "seconds": f"{event.elapsed_s:.2f}",
     }

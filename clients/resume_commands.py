@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from audit.console import CommandError, base_home, emit, guarded
-from federation.run_commands import AsJson, Home, RunId
+from federation.run_commands import AsJson, Home, RunId, tell_event
 
 if TYPE_CHECKING:
     from audit.principal import Principal
@@ -70,11 +68,7 @@ def _go_on(coordinator: Coordinator, base: Path, run: str, principal: Principal,
     from federation.service import ResumeRequest, resume
 
     def tell(event: RunEvent) -> None:
-        if as_json:
-            typer.echo(json.dumps(dataclasses.asdict(event)))
-        elif event.kind not in ("asked", "answered"):
-            said = f"round {event.round}" if event.kind == "round" else ", ".join(event.sites)
-            typer.echo(" ".join(part for part in (event.kind, said, event.detail) if part))
+        tell_event(event, as_json=as_json)
 
     if NetworkHome.exists(coordinator.home):
         launch = network_launch(coordinator, tell)

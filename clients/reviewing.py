@@ -21,7 +21,7 @@ from audit.entries import (
     RunAccepted,
     parse_body,
 )
-from audit.epsilon import recompute
+from audit.epsilon import epsilon_text, recompute
 from audit.shared_noise import alone
 from audit.site_bodies import BundleDecided, SiteDecided
 from clients.code_digest import agent_code
@@ -113,7 +113,7 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
     lifetime, rules = home.config.lifetime, home.config.rules
     delta = float(lifetime.delta)
     population = home.config.population.pseudonym
-    planned = (terms.event,) * terms.rounds
+    planned = terms.planned
     broken: tuple[str, ...] = ()
     ledger = SiteLedger(home.ledger_path, home.high_water_path, look=True)
     try:
@@ -149,7 +149,7 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
         promised_epsilon=format(terms.epsilon, "f"),
         promised_delta=format(terms.delta, "f"),
         run_epsilon=run_cost(terms, delta),
-        counts_on=_counts_on(terms, delta),
+        counts_on=counts_on(terms, delta),
         lifetime_before=recompute(committed, delta).value if committed else 0.0,
         lifetime_after=after,
         lifetime_cap=format(lifetime.epsilon, "f"),
@@ -164,7 +164,7 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
     )
 
 
-def _counts_on(terms: Terms, delta: float) -> str:
+def counts_on(terms: Terms, delta: float) -> str:
     """Say whom a shared noise counts on: the site's people decide whether they trust as many."""
     secure = terms.secure
     if secure is None:
@@ -172,7 +172,7 @@ def _counts_on(terms: Terms, delta: float) -> str:
     by_itself = recompute([alone(event) for event in terms.planned], delta).value
     return (
         f"{secure.sharers} honest sites of at least {secure.least} in a round, this one among them; if all "
-        f"others collude, epsilon is {by_itself:.4f}"
+        f"others collude, epsilon is {epsilon_text(by_itself)}"
     )
 
 

@@ -77,6 +77,7 @@ class Review:
     charter_epsilon: float
     lifetime_after: float
     fits: bool
+    counts_on: str  # whose shares of the noise epsilon relies on; empty where a site adds the whole
     problems: tuple[DataProblem, ...]
 
 
@@ -111,6 +112,7 @@ def review(home: SiteHome, charter: str) -> Review:
     """
     from clients.ledger import SiteLedger
     from clients.loader import inspect_file
+    from clients.reviewing import counts_on
     from clients.terms import read_terms
 
     terms = read_terms(charter, site=home.name)
@@ -120,14 +122,15 @@ def review(home: SiteHome, charter: str) -> Review:
         committed = ledger.committed_events(home.config.population.pseudonym)
     finally:
         ledger.close()
-    planned = (terms.event,) * terms.rounds
+    planned = terms.planned
     after = recompute((*committed, *planned), float(lifetime.delta)).value
     return Review(
         charter=terms.digest,
-        releases=terms.rounds,
+        releases=len(planned),
         charter_epsilon=recompute(planned, float(lifetime.delta)).value,
         lifetime_after=after,
         fits=after <= float(lifetime.epsilon),
+        counts_on=counts_on(terms, float(lifetime.delta)),
         problems=inspect_file(home.config.data, terms),
     )
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from audit.entries import Entry
+from audit.epsilon import epsilon_text
 from audit.models import answer_of
 from audit.principal import LocalOwner, Principal
 from clients.errors import DataFileError, SimulationError
@@ -56,7 +57,7 @@ class SimulatedFederation:
             self._temporary.cleanup()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class SimulatedRun:
     """One finished run: `history` by round, `epsilons` by site, and what can be done with its version."""
 
@@ -208,6 +209,12 @@ class SimulatedRun:
     def close(self) -> None:
         self.federation.close()
 
+    def __repr__(self) -> str:
+        version = "not registered" if self.version is None else f"version {self.version.digest[:12]}"
+        private = "" if self.private else ", NOT PRIVATE"
+        of = f"{self.charter.name}: {len(self.charter.sites)} sites"
+        return f"<SimulatedRun {self.id[:12]} of {of}, {version}{private}>"
+
     def _repr_html_(self) -> str:
         last = next((event for event in reversed(self.events) if event.kind == "round"), None)
         metrics = {} if last is None else last.metrics
@@ -232,7 +239,7 @@ class SimulatedRun:
             return "NOT PRIVATE: noise left out"
         spent = 0.0 if last is None or last.epsilon is None else last.epsilon
         privacy = self.charter.privacy
-        return f"{spent:.4f} for one {privacy.unit} ({privacy.relation}), delta {privacy.delta}"
+        return f"{epsilon_text(spent)} for one {privacy.unit} ({privacy.relation}), delta {privacy.delta}"
 
 
 def write_site_files(folder: Path, sites: Mapping[str, SiteData]) -> dict[str, Path]:

@@ -262,8 +262,13 @@ def _site(home: Path | None, name: str) -> SiteHome:
 
 
 def _shown(found: SiteReview) -> str:
-    left = f"{found.lifetime_before:.4f} now, {found.lifetime_after:.4f} afterwards, cap {found.lifetime_cap}"
-    year = f"{found.year_after:.4f} afterwards" + (f", limit {found.year_limit}" if found.year_limit else "")
+    from audit.epsilon import epsilon_text
+
+    before, after = epsilon_text(found.lifetime_before), epsilon_text(found.lifetime_after)
+    left = f"{before} now, {after} afterwards, cap {found.lifetime_cap}"
+    year = f"{epsilon_text(found.year_after)} afterwards" + (
+        f", limit {found.year_limit}" if found.year_limit else ""
+    )
     rows: list[list[object]] = [
         ["charter", f"{found.name}  {found.charter}"],
         ["run", f"{found.run} for model {found.model}" if found.run else "any under this charter"],
@@ -278,7 +283,7 @@ def _shown(found: SiteReview) -> str:
             f"epsilon {found.promised_epsilon} at delta {found.promised_delta}, {found.rounds} rounds",
         ],
         ["unit", f"one {found.unit}, {found.relation.replace('_', '/')}"],
-        ["this run", f"epsilon {found.run_epsilon:.4f} at delta {found.delta}"],
+        ["this run", f"epsilon {epsilon_text(found.run_epsilon)} at delta {found.delta}"],
         ["lifetime", left],
         ["last 365 days", year],
         ["fits", "yes" if found.fits else "NO: no decision passes the lifetime cap"],

@@ -15,6 +15,7 @@ from typing import Final
 
 from audit.answers import EXACT
 from audit.entries import RoundCompleted, RunAccepted, SiteStatement, VersionTransition
+from audit.epsilon import epsilon_text
 from audit.errors import AuditError
 from audit.ledger import Ledger
 from audit.models import weights_of_file
@@ -220,7 +221,7 @@ def _privacy(version: Version, charter: Charter) -> Iterator[Block]:
     if charter.site_level is not None:
         whole = plan_cost(charter).whole_site
         yield Paragraph(
-            f"A whole site, all its rows replaced by nothing: epsilon {whole or 0:.4f} "
+            f"A whole site, all its rows replaced by nothing: epsilon {epsilon_text(whole or 0)} "
             f"for a run, delta {privacy.delta}; the charter allows {charter.site_level.epsilon}."
         )
     over = [c.site for c in version.registered.epsilons if Decimal(c.run_epsilon) > privacy.epsilon]

@@ -77,7 +77,7 @@ def start(
             emit({"run": run, "superlink": str(number)}, f"run {run}", as_json=as_json)
             return
         typer.echo(f"run {run}", err=True)
-        follow_run(opened, run, number, lambda event: _tell(event, as_json=as_json))
+        follow_run(opened, run, number, lambda event: tell_event(event, as_json=as_json))
         version = register_version(opened, principal, LocalOwner(), RegisterRequest(run=run))
     document = {
         "run": run,
@@ -98,6 +98,8 @@ def list_runs(delta: Delta = 1e-5, home: Home = None, as_json: AsJson = False) -
 
     Exit codes: 0 done, 1 no log here, 2 wrong usage.
     """
+    from audit.epsilon import epsilon_text
+
     with _ledger(home) as (ledger, folder):
         from federation.runs import list_runs as read
 
@@ -108,7 +110,7 @@ def list_runs(delta: Delta = 1e-5, home: Home = None, as_json: AsJson = False) -
             view.model,
             "resumable" if view.resumable else view.state,
             f"{view.round}/{view.rounds}",
-            f"{max(view.epsilon.values(), default=0.0):.4f}",
+            epsilon_text(max(view.epsilon.values(), default=0.0)),
             ", ".join(view.awaited) or "-",
             ", ".join(f"{name}: {reason}" for name, reason in sorted(view.refused.items())) or "-",
         ]
@@ -153,7 +155,7 @@ def follow(
             while True:
                 events, after = journal.read(after)
                 for event in events:
-                    _tell(event, as_json=True)
+                    tell_event(event, as_json=True)
                 view = find_run(ledger, run, delta=delta, home=folder)
                 if (view.state != "running" or view.resumable) and not events:
                     break
@@ -232,6 +234,8 @@ def _live(read: Any, every_s: float) -> RunView:
 
 
 def _screen(view: RunView) -> str:
+    from audit.epsilon import epsilon_text
+
     reason = f" ({view.reason})" if view.reason else ""
     state = "broken off, resumable" if view.resumable else view.state
     head = [
@@ -241,7 +245,7 @@ def _screen(view: RunView) -> str:
         f"awaited  {', '.join(view.awaited) or '-'}",
     ]
     if view.resumed:
-        head.append(f"resumed  {view.resumed} times")
+        head.append("resumed  " + ("once" if view.resumed == 1 else f"{view.resumed} times"))
     if view.needs:
         head.append(f"needs    {view.needs}")
     if view.metrics:
@@ -252,7 +256,7 @@ def _screen(view: RunView) -> str:
         [
             name,
             "accepted" if name in view.accepted else "-",
-            f"{view.epsilon.get(name, 0.0):.4f}",
+            epsilon_text(view.epsilon.get(name, 0.0)),
             view.refused.get(name, "missing in the last round" if name in view.missing else "-"),
             str(view.undelivered.get(name, 0) or "-"),
         ]
@@ -267,8 +271,11 @@ def _document(view: RunView) -> dict[str, Any]:
     return dataclasses.asdict(view)
 
 
-def _tell(event: RunEvent, *, as_json: bool) -> None:
+def tell_event(event: RunEvent, *, as_json: bool) -> None:
+    """Print one thing that happened in a run: a line for people, or a document for programs."""
     import dataclasses
+
+    from audit.epsilon import epsilon_text
 
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(event)))
@@ -276,7 +283,7 @@ def _tell(event: RunEvent, *, as_json: bool) -> None:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in sorted(event.metrics.items()))
         typer.echo(
             f"round {event.round:>3}/{event.rounds}  {len(event.sites)} sites  {shown}  "
-            f"epsilon {event.epsilon or 0:.4f}  {event.elapsed_s:.1f} s"
+            f"epsilon {epsilon_text(event.epsilon or 0)}  {event.elapsed_s:.1f} s"
         )
     elif event.kind not in ("asked", "answered"):
         names = ", ".join(event.sites)

@@ -20,7 +20,7 @@ def register(runs: typer.Typer) -> None:
 @guarded
 def show_updates(
     run: Annotated[
-        str, typer.Argument(help="The run, as `affidavit log search --type run.started` names it.")
+        str, typer.Argument(help="The run, as `affidavit runs list` names it; with --url in full.")
     ],
     plot: Annotated[Path | None, typer.Option(help="Write the cosine map and the distances as PNG.")] = None,
     home: Annotated[
@@ -50,7 +50,7 @@ def show_updates(
         if plot is not None:
             picture = ask_api(url, f"{path}?format=png", key=key)
     else:
-        views = _views_here(home, run)
+        run, views = _views_here(home, run)
         if plot is not None:
             from federation.plots import png_of, updates_figure
 
@@ -63,9 +63,12 @@ def show_updates(
     emit({"run": run, "rounds": views}, lines, as_json=as_json)
 
 
-def _views_here(home: Path | None, run: str) -> list[dict[str, Any]]:
+def _views_here(home: Path | None, run: str) -> tuple[str, list[dict[str, Any]]]:
     from federation.anomaly import views_of_run
     from federation.coordinator import Coordinator
 
     with Coordinator.open(base_home(home) / "coordinator") as coordinator:
-        return list(views_of_run(coordinator, run))
+        begun = coordinator.ledger.search(type="run.started", limit=1000)
+        names = [row.columns.run for row in begun if row.columns.run and row.columns.run.startswith(run)]
+        name = names[0] if len(names) == 1 else run
+        return name, list(views_of_run(coordinator, name))

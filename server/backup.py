@@ -27,6 +27,7 @@ from audit.location import Location, log_location, vault_location
 from audit.signer import Signer
 from audit.signing_home import signer_passphrase
 from audit.vault_home import KEY_FILE
+from server import metric_files
 from server.errors import ServerError
 
 FORMAT: Final = "affidavit-backup/1"
@@ -170,7 +171,7 @@ def _copy(home: Path, target: Path) -> list[str]:
         name = path.relative_to(home).as_posix()
         if path.is_symlink() or not path.is_file() or name.endswith(_SKIPPED):
             continue
-        if path == vault or name.startswith(KEY_FILE):
+        if path == vault or name.startswith((KEY_FILE, f"{metric_files.FOLDER}/")):
             continue
         destination = target / name
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def serve(
             raise CommandError(
                 "grpc_port 0 is one worker's; name a port that all share", code="server.settings"
             )
-        metric_files.prepare(settings.coordinator_home / "metrics")
+        metric_files.prepare(settings.coordinator_home / metric_files.FOLDER)
     from server.app import create_app
     from server.workers import Supervisor, run_worker
 

@@ -18,8 +18,11 @@ from audit.errors import AuditError
 _EXTRAS: Final = {
     "agent": ("torch", "pandas", "pandera", "pyarrow", "sqlmodel"),
     "relay": ("flwr",),
-    "coordinator": ("flwr", "sqlmodel", "alembic", "matplotlib"),
-    "server": ("fastapi", "uvicorn", "cedarpy", "argon2", "prometheus_client"),
+    "coordinator": ("flwr", "sqlmodel", "alembic", "matplotlib", "onnx"),
+    "server": ("fastapi", "uvicorn", "cedarpy", "argon2", "prometheus_client", "onnxruntime", "grpc", "jwt"),
+    "witness": ("httpx", "sqlmodel", "uvicorn"),
+    "explain": ("captum", "fairlearn"),
+    "tracing": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "postgresql": ("psycopg",),
     "accounting": ("dp_accounting",),
     "notebooks": ("nbclient", "sklearn"),
@@ -65,10 +68,17 @@ def _cryptography() -> Check:
         return Check(name="cryptography", ok=False, detail="missing; install affidavit again")
 
 
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a dotted name, what it lies in is missing
+        return False
+
+
 def _extras() -> list[Check]:
     checks = []
     for extra, modules in _EXTRAS.items():
-        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        missing = [name for name in modules if not _is_there(name)]
         detail = f"lacks {', '.join(missing)}; install affidavit[{extra}]" if missing else "installed"
         checks.append(Check(name=f"extra {extra}", ok=not missing, optional=True, detail=detail))
     return checks

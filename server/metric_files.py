@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
+FOLDER: Final = "metrics"  # of the coordinator's home; worth nothing once the server stops
 _OF_THE_MOMENT = re.compile(r"gauge_live\w*_([1-9][0-9]*)\.db")
 
 

@@ -5,7 +5,9 @@ With several workers (`server.metric_files`) whichever is asked adds up everybod
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -121,14 +123,15 @@ class Monitoring:
             "Seconds until a certificate of this coordinator ends; what renews itself starts over in time.",
             ("name",),
             registry=self.registry,
-            multiprocess_mode="min",
+            multiprocess_mode="mostrecent",
         )
         self.node_key_seconds = Gauge(
             "affidavit_node_key_seconds_left",
             "Seconds until the first of the members' node keys ends.",
-            registry=self.registry,
-            multiprocess_mode="min",
+            registry=None,  # a gauge that nobody set says 0, which here would mean that a key has ended
+            multiprocess_mode="mostrecent",
         )
+        self._has_network, self._looking = False, Lock()
         self.alarms = Counter(
             "affidavit_alarms",
             "Alarms that this server raised.",
@@ -137,7 +140,10 @@ class Monitoring:
         )
 
     def look_at_network(self, home: Path, ledger: Ledger) -> None:
-        """Take what the coordinator's network part says of its ends; without one nothing is said."""
+        """Take what the coordinator's network part says of its ends; without one nothing is said.
+
+        Of several workers the one that looked last counts: another's older word knows no renewal.
+        """
         if not (home / "network" / "network.yaml").is_file():
             return
         from federation.network.roster import seconds_left
@@ -146,8 +152,11 @@ class Monitoring:
         for state in NetworkHome.open(home).pki.states():
             self.certificate_seconds.labels(state.name).set(state.left.total_seconds())
         soonest = seconds_left(ledger)
-        if soonest is not None:
-            self.node_key_seconds.set(soonest)
+        self.node_key_seconds.set(inf if soonest is None else soonest)
+        with self._looking:
+            if not self._has_network:
+                self.registry.register(self.node_key_seconds)
+                self._has_network = True
 
     def render(self) -> bytes:
         """Return the exposition text, format 0.0.4; of all workers, where there are several."""

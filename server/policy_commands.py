@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,15 +54,30 @@ def register(application: typer.Typer) -> None:
 
 @policy.command("show")
 @guarded
-def show(home: Home = None, url: Url = None, key_file: KeyFile = None, as_json: AsJson = False) -> None:
-    """Print the rules in force, and who put them there.
+def show(
+    tests: Annotated[
+        bool,
+        typer.Option("--tests", help="Print the tests of this release's own rules instead, to start from."),
+    ] = False,
+    home: Home = None,
+    url: Url = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the rules in force to the byte; who put them there goes to the console, not into the file.
 
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
     """
+    if tests:
+        text = files("server").joinpath("policies", "access.tests.yaml").read_text(encoding="utf-8")
+        emit({"tests": text}, text.removesuffix("\n"), as_json=as_json)
+        return
     document = _rules_in_force(home, url, key_file)
     change = document["change"]
     who = "the server's own, as it was started" if change is None else f"entry {change['leaf_index']}"
-    emit(document, f"// {document['policy_set']}: {who}\n{document['text'].rstrip()}", as_json=as_json)
+    if not as_json:
+        typer.echo(f"{document['policy_set']}: {who}", err=True)
+    emit(document, document["text"].removesuffix("\n"), as_json=as_json)
 
 
 @policy.command("check")

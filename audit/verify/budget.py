@@ -23,6 +23,7 @@ from audit.entries import (
 from audit.epsilon import (
     EpsilonError,
     epsilon_floor,
+    epsilon_text,
     epsilon_with_discretisation,
     needs_rdp,
     rdp_epsilon,
@@ -180,7 +181,7 @@ def _whole_sites(
         if Decimal(bound.value) > charter.site_level.epsilon:
             raise FailError(
                 "epsilon.over_charter",
-                f"site {site} as a whole: {bound.value:.4f} is above {charter.site_level.epsilon}",
+                f"site {site} as a whole: {epsilon_text(bound.value)} is above {charter.site_level.epsilon}",
                 entry,
             )
         ever = "none"

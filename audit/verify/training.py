@@ -284,7 +284,8 @@ def _check_resumes(chain: Chain, rounds: Sequence[Round]) -> str:
     if not resumes:
         return ""
     rounds_text = ", ".join(str(leaf.body.round) for leaf in resumes[:8])
-    return f"; taken up again {len(resumes)} times, at round {rounds_text}, each from the model before it"
+    often = "once" if len(resumes) == 1 else f"{len(resumes)} times"
+    return f"; taken up again {often}, at round {rounds_text}, each from the model before it"
 
 
 def _check_nothing_besides(chain: Chain, run: str, rounds: Sequence[Round]) -> None:

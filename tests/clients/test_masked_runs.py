@@ -36,6 +36,7 @@ from clients.client_app import app as client_app
 from clients.inprocess import live_agents
 from clients.proposals import Proposal
 from clients.reviewing import review_proposal
+from clients.service import review
 from clients.simulation import _set_up, inprocess_launch, join_all, run_federation, simulate
 from federation import service
 from federation.accounting import plan_cost, plan_report
@@ -474,6 +475,7 @@ def test_the_people_of_a_site_are_told_whom_their_epsilon_counts_on(tmp_path: Pa
     found = review_proposal(federation.homes["a"], proposal)
     assert found.counts_on.startswith("3 honest sites of at least 3 in a round")
     assert "if all others collude, epsilon is" in found.counts_on
+    assert review(federation.homes["a"], proposal.charter).counts_on == found.counts_on  # before signing, too
     federation.close()
 
 

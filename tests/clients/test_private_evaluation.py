@@ -7,13 +7,18 @@ import pandas as pd
 import pytest
 
 from audit.entries import RunAccepted, SiteStatement
+from audit.epsilon import recompute
 from audit.keys import SigningKey
 from audit.private_evaluation import GRID_BITS, Evaluation, EvaluationError, worth
 from audit.round_bodies import RunEvaluated
 from audit.verify import Verdict, Word, verify_evidence
+from clients.decisions import run_cost
 from clients.dp.randomness import SecureRandom
 from clients.evaluation import noisy_counts, true_counts
 from clients.loader import load_all_data, load_evaluation_data, load_training_data
+from clients.proposals import Proposal
+from clients.reviewing import review_proposal
+from clients.service import review
 from clients.simulation import simulate
 from clients.terms import read_terms
 from federation.charter import Charter
@@ -48,6 +53,25 @@ def run():
     made.approve()
     yield made
     made.close()
+
+
+def test_a_sites_people_are_told_what_the_counts_cost_too(run):
+    text, home = run.charter.canonical().decode(), run.federation.homes["a"]
+    planned = read_terms(text, site="a").planned
+    whole = recompute(planned, 1e-5).value
+    assert whole > recompute(planned[:2], 1e-5).value * 1.05
+    signing, deciding = review(home, text), review_proposal(home, Proposal(charter=text, run=None))
+    assert (signing.releases, signing.charter_epsilon) == (3, whole)
+    assert deciding.run_epsilon == whole
+    assert signing.lifetime_after == deciding.lifetime_after == recompute(planned * 2, 1e-5).value
+    assert run_cost(read_terms(text, site="a"), 1e-5) == whole  # what the site's own rules compare
+
+
+def test_a_run_prints_as_one_line(run):
+    assert (
+        repr(run)
+        == f"<SimulatedRun {run.id[:12]} of {run.charter.name}: 3 sites, version {run.version.digest[:12]}>"
+    )
 
 
 def test_each_site_releases_one_matrix_and_the_odometer_counts_it(run):

@@ -130,6 +130,7 @@ def test_a_runs_updates_are_the_same_from_every_side(served, tmp_path):
         served.remote("officer", "runs", "updates", "no-such-run"),
     ]
     assert len({code for code, _ in unknown}) == 1
+    assert served.command("runs", "updates", run[:12]) == outcomes[1]  # as `runs list` names it
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import typer
@@ -252,6 +254,15 @@ def test_doctor_finds_a_log_behind_its_signer_and_an_open_key(own, tmp_path):
     assert result.code == 1
     wrong = {check["name"] for check in result.json["checks"] if not check["ok"] and not check["optional"]}
     assert wrong == {"private keys"}
+
+
+def test_doctor_looks_at_every_extra(own):
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = set(declared["project"]["optional-dependencies"]) - {"all", "cli", "dev"}
+    checks = own.run("doctor", "--json").json["checks"]
+    assert {check["name"] for check in checks if check["name"].startswith("extra ")} == {
+        f"extra {name}" for name in extras
+    }
 
 
 def test_fsck_names_an_edited_row(own):

@@ -68,6 +68,8 @@ def test_a_run_that_was_broken_off_is_shown_resumed_and_registered(broken_off):
     resumed = own.run("runs", "resume", run[:12])
     assert resumed.code == 0, resumed.err
     assert f"run {run} is complete" in resumed.out
+    assert "\nround   2/2  2 sites  " in resumed.out
+    assert "round round" not in resumed.out
     again = own.run("runs", "resume", run[:12], "--json")
     assert again.code == 0, again.err
     last = json.loads(again.out.splitlines()[-1])

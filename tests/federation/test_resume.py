@@ -97,7 +97,7 @@ def test_a_resumed_run_says_who_resumed_it_and_where_and_the_verifier_says_so(st
     assert resumed.previous_round == first[0].leaf_hash.hex()
     assert resumed.base_model == first[1].output_model
     assert (
-        "taken up again 1 times, at round 2"
+        "taken up again once, at round 2"
         in assert_whole(strict, run, rounds=2).step("The rounds and their statements").detail
     )
 

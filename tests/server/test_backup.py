@@ -15,6 +15,7 @@ from audit.fsck import fsck
 from audit.ledger import Ledger
 from audit.signer import Signer
 from federation.coordinator import Coordinator
+from server import metric_files
 from server.backup import BackupError, RestoreBehindSignerError, RestoreForkError, backup, restore
 
 
@@ -38,6 +39,14 @@ def test_backup_restores_to_the_same_log(lab, home, tmp_path):
     with Coordinator.open(moved, lab.folder / "signer") as coordinator:
         assert coordinator.blobs.get(lab.version)
         coordinator.publish()
+
+
+def test_backup_leaves_out_the_workers_metrics_which_are_no_databases(lab, home, tmp_path):
+    folder = metric_files.prepare(home / metric_files.FOLDER, {})
+    (folder / "counter_12.db").write_bytes(bytes(1 << 16))  # what `serve --workers` leaves
+    backup(home, tmp_path / "b.tar.gz")
+    with tarfile.open(tmp_path / "b.tar.gz") as archive:
+        assert not [name for name in archive.getnames() if "counter" in name]
 
 
 def test_backup_never_holds_the_signers_key_nor_is_open_to_others(lab, home, tmp_path):

@@ -18,10 +18,13 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from federation.network.pki import Pki
+from federation.network.settings import NetworkHome, NetworkSettings
 from server import logs, metric_files
 from server.app import create_app
 from server.errors import MalformedRequestError, OverloadedError
 from server.marks import Marks, parse_request_id, parse_trace
+from server.monitoring import Monitoring
 from server.shedding import FLOOR, Shedder
 
 HEX = "0f4bd1f2f0a54a0c9d3f0d6f0a1b2c3d"
@@ -310,6 +313,47 @@ def test_workers_metrics_add_up_and_the_dead_are_not_in_flight(tmp_path):
     assert 'affidavit_predicted_rows_total{model="toy"} 23.0' in text
     assert "affidavit_log_tree_size 11.0" in text
     assert "affidavit_http_requests_in_flight 3.0" in text  # of the one that lives
+
+
+NETWORK_WORKER = """
+import sys
+from pathlib import Path
+from audit.ledger import Ledger
+from audit.location import log_location
+from server.monitoring import Monitoring
+home, monitoring = Path(sys.argv[1]), Monitoring()
+monitoring.certificate_seconds.labels("elder").set(int(sys.argv[2]))
+with Ledger.open(log_location(home)) as ledger:
+    monitoring.look_at_network(home, ledger)
+print(monitoring.render().decode())
+"""
+
+
+def test_without_a_network_nothing_is_said_of_node_keys_and_with_one_the_latest_look_counts(lab, tmp_path):
+    home, environ = lab.coordinator.home, dict(os.environ)
+    names = "affidavit_node_key_seconds_left", "affidavit_certificate_seconds_left"
+
+    def values(text):
+        lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith(names)]
+        return {name: value for name, _, value in lines}
+
+    def worker(seconds):
+        command = [sys.executable, "-c", NETWORK_WORKER, str(home), str(seconds)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        return values(done.stdout)
+
+    monitoring = Monitoring()
+    monitoring.look_at_network(home, lab.coordinator.ledger)
+    assert values(monitoring.render().decode()) == {}  # 0 would say that a key has ended
+    metric_files.prepare(tmp_path / "metrics", environ)
+    assert worker(50) == {'affidavit_certificate_seconds_left{name="elder"}': "50.0"}
+    settings = NetworkSettings(public_host="localhost")
+    Pki.create(NetworkHome.create(home, settings).pki.folder, ("localhost",), name="toy")
+    monitoring.look_at_network(home, lab.coordinator.ledger)
+    assert values(monitoring.render().decode())["affidavit_node_key_seconds_left"] == "+Inf"  # no member yet
+    found = worker(7_000_000)
+    assert found["affidavit_node_key_seconds_left"] == "+Inf"
+    assert found['affidavit_certificate_seconds_left{name="elder"}'] == "7e+06"  # the one before it said 50
 
 
 def test_a_supervisor_forgets_a_worker_by_its_number(tmp_path):

@@ -107,6 +107,21 @@ def test_apply_signs_the_rules_into_force_and_servers_follow(office, lab, as_rol
     assert body.policy_set in [said.policy_set for said in bodies(lab, PolicyApplied)]
 
 
+def test_what_show_prints_is_the_set_in_force_and_passes_its_tests(office, lab, capsys):
+    where = ("--home", str(lab.folder))
+    assert main(["policy", "show", *where]) == 0
+    shown = capsys.readouterr()
+    digest = office("policy", "show")[1]["policy_set"]
+    assert shown.err.startswith(f"{digest}: ")
+    rules = office.rules.with_name("copy.cedar")
+    rules.write_text(shown.out)
+    assert main(["policy", "show", "--tests", *where]) == 0
+    rules.with_name("copy.tests.yaml").write_text(capsys.readouterr().out)
+    code, found = office("policy", "check", rules)
+    assert (code, found["policy_set"]) == (0, digest)
+    assert found["tests"]["failed"] == []
+
+
 def test_rules_that_fail_their_tests_or_have_none_are_not_signed(office, lab):
     tests = office.rules.parent / "mine.tests.yaml"
     tests.write_text(CASE.replace("deny", "allow"))
