@@ -89,8 +89,7 @@ class Between:
     """An agent as the relay sees it: some answers never come, some are changed on their way."""
 
     def __init__(self, agent: Agent, hold: Hold, lie: Lie) -> None:
-        self.agent, self.hold, self.lie = agent, hold, lie
-        self.gone = False
+        self.agent, self.hold, self.lie, self.gone = agent, hold, lie, False
 
     def handle(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
         if self.gone or self.hold(self.agent.name, kind):
