@@ -2,7 +2,8 @@
 
 A run in which a test fails writes no page. What was not run is named in the page, so that a skipped part
 cannot pass for a good one. Parts may be run one by one instead, each by pytest with the variable RESULTS
-naming one file, and put together by `python -m tests.soak_report PAGE --rows FILE`.
+naming one file, and put together by
+`python -m tests.soak_report PAGE --rows FILE CAUTION`.
 """
 
 from __future__ import annotations
@@ -73,13 +74,16 @@ def _cpu_s() -> float:
     return sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime for who in _WHOSE)
 
 
-def page(rows: Iterable[dict[str, Any]], *, where: str) -> str:
+_WHOLE: Final = "A run in which anything fails writes nothing here."
+
+
+def page(rows: Iterable[dict[str, Any]], *, where: str, caution: str = _WHOLE) -> str:
     """Return the page of these rows, in the order of `PARTS` and of the tests' names, each test once."""
     found = list({(row["test"], row["part"], row["size"]): row for row in rows}.values())
     lines = [
         "# Faults by the thousand",
         "",
-        f"Written by `make soak` {where}. A run in which anything fails writes nothing here.",
+        f"Written by `make soak` {where}. {caution}",
         "Seconds are of one test on a shared, busy machine; CPU seconds are those of the test and of the",
         "processes that it waited for, so a database server's are not among them.",
         "",
@@ -129,15 +133,18 @@ def run(command: list[str], target: Path) -> int:
     return done.returncode
 
 
-def assemble(results: Path, target: Path) -> None:
-    """Write the page of parts that were run one by one, and passed, with RESULTS naming one file."""
+def assemble(results: Path, target: Path, caution: str) -> None:
+    """Write the page of parts that were run one by one with RESULTS naming one file.
+
+    `caution` stands where a whole run says that it passed as one: which code it was, what was run again.
+    """
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    target.write_text(page(rows, where=f"in parts {_where()}"), encoding="utf-8")
+    target.write_text(page(rows, where=f"in parts {_where()}", caution=caution), encoding="utf-8")
 
 
 if __name__ == "__main__":
     if sys.argv[2:3] == ["--rows"]:
-        assemble(Path(sys.argv[3]), Path(sys.argv[1]))
+        assemble(Path(sys.argv[3]), Path(sys.argv[1]), sys.argv[4])
         sys.exit(0)
     marks = "soak or reported"
     sys.exit(run([sys.executable, "-m", "pytest", "-m", marks, *sys.argv[2:]], Path(sys.argv[1])))
