@@ -145,7 +145,7 @@ class EntryError(AuditError):
         self.field, self.problem = field, problem
 
 
-_SIGNATURE_FIELDS: Final = ("signature", "statement_proof", "successor_proof", "witness_proof")
+_SIGNATURE_FIELDS: Final = frozenset({"signature", "statement_proof", "successor_proof", "witness_proof"})
 _DOMAINS: Final[dict[type[Any], str]] = {
     SiteEnrolled: "enrolment",
     CharterSigned: "charter",
@@ -334,7 +334,10 @@ def _decode_slowly(data: bytes) -> Entry:
 def body_document(body: Any) -> dict[str, Any]:
     """Return the body as plain JSON values, checked against its own types."""
     document: dict[str, Any] = _plain(body)
-    parse_body(type(body), document)
+    try:
+        writer_of(type(body), _DIGEST_FIELDS)(body)  # what it writes is of its types
+    except ODD:
+        parse_body(type(body), document)
     return document
 
 
@@ -344,6 +347,15 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
     Raises:
         EntryError: a field is missing, unknown, or of another kind; names the field's path.
     """
+    try:
+        body: T = reader_of(kind)(value)
+        writer_of(kind, _DIGEST_FIELDS)(body)
+    except (*ODD, EntryError):
+        return _parse_slowly(kind, value, path)  # says what is wrong, and where
+    return body
+
+
+def _parse_slowly(kind: type[T], value: object, path: str) -> T:
     if not isinstance(value, dict):
         raise EntryError(path, "is not an object")
     types, later = _types(kind), _later(kind)
@@ -352,7 +364,7 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
     if unknown or missing:
         raise EntryError(path, f"unknown fields {unknown}, missing fields {missing}")
     for name, default in later.items():
-        if name in value and value[name] == default:
+        if name in value and value[name] in (default, _plain(default)):
             raise EntryError(f"{path}.{name}", "is left out where it is empty")
     return kind(
         **{
@@ -368,8 +380,11 @@ def signing_payload(body: Any) -> tuple[str, bytes]:
     kind = type(body)
     if kind not in _DOMAINS:
         raise EntryError(kind.__name__, "nobody signs this kind of body")
-    document = {key: value for key, value in _plain(body).items() if key not in _SIGNATURE_FIELDS}
-    return _DOMAINS[kind], canonical_bytes(document)
+    try:
+        return _DOMAINS[kind], writer_of(kind, _DIGEST_FIELDS, _SIGNATURE_FIELDS)(body).encode()
+    except ODD:
+        document = {key: value for key, value in _plain(body).items() if key not in _SIGNATURE_FIELDS}
+        return _DOMAINS[kind], canonical_bytes(document)
 
 
 def decode_signature(text: str, *, field: str = "signature") -> bytes:
@@ -385,16 +400,33 @@ def decode_signature(text: str, *, field: str = "signature") -> bytes:
 
 def event_hash(statement: SiteStatement) -> str:
     """Return the hash that the population's next event must name as `previous_event`."""
-    document = {
-        "population": statement.population,
-        "sequence": statement.sequence,
-        "previous_event": statement.previous_event,
-        "run": statement.run,
-        "round": statement.round,
-        "charter": statement.charter,
-        "event": _plain(statement.event),
-    }
-    return hashlib.sha256(b"affidavit/event/v1\x00" + canonical_bytes(document)).hexdigest()
+    hashed = _Hashed(
+        population=statement.population,
+        sequence=statement.sequence,
+        previous_event=statement.previous_event,
+        run=statement.run,
+        round=statement.round,
+        charter=statement.charter,
+        event=statement.event,
+    )
+    try:
+        data = writer_of(_Hashed, _DIGEST_FIELDS)(hashed).encode()
+    except ODD:
+        data = canonical_bytes(_plain(hashed))
+    return hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Hashed:
+    """What the hash of an event covers."""
+
+    population: str
+    sequence: int
+    previous_event: str
+    run: str
+    round: int
+    charter: str
+    event: MechanismEvent
 
 
 def run_digest(started: RunStarted) -> str:
@@ -451,12 +483,14 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) is str or type(value) is int:
+        return value
     if dataclasses.is_dataclass(value):
         later = _later(type(value))
         return {
-            field.name: _plain(item)
-            for field in dataclasses.fields(value)
-            if (item := getattr(value, field.name)) != later.get(field.name, dataclasses.MISSING)
+            name: _plain(item)
+            for name in _types(type(value))
+            if (item := getattr(value, name)) != later.get(name, dataclasses.MISSING)
         }
     if isinstance(value, tuple):
         if value and type(value[0]) is str:  # names of hundreds of sites

@@ -182,12 +182,12 @@ class VirtualLedger:
         """
         with self._lock:
             head = self.head(population)
-            kept = {
-                one.statement.sequence: event_hash(one.statement)
+            kept = [
+                one.statement
                 for one in self._kept.values()
-                if one.statement.population == population
-            }
-        if seen.sequence > head.sequence or kept.get(seen.sequence, seen.event_hash) != seen.event_hash:
+                if (one.statement.population, one.statement.sequence) == (population, seen.sequence)
+            ]
+        if seen.sequence > head.sequence or any(event_hash(one) != seen.event_hash for one in kept):
             raise LedgerBehindError(
                 population=population, ledger=head.sequence, seen=seen.sequence, witness=witness
             )

@@ -10,11 +10,13 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from federation.progress import RunEvent
 
 _logger = logging.getLogger(__name__)
+
+_FIELDS: Final = tuple(field.name for field in dataclasses.fields(RunEvent))
 
 
 class RunJournal:
@@ -27,7 +29,8 @@ class RunJournal:
 
     def write(self, event: RunEvent) -> None:
         """Append one event; a full disk costs the watcher a line and the run nothing."""
-        line = json.dumps(dataclasses.asdict(event), separators=(",", ":")) + "\n"
+        fields = {name: getattr(event, name) for name in _FIELDS} | {"metrics": dict(event.metrics)}
+        line = json.dumps(fields, separators=(",", ":")) + "\n"
         try:
             with self.events_path.open("a", encoding="utf-8") as file:
                 file.write(line)
