@@ -21,6 +21,7 @@ Writer = Callable[[Any], str]
 Reader = Callable[[Any], Any]
 
 _FEW: Final = 16
+_KNOWN_PARTS: Final = 32
 
 _writers: dict[tuple[type[Any], frozenset[str], frozenset[str]], Writer] = {}
 _readers: dict[type[Any], Reader] = {}
@@ -135,11 +136,19 @@ def _value_writer(hint: Any, name: str, digests: frozenset[str]) -> Writer:
 
         return array
     part = writer_of(hint, digests)
+    known: dict[int, tuple[Any, str]] = {}  # by identity: a frozen part that comes again is written once
 
     def nested(value: Any) -> str:
+        found = known.get(id(value))
+        if found is not None and found[0] is value:
+            return found[1]
         if type(value) is not hint:
             raise OddError
-        return part(value)
+        text = part(value)
+        if len(known) >= _KNOWN_PARTS:
+            known.clear()
+        known[id(value)] = (value, text)
+        return text
 
     return nested
 

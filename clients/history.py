@@ -143,7 +143,7 @@ class History:
         else:
             raise RefusedError("unwitnessed_history", "the entry shown as this site's statement is none")
         if statement == kept:
-            self._proved = statement
+            self._proved = statement = kept
         self.verify_own(statement)
         return statement, found.leaf_hash, in_round
 

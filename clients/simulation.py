@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +42,7 @@ from clients.simulated import (
     write_site_files,
 )
 from clients.trainer import Workshop
-from clients.virtual import VirtualHome
+from clients.virtual import Memory, VirtualHome, VirtualState
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.evaluation import PublicData, metrics_of
@@ -58,6 +59,7 @@ Engine = Literal["inprocess", "ray"]
 Homes = Literal["disk", "memory"]
 
 LARGE_MODEL: Final = 1_000_000  # parameters; one site at a time computes from here on, for memory's sake
+MOST_PROCESSES: Final = 8  # the coordinator's own work does not share out: more would wait for it
 _MAX_DELTA: Final = Decimal("0.1")
 _LINK_VARIABLES: Final = ("AFFIDAVIT_AGENT", "AFFIDAVIT_SITES")
 
@@ -230,6 +232,53 @@ def _one_thread_each(many: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def forked_launch(agents: Mapping[str, Agent], *, processes: int) -> Launch:
+    """Run the ServerApp here and the ClientApps, with their agents, in copies of this process; for virtual
+    sites alone: what became of them is handed back when the run is over.
+    """
+    homes = {name: agent.home for name, agent in agents.items()}
+
+    def leaving(site: str) -> VirtualState:
+        agents[site].close()
+        return _memory(homes[site]).state()
+
+    def launch(config: RunConfig) -> None:
+        from flwr.app import Context, RecordDict
+
+        from clients.client_app import app as client_app
+        from federation.forked_grid import ForkedGrid
+        from federation.server_app import app as server_app
+
+        with (
+            _one_thread_each(True),
+            live_agents(agents),
+            ForkedGrid(
+                client_app,
+                {name: {} for name in agents},
+                processes=processes,
+                leaving=leaving,
+                returned=lambda site, state: _memory(homes[site]).take(state),
+                run_config=config,
+            ) as grid,
+        ):
+            context = Context(
+                run_id=grid.run.run_id,
+                node_id=0,
+                node_config={},
+                state=RecordDict(),
+                run_config=dict(config),
+            )
+            server_app(grid=grid, context=context)
+
+    return launch
+
+
+def _memory(home: SiteHome) -> Memory:
+    if not isinstance(home, VirtualHome):
+        raise SimulationError(f"site {home.name} is on disk: only virtual sites live in several processes")
+    return home.memory
+
+
 def ray_launch(agents: Mapping[str, Agent]) -> Launch:
     """Run the same two objects under Flower's Ray simulation; the agents stay here, behind Unix sockets."""
 
@@ -275,10 +324,21 @@ def ray_launch(agents: Mapping[str, Agent]) -> Launch:
     return launch
 
 
+def _local_launch(agents: Mapping[str, Agent], charter: Charter) -> Launch:
+    """Choose: many virtual sites on several cores, one site at a time of a large model, or threads."""
+    from federation.grid import MANY_NODES
+
+    if charter.dimension > LARGE_MODEL:
+        return inprocess_launch(agents, workers=1)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    virtual = all(isinstance(agent.home, VirtualHome) for agent in agents.values())
+    if virtual and cores > 1 and len(agents) > MANY_NODES:
+        return forked_launch(agents, processes=min(cores, MOST_PROCESSES))
+    return inprocess_launch(agents)
+
+
 _launchers: Final[dict[str, Callable[[Mapping[str, Agent], Charter], Launch]]] = {
-    "inprocess": lambda agents, charter: inprocess_launch(
-        agents, workers=1 if charter.dimension > LARGE_MODEL else None
-    ),
+    "inprocess": _local_launch,
     "ray": lambda agents, _: ray_launch(agents),
 }
 

@@ -39,7 +39,9 @@ replies.
 
 
 @dataclass(slots=True)
-class _Node:
+class Node:
+    """One simulated SuperNode, and the messages that wait for it."""
+
     node_id: int
     site: str
     context: Context
@@ -73,8 +75,8 @@ class InProcessGrid(Grid):
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SERVER_NODE_ID
-        self._nodes: dict[int, _Node] = {}
-        self._ready: queue.SimpleQueue[_Node | None] = queue.SimpleQueue()
+        self._nodes: dict[int, Node] = {}
+        self._ready: queue.SimpleQueue[Node | None] = queue.SimpleQueue()
         for name, config in sorted(sites.items()):
             node_id = secrets.randbits(62) | 2
             context = Context(
@@ -84,7 +86,7 @@ class InProcessGrid(Grid):
                 state=RecordDict(),
                 run_config=dict(run_config or {}),
             )
-            self._nodes[node_id] = _Node(node_id=node_id, site=name, context=context)
+            self._nodes[node_id] = Node(node_id=node_id, site=name, context=context)
         if workers is None:
             workers = len(self._nodes) if len(self._nodes) <= MANY_NODES else 0
         self._workers = [
@@ -161,11 +163,11 @@ class InProcessGrid(Grid):
             found = list(self.pull_messages(waiting))
             replies += found
             waiting -= {reply.metadata.reply_to_message_id for reply in found}
-            if waiting:
+            if waiting and not found:
                 time.sleep(self._poll_s)
         return replies
 
-    def _enqueue(self, node: _Node, message: Message) -> None:
+    def _enqueue(self, node: Node, message: Message) -> None:
         with self._lock:
             node.inbox.append(message)
             if not node.is_scheduled:
@@ -183,17 +185,18 @@ class InProcessGrid(Grid):
             if node is not None and not self._closed:
                 self._answer(node)
 
-    def _answer(self, node: _Node) -> None:
-        message = node.inbox.popleft()
-        try:
-            reply = self._client_app(message, node.context)
-        except Exception as error:  # noqa: BLE001 - a node's failure is an error reply, as Flower's is
-            reply = Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
-        self._deliver(node.site, reply, self._store)
+    def _answer(self, node: Node) -> None:
+        self._deliver(node.site, self._reply(node, node.inbox.popleft()), self._store)
         with self._lock:
             node.is_scheduled = bool(node.inbox)
             if node.is_scheduled:
                 self._ready.put(node)
+
+    def _reply(self, node: Node, message: Message) -> Message:
+        try:
+            return self._client_app(message, node.context)
+        except Exception as error:  # noqa: BLE001 - a node's failure is an error reply, as Flower's is
+            return Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
 
     def _store(self, reply: Message) -> None:
         with self._lock:

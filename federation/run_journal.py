@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,8 +33,11 @@ class RunJournal:
         fields = {name: getattr(event, name) for name in _FIELDS} | {"metrics": dict(event.metrics)}
         line = json.dumps(fields, separators=(",", ":")) + "\n"
         try:
-            with self.events_path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            descriptor = os.open(self.events_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
         except OSError as error:
             _logger.warning("an event of the run was not written: %s", error)
 

@@ -131,8 +131,8 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
         raise StatementError(site, "update", str(error)) from error
     if count != terms.released:
         raise StatementError(site, "update", f"has {count} numbers, the model {terms.released}")
-    # the names again are the round's own, not one more copy of them a site
-    statement = dataclasses.replace(statement, participants=terms.participants)
+    # names and event again are the round's own, not one more copy of them a site
+    statement = dataclasses.replace(statement, participants=terms.participants, event=terms.event)
     return AcceptedUpdate(statement=statement, read=lambda: update)
 
 
