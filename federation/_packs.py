@@ -1,8 +1,8 @@
 """Many small files in one: what a round of hundreds of sites leaves, written once and synced once.
 
-A pack is `<first line>\\n<bytes>`: the line is JSON, a list of [digest, size] in the order of the bytes behind
-it. Its name is the SHA-256 of that line. A pack is written whole or not at all and never changed; nothing in it is
-believed: whoever reads a blob compares its digest.
+A pack is `<first line>\\n<bytes>`: the line is JSON, a list of [digest, size] in the order of the bytes
+behind it. Its name is the SHA-256 of that line. A pack is written whole or not at all and never changed;
+nothing in it is believed: whoever reads a blob compares its digest.
 """
 
 from __future__ import annotations

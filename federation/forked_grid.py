@@ -1,9 +1,9 @@
-"""The in-process grid with its nodes shared out among forked processes: a core each, instead of one interpreter.
+"""The in-process grid with its nodes shared out among forked processes: a core each.
 
 Each child is a copy of this process at the moment of the fork, answers for its share of the nodes one message
 after the other, and says at the end what became of them (`leaving`), which this process takes over
-(`returned`). Nothing else comes back. What a node's ClientApp reaches must therefore need no other process: for
-simulations of many sites. Messages travel pickled, between two halves of one program.
+(`returned`). Nothing else comes back. What a node's ClientApp reaches must therefore need no other
+process: for simulations of many sites. Messages travel pickled, between two halves of one program.
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ class ForkedGrid(InProcessGrid):
         inbox: queue.SimpleQueue[list[Message] | None] = queue.SimpleQueue()
         parent_is_gone = threading.Event()
 
-        def read() -> None:  # always, so that the parent never waits with a message while we wait with a reply
+        def read() -> (
+            None
+        ):  # always, so that the parent never waits with a message while we wait with a reply
             try:
                 while (batch := pickle.loads(connection.recv_bytes())) is not None:  # noqa: S301 - see above
                     inbox.put(batch)

@@ -2,8 +2,8 @@
 
 Each node is one ClientApp with its own `node_config` and its own queue: its messages are handled one after
 the other, in order. Up to `MANY_NODES` nodes have a thread each, so that a slow one holds up nobody; more
-are served by whoever waits for them, for threads would only fight for the interpreter. A transport can be told to lose, delay
-or repeat messages, which is how the round loop is tested against a bad network.
+are served by whoever waits for them, for threads would only fight for the interpreter. A transport can be
+told to lose, delay or repeat messages, which is how the round loop is tested against a bad network.
 """
 
 from __future__ import annotations

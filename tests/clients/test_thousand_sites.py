@@ -7,13 +7,13 @@ import secrets
 import zlib
 
 import pytest
-from tests.clients.test_virtual import CHARTER, GATES, frame
 
 from audit.bodies import GateResult, SiteEpsilon, VersionRegistered, pack_costs
 from audit.entries import decode_entry, encode_entry, new_entry
 from audit.packing import PackingError
 from audit.verify import verify_evidence
 from clients.simulation import simulate
+from tests.clients.test_virtual import CHARTER, GATES, frame
 
 
 def costs(count, *, alike=False):
@@ -37,7 +37,8 @@ def costs(count, *, alike=False):
 
 def version(plain=(), packed=""):
     gate = GateResult(
-        metric="auc", source="public_set", dataset="a" * 64, floor="0.7", baseline="0.5", value="0.9", passed=1
+        metric="auc", source="public_set", dataset="a" * 64, floor="0.7", baseline="0.5", value="0.9",
+        passed=1,
     )  # fmt: skip
     return VersionRegistered(
         version="a" * 64, model="m" * 60, charter="b" * 64, run="c" * 32, author="ed25519:" + "A" * 44,

@@ -1,4 +1,4 @@
-"""Nodes in forked processes: the same answers, nothing that waits for ever, and what became of them handed back."""
+"""Nodes in forked processes: the same answers, no wait for ever, and what became of them handed back."""
 
 from __future__ import annotations
 
