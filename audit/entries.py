@@ -117,6 +117,7 @@ __all__ = [
     "SubjectExported",
     "VersionRegistered",
     "VersionTransition",
+    "body_bytes",
     "body_document",
     "columns_of",
     "decode_entry",
@@ -339,6 +340,14 @@ def body_document(body: Any) -> dict[str, Any]:
     except ODD:
         parse_body(type(body), document)
     return document
+
+
+def body_bytes(body: Any) -> bytes:
+    """Return the canonical bytes of `body_document(body)`."""
+    try:
+        return writer_of(type(body), _DIGEST_FIELDS)(body).encode()
+    except ODD:
+        return canonical_bytes(body_document(body))
 
 
 def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:

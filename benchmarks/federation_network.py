@@ -107,41 +107,18 @@ def parts(events: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(statistics.median(found), 3) for name, found in spans.items() if found}
 
 
-PIECES_CHARTER: Final = """\
-affidavit: 1
-name: pieces
-task: binary
-features:
-  - {name: radius, type: number, unit: mm, lower: 0, upper: 10}
-  - {name: texture, type: number, unit: "1", lower: 0, upper: 10}
-label: {name: diagnosis, classes: [benign, malignant]}
-model: {family: layers, layers: [{layer: linear, in: 2, out: WIDTH, bias: true}, {layer: tanh},
-  {layer: linear, in: WIDTH, out: WIDTH, bias: true}, {layer: tanh},
-  {layer: linear, in: WIDTH, out: 1, bias: true}]}
-plan: {learning_rate: 1, rounds: 2, average_last: 1, round_timeout_s: 900, minimum_sites: 2}
-privacy: {unit: row, relation: add_remove, epsilon: 100, delta: 1e-5, max_grad_norm: 1, noise_multiplier: 8,
-  grid_bits: 20, precision: PRECISION}
-sites:
-SITES
-purposes: [research]
-officers:
-  - {name: officer, key: "OFFICER"}
-"""
-
-
 def network_pieces(width: int = 3160, sites: int = 2) -> dict[str, Any]:
     """Two rounds of a model of ten million parameters through real SuperNodes; its files travel in pieces."""
     sys.path.insert(0, str(HERE.parent))
-    from tests.network.fleet import Fleet, kills_charter, rows_of
+    from tests.network.fleet import Fleet, rows_of, wide_charter
 
-    text = PIECES_CHARTER.replace("WIDTH", str(width)).replace("PRECISION", "float64")
     names = ("north", "south", "west")[:sites]
     with tempfile.TemporaryDirectory(prefix="aff") as name:
         fleet = Fleet(
             Path(name),
             names,
             lambda site: rows_of(site, 40),
-            charter=lambda identities, officer: kills_charter(identities, officer, text),
+            charter=wide_charter(width),
         )
         with fleet:
             found = timed_run(fleet)

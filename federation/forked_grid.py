@@ -181,8 +181,8 @@ class ForkedGrid(InProcessGrid):
             os._exit(status)  # no handler, file or thread of the parent's is touched
 
     def _work(self, connection: Connection, sites: tuple[str, ...]) -> None:
-        inbox: queue.SimpleQueue[list[Message] | None] = queue.SimpleQueue()
-        parent_is_gone = threading.Event()
+        inbox: queue.SimpleQueue[list[Message]] = queue.SimpleQueue()
+        is_over, parent_is_gone = threading.Event(), threading.Event()
 
         def read() -> (
             None
@@ -192,11 +192,14 @@ class ForkedGrid(InProcessGrid):
                     inbox.put(batch)
             except (EOFError, OSError):
                 parent_is_gone.set()
-            inbox.put(None)
+            is_over.set()
+            inbox.put([])
 
         threading.Thread(target=read, name="grid-reader", daemon=True).start()
-        while (batch := inbox.get()) is not None and not parent_is_gone.is_set():
-            for message in batch:
+        while not is_over.is_set():
+            for message in inbox.get():
+                if is_over.is_set():
+                    break  # messages still queued are dropped
                 reply = self._reply(self._nodes[message.metadata.dst_node_id], message)
                 connection.send_bytes(pickle.dumps(reply, pickle.HIGHEST_PROTOCOL))
         if not parent_is_gone.is_set():

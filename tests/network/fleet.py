@@ -80,6 +80,34 @@ def kills_charter(identities: dict[str, str], officer: str, text: str = CHARTER)
     )
 
 
+WIDE_CHARTER: Final = """\
+affidavit: 1
+name: pieces
+task: binary
+features:
+  - {name: radius, type: number, unit: mm, lower: 0, upper: 10}
+  - {name: texture, type: number, unit: "1", lower: 0, upper: 10}
+label: {name: diagnosis, classes: [benign, malignant]}
+model: {family: layers, layers: [{layer: linear, in: 2, out: WIDTH, bias: true}, {layer: tanh},
+  {layer: linear, in: WIDTH, out: WIDTH, bias: true}, {layer: tanh},
+  {layer: linear, in: WIDTH, out: 1, bias: true}]}
+plan: {learning_rate: 1, rounds: 2, average_last: 1, round_timeout_s: 900, minimum_sites: 2}
+privacy: {unit: row, relation: add_remove, epsilon: 100, delta: 1e-5, max_grad_norm: 1, noise_multiplier: 8,
+  grid_bits: 20, precision: float64}
+sites:
+SITES
+purposes: [research]
+officers:
+  - {name: officer, key: "OFFICER"}
+"""
+
+
+def wide_charter(width: int) -> Callable[[dict[str, str], str], str]:
+    """Return what makes the charter of a network of two hidden layers of `width`."""
+    text = WIDE_CHARTER.replace("WIDTH", str(width))
+    return lambda identities, officer: kills_charter(identities, officer, text)
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
