@@ -1,8 +1,8 @@
 """kill -9 at random moments, of every kind of process there is, while runs go on over the network.
 
-`AFFIDAVIT_KILLS=50` makes it shorter, `AFFIDAVIT_KILL_SEED` another one. Soak: the 200 kills are dealt to five
-schedules, which may run side by side, each on a federation of its own; one of 40 takes ten minutes, mostly
-waiting, for a SuperNode that was killed is refused by SuperLink for up to a minute.
+`AFFIDAVIT_KILLS=50` makes it shorter, `AFFIDAVIT_KILL_SEED` another one. Soak: the 200 kills are dealt to
+five schedules, which may run side by side, each on a federation of its own; one of 40 takes ten minutes,
+mostly waiting, for a SuperNode that was killed is refused by SuperLink for up to a minute.
 """
 
 from __future__ import annotations
