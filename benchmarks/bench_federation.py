@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+import federation_network
 from federation_costs import OFFLINE, Laps, children_mib, peak_mib
 from federation_page import ROWS, SITES, page
 
@@ -269,9 +270,10 @@ def main() -> None:
         import logging
 
         logging.disable(logging.WARNING)
-        print(json.dumps(globals()[options.call[0]](*json.loads(options.call[1]))))
+        functions = {**vars(federation_network), **globals()}
+        print(json.dumps(functions[options.call[0]](*json.loads(options.call[1]))))
         return
-    figures: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    figures: dict[str, Any] = {}
     for name in options.part or PARTS:
         where = {
             "date": time.strftime("%Y-%m-%d"),
@@ -281,9 +283,11 @@ def main() -> None:
         }
         begun, found = time.monotonic(), globals()[f"part_{name}"]()
         figures[name] = {**found, "where": where, "took_s": round(time.monotonic() - begun)}
-        if options.write:
-            FIGURES.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
-            PAGE.write_text(page(figures))
+        if options.write:  # beside what other sittings found meanwhile
+            kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+            kept[name] = figures[name]
+            FIGURES.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+            PAGE.write_text(page(kept))
     if not options.write:
         print(page(figures))
 
