@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from audit._codec import ODD, reader_of, writer_of
+from audit._domains import DOMAINS, SIGNATURE_FIELDS
 from audit.access_bodies import (
     AccessDenied,
     AuditRead,
@@ -67,11 +68,7 @@ from audit.bodies import (
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
-from audit.membership import MEMBERSHIP_DOMAINS
 from audit.round_bodies import Metric
-from audit.secure_bodies import SECURE_DOMAINS
-from audit.serving_bodies import SERVING_DOMAINS
-from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -146,23 +143,8 @@ class EntryError(AuditError):
         self.field, self.problem = field, problem
 
 
-_SIGNATURE_FIELDS: Final = frozenset({"signature", "statement_proof", "successor_proof", "witness_proof"})
-_DOMAINS: Final[dict[type[Any], str]] = {
-    SiteEnrolled: "enrolment",
-    CharterSigned: "charter",
-    RunStarted: "run",
-    RunAccepted: "acceptance",
-    SiteRefused: "refusal",
-    SiteStatement: "statement",
-    VersionTransition: "transition",
-    KeyRotated: "rotation",
-    LogCompromised: "compromise",
-    **SITE_DOMAINS,
-    **MEMBERSHIP_DOMAINS,
-    **SERVING_DOMAINS,
-    **SECURE_DOMAINS,
-}
-
+_HASHED: Final = ("population", "sequence", "previous_event", "run", "round", "charter", "event")
+_NOT_HASHED: Final = frozenset(field.name for field in dataclasses.fields(SiteStatement)) - {*_HASHED}
 _hints: dict[type[Any], dict[str, Any]] = {}
 _defaults: dict[type[Any], dict[str, Any]] = {}
 _columns_in: dict[type[Any], tuple[str, ...]] = {}
@@ -387,13 +369,13 @@ def _parse_slowly(kind: type[T], value: object, path: str) -> T:
 def signing_payload(body: Any) -> tuple[str, bytes]:
     """Return the signature domain of a signed body and the canonical bytes that its signatures cover."""
     kind = type(body)
-    if kind not in _DOMAINS:
+    if kind not in DOMAINS:
         raise EntryError(kind.__name__, "nobody signs this kind of body")
     try:
-        return _DOMAINS[kind], writer_of(kind, _DIGEST_FIELDS, _SIGNATURE_FIELDS)(body).encode()
+        return DOMAINS[kind], writer_of(kind, _DIGEST_FIELDS, SIGNATURE_FIELDS)(body).encode()
     except ODD:
-        document = {key: value for key, value in _plain(body).items() if key not in _SIGNATURE_FIELDS}
-        return _DOMAINS[kind], canonical_bytes(document)
+        document = {key: value for key, value in _plain(body).items() if key not in SIGNATURE_FIELDS}
+        return DOMAINS[kind], canonical_bytes(document)
 
 
 def decode_signature(text: str, *, field: str = "signature") -> bytes:
@@ -409,33 +391,11 @@ def decode_signature(text: str, *, field: str = "signature") -> bytes:
 
 def event_hash(statement: SiteStatement) -> str:
     """Return the hash that the population's next event must name as `previous_event`."""
-    hashed = _Hashed(
-        population=statement.population,
-        sequence=statement.sequence,
-        previous_event=statement.previous_event,
-        run=statement.run,
-        round=statement.round,
-        charter=statement.charter,
-        event=statement.event,
-    )
     try:
-        data = writer_of(_Hashed, _DIGEST_FIELDS)(hashed).encode()
+        data = writer_of(SiteStatement, _DIGEST_FIELDS, _NOT_HASHED)(statement).encode()
     except ODD:
-        data = canonical_bytes(_plain(hashed))
+        data = canonical_bytes({name: _plain(getattr(statement, name)) for name in _HASHED})
     return hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Hashed:
-    """What the hash of an event covers."""
-
-    population: str
-    sequence: int
-    previous_event: str
-    run: str
-    round: int
-    charter: str
-    event: MechanismEvent
 
 
 def run_digest(started: RunStarted) -> str:

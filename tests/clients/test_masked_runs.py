@@ -37,7 +37,8 @@ from clients.inprocess import live_agents
 from clients.proposals import Proposal
 from clients.reviewing import review_proposal
 from clients.service import review
-from clients.simulation import _set_up, inprocess_launch, join_all, run_federation, simulate
+from clients.simulated_launch import inprocess_launch
+from clients.simulation import _set_up, join_all, run_federation, simulate
 from federation import service
 from federation.accounting import plan_cost, plan_report
 from federation.anomaly import views_of_run
