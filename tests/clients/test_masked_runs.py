@@ -142,8 +142,7 @@ def carry_out(tmp_path: Path) -> Any:
         author, failed, run = federation.scientist.key, None, ""
         try:
             principal = Principal(id="curie", role="scientist", key=author.text)
-            request = TrainRequest(charter=agreed)
-            launch = inprocess_launch(links)
+            request, launch = TrainRequest(charter=agreed), inprocess_launch(links)
             run = train(federation.coordinator, principal, LocalOwner(), request, author, launch).run
         except RunFailedError as error:
             failed, run = error, error.run
