@@ -10,13 +10,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -138,6 +139,16 @@ def peak_of(fleet: Any, kind: str) -> int:
     return max(found, default=0)
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group; after a while without asking again."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+            return
+
+
 def network_plain(rounds: int = 4) -> dict[str, Any]:
     """flower-superlink, four flower-supernode, flwr run: as their documentation has it."""
     from clients.demo_data import write_demo_files
@@ -168,8 +179,7 @@ def network_plain(rounds: int = 4) -> dict[str, Any]:
                 stderr=log,
                 start_new_session=True,
             )
-            stack.callback(process.wait)
-            stack.callback(lambda: os.killpg(process.pid, 15))
+            stack.callback(end, process)
 
         start(
             *("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", "28543"),
