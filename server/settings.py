@@ -30,6 +30,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         None  # the inference protocol over gRPC; else off
     )
     workers: Annotated[int, Field(ge=1, le=64)] = 1  # processes that answer on one port
+    worker_silence_s: Annotated[float, Field(ge=2, le=3_600)] = 60.0  # a stuck worker is replaced
     drain_s: Annotated[float, Field(ge=0, le=300)] = 0.0  # unready for so long before it stops
     policies: Path | None = None  # a Cedar file in place of the shipped rules
     max_body_bytes: Annotated[int, Field(ge=1_024, le=64 * 2**20)] = 1_048_576
