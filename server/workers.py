@@ -188,8 +188,7 @@ class Supervisor:
             now = time.monotonic()
             for slot, due in list(self._due.items()):
                 if due <= now:
-                    del self._due[slot]
-                    self._workers[slot] = self._start()
+                    self._start(slot)
             pulses = [worker.pulse for worker in self._workers.values() if not worker.pulse.closed]
             ends = [worker.process.sentinel for worker in self._workers.values()]
             found = set(wait([*pulses, *ends], timeout=_TURN_S))
@@ -205,17 +204,25 @@ class Supervisor:
     def _is_hopeless(self) -> bool:
         return not self._was_ready and sum(self._young_deaths.values()) >= _GIVE_UP_AFTER
 
-    def _start(self) -> _Worker:
+    def _start(self, slot: int) -> None:
         pulse, its_end = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=self._target,
             args=(self._settings, self._listener, self._log_level, os.getpid(), its_end),
             name="affidavit-worker",
         )
-        process.start()
-        its_end.close()
         now = time.monotonic()
-        return _Worker(process, pulse, begun=now, heard=now)
+        try:
+            process.start()
+        except OSError as error:  # no memory, no room for another process: it may pass
+            _logger.error("a worker cannot be started: %s", error)
+            pulse.close()
+            self._due[slot] = now + _LONGEST_PAUSE_S
+            return
+        finally:
+            its_end.close()
+        del self._due[slot]
+        self._workers[slot] = _Worker(process, pulse, begun=now, heard=now)
 
     def _hear(self, worker: _Worker) -> None:
         said = os.read(worker.pulse.fileno(), 4_096)
