@@ -243,7 +243,9 @@ def build_context(
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
-            hooks=Hooks(facts=(publisher.backlog, facts), annotators=(scoring, explaining), observers=(alarming,)),
+            hooks=Hooks(
+                facts=(publisher.backlog, facts), annotators=(scoring, explaining), observers=(alarming,)
+            ),
             quotas=quotas,
             shadowing=Shadowing(warm, journal, sealing, monitoring),
         ),
