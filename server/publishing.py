@@ -61,8 +61,9 @@ class Backlog:
         waiting = self._waiting
         if waiting is None or self._now() - waiting[1] <= self._limit_s:
             return ""
+        waits_s = self._now() - waiting[1]
         return (
-            f"entry {waiting[0] - 1} waits for a checkpoint since {self._now() - waiting[1]:.0f} s, more than "
+            f"entry {waiting[0] - 1} waits for a checkpoint since {waits_s:.0f} s, more than "
             f"checkpoint_late_s ({self._limit_s:g}): the log's signer does not sign; there is no answer"
         )
 

