@@ -201,7 +201,7 @@ class SiteStatement:
     base_model: str
     participants: tuple[str, ...]
     agent_code: str
-    previous_round: str  # leaf hash of the previous round's entry; zeros for round 1
+    previous_round: str  # leaf hash of the previous round's entry, completed or abandoned; zeros for round 1
     event: MechanismEvent
     sequence: int  # 1, 2, 3 … over the life of the population
     previous_event: str  # hash of event sequence-1; zeros for the first
@@ -239,10 +239,14 @@ class RoundCompleted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundAbandoned:
+    """A round that gave no model. What was released for it stays debited; the next round has a new number."""
+
     run: str
     round: int
     reason: str
     missing: tuple[str, ...]
+    base_model: str = ""  # what the round was built on, and what the next one is built on
+    previous_round: str = ""  # leaf hash of the entry of the round before; zeros for round 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

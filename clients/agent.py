@@ -24,6 +24,8 @@ from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import (
     ZERO_DIGEST,
     Body,
+    RoundAbandoned,
+    RoundCompleted,
     SiteRefused,
     SiteStatement,
     body_document,
@@ -39,7 +41,7 @@ from clients.errors import HomeError, LedgerBehindError, RefusedError, WaitingEr
 from clients.high_water import Head
 from clients.history import Clock, History, OpenedNotes
 from clients.home import SiteHome
-from clients.ledger import Odometers, Release, Reservation, SiteLedger
+from clients.ledger import Odometers, Release, Reservation, SiteLedger, unused
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from clients.local_layers import LocalLayers
 from clients.masked_rounds import MaskedRequest, MaskedRounds, MaskedStep, parse_masked
@@ -56,6 +58,7 @@ from clients.requests import (
     parse_header,
     parse_propose,
     parse_round,
+    parse_run,
 )
 from clients.site_log import Diary, SiteLog
 from clients.story import SiteStory
@@ -116,6 +119,7 @@ class Agent:
             "cosign": self._cosign,
             "run.propose": self._propose,
             "round": self._ask_round,
+            "run.undelivered": self._tell_undelivered,
             "run.finished": self._finished,
             "masked.keys": self._masked_step(self._masked.keys, "participants"),
             "masked.shares": self._masked_step(self._masked.shares, "keys"),
@@ -263,6 +267,21 @@ class Agent:
             self.refusals.enter(self._keys.signed(body), kind="bundle.check", reason="bundle_not_approved")
         return {"approved": approved}, {}
 
+    def _tell_undelivered(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        """Name the releases of an open run that no witnessed checkpoint has shown: they stay debited."""
+        run = parse_run(header)
+        if self._closed_by is not None:
+            raise RefusedError("ledger_behind_log", str(self._closed_by))
+        reservation = self._ledger.reservation(run)
+        if reservation is None or reservation.closed:
+            raise RefusedError("run_not_accepted", f"this site has not accepted run {run}, or it is over")
+        undelivered = [
+            body_document(self._keys.signed(statement))
+            for statement in self._ledger.undelivered(self.population)
+            if statement.run == run
+        ]
+        return {"undelivered": undelivered}, {}
+
     def _finished(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
         finished = parse_finished(header)
         if finished.own_statement is not None:
@@ -364,18 +383,48 @@ class Agent:
             if base != terms.initial_digest:
                 raise RefusedError("base_model_mismatch", "round 1 does not start from the charter's weights")
             return ZERO_DIGEST
-        number = min(request.round - 1, terms.rounds)  # what is released after the last round builds on it
-        completed, leaf_hash = self._history.round_completed(
-            request.previous_round, run=request.run, number=number
+        numbers = range(request.round - 1, request.round)
+        if request.round > terms.most_rounds:  # builds on the last round, whichever number that had
+            numbers = range(terms.rounds, terms.most_rounds + 1)
+        before, leaf_hash = self._history.round_ended(
+            request.previous_round, run=request.run, numbers=numbers
         )
-        self._check_own(request, completed.leaves, in_a_round=request.round - 1 <= terms.rounds)
+        own = self._last_release(request)
+        self._check_own(request, own, before)
+        if isinstance(before, RoundAbandoned):
+            self._check_abandoned(request, own, before, terms)
         # the averaged weights are no round's output; any model's counts have the same cost
-        if request.round <= terms.rounds and base != completed.output_model:
-            raise RefusedError("base_model_mismatch", f"the base model is not the output of round {number}")
+        elif request.round <= terms.most_rounds and base != before.output_model:
+            raise RefusedError(
+                "base_model_mismatch", f"the base model is not the output of round {before.round}"
+            )
         return leaf_hash
 
-    def _check_own(self, request: RoundRequest, leaves: tuple[str, ...], *, in_a_round: bool) -> None:
-        own = self._ledger.release_of(request.run, request.round - 1)
+    def _last_release(self, request: RoundRequest) -> Release | None:
+        """Return the site's release of the run before the one that is asked for."""
+        earlier = (self._ledger.release_of(request.run, number) for number in range(request.round - 1, 0, -1))
+        return next((release for release in earlier if release is not None), None)
+
+    def _check_abandoned(
+        self, request: RoundRequest, own: Release | None, before: RoundAbandoned, terms: Terms
+    ) -> None:
+        """The next round is built on what the abandoned one was built on, as far as this site saw that."""
+        if request.round > terms.most_rounds:
+            raise RefusedError("round_out_of_order", "what is counted after the rounds builds on a model")
+        known = {before.base_model}
+        if own is not None and own.statement.round == before.round:
+            known.add(own.statement.base_model)
+        if before.previous_round == ZERO_DIGEST:
+            known.add(terms.initial_digest)
+        if known != {request.base_digest}:
+            raise RefusedError(
+                "base_model_mismatch", f"the base model is not what round {before.round} was built on"
+            )
+        self._trainer.forget_round(request.run, before.round)
+
+    def _check_own(
+        self, request: RoundRequest, own: Release | None, before: RoundCompleted | RoundAbandoned
+    ) -> None:
         if request.own_statement is None:
             if own is not None:
                 raise RefusedError(
@@ -386,9 +435,11 @@ class Agent:
         self.observe(statement)
         if own is None or own.statement != statement:
             raise RefusedError("unwitnessed_history", "the statement shown is not this site's for that round")
-        if in_a_round and in_round and leaf_hash not in leaves:
+        counted = before.leaves if isinstance(before, RoundCompleted) else ()
+        of_this = isinstance(before, RoundCompleted) and statement.round == before.round
+        if of_this and in_round and leaf_hash not in counted:
             raise RefusedError("unwitnessed_history", "the round's entry leaves this site's statement out")
-        self._ledger.mark_delivered(request.run, request.round - 1)
+        self._ledger.mark_delivered(request.run, statement.round)
 
     def _note_own(self, logged: LoggedEntry) -> None:
         statement, _, _ = self._history.own_statement(logged)
@@ -398,10 +449,10 @@ class Agent:
 
     def _check_budget(self, reservation: Reservation, terms: Terms, number: int) -> None:
         releases = self._ledger.spent(self.population)
-        used = sum(release.run == reservation.run for release in releases)
         spent = [release.event for release in releases]
         event = terms.planned[number - 1]
-        if used >= len(reservation.planned) or reservation.planned[used] != event:
+        used = [release.event for release in releases if release.run == reservation.run]
+        if event not in unused(reservation, used):
             raise RefusedError("budget_exhausted", f"run {reservation.run} has used its whole reservation")
         if not self.admission.admits(spent, (event,)):
             raise RefusedError("budget_exhausted", "this site's lifetime cap is reached")

@@ -462,9 +462,20 @@ def committed_events(ledger: Odometers, population: str) -> tuple[MechanismEvent
     spent = ledger.spent(population)
     events = [release.event for release in spent]
     for reservation in ledger.open_reservations(population):
-        used = sum(release.run == reservation.run for release in spent)
-        events += reservation.planned[used:]
+        events += unused(reservation, [release.event for release in spent if release.run == reservation.run])
     return tuple(events)
+
+
+def unused(reservation: Reservation, used: Sequence[MechanismEvent]) -> list[MechanismEvent]:
+    """Return what of a run's reservation is not used, in order.
+
+    Each release takes away the first event of its kind: a site may have missed a round that was abandoned.
+    """
+    left = list(reservation.planned)
+    for release in used:
+        if release in left:
+            left.remove(release)
+    return left
 
 
 def _statement(row: Any) -> SiteStatement:

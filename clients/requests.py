@@ -155,6 +155,14 @@ def parse_finished(header: bytes) -> FinishedRequest:
     return FinishedRequest(run=_text(document, "run"), own_statement=_entry(document.get("own_statement")))
 
 
+def parse_run(header: bytes) -> str:
+    """Read a header that names a run, and nothing else."""
+    run = _text(parse_header(header, frozenset({"run"})), "run")
+    if not _RUN.fullmatch(run):
+        raise _bad(f"run: {run[:100]!r} cannot name a run")
+    return run
+
+
 def parse_bundle(header: bytes) -> str:
     digest = _text(parse_header(header, frozenset({"digest"})), "digest")
     if not _DIGEST.fullmatch(digest):

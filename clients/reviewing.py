@@ -321,9 +321,9 @@ def _check_fits(home: SiteHome, terms: Terms) -> None:
         committed = ledger.committed_events(home.config.population.pseudonym)
     finally:
         ledger.close()
-    if not _fits(home, committed, (terms.event,) * terms.rounds):
+    if not _fits(home, committed, terms.planned):
         raise DecisionError(
-            f"{terms.rounds} more releases would pass the population's lifetime cap of epsilon "
+            f"{len(terms.planned)} more releases would pass the population's lifetime cap of epsilon "
             f"{lifetime.epsilon} at delta {lifetime.delta}; no decision passes that cap"
         )
 

@@ -33,6 +33,7 @@ from audit.errors import AuditError
 from audit.shared_noise import site_level
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
 from audit.verify.history import LINKS
+from audit.verify.lost_rounds import fewest_in_a_round
 from audit.verify.members import CHARTER
 from audit.verify.odometer import walk
 from audit.verify.report import EpsilonLine, Word
@@ -157,7 +158,7 @@ def _shared(charter: CharterView, chain: Chain) -> str:
     """Return under which assumption an epsilon of shared noise holds."""
     if charter.secure is None:
         return ""
-    fewest = min(len(found.statements) for found in chain.rounds)
+    fewest = fewest_in_a_round(chain, charter.secure)
     most = charter.secure.colluders(fewest)
     return f", while at most {most} of {fewest} sites collude with the coordinator"
 
@@ -241,6 +242,12 @@ def _unanswered(chain: Chain) -> list[str]:
             history = chain.histories.get(site, ())
             if not any((event.run, event.round) == (body.run, body.round) for event in history):
                 unknown.append(f"{site} in round {body.round}")
+    for lost in chain.lost:
+        gone = lost.leaf.body
+        for site in gone.missing:
+            history = chain.histories.get(site, ())
+            if not any((event.run, event.round) == (gone.run, gone.round) for event in history):
+                unknown.append(f"{site} in round {gone.round}")
     if chain.evaluated is not None:
         unknown += [f"{site} in the evaluation" for site in chain.evaluated.body.missing]
     if chain.sketched is not None:
