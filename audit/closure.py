@@ -192,6 +192,8 @@ class Closure:
         populations: set[tuple[str, str]] = set()
         charter = ""
         for index, data, body in self._search(object, run=run):
+            if index >= self._size:
+                continue  # written since, under no checkpoint yet
             if isinstance(body, _OF_RUN):
                 self._take(index, data)
             if isinstance(body, RunStarted):
