@@ -98,6 +98,7 @@ class Admission:
         self._check_run(run, terms)
         reservation = self._ledger.reservation(run.run)
         if reservation is None:
+            self._check_free(run.run)
             try:
                 self._trainer.check_file(terms)
             except DataFileError as error:
@@ -149,6 +150,18 @@ class Admission:
         self.check_participants(run.sites, terms)
         if run.initial_model != terms.initial_digest:
             raise RefusedError("base_model_mismatch", "the run does not start from the charter's weights")
+
+    def _check_free(self, run: str) -> None:
+        """One run at a time has a population: its releases follow each other on one odometer, and a run whose
+        releases came in between would be refused by its coordinator, after they were debited.
+        """
+        for other in self._ledger.open_reservations(self.home.config.population.pseudonym):
+            if not self._decisions.is_withdrawn(other.run):
+                raise RefusedError(
+                    "population_busy",
+                    f"run {other.run} has the population until it ends; to end it for this site: "
+                    f"affidavit site refuse {other.run[:12]}",
+                )
 
     def _reserve(self, run: RunStarted, terms: Terms, canonical: str) -> Reservation:
         population, lifetime = self.home.config.population.pseudonym, self.home.config.lifetime
