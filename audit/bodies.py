@@ -37,6 +37,7 @@ REFUSAL_CODES: Final = frozenset(
         "internal_error",
         "ledger_behind_log",
         "participants_not_allowed",
+        "population_busy",
         "purpose_not_allowed",
         "round_out_of_order",
         "run_not_accepted",

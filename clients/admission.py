@@ -156,7 +156,9 @@ class Admission:
         releases came in between would be refused by its coordinator, after they were debited.
         """
         for other in self._ledger.open_reservations(self.home.config.population.pseudonym):
-            if not self._decisions.is_withdrawn(other.run):
+            if self._decisions.is_withdrawn(other.run):
+                self._ledger.close_run(other.run)  # for good: it could not go on beside the new one
+            else:
                 raise RefusedError(
                     "population_busy",
                     f"run {other.run} has the population until it ends; to end it for this site: "

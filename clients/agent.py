@@ -286,9 +286,12 @@ class Agent:
         finished = parse_finished(header)
         if finished.own_statement is not None:
             self._note_own(finished.own_statement)
-        self._ledger.close_run(finished.run)
-        self._masked.forget(finished.run)
+        self._end(finished.run)
         return {}, {}
+
+    def _end(self, run: str) -> None:
+        self._ledger.close_run(run)
+        self._masked.forget(run)
 
     def _signed_refusal(self, run: str, charter: str, number: int, act: Any, request: Any) -> Answer:
         try:
@@ -316,6 +319,8 @@ class Agent:
     def _accept(self, request: ProposeRequest) -> Answer:
         if request.own_statement is not None:
             self._note_own(request.own_statement)
+        if request.ended is not None:  # it may never have heard: it was away, or out of the run
+            self._end(self._history.run_ended(request.ended))
         self.admission.refresh()
         reservation = self.admission.accept(request.run, request.charter)
         self._story.accepted(reservation)

@@ -13,6 +13,8 @@ from audit.entries import (
     Body,
     RoundAbandoned,
     RoundCompleted,
+    RunCompleted,
+    RunFailed,
     SiteStatement,
     SiteUndelivered,
     decode_entry,
@@ -117,6 +119,17 @@ class History:
                 f"the entry is round {found.body.round} of run {found.body.run}, not {numbers[-1]} of {run}",
             )
         return found.body, found.leaf_hash
+
+    def run_ended(self, logged: LoggedEntry) -> str:
+        """Return the run that a witnessed entry says is over.
+
+        Raises:
+            RefusedError: unwitnessed_history; it is no end of a run.
+        """
+        found = self.witnessed(logged)
+        if not isinstance(found.body, (RunCompleted, RunFailed)):
+            raise RefusedError("unwitnessed_history", "the entry shown as the end of a run is none")
+        return found.body.run
 
     def own_statement(self, logged: LoggedEntry) -> tuple[SiteStatement, str, bool]:
         """Return a witnessed statement of this site, its leaf hash, and whether it is in a round.

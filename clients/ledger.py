@@ -287,15 +287,20 @@ class SiteLedger:
         return tuple(_statement(row) for row in rows)
 
     def reserve(self, reservation: Reservation) -> None:
-        """Set a run's whole plan aside.
+        """Set a run's whole plan aside; one open run has a population.
 
         Raises:
-            OdometerError: the run was accepted before.
+            OdometerError: the run was accepted before, or another one is open.
         """
         with self._write() as connection:
             taken = select(_RESERVATION.c.run).where(_RESERVATION.c.run == reservation.run)
             if connection.execute(taken).first():
                 raise OdometerError(f"run {reservation.run} was accepted before")
+            other = select(_RESERVATION.c.run).where(
+                _RESERVATION.c.population == reservation.population, _RESERVATION.c.closed == 0
+            )
+            if busy := connection.execute(other).first():
+                raise OdometerError(f"run {busy.run} has the population until it ends")
             connection.execute(
                 insert(_RESERVATION).values(
                     run=reservation.run,

@@ -157,6 +157,9 @@ class VirtualLedger:
         with self._lock:
             if reservation.run in self._reservations:
                 raise OdometerError(f"run {reservation.run} was accepted before")
+            for busy in self._reservations.values():
+                if busy.population == reservation.population and not busy.closed:
+                    raise OdometerError(f"run {busy.run} has the population until it ends")
             charter = _shared_text(reservation.charter)
             self._reservations[reservation.run] = dataclasses.replace(reservation, charter=charter)
 

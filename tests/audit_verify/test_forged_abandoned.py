@@ -57,9 +57,7 @@ class LossyWorld(World):
         claim = super()._claim(hospital, run)
         events = [self.event()] * hospital.sequence
         rdp = up(rdp_epsilon(events, float(self.charter.privacy.delta)))
-        return replace(
-            claim, events=len(events), run_epsilon=claim.lifetime_epsilon, run_epsilon_rdp=rdp
-        )
+        return replace(claim, events=len(events), run_epsilon=claim.lifetime_epsilon, run_epsilon_rdp=rdp)
 
 
 def bodies(world, kind):
