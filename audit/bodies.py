@@ -158,6 +158,8 @@ class RunAccepted:
     planned_events: int
     lifetime_epsilon_cap: str
     signature: str
+    whole_site_epsilon_cap: str = ""  # over the site's whole life, for all its rows; "": the site sets none
+    lifetime_delta: str = ""  # at which that cap holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

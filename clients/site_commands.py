@@ -285,9 +285,11 @@ def _shown(found: SiteReview) -> str:
         ["unit", f"one {found.unit}, {found.relation.replace('_', '/')}"],
         ["this run", f"epsilon {epsilon_text(found.run_epsilon)} at delta {found.delta}"],
         ["lifetime", left],
+        ["whole site", found.whole_site or "no cap"],
         ["last 365 days", year],
         ["fits", "yes" if found.fits else "NO: no decision passes the lifetime cap"],
         ["rules", "; ".join(found.broken_rules) or "all met"],
+        ["use of answers", "\n".join(found.use)],
         ["asks you about", ", ".join(found.asked_by) or "nothing"],
         ["decision", found.decision or "none yet"],
     ]

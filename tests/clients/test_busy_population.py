@@ -18,7 +18,9 @@ from tests.clients.conftest import SITES, Network, call, refusal_code
 
 def propose(network: Network, run: str, **more: Any) -> dict[str, Any]:
     """Another coordinator's run, to one site."""
+    kept = network.base, network.theta
     header = {"run_started": network.run_started(run=run), "charter": network.text(), **more}
+    network.base, network.theta = kept  # the first run goes on from its own model
     return call(network.agents["alpha"], "run.propose", header)[0]
 
 
