@@ -160,6 +160,8 @@ class RunAccepted:
     signature: str
     whole_site_epsilon_cap: str = ""  # over the site's whole life, for all its rows; "": the site sets none
     lifetime_delta: str = ""  # at which that cap holds
+    site_log_size: int = 0  # the site's own log before this acceptance; from here on it cannot be another
+    site_log_root: str = ""  # "": the site anchors none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -179,6 +179,7 @@ class Admission:
                 f"of epsilon {lifetime.epsilon} at delta {lifetime.delta}{_whole_site_text(lifetime)}",
             )
         self._decisions.on_run(self.home, run, terms, canonical)
+        size, root = self._decisions.anchor()
         head, whole = self._ledger.head(population), lifetime.whole_site_epsilon
         body = RunAccepted(
             run=run.run,
@@ -194,6 +195,8 @@ class Admission:
             signature="",
             whole_site_epsilon_cap="" if whole is None else decimal_text(whole),
             lifetime_delta="" if whole is None else decimal_text(lifetime.delta),
+            site_log_size=size,
+            site_log_root=root,
         )
         acceptance = canonical_bytes(body_document(self._keys.signed(body)))
         reservation = Reservation(run.run, population, canonical, planned, acceptance, False)

@@ -166,6 +166,10 @@ class Decisions:
         if said is not None and said.decision == "refused":
             raise RefusedError(said.reason, f"this site's people withdrew from run {run}")
 
+    def anchor(self) -> tuple[int, str]:
+        """Return size and root of the site's own log, with everything decided so far."""
+        return self._log.anchor()
+
     def is_withdrawn(self, run: str) -> bool:
         """Whether the site's people refused a run that was accepted."""
         said = self._last_word(run)

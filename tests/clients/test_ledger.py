@@ -343,6 +343,8 @@ def test_releases_that_reached_no_round_are_reported_at_the_next_run(network):
     network.start()
     network.play(1)
     network.ask("alpha", 2)  # debited, and never logged
+    for agent in network.agents.values():
+        call(agent, "run.finished", {"run": network.run})
     network.run, network.previous = "run-2", None
     answer = network.propose()["alpha"]
     reported = [(body["run"], body["round"], body["sequence"]) for body in answer["undelivered"]]
