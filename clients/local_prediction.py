@@ -65,9 +65,7 @@ def predict_here(home: SiteHome, run: str, version: bytes, rows: bytes) -> Local
         kept = LocalLayers(home.local_layers_path).average(run, terms.most_rounds, terms.average_last)
         if kept is None:
             problem = f"nothing is kept here of run {run}'s local layers"
-            raise LocalPredictionError(
-                f"{problem}; answer with the version at a server, or take part in a run"
-            )
+            raise LocalPredictionError(f"{problem}; a server answers with the version alone")
         weights = overlaid(terms.spans, weights, kept)
         own.append(f"local layers {', '.join(map(str, document['model']['local_layers']))}")
     if document["model"]["site_intercept"]:
