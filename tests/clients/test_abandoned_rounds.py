@@ -27,6 +27,7 @@ from federation.coordinator import Coordinator
 from federation.errors import RunFailedError
 from federation.exchange import Exchange
 from federation.grid import InProcessGrid
+from federation.runs import find_run
 from federation.server_app import carry_out as carry_run_out
 from federation.service import TrainRequest
 from tests.audit_verify.judging import EPSILON, ODOMETERS, REPLAY, ROUNDS
@@ -172,6 +173,14 @@ def test_a_coordinator_killed_after_the_entry_opens_the_next_round_and_not_the_s
     report = done.report()
     assert not report.failures, report.text()
     assert "taken up again once, at round 2" in report.step(ROUNDS).detail
+    scientist = Principal(id="curie", role="scientist", key=done.federation.scientist.public)
+    request = service.RegisterRequest(run=done.run)
+    claims = service.register(log, scientist, LocalOwner(), request).registered.epsilons
+    assert [claim.events for claim in claims] == [3] * 4  # what was lost is claimed with the rest
+    assert {claim.run_epsilon for claim in claims} == {claim.lifetime_epsilon for claim in claims}
+    view = find_run(log.ledger, done.run)
+    assert view.abandoned == {1: "not_opened"}
+    assert view.undelivered == dict.fromkeys(NAMES, 1)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from audit.entries import (
     SiteUndelivered,
     event_hash,
 )
+from federation import registry
 from federation.abandoning import late_releases
 from federation.accounting import noise_for, plan_cost, plan_report
 from federation.charter import Charter
@@ -174,6 +175,22 @@ def test_a_coordinator_that_dies_around_an_abandoned_round_goes_on(federation, c
     lost = undelivered(strict.coordinator.ledger, run)
     assert {said.round for said in lost} == {2}
     assert {"north", "south"} <= {said.site for said in lost}
+
+
+def test_a_release_that_was_logged_before_its_round_was_lost_counts_once(federation, charter_text):
+    """The coordinator died after it entered north's statement; when it went on, west was gone."""
+    strict = make_strict(federation)
+    run = prepared(strict, spare(charter_text, 1))
+    crash(strict, run, until=lambda past: (2, "north") in past.statements)
+    go(strict, run, fault=silent(2))
+    assert numbers(strict) == [1, 3, 4]
+    of_north = [body for body in registry.statements(strict.coordinator.ledger) if body.site == "north"]
+    assert [body.sequence for body in of_north] == [1, 2, 3, 4]
+    assert [body.statement.site for body in strict.bodies(SiteUndelivered)].count("north") == 1
+    assert "north" in {said.site for said in undelivered(strict.coordinator.ledger, run)}
+    assert find_run(strict.coordinator.ledger, run).undelivered["north"] == 1
+    report = judged(strict)
+    assert not report.failures, report.text()
 
 
 # what a site says late
