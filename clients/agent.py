@@ -22,10 +22,7 @@ from typing import Any
 
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import (
-    ZERO_DIGEST,
     Body,
-    RoundAbandoned,
-    RoundCompleted,
     SiteRefused,
     SiteStatement,
     body_document,
@@ -41,10 +38,11 @@ from clients.errors import HomeError, LedgerBehindError, RefusedError, WaitingEr
 from clients.high_water import Head
 from clients.history import Clock, History, OpenedNotes
 from clients.home import SiteHome
-from clients.ledger import Odometers, Release, Reservation, SiteLedger, unused
+from clients.ledger import Odometers, Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from clients.local_layers import LocalLayers
 from clients.masked_rounds import MaskedRequest, MaskedRounds, MaskedStep, parse_masked
+from clients.past import Past
 from clients.refusal_book import RefusalBook
 from clients.requests import (
     LoggedEntry,
@@ -60,6 +58,7 @@ from clients.requests import (
     parse_round,
     parse_run,
 )
+from clients.reserved import unused
 from clients.site_log import Diary, SiteLog
 from clients.story import SiteStory
 from clients.terms import Terms
@@ -109,6 +108,7 @@ class Agent:
         self.admission = Admission(home, self._keys, ledger, self._trainer, decisions, origin=self._origin)
         own = (self._keys.statement.verify_key, *self._keys.past_statements)
         self._history = History(notes or OpenedNotes(policy), own, clock)
+        self._past = Past(self._history, ledger, self._trainer, self.observe)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
         self._closed = False
@@ -349,7 +349,7 @@ class Agent:
             raise RefusedError("round_out_of_order", f"the charter has {len(terms.planned)} releases a run")
         if (request.shares is not None) != terms.masks(request.round):
             raise RefusedError("bad_request", "shares come with a masked round, and with no other")
-        previous_round = self._check_past(request, terms)
+        previous_round = self._past.check(request, terms)
         self._check_budget(reservation, terms, request.round)
         released = self._release(request, terms, previous_round, digest)
         self._story.released(released)
@@ -380,71 +380,6 @@ class Agent:
             return self._signed_refusal(request.run, request.charter, request.round, act, request)
 
         return handle
-
-    def _check_past(self, request: RoundRequest, terms: Terms) -> str:
-        """Return the leaf hash of the previous round, once the base model is proved to be its output."""
-        base = request.base_digest
-        if request.round == 1:
-            if base != terms.initial_digest:
-                raise RefusedError("base_model_mismatch", "round 1 does not start from the charter's weights")
-            return ZERO_DIGEST
-        numbers = range(request.round - 1, request.round)
-        if request.round > terms.most_rounds:  # builds on the last round, whichever number that had
-            numbers = range(terms.rounds, terms.most_rounds + 1)
-        before, leaf_hash = self._history.round_ended(
-            request.previous_round, run=request.run, numbers=numbers
-        )
-        own = self._last_release(request)
-        self._check_own(request, own, before)
-        if isinstance(before, RoundAbandoned):
-            self._check_abandoned(request, own, before, terms)
-        # the averaged weights are no round's output; any model's counts have the same cost
-        elif request.round <= terms.most_rounds and base != before.output_model:
-            raise RefusedError(
-                "base_model_mismatch", f"the base model is not the output of round {before.round}"
-            )
-        return leaf_hash
-
-    def _last_release(self, request: RoundRequest) -> Release | None:
-        """Return the site's release of the run before the one that is asked for."""
-        earlier = (self._ledger.release_of(request.run, number) for number in range(request.round - 1, 0, -1))
-        return next((release for release in earlier if release is not None), None)
-
-    def _check_abandoned(
-        self, request: RoundRequest, own: Release | None, before: RoundAbandoned, terms: Terms
-    ) -> None:
-        """The next round is built on what the abandoned one was built on, as far as this site saw that."""
-        if request.round > terms.most_rounds:
-            raise RefusedError("round_out_of_order", "what is counted after the rounds builds on a model")
-        known = {before.base_model}
-        if own is not None and own.statement.round == before.round:
-            known.add(own.statement.base_model)
-        if before.previous_round == ZERO_DIGEST:
-            known.add(terms.initial_digest)
-        if known != {request.base_digest}:
-            raise RefusedError(
-                "base_model_mismatch", f"the base model is not what round {before.round} was built on"
-            )
-        self._trainer.forget_round(request.run, before.round)
-
-    def _check_own(
-        self, request: RoundRequest, own: Release | None, before: RoundCompleted | RoundAbandoned
-    ) -> None:
-        if request.own_statement is None:
-            if own is not None:
-                raise RefusedError(
-                    "unwitnessed_history", "this site's last statement is not shown in the log"
-                )
-            return
-        statement, leaf_hash, in_round = self._history.own_statement(request.own_statement)
-        self.observe(statement)
-        if own is None or own.statement != statement:
-            raise RefusedError("unwitnessed_history", "the statement shown is not this site's for that round")
-        counted = before.leaves if isinstance(before, RoundCompleted) else ()
-        of_this = isinstance(before, RoundCompleted) and statement.round == before.round
-        if of_this and in_round and leaf_hash not in counted:
-            raise RefusedError("unwitnessed_history", "the round's entry leaves this site's statement out")
-        self._ledger.mark_delivered(request.run, statement.round)
 
     def _note_own(self, logged: LoggedEntry) -> None:
         statement, _, _ = self._history.own_statement(logged)

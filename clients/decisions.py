@@ -22,9 +22,10 @@ from audit.site_bodies import SiteDecided
 from clients.errors import RefusedError, WaitingError
 from clients.home import SiteHome
 from clients.identity import SiteKeys
-from clients.ledger import Odometers, unused
+from clients.ledger import Odometers
 from clients.proposals import Proposal, Proposals
 from clients.refusal_book import RefusalBook
+from clients.reserved import unused
 from clients.rules import Breach, Rule, RunFacts, breaches
 from clients.site_log import Diary, event_id
 from clients.terms import Terms

@@ -32,6 +32,7 @@ from audit.errors import AuditError
 from clients.errors import HomeError, LedgerBehindError, OdometerError
 from clients.high_water import Head, HighWaterMarks
 from clients.ledger_tables import MaskedRoundRow, ReleaseRow, ReservationRow, SiteTable
+from clients.reserved import committed_events
 
 SCHEMA_VERSION: Final = 1
 
@@ -460,27 +461,6 @@ def _continues(row: Any, last: Head) -> bool:
         statement.round,
         event_hash(statement),
     )
-
-
-def committed_events(ledger: Odometers, population: str) -> tuple[MechanismEvent, ...]:
-    """Return the events that any new plan comes on top of; see `SiteLedger.committed_events`."""
-    spent = ledger.spent(population)
-    events = [release.event for release in spent]
-    for reservation in ledger.open_reservations(population):
-        events += unused(reservation, [release.event for release in spent if release.run == reservation.run])
-    return tuple(events)
-
-
-def unused(reservation: Reservation, used: Sequence[MechanismEvent]) -> list[MechanismEvent]:
-    """Return what of a run's reservation is not used, in order.
-
-    Each release takes away the first event of its kind: a site may have missed a round that was abandoned.
-    """
-    left = list(reservation.planned)
-    for release in used:
-        if release in left:
-            left.remove(release)
-    return left
 
 
 def _statement(row: Any) -> SiteStatement:

@@ -42,7 +42,8 @@ from clients.high_water import Head
 from clients.history import OpenedNotes
 from clients.home import SiteConfig, SiteHome
 from clients.identity import SiteKeys
-from clients.ledger import Release, Reservation, Spent, committed_events
+from clients.ledger import Release, Reservation, Spent
+from clients.reserved import committed_events
 from clients.rules import Rules
 from clients.trainer import Workshop
 

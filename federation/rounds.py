@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,10 +44,9 @@ from federation.errors import (
     ResumeError,
     ResumeLaterError,
     RunFailedError,
-    StatementError,
 )
 from federation.evaluation import PublicData, metrics_of
-from federation.exchange import Exchange, Request, read_answer
+from federation.exchange import Exchange, Request
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
@@ -62,7 +61,13 @@ from federation.preparation import (
     record_charter,
 )
 from federation.progress import RunEvent, emit
-from federation.refusals import noting, record_masked, record_opened, record_too_long
+from federation.refusals import (
+    noting,
+    record_masked,
+    record_opened,
+    record_refusals,
+    record_too_long,
+)
 from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import Lost, RunOutcome, RunState
@@ -71,8 +76,6 @@ from federation.statements import (
     AcceptedUpdate,
     RoundTerms,
     record_statements,
-    refusal_event_id,
-    verify_refusal,
 )
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
@@ -268,7 +271,16 @@ class RoundLoop:
             record_masked(self._coordinator, masked, strategy.rejected)
         self._check_logged(strategy, state)
         self._hold.check()
-        self._record_refusals(number, unanswered, strategy, prepared)
+        record_refusals(
+            self._coordinator,
+            terms,
+            unanswered,
+            self._exchange.site_of,
+            strategy.rejected,
+            prepared.enrolments,
+        )
+        for site, rejection in strategy.rejected.items():
+            self._emit("refused", number=number, sites=(site,), detail=str(rejection))
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
         state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
@@ -381,28 +393,6 @@ class RoundLoop:
             **shown,
         }
         return Request(kind="round", header=header, blobs={"base_model": state.base_model})
-
-    def _record_refusals(
-        self, number: int, replies: Sequence[Message], strategy: Any, prepared: Prepared
-    ) -> None:
-        """Write each proved refusal, and name it in place of "holds no statement"."""
-        for reply in replies:
-            site = self._exchange.site_of(reply)
-            if site is None or site not in strategy.rejected:
-                continue
-            answer = read_answer(site, reply)
-            if "refusal" in answer.header:
-                try:
-                    refusal = verify_refusal(site, prepared.enrolments[site], answer.header["refusal"])
-                except StatementError as error:
-                    strategy.rejected[site] = error
-                    continue
-                strategy.rejected[site] = StatementError(site, "refusal", refusal.reason)
-                event_id = refusal_event_id(self._run.run, number, refusal)
-                self._coordinator.append(refusal, f"site:{site}", event_id)
-        for site, rejection in strategy.rejected.items():
-            _logger.warning("round %d: %s", number, rejection)
-            self._emit("refused", number=number, sites=(site,), detail=str(rejection))
 
     def _check_spare(self, number: int, lost: Lost, state: RunState) -> None:
         """End the run where the rounds that may still be opened are fewer than those it lacks."""
