@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,8 +78,6 @@ from federation.statements import (
 )
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
-
-_logger = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S = 10.0
 ROUND_TROUBLE_S = 90.0  # a node that was killed is refused for up to a minute
