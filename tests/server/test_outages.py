@@ -294,7 +294,7 @@ def test_roll_back_by_the_command_counts_in_both_workers_at_once(on_either, tmp_
     assert started_s < 30  # the command's own start included, on a machine that does other things
     report(
         "serving_swaps",
-        size=f"one `models rollback` by the command under {'PostgreSQL' if on_either.database else 'SQLite'}, "
+        size=f"one `models rollback` by the command, {'PostgreSQL' if on_either.database else 'SQLite'}, "
         f"2 workers, {len(told.answers):,} answers",
         result=f"last answer of the version that went out {started_s:.1f} s after the command's start, "
         f"{returned_s:.1f} s after its return; 0 requests failed",
