@@ -8,6 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from audit.answers import AnswerTerms
+from audit.encoding import RowEncoder
+from audit.reference import OodScorer
 from server.answer_cache import MAX_ROWS, AnswerCache
 from server.app import create_app
 from tests.server.test_runtime import OTHER
@@ -150,6 +152,25 @@ def test_same_weights_under_another_charter_let_out_what_that_charter_lets_out(l
             assert set(found["kept"]["answers"][0]) == {"label", "probability"}
             assert set(found["terse"]["answers"][0]) == {"label"}
             assert "probability" not in json.dumps(found["terse"]["opened"])
+
+
+@pytest.mark.parametrize("order", [("toy", "narrow"), ("narrow", "toy")])
+def test_same_weights_under_another_charter_are_scored_by_that_charters_bounds(lab, row, order):
+    features = [
+        {"name": "age", "type": "integer", "unit": "years", "lower": "50", "upper": "52",
+         "transform": "none", "missing": "refuse"},
+        {"name": "fever", "type": "boolean", "unit": "", "missing": "midpoint"},
+        {"name": "ward", "type": "category", "unit": "", "categories": ["north", "south"],
+         "missing": "refuse"},
+    ]  # fmt: skip
+    version, _ = lab.live(name="narrow", features=features)
+    assert version == lab.version
+    old = {**row, "age": 52}
+    with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
+        found = {name: ask(client, lab.tokens["consumer"], old, name).json() for name in order}
+    scores = {name: reply["annotations"]["ood"][0]["score"] for name, reply in found.items()}
+    expected = OodScorer(features).score(RowEncoder(features).encode(old))["score"]
+    assert scores["narrow"] == expected != scores["toy"]
 
 
 def test_charter_that_does_not_say_so_keeps_nothing(client, lab, row):
