@@ -86,7 +86,9 @@ class Past:
                     "unwitnessed_history", "this site's last statement is not shown in the log"
                 )
             return
-        statement, leaf_hash, in_round = self._history.own_statement(request.own_statement)
+        statement, leaf_hash, in_round = self._history.own_statement(
+            request.own_statement, None if own is None else own.statement
+        )
         self._observe(statement)
         if own is None or own.statement != statement:
             raise RefusedError("unwitnessed_history", "the statement shown is not this site's for that round")
