@@ -19,6 +19,7 @@ JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping
 MAX_INTEGER = 2**53 - 1
 MAX_DEPTH = 32
 _FLAT = {str, bool, type(None)}
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 def canonical_bytes(value: JsonValue) -> bytes:
@@ -31,7 +32,7 @@ def canonical_bytes(value: JsonValue) -> bytes:
     try:
         if _is_simple(value, 0):
             # ASCII keys sort alike by code point and by UTF-16 unit; the escapes of `json` are RFC 8785's.
-            return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+            return _encode(value).encode()
         parts: list[str] = []
         _write(value, parts, 0)
         return "".join(parts).encode()

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 from audit.errors import (
     BadSignatureError,
@@ -38,6 +39,7 @@ class KeyType(IntEnum):
     COSIGNATURE = 0x04
 
 
+@lru_cache(maxsize=256)
 def check_key_name(name: str) -> str:
     """Return `name` if it may name a key.
 
