@@ -50,6 +50,8 @@ def _is_simple(value: object, depth: int) -> bool:
     if depth >= MAX_DEPTH:
         return False
     if kind is dict:
+        if set(map(type, value.values())) <= _FLAT and set(map(type, value)) <= {str}:  # type: ignore[attr-defined, call-overload]
+            return "".join(value).isascii()  # type: ignore[call-overload]
         for key, item in value.items():  # type: ignore[attr-defined]
             if type(key) is not str or not key.isascii() or not _is_simple(item, depth + 1):
                 return False

@@ -38,6 +38,7 @@ from server import (
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.alarming import Alarming
 from server.context import Caller, Context, authorise, context_of
+from server.direct import Direct
 from server.errors import ArtefactError, NotReadyError
 from server.explaining import Explaining
 from server.facts import DecisionFacts
@@ -181,6 +182,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     _service_routes(app)
     openapi.install(app)
     reference.install(app)
+    app.add_middleware(Direct, routes=app.router.routes, state=app.state)
     if tracing is not None:
         app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)

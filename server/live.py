@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
@@ -163,12 +162,12 @@ class LiveModels:
         self.refresh()
         return self.choose(model, version)
 
-    def choose(self, model: str, version: str | None = None, draw: str = "") -> ServedVersion:
+    def choose(self, model: str, version: str | None = None, draw: int = 100) -> ServedVersion:
         """Return, in the present view, the version that answers.
 
         Args:
             version: a digest, or an alias: "live", or "candidate" (the newest neither live nor retired).
-            draw: what decides whether a canary's share takes the request, such as its id; empty for never.
+            draw: from 0 to 99; a canary's share takes the request where it is below that; 100 for never.
 
         Raises:
             ModelNotFoundError, VersionNotFoundError: there is nothing of that name.
@@ -181,7 +180,7 @@ class LiveModels:
             raise ModelNotFoundError(f"no model {model!r} is registered; GET /v1/models lists the names")
         if version is None:
             canary = route.canary
-            if canary is not None and draw and zlib.crc32(draw.encode()) % 100 < canary.share:
+            if canary is not None and draw < canary.share:
                 return canary
             return route.first
         if version == "live":

@@ -8,7 +8,8 @@ from anyio import to_thread
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.context import Caller, authorise, context_of
+from audit.principal import Principal
+from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError, NotReadyError, request_id_of
 from server.oip.codec import HEADER_LENGTH, compressed, decompressed, read_ask, write_answer
 from server.oip.inference import EXTENSIONS, PURPOSE, infer, is_ready, metadata, served_version
@@ -147,8 +148,17 @@ async def infer_version(request: Request, principal: Caller, model: Model, versi
 
 
 async def _infer(request: Request, principal: Caller, model: str, version: str) -> Response:
-    context, headers = context_of(request), request.headers
-    body = await request.body()
+    body, headers = await answer_infer(
+        context_of(request), request, await request.body(), principal, model, version
+    )
+    return Response(body, headers=headers)
+
+
+async def answer_infer(
+    context: Context, request: Request, body: bytes, principal: Principal, model: str, version: str
+) -> tuple[bytes, dict[str, str]]:
+    """Answer `infer`, by whichever way it came: return the body and its headers; errors as `infer`."""
+    headers = request.headers
     encoding = headers.get("content-encoding", "")
     if encoding:
         body = decompressed(body, encoding, limit=context.settings.max_body_bytes)
@@ -167,7 +177,8 @@ async def _infer(request: Request, principal: Caller, model: str, version: str) 
         head["id"] = ask.id
     head["parameters"] = answer.parameters
     data, length = write_answer(head, answer.outputs, ask)
-    sent = {}
+    kind = "application/json" if length is None else "application/octet-stream"
+    sent = {"content-type": kind}
     if length is not None:
         sent[HEADER_LENGTH] = str(length)
     accepted = headers.get("accept-encoding", "")
@@ -175,8 +186,7 @@ async def _infer(request: Request, principal: Caller, model: str, version: str) 
         data, name = compressed(data, accepted)
         if name:
             sent["Content-Encoding"] = name
-    kind = "application/json" if length is None else "application/octet-stream"
-    return Response(data, media_type=kind, headers=sent)
+    return data, sent
 
 
 async def _metadata(request: Request, principal: Caller, model: str, version: str) -> dict[str, Any]:
