@@ -86,8 +86,8 @@ def parse_decimal(text: object) -> Decimal:
 def rounded_text(value: float | Decimal, places: int = 6) -> str:
     """Return `value` rounded half to even at `places` decimals, as canonical text."""
     if places == 6 and type(value) is float and -_SMALL < value < _SMALL and not _TIE.fullmatch(repr(value)):
-        # A format rounds the double itself, not its shortest text. The two differ only where that text ends in
-        # a tie: a tie between the two would be a text as short, and nearer to the double.
+        # A format rounds the double itself, not its shortest text. They differ only where that text is a tie:
+        # a tie between the two would be a text as short, and nearer to the double.
         text = f"{value:.6f}".rstrip("0").rstrip(".")
         return "0" if text == "-0" else text
     number = Decimal(repr(value)) if isinstance(value, float) else value

@@ -2,8 +2,8 @@
 
 `audit.canonical.parse_strict` is the rule: it refuses what two parsers could read differently. What
 `parse_request` returns is its value, in a fraction of its time; where there is any doubt it is asked itself,
-and its word, or its error, is what the caller gets. `write_json` writes what is to be sent, not what is hashed
-or signed.
+and its word, or its error, is what the caller gets. `write_json` writes what is to be sent, never what is
+hashed or signed.
 """
 
 from __future__ import annotations

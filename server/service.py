@@ -155,23 +155,20 @@ class PredictService:
         taken = Taken(True)
         if self.quotas is not None and self.quotas.limits:
             taken = await asyncio.to_thread(self.quotas.take, principal.id, len(asked.rows))
-        draw = secrets.randbelow(
-            100
-        )  # not from the request's id: who knows the draw could choose the version
         self.batching.in_flight += 1
         try:
             for _ in range(_TRIES):
                 try:
-                    return await self._on_present_view(principal, asked, taken, draw)
+                    return await self._on_present_view(principal, asked, taken)
                 except StaleViewError:
                     await asyncio.to_thread(self.live.refresh)
             raise TooBusyError(f"the versions of {asked.model} keep changing; try again")
         finally:
             self.batching.in_flight -= 1
 
-    async def _on_present_view(self, principal: Principal, asked: Asked, taken: Taken, draw: int) -> Answered:
+    async def _on_present_view(self, principal: Principal, asked: Asked, taken: Taken) -> Answered:
         guard = self.live.guard
-        served = self.live.choose(asked.model, asked.version, draw)
+        served = self.live.choose(asked.model, asked.version, draw=True)
         decision = await self._decide(principal, asked, served, guard, taken)
         warm = self.warm.ready(served.version)
         if warm is None:
