@@ -109,7 +109,8 @@ class RowEncoder:
             if kind is float:
                 if not lower <= value <= upper or (is_whole and not value.is_integer()):
                     return None
-                plain[name] = float_text(value)
+                text = repr(value)
+                plain[name] = float_text(value) if text[-2:] == ".0" or "e" in text else text
             elif kind is int and -_EXACT <= value <= _EXACT:
                 plain[name], value = str(value), float(value)
                 if not lower <= value <= upper:
