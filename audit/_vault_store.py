@@ -1,8 +1,8 @@
 """The vault's database: how it is created, opened, locked, and made to forget.
 
 Deleted rows are overwritten (`secure_delete`), and `scrub` rewrites the file and empties the WAL. On
-PostgreSQL `scrub` rewrites the tables and asks for a checkpoint; what the write-ahead log and its archive
-still hold is under the master key, which is not in the database.
+PostgreSQL `scrub` rewrites the tables and overwrites the write-ahead log (`audit._vault_wal`); what its
+archive and standbys still hold is under the master key, which is not in the database.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, event, insert, inspect, select
-from sqlalchemy.exc import DBAPIError
 
-from audit import _store
+from audit import _store, _vault_wal
 from audit.errors import AuditError, LedgerBusyError
 from audit.location import Location
 from audit.vault_tables import (
@@ -32,6 +32,7 @@ from audit.vault_tables import (
 
 _FOLDER: Final = Path(__file__).with_name("vault_migrations")
 _TABLES: Final = (SUBJECT.name, RECORD.name, ERASURE.name)
+_BUSY: Final = "others kept the vault busy: run `affidavit vault scrub` to rewrite freed pages"
 
 
 class VaultMissingError(AuditError):
@@ -42,6 +43,17 @@ class VaultMissingError(AuditError):
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
         self.path = path
+
+
+@dataclass(frozen=True, slots=True)
+class Scrub:
+    """How far a rewrite came; true when nothing deleted is left."""
+
+    rewritten: bool  # the file, or the tables
+    left: str = ""  # what still holds deleted rows, and the remedy
+
+    def __bool__(self) -> bool:
+        return not self.left
 
 
 def open_engine(location: Location) -> Engine:
@@ -129,18 +141,20 @@ def writing(engine: Engine) -> Iterator[tuple[Connection, Any]]:
         yield connection, connection.execute(query).one()
 
 
-def scrub(location: Location, patience_s: float = _store.BUSY_TIMEOUT_S) -> bool:
-    """Rewrite what was deleted away; say whether nothing stood in the way.
+def scrub(location: Location, patience_s: float = _store.BUSY_TIMEOUT_S) -> Scrub:
+    """Rewrite what was deleted away; say whether anything stood in the way.
 
     SQLite: VACUUM, then a WAL checkpoint that truncates, which waits for readers. PostgreSQL: VACUUM FULL of
-    the vault's tables, a switch of the WAL segment, and a checkpoint, the last two where the role may.
+    the vault's tables, then the write-ahead log, where the role may and the server lets go of it.
     """
     try:
         if location.path is None:
-            return _scrub_server(location)
-        return _scrub_file(location.path, patience_s)
+            return Scrub(rewritten=True, left=_scrub_server(location))
+        if _scrub_file(location.path, patience_s):
+            return Scrub(rewritten=True)
     except LedgerBusyError:
-        return False
+        pass
+    return Scrub(rewritten=False, left=_BUSY)
 
 
 def revision(connection: Connection) -> str:
@@ -156,7 +170,7 @@ def _scrub_file(path: Path, patience_s: float) -> bool:
         return not busy
 
 
-def _scrub_server(location: Location) -> bool:
+def _scrub_server(location: Location) -> str:
     engine = open_engine(location)
     try:
         with (
@@ -166,15 +180,9 @@ def _scrub_server(location: Location) -> bool:
             connection.exec_driver_sql("SET statement_timeout = 0")
             for name in _TABLES:
                 connection.exec_driver_sql(f"VACUUM (FULL) {name}")
-            for statement in ("SELECT pg_switch_wal()", "CHECKPOINT"):
-                try:
-                    connection.exec_driver_sql(statement)
-                except DBAPIError as error:
-                    if getattr(error.orig, "sqlstate", "") != "42501":  # the role may not: the server will
-                        raise
+            return _vault_wal.empty(connection)
     finally:
         engine.dispose()
-    return True
 
 
 def _create_file(path: Path) -> None:

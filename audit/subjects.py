@@ -80,7 +80,7 @@ class Erased:
     records: int
     leaf_index: int
     leaf_hash: str
-    scrubbed: bool  # False: others kept the vault busy; the next command or start rewrites it
+    left: str  # what still holds traces, and the remedy; empty when nothing does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +295,7 @@ def erasure_for(ledger: EvidenceLog, pseudonym: str) -> StoredLeaf | None:
 
 
 def _finish(ledger: SubjectLog, vault: Vault, erasure: Erasure) -> Erased:
-    scrubbed = erasure.scrubbed or vault.scrub()
+    left = "" if erasure.scrubbed else vault.scrub().left
     sequenced = ledger.append_wait(
         erasure.entry, event_id=erasure.event_id, index_columns=columns_of(erasure.entry)
     )
@@ -305,7 +305,7 @@ def _finish(ledger: SubjectLog, vault: Vault, erasure: Erasure) -> Erased:
         records=erasure.records,
         leaf_index=sequenced.leaf_index,
         leaf_hash=sequenced.leaf_hash.hex(),
-        scrubbed=scrubbed,
+        left=left,
     )
 
 

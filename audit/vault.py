@@ -27,7 +27,7 @@ from sqlalchemy import Connection, Engine, delete, func, insert, inspect, select
 from audit import _store, _vault_store
 from audit._sequencer import Sequencer
 from audit._vault_seal import Places, encode_identity, encode_parts, parse_identity, parse_parts, sha256_hex
-from audit._vault_store import VaultMissingError
+from audit._vault_store import Scrub, VaultMissingError
 from audit.commitments import new_pseudonym
 from audit.disclosure import SealedPart
 from audit.errors import AuditError, EventIdConflictError
@@ -50,7 +50,10 @@ from audit.vault_records import (
 from audit.vault_tables import (
     ERASURE,
     RECORD,
+    REWRITTEN,
+    SCRUBBED,
     SUBJECT,
+    UNTOUCHED,
     VAULT_APPLICATION_ID,
     VAULT_HEAD,
     VAULT_SCHEMA_VERSION,
@@ -251,28 +254,28 @@ class Vault:
                 "event_id": event_id,
                 "entry": data,
                 "leaf_index": None,
-                "scrubbed": 0,
+                "scrubbed": UNTOUCHED,
             }
             connection.execute(insert(ERASURE), row)
         return Erasure(**{**row, "scrubbed": False})
 
-    def scrub(self, patience_s: float = _store.BUSY_TIMEOUT_S) -> bool:
-        """Rewrite what was deleted away (`audit._vault_store.scrub`); say whether that was possible now."""
+    def scrub(self, patience_s: float = _store.BUSY_TIMEOUT_S) -> Scrub:
+        """Rewrite what was deleted away (`audit._vault_store.scrub`); say how far that was possible now."""
         with _store.reading(self._engine) as connection:
-            query = select(ERASURE.c.request_id).where(ERASURE.c.scrubbed == 0)
+            query = select(ERASURE.c.request_id).where(ERASURE.c.scrubbed != SCRUBBED)
             waiting = [row.request_id for row in connection.execute(query)]
-        if not _vault_store.scrub(self.location, patience_s):
-            return False
-        if waiting:
+        done = _vault_store.scrub(self.location, patience_s)
+        if waiting and done.rewritten:
+            state = SCRUBBED if done else REWRITTEN
             with _vault_store.writing(self._engine) as (connection, _):
                 connection.execute(
-                    update(ERASURE).where(ERASURE.c.request_id.in_(waiting)).values(scrubbed=1)
+                    update(ERASURE).where(ERASURE.c.request_id.in_(waiting)).values(scrubbed=state)
                 )
-        return True
+        return done
 
     def pending(self) -> list[Erasure]:
-        """Return the erasures that are not in the log yet, or whose traces are not rewritten yet."""
-        query = select(ERASURE).where((ERASURE.c.leaf_index.is_(None)) | (ERASURE.c.scrubbed == 0))
+        """Return the erasures that are not in the log yet, or whose rows are not rewritten yet."""
+        query = select(ERASURE).where((ERASURE.c.leaf_index.is_(None)) | (ERASURE.c.scrubbed == UNTOUCHED))
         with _store.reading(self._engine) as connection:
             return [erasure_of(row) for row in connection.execute(query)]
 
@@ -301,7 +304,7 @@ class Vault:
                 query = select(func.count()).select_from(SUBJECT).where(SUBJECT.c.pseudonym.in_(page))
                 here += int(connection.execute(query).scalar_one())
                 _forget(connection, page)
-        if gone and not self.scrub():
+        if gone and not self.scrub().rewritten:
             return here
         with _vault_store.writing(self._engine) as (connection, _):
             connection.execute(update(VAULT_HEAD).values(erased_until=until))

@@ -10,6 +10,7 @@ from typing import Any, Final
 from audit._store import blob
 from audit.disclosure import SealedPart
 from audit.errors import AuditError
+from audit.vault_tables import SCRUBBED
 
 PERSON, READER = "person", "reader"
 MAX_NAME_BYTES: Final = 512
@@ -123,5 +124,5 @@ def erasure_of(row: Any) -> Erasure:
         event_id=row.event_id,
         entry=blob(row.entry, "vault_erasure.entry"),
         leaf_index=row.leaf_index,
-        scrubbed=bool(row.scrubbed),
+        scrubbed=row.scrubbed == SCRUBBED,
     )

@@ -18,6 +18,10 @@ from audit.tables import TEXT, WHOLE
 
 VAULT_SCHEMA_VERSION: Final = 1
 VAULT_APPLICATION_ID: Final = 0x41465641  # "AFVA" in SQLite's file header
+# How far the traces of an erasure are gone: `vault_erasure.scrubbed`.
+UNTOUCHED: Final = 0  # deleted rows may stand in free pages or the WAL; the next start rewrites them
+SCRUBBED: Final = 1
+REWRITTEN: Final = 2  # gone from the tables; PostgreSQL's write-ahead log could not be emptied
 _NUMBERED: Final = {"autoincrement": False}
 
 
@@ -53,7 +57,7 @@ class VaultErasure(VaultTable, table=True):
     event_id: str = Field(sa_type=TEXT)
     entry: bytes = Field(sa_type=LargeBinary)  # the leaf, so that a retry appends the same bytes
     leaf_index: int | None = Field(default=None, sa_type=WHOLE)  # None: not in the log yet
-    scrubbed: int = Field(sa_type=WHOLE)  # 0: deleted rows may still stand in free pages or the WAL
+    scrubbed: int = Field(sa_type=WHOLE)  # UNTOUCHED, SCRUBBED or REWRITTEN
 
 
 class VaultHead(VaultTable, table=True):

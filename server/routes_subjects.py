@@ -123,7 +123,8 @@ async def erase(request: Request, principal: Caller) -> dict[str, Any]:
         "pseudonym": done.subject,
         "records": done.records,
         "entry": {"leaf_index": done.leaf_index, "leaf_hash": done.leaf_hash},
-        "scrubbed": done.scrubbed,
+        "scrubbed": not done.left,
+        "left": done.left,
     }
 
 

@@ -143,11 +143,12 @@ def erase(
             "pseudonym": done.subject,
             "records": done.records,
             "entry": {"leaf_index": done.leaf_index, "leaf_hash": done.leaf_hash},
-            "scrubbed": done.scrubbed,
+            "scrubbed": not done.left,
+            "left": done.left,
         }
     shown = f"erased: {document['records']} records; entry {document['entry']['leaf_index']} says so"
     if not document["scrubbed"]:
-        shown += "\nothers kept the vault busy: run `affidavit vault scrub` to rewrite freed pages"
+        shown += f"\nnot gone everywhere yet: {document['left']}"
     emit(document, shown, as_json=as_json)
 
 
@@ -255,11 +256,11 @@ def restore(
 def scrub(home: Home = None, as_json: AsJson = False) -> None:
     """Make the vault agree with the log, and rewrite the pages that erasures freed.
 
-    Exit codes: 0 done, 1 others keep the vault busy, 2 wrong usage.
+    Exit codes: 0 done, 1 something still holds traces (said, with the remedy), 2 wrong usage.
     """
     with _parts(home) as (_, store):
         done = store.scrub()
-    emit({"scrubbed": done}, "rewritten" if done else "busy; try again", as_json=as_json)
+    emit({"scrubbed": bool(done), "left": done.left}, done.left or "rewritten", as_json=as_json)
     if not done:
         raise typer.Exit(1)
 
