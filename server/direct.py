@@ -20,7 +20,7 @@ from audit.errors import AuditError
 from federation.errors import FederationError
 from server import routes_models
 from server.context import Context, identified
-from server.errors import ServerError, render
+from server.errors import ServerError, render, request_id_of
 from server.identity import bearer_credentials
 from server.oip import routes as routes_oip
 from server.schemas import NAME_PATTERN, VERSION_PATTERN
@@ -34,7 +34,7 @@ _path: Final = re.compile(
 
 
 class Direct:
-    """ASGI middleware, the innermost of ours."""
+    """ASGI middleware, the innermost of ours: `server.guard` has read the body."""
 
     def __init__(self, app: ASGIApp, *, routes: Sequence[BaseRoute], state: Any) -> None:
         """`routes` are the application's: log lines, metrics and spans name them as FastAPI would."""
@@ -56,19 +56,20 @@ class Direct:
         model, version, name = found.groups()
         scope["route"] = self._predict if name else self._infer_version if version else self._infer
         context: Context = self._state.context
-        request = Request(scope, receive)
+        request, body = Request(scope, receive), scope["affidavit.body"]
         try:
-            authorization = request.headers.get("authorization", "")
-            principal = await identified(context, request, bearer_credentials(authorization))
-            body = await request.body()
+            given = _headers(scope)
+            credentials = bearer_credentials(given.get("authorization", ""))
+            principal = await identified(context, request, credentials)
+            request_id = request_id_of(request)
             if name:
                 data = await routes_models.answer_predict(
-                    context, request, body, principal, name, "sequenced"
+                    context, body, principal, name, "sequenced", request_id
                 )
                 headers = {"content-type": "application/json"}
             else:
                 data, headers = await routes_oip.answer_infer(
-                    context, request, body, principal, model, version or ""
+                    context, given, body, principal, model, version or "", request_id
                 )
         except (ServerError, AuditError, FederationError) as error:
             await render(request, error)(scope, receive, send)
@@ -77,6 +78,13 @@ class Direct:
         sent += [(key.encode("latin-1"), value.encode("latin-1")) for key, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": sent})
         await send({"type": "http.response.body", "body": data})
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    """The request's headers; of several with one name the first, as Starlette has it."""
+    return {
+        name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(list(scope["headers"]))
+    }
 
 
 def _route_of(routes: Sequence[BaseRoute], endpoint: object) -> BaseRoute:

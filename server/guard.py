@@ -114,6 +114,7 @@ class Guard:
             timeout_s = marks.timeout_s(self._settings.request_timeout_s)
             async with asyncio.timeout_at(begun + min(self._settings.body_timeout_s, timeout_s)) as patience:
                 body = await self._body(scope, receive)
+                scope["affidavit.body"] = body
                 patience.reschedule(begun + timeout_s)
                 await self._app(scope, _replayed(body, receive), send)
         except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text

@@ -60,12 +60,14 @@ async def predict(
     With `subject`, the entry holds a random pseudonym in place of the person, and the row, the answer, the
     purpose and the salts are kept in the vault, where an officer can export them or erase them for good.
     """
-    body = await answer_predict(context_of(request), request, await request.body(), principal, name, wait)
+    body = await answer_predict(
+        context_of(request), await request.body(), principal, name, wait, request_id_of(request)
+    )
     return Response(body, media_type="application/json")
 
 
 async def answer_predict(
-    context: Context, request: Request, body: bytes, principal: Principal, name: str, wait: Level
+    context: Context, body: bytes, principal: Principal, name: str, wait: Level, request_id: str
 ) -> bytes:
     """Answer `predict`, by whichever way it came; errors as `PredictService.predict`."""
     asked = _parse(body, max_rows=context.settings.max_rows)
@@ -81,7 +83,7 @@ async def answer_predict(
             legal_basis=asked.legal_basis,
             consent=asked.consent,
             explain=asked.explain,
-            request_id=request_id_of(request),
+            request_id=request_id,
         ),
     )
     return render_answer(await proved(context, answered, wait))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 from anyio import to_thread
@@ -19,6 +20,7 @@ router = APIRouter(prefix="/v2", tags=["inference protocol"])
 
 Model = Annotated[str, Path(max_length=80, description="The model's name.")]
 Version = Annotated[str, Path(max_length=80, description="A version's digest, or `live`, or `candidate`.")]
+_HEADER_LENGTH: Final = HEADER_LENGTH.lower()
 _TENSOR: Final = {
     "type": "object",
     "required": ["name", "shape", "datatype"],
@@ -149,20 +151,34 @@ async def infer_version(request: Request, principal: Caller, model: Model, versi
 
 async def _infer(request: Request, principal: Caller, model: str, version: str) -> Response:
     body, headers = await answer_infer(
-        context_of(request), request, await request.body(), principal, model, version
+        context_of(request),
+        request.headers,
+        await request.body(),
+        principal,
+        model,
+        version,
+        request_id_of(request),
     )
     return Response(body, headers=headers)
 
 
 async def answer_infer(
-    context: Context, request: Request, body: bytes, principal: Principal, model: str, version: str
+    context: Context,
+    headers: Mapping[str, str],
+    body: bytes,
+    principal: Principal,
+    model: str,
+    version: str,
+    request_id: str,
 ) -> tuple[bytes, dict[str, str]]:
-    """Answer `infer`, by whichever way it came: return the body and its headers; errors as `infer`."""
-    headers = request.headers
+    """Answer `infer`, by whichever way it came: return the body and its headers; errors as `infer`.
+
+    `headers` are the request's, their names in lower case.
+    """
     encoding = headers.get("content-encoding", "")
     if encoding:
         body = decompressed(body, encoding, limit=context.settings.max_body_bytes)
-    ask = read_ask(body, headers.get(HEADER_LENGTH))
+    ask = read_ask(body, headers.get(_HEADER_LENGTH))
     answer = await infer(
         context,
         principal,
@@ -170,7 +186,7 @@ async def answer_infer(
         version,
         ask,
         purpose=headers.get(PURPOSE, ""),
-        request_id=request_id_of(request),
+        request_id=request_id,
     )
     head: dict[str, Any] = {"model_name": answer.model, "model_version": answer.version}
     if ask.id:
