@@ -12,6 +12,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from audit.entries import (
     RunCompleted,
@@ -35,13 +36,14 @@ from federation.errors import (
     RunFailedError,
     TransitionError,
 )
-from federation.evaluation import PublicData
 from federation.exporting import export
-from federation.flat import initial_vector, model_pieces
-from federation.gates import epsilons, failed_gates, judge
 from federation.progress import Listener, listening
 from federation.registry import APPROVED, CANARY, CANDIDATE, LIVE, RETIRED, SHADOW, Version
-from federation.resume import prepared_run
+
+if TYPE_CHECKING:
+    from federation.evaluation import PublicData
+
+# What brings numpy or Flower is imported where it is used: no roll-back waits for them.
 
 RunConfig = Mapping[str, str]
 Launch = Callable[[RunConfig], None]
@@ -119,6 +121,8 @@ def start_run(
         AccessDeniedError: the authoriser said no.
         PlanDoesNotFitError: the plan costs more than the charter's epsilon; nothing was spent.
     """
+    from federation.flat import initial_vector, model_pieces
+
     charter, model = request.charter, request.model or request.charter.name
     require(authorizer, principal, Question(action="runs.start", resource=model))
     check_fits(charter)
@@ -189,6 +193,8 @@ def resume(
         ResumeError: it cannot go on; `ResumeLaterError`: not with the sites that are there now.
         RunFailedError: the run stopped; the log says why.
     """
+    from federation.resume import prepared_run
+
     prepared = prepared_run(coordinator, request.run)
     require(authorizer, principal, Question(action="runs.start", resource=prepared.started.model))
     with listening(request.run, on_event):
@@ -229,6 +235,8 @@ def register(
         NotFoundError: no such completed run.
         PublicSetError: the public set is not here.
     """
+    from federation.gates import epsilons, judge
+
     ledger = coordinator.ledger
     for _, known in registry.bodies(ledger, VersionRegistered, run=request.run):
         require(authorizer, principal, Question(action="models.register", resource=known.model))
@@ -272,6 +280,8 @@ def approve(
         GateNotPassedError: a gate did not pass.
         TransitionError: the version is not in a state from which it may go there.
     """
+    from federation.gates import failed_gates
+
     version = registry.find_version(coordinator.ledger, request.version)
     require(authorizer, principal, Question(action="models.approve", resource=version.model))
     if request.to_state not in (APPROVED, LIVE):
@@ -377,6 +387,8 @@ def charter_of(coordinator: Coordinator, digest: str) -> Charter:
 
 def public_data(coordinator: Coordinator, charter: Charter) -> PublicData | None:
     """Return the charter's public set, when the file is in this home."""
+    from federation.evaluation import PublicData
+
     if charter.public_set is None:
         return None
     data = coordinator.blobs.find(charter.public_set.digest)

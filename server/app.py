@@ -214,6 +214,9 @@ def build_context(
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
     alarming = Alarming(journal, monitoring)
+    publisher = Publisher(
+        coordinator, monitoring, clock, interval_s=settings.publish_interval_s, late_s=settings.late_s
+    )
     return Context(
         settings=settings,
         alarming=alarming,
@@ -242,17 +245,19 @@ def build_context(
             receipting=receipting,
             monitoring=monitoring,
             sealing=sealing,
-            hooks=Hooks(facts=(facts,), annotators=(scoring, explaining), observers=(alarming,)),
+            hooks=Hooks(
+                facts=(publisher.backlog, facts), annotators=(scoring, explaining), observers=(alarming,)
+            ),
             quotas=quotas,
             shadowing=Shadowing(warm, journal, sealing, monitoring),
         ),
-        publisher=Publisher(coordinator, monitoring, clock, interval_s=settings.publish_interval_s),
+        publisher=publisher,
         watching=Watching(coordinator, clock),
         monitoring=monitoring,
         clock=clock,
         reading=ReadingLog(sealing, journal),
         vault=vault,
-        readiness=Readiness(live, warm),
+        readiness=Readiness(live, warm, publisher.backlog.problem),
     )
 
 

@@ -172,6 +172,12 @@ class ArtefactError(ServerError):
     code = "models.artefact_unusable"
 
 
+class CheckpointLateError(ServerError):
+    """Entries wait for a checkpoint for so long that a receipt's deadline may not be kept."""
+
+    code = "audit.checkpoint_late"
+
+
 class LedgerUnavailableError(ServerError):
     """The decision could not be made durable, so there is no answer."""
 
@@ -210,6 +216,7 @@ STATUS: Final[dict[str, int]] = {
     "receipts.not_found": 404,
     "audit.stale_view": 503,
     "audit.ledger_unavailable": 503,
+    "audit.checkpoint_late": 503,
     "audit.ledger_busy": 503,
     "audit.ledger_closed": 503,
     "audit.ledger_write": 503,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import re
 import secrets
@@ -22,7 +23,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +33,7 @@ from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, select
 
+from audit._store import translated
 from audit.principal import ROLES, Principal
 from server.errors import KeyNotFoundError, KeyRequestError, TooBusyError, UnauthenticatedError
 from server.key_tables import ApiKey, KeySite, KeyTerms, TokenSubject, open_key_engine
@@ -174,7 +175,7 @@ class KeyStore:
             certificate="",
         )  # fmt: skip
         made = self._store(row, view.site, terms)
-        with Session(self._engine) as session:
+        with self._session() as session:
             old = session.get(ApiKey, key_id)
             if old is not None and (not old.expires or old.expires > ends):
                 old.expires = ends
@@ -184,7 +185,7 @@ class KeyStore:
         return text, made, self.get(key_id)
 
     def list(self) -> tuple[KeyView, ...]:
-        with Session(self._engine) as session:
+        with self._session() as session:
             sites = {row.prefix: row.site for row in session.exec(select(KeySite))}
             terms = {row.prefix: row for row in session.exec(select(KeyTerms))}
             rows = session.exec(select(ApiKey).order_by("created", "prefix"))
@@ -202,7 +203,7 @@ class KeyStore:
         Raises:
             KeyNotFoundError: there is no such key.
         """
-        with Session(self._engine) as session:
+        with self._session() as session:
             row = session.get(ApiKey, key_id)
             if row is None:
                 raise KeyNotFoundError(f"no key {key_id!r}; `affidavit keys list` shows the ids")
@@ -283,7 +284,7 @@ class KeyStore:
         known = self._subjects.get(digest)
         if known is not None:
             return known
-        with Session(self._engine) as session:
+        with self._session() as session:
             row = session.get(TokenSubject, digest)
             if row is None:
                 row = TokenSubject(
@@ -306,6 +307,12 @@ class KeyStore:
     def close(self) -> None:
         self._engine.dispose()
 
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[Session]:
+        """A session whose database's faults leave as the ledger's errors: nobody is let in by a guess."""
+        with translated(), Session(self._engine) as session:
+            yield session
+
     def _new(self, role: str, expires: datetime | None, note: str, *, has_secret: bool) -> tuple[str, ApiKey]:
         prefix = base64.b32encode(secrets.token_bytes(10)).decode().lower()
         secret = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
@@ -323,7 +330,7 @@ class KeyStore:
 
     def _store(self, row: ApiKey, site: str, terms: KeyTerms) -> KeyView:
         view = _view(row, site, terms)
-        with Session(self._engine) as session:
+        with self._session() as session:
             session.add(row)
             if site:
                 session.add(KeySite(prefix=row.prefix, site=site))
@@ -336,7 +343,7 @@ class KeyStore:
         return view
 
     def _row(self, prefix: str) -> tuple[str, KeyView] | None:
-        with Session(self._engine) as session:
+        with self._session() as session:
             found = session.exec(_JOINED.where(ApiKey.prefix == prefix)).first()
             if found is None:
                 return None
@@ -344,7 +351,7 @@ class KeyStore:
             return row.secret_hash, _view(row, "" if site is None else site.site, terms)
 
     def _of_certificate(self, fingerprint: str) -> KeyView | None:
-        with Session(self._engine) as session:
+        with self._session() as session:
             rows = session.exec(_JOINED.where(KeyTerms.certificate == fingerprint)).all()
             views = [
                 _view(row, "" if site is None else site.site, terms) for row, site, terms in map(_split, rows)
@@ -354,7 +361,7 @@ class KeyStore:
     def _stands(self, view: KeyView) -> bool:
         return not view.revoked and not (view.expires and view.expires <= _text(self._clock()))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _turn(self, digest: bytes) -> Iterator[None]:
         """One caller at a time for each key; TooBusyError: it takes too long."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 A new checkpoint is signed within the interval after the log grew, and one of an idle log is announced again
 every ten minutes, by the one process of all that serve the log that holds its lease (`audit.publisher`).
+Every process looks whether checkpoints keep up; when they do not for `checkpoint_late_s`, it answers nothing.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from anyio import to_thread
 
@@ -18,9 +21,16 @@ from audit.checkpoints import add_signatures, parse_checkpoint_note
 from audit.entries import SiteEnrolled, decode_entry
 from audit.errors import AuditError, BadSignatureError, LeaseLostError, SignerBusyError
 from audit.notes import NoteVerifier, SignatureLine, open_note, parse_note
+from audit.principal import Principal
 from federation.coordinator import Coordinator
+from server.errors import CheckpointLateError
+from server.hooks import Facts
 from server.journal import Clock
 from server.monitoring import Monitoring
+
+if TYPE_CHECKING:
+    from server.live import ServedVersion
+    from server.service import Asked
 
 _logger = logging.getLogger(__name__)
 
@@ -29,12 +39,59 @@ _FUTURE_S: Final = 300
 _MEETING_S: Final = 5.0
 
 
+class Backlog:
+    """How long entries have been waiting for a checkpoint, as far as this process has looked.
+
+    A provider of facts (`server.hooks`), for what it can stop: an answer's receipt promises a checkpoint by a
+    deadline, and who sees that none is made, whoever should make it, promises nothing more.
+    """
+
+    def __init__(self, limit_s: float, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._limit_s, self._now = limit_s, monotonic
+        self._waiting: tuple[int, float] | None = None  # a size that no checkpoint covers, and since when
+
+    def look(self, covered: int, size: int) -> None:
+        """Take note of a checkpoint of `covered` entries beside a log of `size`."""
+        if self._waiting is not None and covered < self._waiting[0]:
+            return
+        self._waiting = (size, self._now()) if covered < size else None
+
+    def problem(self) -> str:
+        """Return why nothing may be answered, or an empty text."""
+        waiting = self._waiting
+        if waiting is None or self._now() - waiting[1] <= self._limit_s:
+            return ""
+        waits_s = self._now() - waiting[1]
+        return (
+            f"entry {waiting[0] - 1} waits for a checkpoint since {waits_s:.0f} s, more than "
+            f"checkpoint_late_s ({self._limit_s:g}): the log's signer does not sign; there is no answer"
+        )
+
+    def facts(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:
+        """Return nothing.
+
+        Raises:
+            CheckpointLateError: a receipt's promise might not be kept.
+        """
+        problem = self.problem()
+        if problem:
+            raise CheckpointLateError(problem)
+        return Facts()
+
+
 class Publisher:
     """Signs what grew, and keeps what witnesses signed."""
 
     def __init__(
-        self, coordinator: Coordinator, monitoring: Monitoring, clock: Clock, *, interval_s: float
+        self,
+        coordinator: Coordinator,
+        monitoring: Monitoring,
+        clock: Clock,
+        *,
+        interval_s: float,
+        late_s: float = math.inf,
     ) -> None:
+        self.backlog = Backlog(late_s)
         self._coordinator, self._monitoring, self._clock = coordinator, monitoring, clock
         self._interval_s = interval_s
         self._lock = asyncio.Lock()
@@ -114,11 +171,19 @@ class Publisher:
             await asyncio.sleep(self._interval_s)
 
     def _step(self) -> None:
-        self._coordinator.publisher.step()
-        note = self._coordinator.ledger.latest_checkpoint()
-        self._monitoring.tree_size.set(self._coordinator.ledger.tree_size)
+        try:
+            self._coordinator.publisher.step()
+        finally:
+            self._look()
+
+    def _look(self) -> None:
+        ledger = self._coordinator.ledger
+        note, size = ledger.latest_checkpoint(), ledger.tree_size
+        covered = 0 if note is None else parse_checkpoint_note(note).tree_size
+        self.backlog.look(covered, size)
+        self._monitoring.tree_size.set(size)
         if note is not None:
-            self._monitoring.checkpoint_size.set(parse_checkpoint_note(note).tree_size)
+            self._monitoring.checkpoint_size.set(covered)
 
     def _publish(self) -> bytes:
         ledger = self._coordinator.ledger
@@ -127,7 +192,9 @@ class Publisher:
         note = ledger.latest_checkpoint()
         if note is None or parse_checkpoint_note(note).tree_size < size:
             note = self._coordinator.publish()
-        self._monitoring.checkpoint_size.set(parse_checkpoint_note(note).tree_size)
+        covered = parse_checkpoint_note(note).tree_size
+        self.backlog.look(covered, size)
+        self._monitoring.checkpoint_size.set(covered)
         return note
 
     def _add(self, site: str, line: str) -> tuple[int, int]:

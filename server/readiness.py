@@ -1,4 +1,5 @@
-"""Whether this process should get requests: started, the log readable, live models loaded, not draining.
+"""Whether this process should get requests: started, the log readable and signed, live models
+loaded, not draining.
 
 `/healthz` says that the process lives and can read its log; `/readyz` (and the protocol's
 `/v2/health/ready`) that it should be sent requests. When it is told to stop it turns unready first, waits
@@ -7,6 +8,7 @@ for balancers to notice (`drain_s`), and then finishes what it has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Literal
 
 from audit.errors import AuditError
@@ -22,8 +24,9 @@ DRAINING: Final = "the server is draining: it finishes what it has, and takes no
 class Readiness:
     """One process's word on itself."""
 
-    def __init__(self, live: LiveModels, warm: WarmModels) -> None:
-        self._live, self._warm = live, warm
+    def __init__(self, live: LiveModels, warm: WarmModels, backlog: Callable[[], str]) -> None:
+        """Prepare; `backlog` says why the log's checkpoints keep receipts' promises no more, or nothing."""
+        self._live, self._warm, self._backlog = live, warm, backlog
         self.state: State = "starting"
 
     def problem(self) -> str:
@@ -36,6 +39,6 @@ class Readiness:
                 served = self._live.choose(model)
                 if served.is_answering:
                     self._warm.get(served)
-            return ""
+            return self._backlog()
         except (AuditError, ArtefactError) as error:
             return f"{error}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from server.errors import SettingsError
 
@@ -30,6 +30,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         None  # the inference protocol over gRPC; else off
     )
     workers: Annotated[int, Field(ge=1, le=64)] = 1  # processes that answer on one port
+    worker_silence_s: Annotated[float, Field(ge=2, le=3_600)] = 60.0  # a stuck worker is replaced
     drain_s: Annotated[float, Field(ge=0, le=300)] = 0.0  # unready for so long before it stops
     policies: Path | None = None  # a Cedar file in place of the shipped rules
     max_body_bytes: Annotated[int, Field(ge=1_024, le=64 * 2**20)] = 1_048_576
@@ -45,6 +46,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     explain_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
     merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600
+    checkpoint_late_s: Annotated[float, Field(ge=1, le=86_400)] = 1_800.0  # then nothing is answered
     key_cache_s: Annotated[float, Field(ge=0, le=600)] = 60.0
     key_recheck_s: Annotated[float, Field(ge=0, le=5)] = 2.0  # a revocation elsewhere takes at most so long
     rules_follow_s: Annotated[float, Field(gt=0, le=5)] = 1.0  # so do changed rules and raised alarms
@@ -62,6 +64,18 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     mtls_trusted_proxies: tuple[str, ...] = ()  # the addresses or networks that may set it
     public_tiles: bool = False  # hash tiles without a key: for a log whose size and rate are no secret
     log_level: str = "INFO"
+
+    @model_validator(mode="after")
+    def _keeps_its_promises(self) -> Settings:
+        """An answer's receipt promises a checkpoint within `merge_delay_s`."""
+        if "checkpoint_late_s" in self.model_fields_set and self.checkpoint_late_s > self.merge_delay_s:
+            raise ValueError("checkpoint_late_s: at most merge_delay_s, which receipts promise")
+        return self
+
+    @property
+    def late_s(self) -> float:
+        """How long an entry may wait for a checkpoint before nothing is answered any more."""
+        return min(self.checkpoint_late_s, self.merge_delay_s)
 
     @field_validator("mtls_trusted_proxies", mode="before")
     @classmethod

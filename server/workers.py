@@ -1,13 +1,16 @@
 """Processes that answer on one port: started, watched, restarted when they die, drained when told to stop.
 
 All share one listening socket, so a connection that waits to be accepted outlives the worker that might have
-taken it. The log's database orders what they write. A worker that dies young is started again more and more
-slowly; when none ever becomes ready the supervisor gives up. On SIGTERM a worker turns unready first, goes on
-for `drain_s`, and then finishes what it has; what is not acknowledged by then was not answered.
+taken it. The log's database orders what they write. A worker's event loop says each second that it runs; one
+that falls silent is killed, and with it go the locks that it held. A worker that dies young is started again
+more and more slowly, up to a bound; only where none was ever ready does the supervisor give up, so an outage
+of the database, however long, ends with it. On SIGTERM a worker turns unready first, goes on for `drain_s`,
+and then finishes what it has; what is not acknowledged by then was not answered.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import multiprocessing
@@ -17,10 +20,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 
@@ -33,18 +38,46 @@ _logger = logging.getLogger(__name__)
 _YOUNG_S: Final = 10.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 15.0
-_GIVE_UP_AFTER: Final = 6  # starts in a row of which none lived
+_GIVE_UP_AFTER: Final = 6  # starts of which none was ever ready
 _TURN_S: Final = 0.1
+_STARTING: Final = b"s"
+_READY: Final = b"r"
+_START_S: Final = 600.0  # until a worker is ready
 _LATE_S: Final = 10.0  # beyond its own limits, before a worker is killed
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that turns unready before it stops."""
+    """A uvicorn server that turns unready before it stops, and says each second that its loop runs."""
 
-    def __init__(self, config: uvicorn.Config, on_drain: Callable[[], None], drain_s: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_drain: Callable[[], None],
+        drain_s: float,
+        beat: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(config)
-        self._on_drain, self._drain_s = on_drain, drain_s
+        self._on_drain, self._drain_s, self._beat = on_drain, drain_s, beat
         self._draining = False
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second, from the moment on which it takes connections."""
+        if self._beat is not None and counter % 10 == 0:
+            self._beat()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what is under way; the loop runs meanwhile, and says so."""
+        beating = asyncio.create_task(self._keep_beating())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            beating.cancel()
+
+    async def _keep_beating(self) -> None:
+        while self._beat is not None:
+            self._beat()
+            await asyncio.sleep(1)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; stop at the second."""
@@ -59,8 +92,10 @@ class DrainingServer(uvicorn.Server):
         timer.start()
 
 
-def run_worker(settings: Settings, listener: socket.socket, log_level: str) -> None:
-    """Serve on `listener` until told to stop."""
+def run_worker(
+    settings: Settings, listener: socket.socket, log_level: str, beat: Callable[[], None] | None = None
+) -> None:
+    """Serve on `listener` until told to stop; `beat` is called each second while the event loop runs."""
     from server.app import create_app
 
     app = create_app(settings)
@@ -83,14 +118,33 @@ def run_worker(settings: Settings, listener: socket.socket, log_level: str) -> N
         http=GatheringProtocol,
         backlog=1024,
     )
-    DrainingServer(config, on_drain, settings.drain_s).run(sockets=[listener])
+    DrainingServer(config, on_drain, settings.drain_s, beat).run(sockets=[listener])
 
 
-def _spawned(settings: Settings, listener: socket.socket, log_level: str, parent: int) -> None:
+def _spawned(
+    settings: Settings, listener: socket.socket, log_level: str, parent: int, pulse: Connection
+) -> None:
     logs.configure(settings.log_format, log_level.upper())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the supervisor decides
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    run_worker(settings, listener, log_level)
+    os.set_blocking(pulse.fileno(), False)  # a supervisor that does not listen keeps nobody waiting
+    ready = threading.Event()
+
+    def starting() -> None:
+        while not ready.wait(1):
+            _say(pulse, _STARTING)
+
+    def beat() -> None:
+        ready.set()
+        _say(pulse, _READY)
+
+    threading.Thread(target=starting, daemon=True).start()
+    run_worker(settings, listener, log_level, beat)
+
+
+def _say(pulse: Connection, word: bytes) -> None:
+    with contextlib.suppress(OSError):
+        os.write(pulse.fileno(), word)
 
 
 def _end_with(parent: int) -> None:
@@ -99,68 +153,126 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@dataclass(slots=True)
+class _Worker:
+    process: SpawnProcess
+    pulse: Connection
+    begun: float
+    heard: float
+    ready: float | None = None  # when its event loop was heard first
+
+
 class Supervisor:
     """Keeps `settings.workers` workers alive until SIGTERM or SIGINT."""
 
-    def __init__(self, settings: Settings, listener: socket.socket, log_level: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        log_level: str,
+        target: Callable[..., None] = _spawned,
+    ) -> None:
         self._settings, self._listener, self._log_level = settings, listener, log_level
+        self._target = target
         self._context = multiprocessing.get_context("spawn")
-        self._workers: dict[int, tuple[SpawnProcess, float]] = {}  # slot -> process, when it started
+        self._workers: dict[int, _Worker] = {}  # by slot
         self._due: dict[int, float] = dict.fromkeys(range(settings.workers), 0.0)  # slot -> start then
-        self._young_deaths = 0
+        self._young_deaths: dict[int, int] = dict.fromkeys(self._due, 0)  # slot -> in a row
+        self._was_ready = False
         self._stopping = threading.Event()
 
     def run(self) -> int:
-        """Return the exit code: 0 stopped, 1 no worker could be kept alive."""
+        """Return the exit code: 0 stopped, 1 no worker ever became ready."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         folder = metric_files.folder_of()
-        while not self._stopping.is_set() and self._young_deaths < _GIVE_UP_AFTER:
+        while not self._stopping.is_set() and not self._is_hopeless():
             now = time.monotonic()
             for slot, due in list(self._due.items()):
                 if due <= now:
-                    del self._due[slot]
-                    self._workers[slot] = (self._start(), now)
-            sentinels = {process.sentinel: slot for slot, (process, _) in self._workers.items()}
-            for sentinel in wait(list(sentinels), timeout=_TURN_S):
-                self._bury(sentinels[int(sentinel)], folder)  # type: ignore[arg-type] # sentinels are integers
-            if any(time.monotonic() - begun > _YOUNG_S for _, begun in self._workers.values()):
-                self._young_deaths = 0
+                    self._start(slot)
+            pulses = [worker.pulse for worker in self._workers.values() if not worker.pulse.closed]
+            ends = [worker.process.sentinel for worker in self._workers.values()]
+            found = set(wait([*pulses, *ends], timeout=_TURN_S))
+            for slot, worker in list(self._workers.items()):
+                if worker.pulse in found:
+                    self._hear(worker)
+                if worker.process.sentinel in found:
+                    self._bury(slot, folder)
+            self._look()
         self._end()
         return 0 if self._stopping.is_set() else 1
 
-    def _start(self) -> SpawnProcess:
+    def _is_hopeless(self) -> bool:
+        return not self._was_ready and sum(self._young_deaths.values()) >= _GIVE_UP_AFTER
+
+    def _start(self, slot: int) -> None:
+        pulse, its_end = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_spawned,
-            args=(self._settings, self._listener, self._log_level, os.getpid()),
+            target=self._target,
+            args=(self._settings, self._listener, self._log_level, os.getpid(), its_end),
             name="affidavit-worker",
         )
-        process.start()
-        return process
+        now = time.monotonic()
+        try:
+            process.start()
+        except OSError as error:  # no memory, no room for another process: it may pass
+            _logger.error("a worker cannot be started: %s", error)
+            pulse.close()
+            self._due[slot] = now + _LONGEST_PAUSE_S
+            return
+        finally:
+            its_end.close()
+        del self._due[slot]
+        self._workers[slot] = _Worker(process, pulse, begun=now, heard=now)
 
-    def _bury(self, slot: int, folder: Any) -> None:
-        process, begun = self._workers.pop(slot)
+    def _hear(self, worker: _Worker) -> None:
+        said = os.read(worker.pulse.fileno(), 4_096)
+        if not said:  # the other end is gone; its process ends too
+            worker.pulse.close()
+            return
+        worker.heard = time.monotonic()
+        if worker.ready is None and _READY in said:
+            worker.ready, self._was_ready = worker.heard, True
+
+    def _look(self) -> None:
+        """Count who has lived; kill who fell silent, or does not become ready."""
+        now = time.monotonic()
+        for slot, worker in self._workers.items():
+            if worker.ready is not None and now - worker.ready > _YOUNG_S:
+                self._young_deaths[slot] = 0
+            silent_s = now - worker.heard
+            is_late = worker.ready is None and now - worker.begun > _START_S
+            if (is_late or silent_s > self._settings.worker_silence_s) and worker.process.is_alive():
+                what = "is not ready yet" if is_late else f"was silent for {silent_s:.1f} s"
+                _logger.error("worker %s %s; it is killed", worker.process.pid, what)
+                worker.process.kill()
+
+    def _bury(self, slot: int, folder: Path | None) -> None:
+        worker = self._workers.pop(slot)
+        process, now = worker.process, time.monotonic()
         process.join()
-        lived_s = time.monotonic() - begun
-        _logger.error("worker %s ended with %s after %.1f s", process.pid, process.exitcode, lived_s)
+        worker.pulse.close()
+        _logger.error(
+            "worker %s ended with %s after %.1f s", process.pid, process.exitcode, now - worker.begun
+        )
         if folder is not None and process.pid is not None:
             metric_files.forget(folder, process.pid)
-        if lived_s < _YOUNG_S:
-            self._young_deaths += (
-                process.exitcode != -signal.SIGKILL
-            )  # killed from outside says nothing of us
-            pause_s = min(_FIRST_PAUSE_S * 2**self._young_deaths, _LONGEST_PAUSE_S)
-        else:
-            pause_s = 0.0
-        self._due[slot] = time.monotonic() + pause_s
+        if worker.ready is not None and now - worker.ready > _YOUNG_S:
+            self._due[slot] = now
+            return
+        if process.exitcode != -signal.SIGKILL:  # killed from outside says nothing of us
+            self._young_deaths[slot] += 1
+        self._due[slot] = now + min(_FIRST_PAUSE_S * 2 ** self._young_deaths[slot], _LONGEST_PAUSE_S)
 
     def _end(self) -> None:
         limit_s = self._settings.drain_s + self._settings.request_timeout_s + _LATE_S
         until = time.monotonic() + limit_s
-        for process, _ in self._workers.values():
+        processes = [worker.process for worker in self._workers.values()]
+        for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-        for process, _ in self._workers.values():
+        for process in processes:
             process.join(max(until - time.monotonic(), 0.1))
             if process.is_alive():
                 _logger.error("worker %s does not end; it is killed", process.pid)

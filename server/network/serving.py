@@ -20,9 +20,11 @@ from federation.network.control import SuperLinkControl
 from federation.network.membership import Membership
 from federation.network.ringing import GATEWAY, bells_folder
 from federation.network.settings import NetworkHome
+from server import logs
 from server.network.directory import NodeDirectory
 from server.network.gateway import Gateway, Limits
 from server.network.handshakes import Handshakes
+from server.settings import load_settings
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ def serve_gateway(home: Path) -> None:
             port=settings.port,
             ssl_certfile=str(tls / "server.pem"),
             ssl_keyfile=str(tls / "server.key"),
+            log_config=None,  # as the API: `server.logs`
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -117,9 +120,11 @@ def _stamp(path: Path) -> int:
 
 
 def main() -> None:
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    home = Path(sys.argv[1])
+    settings = load_settings(flags={"coordinator_home": home}).settings
+    logs.configure(settings.log_format, settings.log_level.upper())
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    serve_gateway(Path(sys.argv[1]))
+    serve_gateway(home)
 
 
 if __name__ == "__main__":

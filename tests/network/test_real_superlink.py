@@ -51,6 +51,7 @@ from federation.network.invitation import Invitation
 from federation.network.membership import InviteRequest, Membership
 from federation.network.pki import LOOPBACK, Pki, node_key_pem
 from federation.network.settings import NetworkHome, NetworkSettings
+from server.logs import FIELDS
 
 pytestmark = pytest.mark.slow
 
@@ -328,6 +329,8 @@ def test_a_member_that_meets_another_ca_keeps_it_in_its_log_and_says_so(world, t
     log = world.network.logs / "gateway.log"
     world.until(lambda: "TLS handshakes failed" in log.read_text())
     assert "unknown ca" in log.read_text()
+    for line in log.read_text().splitlines():  # the gateway writes what the API writes: one format
+        assert {"@timestamp", "log.level", "log.logger", "ecs.version"} <= set(json.loads(line)) <= FIELDS
 
 
 def refusals(home: SiteHome) -> list[tuple[str, str, int]]:

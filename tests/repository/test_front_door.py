@@ -64,3 +64,12 @@ def test_unknown_command_is_a_usage_error_without_a_traceback(repository):
     assert done.returncode == 2
     assert "no-such-command" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_roll_back_waits_for_neither_numpy_nor_flower(repository):
+    """The command that takes a bad version out of use must not spend its second on importing."""
+    code = "import sys, federation.commands, federation.service; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert not {"flwr", "numpy", "torch", "grpc", "httpx"} & set(done.stdout.split())

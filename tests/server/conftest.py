@@ -38,6 +38,7 @@ from federation.coordinator import Coordinator
 from server.app import create_app
 from server.keys import KeyStore
 from server.settings import Settings
+from tests.postgresql import running_server
 
 CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)  # its cost is in the stored hash
 ORIGIN = "tests.example/server"
@@ -101,13 +102,13 @@ def charter(officers: list[SigningKey], identity: str, /, **changed: object) -> 
 class Lab:
     """One coordinator's home and its people."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str | None = None) -> None:
         self.folder = folder
         self.clock = Clock()
         self.officer, self.other_officer, self.stranger = (SigningKey.generate() for _ in range(3))
         self.site_identity, self.site_witness = SigningKey.generate(), SigningKey.generate()
         self.coordinator = Coordinator.create(
-            folder / "coordinator", folder / "signer", ORIGIN, clock=self.clock
+            folder / "coordinator", folder / "signer", ORIGIN, clock=self.clock, database=database
         )
         self.enrol("alpha")
         self.previous: dict[str, str] = {}
@@ -206,16 +207,35 @@ class Lab:
         return [{"leaf_index": row.leaf_index, **json.loads(row.body)} for row in found]
 
 
-@pytest.fixture(scope="session")
-def lab_template(tmp_path_factory):
-    """One registry with a live version, made once; tests get copies of its files."""
-    folder = tmp_path_factory.mktemp("lab")
-    lab = Lab(folder)
+def stocked_lab(folder: Path, database: str | None = None) -> Lab:
+    """A registry with a live version and a key of each role, open."""
+    lab = Lab(folder, database)
     lab.version, lab.charter = lab.live()
     open_vault(folder / "coordinator", ORIGIN).close()
     lab.tokens = {role: lab.key(role) for role in ROLES}
+    return lab
+
+
+@pytest.fixture(scope="session")
+def lab_template(tmp_path_factory):
+    """One registry with a live version, made once; tests get copies of its files."""
+    lab = stocked_lab(tmp_path_factory.mktemp("lab"))
     lab.close()
     return lab
+
+
+@pytest.fixture(scope="module")
+def postgresql_server():
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def postgresql_lab(postgresql_server, tmp_path):
+    """The same, its log, keys and counts in PostgreSQL."""
+    lab = stocked_lab(tmp_path / "homes", postgresql_server.new_schema())
+    yield lab
+    lab.close()
 
 
 @pytest.fixture

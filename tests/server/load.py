@@ -35,6 +35,17 @@ class Served:
                     found.append(child)
         return found
 
+    def connections(self, worker: int) -> int:
+        """How many connections one worker holds."""
+        port = f":{urlsplit(self.url).port:04X}"
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        ours = {row[9] for row in rows if row[1].endswith(port) and row[3] == "01"}
+        held = 0
+        for file in Path(f"/proc/{worker}/fd").iterdir():
+            with suppress(OSError):
+                held += str(file.readlink()).removeprefix("socket:[").removesuffix("]") in ours
+        return held
+
     def is_ready(self) -> bool:
         host = urlsplit(self.url).netloc
         connection = http.client.HTTPConnection(host, timeout=5)
@@ -84,6 +95,7 @@ class Told:
 
     answers: list[dict] = field(default_factory=list)
     shed: int = 0  # 429 or 503
+    codes: set[str] = field(default_factory=set)  # of what was shed
     errors: list[str] = field(default_factory=list)
     broken: int = 0  # connections that ended without an answer
 
@@ -128,6 +140,7 @@ class Load:
                 answer = json.loads(data)
                 self.told.answers.append(
                     {
+                        "at": time.monotonic(),
                         "leaf_index": answer["entry"]["leaf_index"],
                         "leaf_hash": answer["entry"]["leaf_hash"],
                         "version": answer["version"],
@@ -136,6 +149,9 @@ class Load:
                 )
             elif reply.status in (429, 503):
                 self.told.shed += 1
+                self.told.codes.add(json.loads(data)["code"])
+                if not reply.getheader("Retry-After", "").isdigit():
+                    self.told.errors.append(f"{reply.status} without Retry-After")
                 time.sleep(0.05)
             else:
                 self.told.errors.append(f"{reply.status} {data[:200]!r}")

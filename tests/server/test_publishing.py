@@ -10,6 +10,8 @@ from fastapi.testclient import TestClient
 from audit.checkpoints import parse_checkpoint_note
 from audit.entries import KeyRevoked
 from server.app import create_app
+from server.errors import CheckpointLateError
+from server.publishing import Backlog
 from server.settings import Settings
 
 
@@ -49,3 +51,36 @@ def test_witnesses_meet_on_one_checkpoint_while_the_log_grows(lab):
 @pytest.mark.parametrize("value", ["maybe", "", "2"])
 def test_meeting_that_is_no_truth_value_is_refused(client, value):
     assert client.get(f"/v1/audit/checkpoint?meeting={value}").status_code == 422
+
+
+# checkpoints that do not come
+
+
+def test_backlog_counts_from_the_oldest_entry_that_waits():
+    now = [100.0]
+    backlog = Backlog(5.0, lambda: now[0])
+    backlog.look(10, 10)
+    assert backlog.problem() == ""
+    backlog.look(10, 12)
+    for now[0] in (102.0, 104.0):
+        backlog.look(10, 900)  # what comes after does not make the older ones younger
+    assert backlog.problem() == ""
+    now[0] = 105.1
+    assert "entry 11 waits" in backlog.problem()
+    with pytest.raises(CheckpointLateError):
+        backlog.facts(None, None, None)
+    backlog.look(12, 900)  # those are covered: now the others wait, from here on
+    assert backlog.problem() == ""
+    now[0] = 110.2
+    assert "entry 899 waits" in backlog.problem()
+    backlog.look(900, 900)
+    assert backlog.problem() == ""
+
+
+def test_a_log_that_grows_under_a_signer_that_keeps_up_is_never_late():
+    now = [0.0]
+    backlog = Backlog(5.0, lambda: now[0])
+    for step in range(100):
+        now[0] = step * 1.0
+        backlog.look(10 * step, 10 * step + 10)
+        assert backlog.problem() == ""

@@ -64,3 +64,10 @@ def test_bad_file_names_the_file(base, text, said):
     with pytest.raises(SettingsError, match=said) as caught:
         load_settings(environ={}, base=base)
     assert "config.yaml" in str(caught.value)
+
+
+def test_lateness_is_within_what_receipts_promise():
+    with pytest.raises(SettingsError, match="merge_delay_s"):
+        load_settings(environ={"AFFIDAVIT_CHECKPOINT_LATE_S": "61", "AFFIDAVIT_MERGE_DELAY_S": "60"})
+    assert load_settings(environ={"AFFIDAVIT_MERGE_DELAY_S": "60"}).settings.late_s == 60
+    assert load_settings(environ={}).settings.late_s == 1_800

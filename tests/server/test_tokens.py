@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import jwt
@@ -61,8 +62,8 @@ class Issuer:
         return found["kid"], jwt.PyJWK.from_dict(found)
 
 
-@pytest.fixture(scope="module")
-def issuer():
+@contextmanager
+def running_issuer():
     file = Path(__file__).parent / "oidc_issuer.py"
     process = subprocess.Popen(
         [sys.executable, str(file)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
@@ -73,6 +74,12 @@ def issuer():
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def issuer():
+    with running_issuer() as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

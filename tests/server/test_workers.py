@@ -1,0 +1,154 @@
+"""The supervisor: workers that hang, die young, or cannot start for a while; one that never lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import closing, contextmanager
+
+import pytest
+
+from server import workers
+from server.settings import Settings
+from server.workers import Supervisor
+from tests.server import worker_targets
+from tests.server.load import Load, check_log, served
+
+
+@contextmanager
+def supervising(tmp_path, target, **changed):
+    """Yield (supervisor, run): `run(until)` runs it in this thread until the condition holds."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    settings = Settings.model_validate({"coordinator_home": tmp_path, "workers": 1, **changed})
+    with closing(socket.socket()) as listener:
+        supervisor = Supervisor(settings, listener, "error", target)
+
+        def run(until):
+            seen = []
+
+            def watch():
+                end = time.monotonic() + 60
+                while time.monotonic() < end and not supervisor._stopping.is_set():
+                    if until():
+                        seen.append(True)
+                        break
+                    time.sleep(0.02)
+                supervisor._stop(signal.SIGTERM, None)
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            try:
+                code = supervisor.run()
+            finally:
+                supervisor._stopping.set()
+                watcher.join()
+            return code, bool(seen)
+
+        try:
+            yield run
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def starts(folder):
+    return len(list(folder.glob("start-*")))
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(workers, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(workers, "_LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(workers, "_GIVE_UP_AFTER", 2)
+
+
+def test_supervisor_gives_up_where_no_worker_was_ever_ready(tmp_path, hasty):
+    with supervising(tmp_path, worker_targets.dies) as run:
+        assert run(lambda: False) == (1, False)
+    assert starts(tmp_path) == 2
+
+
+def test_outage_in_which_no_worker_can_start_ends_with_the_outage(tmp_path, hasty):
+    """More deaths in a row than it takes to give up, of workers that have been ready."""
+    (tmp_path / "kill").touch()
+
+    def until():
+        if starts(tmp_path) >= 4:
+            (tmp_path / "database").touch()
+        return starts(tmp_path) >= 4 and _is_alive(tmp_path)
+
+    with supervising(tmp_path, worker_targets.dies_after_the_first) as run:
+        assert run(until) == (0, True)
+
+
+def _is_alive(folder):
+    newest = max(folder.glob("start-*"))
+    try:
+        os.kill(int(newest.name.rsplit("-", 1)[1]), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_back_off_of_a_slot_is_bounded_and_killed_workers_start_at_once(tmp_path):
+    supervisor = Supervisor(
+        Settings.model_validate({"coordinator_home": tmp_path}), socket.socket(), "error", worker_targets.dies
+    )
+
+    class Dead:
+        pid, sentinel = None, 0
+
+        def __init__(self, exitcode):
+            self.exitcode = exitcode
+
+        def join(self):
+            pass
+
+    def pause(exitcode):
+        pulse, other = supervisor._context.Pipe(duplex=False)
+        other.close()
+        now = time.monotonic()
+        supervisor._workers[0] = workers._Worker(Dead(exitcode), pulse, now, now)
+        supervisor._bury(0, None)
+        return supervisor._due.pop(0) - now
+
+    supervisor._due.clear()
+    assert [pause(-signal.SIGKILL) < 0.3 for _ in range(50)] == [True] * 50
+    pauses = [pause(1) for _ in range(40)]
+    assert pauses[0] < 0.3
+    assert max(pauses) < workers._LONGEST_PAUSE_S + 0.3
+    assert pauses[-1] > 14
+    supervisor._listener.close()
+
+
+def test_silent_worker_is_killed_and_replaced(tmp_path, hasty):
+    with supervising(tmp_path, worker_targets.freezes, worker_silence_s=4) as run:
+        assert run(lambda: (tmp_path / "second").exists()) == (0, True)
+    assert starts(tmp_path) == 2
+
+
+@pytest.mark.soak  # two workers of their own, stopped until they are replaced
+def test_worker_that_hangs_in_the_middle_of_its_work_is_replaced(lab):
+    """It may hold the database's write lock: then nobody gets an answer until it is gone."""
+    options = {"AFFIDAVIT_WORKER_SILENCE_S": "3"}
+    with served(lab.folder, "--workers", "2", environ=options) as server:
+        with Load(server.url, lab.tokens["consumer"], 4) as load:
+            while len(load.told.answers) < 20:
+                time.sleep(0.01)
+            stuck = server.workers()
+            for pid in stuck:  # one of them may be starting still
+                os.kill(pid, signal.SIGSTOP)
+            until = time.monotonic() + 60
+            while set(stuck) & set(server.workers()):
+                assert time.monotonic() < until, "nobody is replaced"
+                time.sleep(0.05)
+            at = len(load.told.answers)
+            while len(load.told.answers) < at + 20:
+                assert time.monotonic() < until, "no answers any more"
+                time.sleep(0.02)
+        told = load.told
+    assert told.errors == []
+    check_log(lab, told, exactly=False)
