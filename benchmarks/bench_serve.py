@@ -69,8 +69,10 @@ def request_body() -> str:
 def environment(name: str) -> Path | str:
     """Return the interpreter of a peer's environment, or why there is none."""
     python = BUILD / f"bench-{name}" / "bin" / "python"
-    if python.exists():
+    whole = python.parent.parent / "whole"  # written last: an installation that broke off is begun again
+    if whole.exists():
         return python
+    shutil.rmtree(python.parent.parent, ignore_errors=True)
     BUILD.mkdir(exist_ok=True)
     made = subprocess.run(
         [sys.executable, "-m", "venv", str(python.parent.parent)], capture_output=True, text=True, check=False
@@ -83,6 +85,7 @@ def environment(name: str) -> Path | str:
     if made.returncode:
         shutil.rmtree(python.parent.parent, ignore_errors=True)
         return (made.stderr.strip().splitlines() or ["pip failed"])[-1][:200]
+    whole.touch()
     return python
 
 
