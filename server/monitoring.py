@@ -44,6 +44,12 @@ class Monitoring:
         self.predicted_rows = Counter(
             "affidavit_predicted_rows", "Rows answered.", ("model",), registry=self.registry
         )
+        self.cached = Counter(
+            "affidavit_answer_cache",
+            "Requests whose charter allows the outputs of a moment ago, by whether they were there.",
+            ("result",),
+            registry=self.registry,
+        )
         self.shadowed = Counter(
             "affidavit_shadow_rows",
             "Rows that a shadow version was asked, by how its label compares; skipped under load.",

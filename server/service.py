@@ -170,7 +170,7 @@ class PredictService:
         guard = self.live.guard
         served = self.live.choose(asked.model, asked.version, draw=True)
         decision = await self._decide(principal, asked, served, guard, taken)
-        warm = self.warm.ready(served.version)
+        warm = self.warm.ready(served)
         if warm is None:
             warm = await asyncio.to_thread(self.warm.get, served)
         many = len(asked.rows) > _INLINE_ROWS
