@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
+from audit._codec import ODD, reader_of, writer_of
 from audit.access_bodies import (
     AccessDenied,
     AuditRead,
@@ -17,7 +20,7 @@ from audit.access_bodies import (
     SubjectExported,
 )
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.packing import unpack_digests, unpack_text
+from audit.packing import PackingError, pack_text, unpack_digests, unpack_text
 from audit.round_bodies import ROUND_TYPES, Metric, RoundBody
 from audit.runtime_bodies import PredictionShadowed, VersionExported
 from audit.secure_bodies import RoundOpened
@@ -299,7 +302,46 @@ class VersionRegistered:
     averaged_from: int  # first round of the average
     averaged_to: int
     gates: tuple[GateResult, ...]
-    epsilons: tuple[SiteEpsilon, ...]
+    epsilons: tuple[SiteEpsilon, ...]  # in the order of the sites' names; read `costs`
+    packed: str = ""  # the costs of more sites than an entry can name as they stand: `audit.packing`
+
+    def __post_init__(self) -> None:
+        _unpack_costs(self.epsilons, self.packed)
+
+    @property
+    def costs(self) -> tuple[SiteEpsilon, ...]:
+        """What the run cost each site, in the order of their names."""
+        return _unpack_costs(self.epsilons, self.packed)
+
+
+def pack_costs(costs: tuple[SiteEpsilon, ...]) -> tuple[tuple[SiteEpsilon, ...], str]:
+    """Return (costs, "") where they are few enough for an entry, else ((), packed)."""
+    plain, packed = pack_text(_costs_text(costs))
+    return (costs, "") if plain else ((), packed)
+
+
+def _unpack_costs(plain: tuple[SiteEpsilon, ...], packed: str) -> tuple[SiteEpsilon, ...]:
+    if not packed:
+        return plain
+    if plain:
+        raise PackingError("packed costs stand alone")
+    return _read_costs(packed)
+
+
+@lru_cache(maxsize=4)
+def _read_costs(packed: str) -> tuple[SiteEpsilon, ...]:
+    text = unpack_text("", packed)
+    try:
+        found = tuple(reader_of(SiteEpsilon)(item) for item in json.loads(text))
+        if _costs_text(found) == text:
+            return found
+    except (*ODD, RecursionError) as error:
+        raise PackingError(f"packed costs cannot be read: {error!r}") from error
+    raise PackingError("packed costs are not in canonical form")
+
+
+def _costs_text(costs: tuple[SiteEpsilon, ...]) -> str:
+    return f"[{','.join(map(writer_of(SiteEpsilon, frozenset()), costs))}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping
 MAX_INTEGER = 2**53 - 1
 MAX_DEPTH = 32
 _FLAT = {str, bool, type(None)}
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def canonical_bytes(value: JsonValue) -> bytes:
@@ -32,7 +32,7 @@ def canonical_bytes(value: JsonValue) -> bytes:
     try:
         if _is_simple(value, 0):
             # ASCII keys sort alike by code point and by UTF-16 unit; the escapes of `json` are RFC 8785's.
-            return _encode(value).encode()
+            return _encoder.encode(value).encode()
         parts: list[str] = []
         _write(value, parts, 0)
         return "".join(parts).encode()
@@ -141,13 +141,7 @@ def parse_strict(data: bytes, *, allow_floats: bool = False, max_bytes: int = 1 
         raise MalformedJsonError(f"JSON of {len(data)} bytes is over the cap of {max_bytes}")
     try:
         text = data.decode("utf-8")
-        value: JsonValue = json.loads(
-            text,
-            object_pairs_hook=_object_without_duplicates,
-            parse_int=_parse_integer,
-            parse_float=_parse_float if allow_floats else _refuse_float,
-            parse_constant=_refuse_constant,
-        )
+        value: JsonValue = _decoders[allow_floats].decode(text)
     except UnicodeDecodeError as error:
         raise MalformedJsonError(f"byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -202,6 +196,17 @@ def _refuse_float(text: str) -> NoReturn:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise MalformedJsonError(f"{text} is not JSON")
+
+
+_decoders = {
+    allow_floats: json.JSONDecoder(
+        object_pairs_hook=_object_without_duplicates,
+        parse_int=_parse_integer,
+        parse_float=_parse_float if allow_floats else _refuse_float,
+        parse_constant=_refuse_constant,
+    )
+    for allow_floats in (False, True)
+}
 
 
 def _check_depth_and_text(value: JsonValue, depth: int) -> None:

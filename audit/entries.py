@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from audit._codec import ODD, reader_of, writer_of
+from audit._domains import DOMAINS, SIGNATURE_FIELDS
 from audit.access_bodies import (
     AccessDenied,
     AuditRead,
@@ -67,11 +68,7 @@ from audit.bodies import (
 )
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.errors import AuditError
-from audit.membership import MEMBERSHIP_DOMAINS
 from audit.round_bodies import Metric
-from audit.secure_bodies import SECURE_DOMAINS
-from audit.serving_bodies import SERVING_DOMAINS
-from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -117,6 +114,7 @@ __all__ = [
     "SubjectExported",
     "VersionRegistered",
     "VersionTransition",
+    "body_bytes",
     "body_document",
     "columns_of",
     "decode_entry",
@@ -145,23 +143,8 @@ class EntryError(AuditError):
         self.field, self.problem = field, problem
 
 
-_SIGNATURE_FIELDS: Final = ("signature", "statement_proof", "successor_proof", "witness_proof")
-_DOMAINS: Final[dict[type[Any], str]] = {
-    SiteEnrolled: "enrolment",
-    CharterSigned: "charter",
-    RunStarted: "run",
-    RunAccepted: "acceptance",
-    SiteRefused: "refusal",
-    SiteStatement: "statement",
-    VersionTransition: "transition",
-    KeyRotated: "rotation",
-    LogCompromised: "compromise",
-    **SITE_DOMAINS,
-    **MEMBERSHIP_DOMAINS,
-    **SERVING_DOMAINS,
-    **SECURE_DOMAINS,
-}
-
+_HASHED: Final = ("population", "sequence", "previous_event", "run", "round", "charter", "event")
+_NOT_HASHED: Final = frozenset(field.name for field in dataclasses.fields(SiteStatement)) - {*_HASHED}
 _hints: dict[type[Any], dict[str, Any]] = {}
 _defaults: dict[type[Any], dict[str, Any]] = {}
 _columns_in: dict[type[Any], tuple[str, ...]] = {}
@@ -337,8 +320,19 @@ def _decode_slowly(data: bytes) -> Entry:
 def body_document(body: Any) -> dict[str, Any]:
     """Return the body as plain JSON values, checked against its own types."""
     document: dict[str, Any] = _plain(body)
-    parse_body(type(body), document)
+    try:
+        writer_of(type(body), _DIGEST_FIELDS)(body)  # what it writes is of its types
+    except ODD:
+        parse_body(type(body), document)
     return document
+
+
+def body_bytes(body: Any) -> bytes:
+    """Return the canonical bytes of `body_document(body)`."""
+    try:
+        return writer_of(type(body), _DIGEST_FIELDS)(body).encode()
+    except ODD:
+        return canonical_bytes(body_document(body))
 
 
 def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
@@ -347,6 +341,15 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
     Raises:
         EntryError: a field is missing, unknown, or of another kind; names the field's path.
     """
+    try:
+        body: T = reader_of(kind)(value)
+        writer_of(kind, _DIGEST_FIELDS)(body)
+    except (*ODD, EntryError):
+        return _parse_slowly(kind, value, path)  # says what is wrong, and where
+    return body
+
+
+def _parse_slowly(kind: type[T], value: object, path: str) -> T:
     if not isinstance(value, dict):
         raise EntryError(path, "is not an object")
     types, later = _types(kind), _later(kind)
@@ -355,7 +358,7 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
     if unknown or missing:
         raise EntryError(path, f"unknown fields {unknown}, missing fields {missing}")
     for name, default in later.items():
-        if name in value and value[name] == default:
+        if name in value and value[name] in (default, _plain(default)):
             raise EntryError(f"{path}.{name}", "is left out where it is empty")
     return kind(
         **{
@@ -369,10 +372,13 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
 def signing_payload(body: Any) -> tuple[str, bytes]:
     """Return the signature domain of a signed body and the canonical bytes that its signatures cover."""
     kind = type(body)
-    if kind not in _DOMAINS:
+    if kind not in DOMAINS:
         raise EntryError(kind.__name__, "nobody signs this kind of body")
-    document = {key: value for key, value in _plain(body).items() if key not in _SIGNATURE_FIELDS}
-    return _DOMAINS[kind], canonical_bytes(document)
+    try:
+        return DOMAINS[kind], writer_of(kind, _DIGEST_FIELDS, SIGNATURE_FIELDS)(body).encode()
+    except ODD:
+        document = {key: value for key, value in _plain(body).items() if key not in SIGNATURE_FIELDS}
+        return DOMAINS[kind], canonical_bytes(document)
 
 
 def decode_signature(text: str, *, field: str = "signature") -> bytes:
@@ -388,16 +394,11 @@ def decode_signature(text: str, *, field: str = "signature") -> bytes:
 
 def event_hash(statement: SiteStatement) -> str:
     """Return the hash that the population's next event must name as `previous_event`."""
-    document = {
-        "population": statement.population,
-        "sequence": statement.sequence,
-        "previous_event": statement.previous_event,
-        "run": statement.run,
-        "round": statement.round,
-        "charter": statement.charter,
-        "event": _plain(statement.event),
-    }
-    return hashlib.sha256(b"affidavit/event/v1\x00" + canonical_bytes(document)).hexdigest()
+    try:
+        data = writer_of(SiteStatement, _DIGEST_FIELDS, _NOT_HASHED)(statement).encode()
+    except ODD:
+        data = canonical_bytes({name: _plain(getattr(statement, name)) for name in _HASHED})
+    return hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest()
 
 
 def run_digest(started: RunStarted) -> str:
@@ -454,12 +455,14 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) is str or type(value) is int:
+        return value
     if dataclasses.is_dataclass(value):
         later = _later(type(value))
         return {
-            field.name: _plain(item)
-            for field in dataclasses.fields(value)
-            if (item := getattr(value, field.name)) != later.get(field.name, dataclasses.MISSING)
+            name: _plain(item)
+            for name in _types(type(value))
+            if (item := getattr(value, name)) != later.get(name, dataclasses.MISSING)
         }
     if isinstance(value, tuple):
         if value and type(value[0]) is str:  # names of hundreds of sites

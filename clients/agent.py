@@ -26,6 +26,7 @@ from audit.entries import (
     Body,
     SiteRefused,
     SiteStatement,
+    body_bytes,
     body_document,
     event_hash,
 )
@@ -65,7 +66,7 @@ from federation.flat import update_bytes
 
 _logger = logging.getLogger(__name__)
 
-Answer = tuple[dict[str, Any], dict[str, bytes]]
+Answer = tuple[dict[str, Any] | bytes, dict[str, bytes]]  # the header, or its canonical bytes
 Handler = Callable[[bytes, Mapping[str, bytes]], Answer]
 
 
@@ -184,6 +185,7 @@ class Agent:
     def handle(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
         """Answer one request in canonical JSON and blobs; on failure one code from the closed list."""
         with self._lock:
+            document: dict[str, Any] | bytes
             try:
                 document, answer_blobs = self._dispatch(kind, header, blobs)
             except WaitingError as error:
@@ -195,7 +197,7 @@ class Agent:
             except Exception:
                 _logger.exception("site %s could not answer %s", self.name, kind[:40])
                 document, answer_blobs = self._declined(kind, "internal_error"), {}
-        return canonical_bytes(document), answer_blobs
+        return document if isinstance(document, bytes) else canonical_bytes(document), answer_blobs
 
     def observe(self, statement: SiteStatement) -> None:
         """Take note of a statement that the log shows; this site's own are compared with its ledger.
@@ -382,7 +384,9 @@ class Agent:
                     "unwitnessed_history", "this site's last statement is not shown in the log"
                 )
             return
-        statement, leaf_hash, in_round = self._history.own_statement(request.own_statement)
+        statement, leaf_hash, in_round = self._history.own_statement(
+            request.own_statement, None if own is None else own.statement
+        )
         self.observe(statement)
         if own is None or own.statement != statement:
             raise RefusedError("unwitnessed_history", "the statement shown is not this site's for that round")
@@ -471,7 +475,7 @@ def _witness_error(error: WitnessError) -> dict[str, Any]:
 
 
 def _answer(release: Release) -> Answer:
-    return {"statement": body_document(release.statement)}, {"update": release.update}
+    return b'{"statement":%b}' % body_bytes(release.statement), {"update": release.update}
 
 
 def _request_digest(request: RoundRequest) -> str:

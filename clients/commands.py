@@ -149,7 +149,7 @@ def train(
         "model": run.model,
         "version": version.digest,
         "gates_passed": version.gates_passed,
-        "epsilon": max((item.run_epsilon for item in version.registered.epsilons), key=float, default=None),
+        "epsilon": max((item.run_epsilon for item in version.registered.costs), key=float, default=None),
     }
     shown = f"run {run.run}\nversion {version.digest} of {run.model} is registered as a candidate"
     emit(document, shown, as_json=as_json)

@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Final
 
 from audit.entries import (
     Body,
+    Entry,
     RoundCompleted,
     SiteStatement,
     SiteUndelivered,
@@ -65,6 +67,12 @@ class OpenedNotes:
         return accepted
 
 
+@lru_cache(maxsize=4)
+def _decoded(leaf: bytes) -> Entry:
+    """Read a leaf once for all sites of this process: each is shown the same entry of a round."""
+    return decode_entry(leaf)
+
+
 class History:
     """Reads logged entries by the site's own policy; what it returns is believed, all else is refused."""
 
@@ -84,7 +92,7 @@ class History:
             accepted = verify_tlog_proof(
                 logged.proof, leaf_hash=leaf_hash, policy=self._notes, now=int(self._clock().timestamp())
             )
-            entry = decode_entry(logged.leaf)
+            entry = _decoded(logged.leaf)
         except AuditError as error:
             raise RefusedError("unwitnessed_history", f"{error.code}: {error}") from error
         if not accepted.quorum.satisfied:
@@ -117,8 +125,12 @@ class History:
             )
         return found.body, found.leaf_hash
 
-    def own_statement(self, logged: LoggedEntry) -> tuple[SiteStatement, str, bool]:
+    def own_statement(
+        self, logged: LoggedEntry, kept: SiteStatement | None = None
+    ) -> tuple[SiteStatement, str, bool]:
         """Return a witnessed statement of this site, its leaf hash, and whether it is in a round.
+
+        `kept` is one from the site's own ledger: where it is the same, signature and all, it was signed here.
 
         Raises:
             RefusedError: unwitnessed_history; it is no statement, or this site never signed it.
@@ -130,6 +142,8 @@ class History:
             statement, in_round = found.body.statement, False
         else:
             raise RefusedError("unwitnessed_history", "the entry shown as this site's statement is none")
+        if statement == kept:
+            self._proved = statement = kept
         self.verify_own(statement)
         return statement, found.leaf_hash, in_round
 

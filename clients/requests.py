@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from audit.canonical import JsonValue, parse_canonical
@@ -178,7 +179,7 @@ def charter_digest_of(document: Mapping[str, Any]) -> str:
 
 def names_of(document: Mapping[str, Any], field: str) -> tuple[str, ...]:
     names = document[field]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not set(map(type, names)) <= {str}:
         raise _bad(f"{field}: is a list of texts")
     return tuple(names)
 
@@ -198,9 +199,15 @@ def _entry(value: JsonValue) -> LoggedEntry | None:
     if not isinstance(proof, str) or len(proof) > MAX_PROOF_CHARS:
         raise _bad("proof: is the text of a tlog-proof")
     try:
-        return LoggedEntry(leaf=_base64(value["entry"], "entry"), proof=TlogProof.parse(proof.encode()))
+        return LoggedEntry(leaf=_base64(value["entry"], "entry"), proof=_proof(proof))
     except (AuditError, UnicodeEncodeError) as error:
         raise _bad(f"proof: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _proof(text: str) -> TlogProof:
+    """Read a proof once for all sites of this process: that of a round's entry is shown to each of them."""
+    return TlogProof.parse(text.encode())
 
 
 def _text(document: Mapping[str, Any], name: str) -> str:

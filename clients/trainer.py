@@ -31,6 +31,7 @@ class Workshop(threading.local):
     def __init__(self) -> None:
         self._mechanisms: dict[tuple[str, int | None], Mechanism] = {}
         self._base: tuple[str, bytes, Vector] | None = None
+        self._loaded: tuple[Mechanism, Vector] | None = None
 
     def mechanism(self, terms: Terms) -> Mechanism:
         """Return the charter's mechanism, made at the first call."""
@@ -52,6 +53,18 @@ class Workshop(threading.local):
         if self._base is None or self._base[0] != terms.digest or self._base[1] != base_model:
             self._base = (terms.digest, base_model, model_vector(terms.layers, base_model))
         return self._base[2]
+
+    def load(self, mechanism: Mechanism, weights: Vector) -> None:
+        """Set the mechanism's base model to what `base` returned; a release leaves it as it was."""
+        if self._loaded is None or self._loaded[0] is not mechanism or self._loaded[1] is not weights:
+            self._loaded = None
+            mechanism.load(torch.tensor(weights, dtype=torch.float64))
+            self._loaded = (mechanism, weights)
+
+    def load_other(self, mechanism: Mechanism, weights: Sequence[float]) -> None:
+        """Set it to other weights, which nobody else starts from."""
+        self._loaded = None
+        mechanism.load(torch.tensor(weights, dtype=torch.float64))
 
 
 class Trainer:
@@ -101,7 +114,9 @@ class Trainer:
         start: Sequence[float] | Vector = weights
         if kept is not None:
             start = overlaid(terms.spans, weights.tolist(), kept)
-        mechanism.load(torch.tensor(start, dtype=torch.float64))
+            self._workshop.load_other(mechanism, start)
+        else:
+            self._workshop.load(mechanism, weights)
         release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)

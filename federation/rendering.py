@@ -58,7 +58,7 @@ def version_html(version: Version) -> str:
         for gate in registered.gates
     ]
     costs = [
-        f"{cost.site} {cost.run_epsilon} (lifetime {cost.lifetime_epsilon})" for cost in registered.epsilons
+        f"{cost.site} {cost.run_epsilon} (lifetime {cost.lifetime_epsilon})" for cost in registered.costs
     ]
     return table(
         f"Version {version.digest[:12]} of {version.model}",

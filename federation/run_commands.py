@@ -84,7 +84,7 @@ def start(
         "model": version.model,
         "version": version.digest,
         "gates_passed": version.gates_passed,
-        "epsilon": max((item.run_epsilon for item in version.registered.epsilons), key=float, default=None),
+        "epsilon": max((item.run_epsilon for item in version.registered.costs), key=float, default=None),
     }
     emit(
         document, f"version {version.digest} of {version.model} is registered as a candidate", as_json=as_json

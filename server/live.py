@@ -77,7 +77,7 @@ class ServedVersion:
     @property
     def epsilon_micro(self) -> int:
         """The largest epsilon that the run claims for a site, in millionths, rounded up."""
-        return max((_micro(site.run_epsilon) for site in self.registered.epsilons), default=0)
+        return max((_micro(site.run_epsilon) for site in self.registered.costs), default=0)
 
     @property
     def epsilon_limit_micro(self) -> int:

@@ -238,5 +238,5 @@ def _summary(version: ServedVersion) -> dict[str, Any]:
         "charter": version.charter_digest,
         "approved_by": list(version.approved_by),
         "gates_passed": all(gate.passed for gate in version.registered.gates),
-        "epsilon": max((site.run_epsilon for site in version.registered.epsilons), key=float, default=None),
+        "epsilon": max((site.run_epsilon for site in version.registered.costs), key=float, default=None),
     }

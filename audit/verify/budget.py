@@ -81,14 +81,14 @@ def check_epsilon(chain: Chain) -> Outcome:
     if not chain.histories:
         need(None, ODOMETERS)
     registered, run = chain.registered, need(chain.started, LINKS).body.run
-    claims = {claim.site: claim for claim in registered.body.epsilons} if registered else {}
+    claims = {claim.site: claim for claim in registered.body.costs} if registered else {}
     entry = registered.index if registered else None
     taking_part = {
         site
         for site, history in chain.histories.items()
         if any(statement.run == run for statement in history)
     }
-    if registered and (len(claims) != len(registered.body.epsilons) or set(claims) != taking_part):
+    if registered and (len(claims) != len(registered.body.costs) or set(claims) != taking_part):
         raise FailError("epsilon.claims", "the claims do not name each site that took part once", entry)
     delta = float(charter.privacy.delta)
     lines, attested = [], False

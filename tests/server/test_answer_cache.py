@@ -8,6 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from audit.answers import AnswerTerms
+from audit.encoding import RowEncoder
+from audit.reference import OodScorer
 from server.answer_cache import MAX_ROWS, AnswerCache
 from server.app import create_app
 from tests.server.test_runtime import OTHER
@@ -150,6 +152,23 @@ def test_same_weights_under_another_charter_let_out_what_that_charter_lets_out(l
             assert set(found["kept"]["answers"][0]) == {"label", "probability"}
             assert set(found["terse"]["answers"][0]) == {"label"}
             assert "probability" not in json.dumps(found["terse"]["opened"])
+
+
+@pytest.mark.parametrize("first", ["toy", "numbers"])
+def test_same_weights_under_another_charter_are_scored_by_that_charters_features(lab, row, first):
+    features = [
+        {"name": name, "type": "number", "unit": "", "lower": "0", "upper": "1",
+         "transform": "none", "missing": "refuse"}
+        for name in "abcd"
+    ]  # fmt: skip
+    version, _ = lab.live(name="numbers", features=features)
+    assert version == lab.version
+    rows = {"toy": row, "numbers": {"a": 1, "b": 0.9, "c": 0.05, "d": 1}}
+    expected = OodScorer(features).score(RowEncoder(features).encode(rows["numbers"]))
+    with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
+        for name in (first, "numbers"):
+            found = ask(client, lab.tokens["consumer"], rows[name], name).json()
+    assert found["annotations"]["ood"] == [expected]
 
 
 def test_charter_that_does_not_say_so_keeps_nothing(client, lab, row):
