@@ -37,7 +37,10 @@ from server import (
 )
 from server.access import CedarAuthorizer, read_policies, shipped_policies
 from server.alarming import Alarming
+from server.answer_cache import AnswerCache
+from server.batching import Batching
 from server.context import Caller, Context, authorise, context_of
+from server.direct import Direct
 from server.errors import ArtefactError, NotReadyError
 from server.explaining import Explaining
 from server.facts import DecisionFacts
@@ -181,6 +184,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     _service_routes(app)
     openapi.install(app)
     reference.install(app)
+    app.add_middleware(Direct, routes=app.router.routes, state=app.state)
     if tracing is not None:
         app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)
@@ -212,6 +216,11 @@ def build_context(
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
     alarming = Alarming(journal, monitoring)
+    cache = AnswerCache(
+        settings.answer_cache_size,
+        settings.answer_cache_s,
+        lambda result: monitoring.cached.labels(result).inc(),
+    )
     publisher = Publisher(
         coordinator, monitoring, clock, interval_s=settings.publish_interval_s, late_s=settings.late_s
     )
@@ -244,8 +253,11 @@ def build_context(
             monitoring=monitoring,
             sealing=sealing,
             hooks=Hooks(
-                facts=(publisher.backlog, facts), annotators=(scoring, explaining), observers=(alarming,)
+                facts=(publisher.backlog, cache, facts),
+                annotators=(scoring, explaining),
+                observers=(alarming,),
             ),
+            batching=Batching(cache),
             quotas=quotas,
             shadowing=Shadowing(warm, journal, sealing, monitoring),
         ),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from server.answer_cache import AnswerCache
 from server.warm import WarmModel
 
 WORTH_S: Final = 0.00005  # a run of one row under this is cheaper than the hand-over
@@ -35,14 +36,25 @@ class _Gathering:
 class Batching:
     """Runs models for the requests of one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: AnswerCache | None = None) -> None:
+        self._cache = cache
         self._cost_s: dict[int, float] = {}  # by model in memory: seconds of a run of one row, smoothed
         self._gathering: dict[tuple[int, int | None], _Gathering] = {}
         self.in_flight = 0  # requests between arrival and answer
         self.shared_runs = 0
 
     async def run(self, warm: WarmModel, encoded: Rows, site: int | None) -> Outputs:
-        """Return the model's outputs for these rows."""
+        """Return the model's outputs for these rows; those of a moment ago where the charter allows it."""
+        key = None if self._cache is None else self._cache.key(warm, encoded, site)
+        if key is None or self._cache is None:
+            return await self._computed(warm, encoded, site)
+        kept = self._cache.get(key)
+        if kept is None:
+            kept = await self._computed(warm, encoded, site)
+            self._cache.put(key, kept)
+        return kept
+
+    async def _computed(self, warm: WarmModel, encoded: Rows, site: int | None) -> Outputs:
         if len(encoded) > _INLINE_ROWS:
             return await asyncio.to_thread(warm.forward, encoded, site)
         cost_s = self._cost_s.get(id(warm))

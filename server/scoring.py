@@ -32,7 +32,7 @@ class Scoring:
 
     def __init__(self, ledger: Ledger, get_blob: Callable[[str], bytes], monitoring: Monitoring) -> None:
         self._ledger, self._get, self._monitoring = ledger, get_blob, monitoring
-        self._scorers: OrderedDict[str, OodScorer] = OrderedDict()
+        self._scorers: OrderedDict[tuple[str, str], OodScorer] = OrderedDict()  # by version and charter
         self._lock = threading.Lock()
 
     def annotate(self, answering: Answering) -> Annotation | Awaitable[Annotation]:
@@ -41,17 +41,19 @@ class Scoring:
         Raises:
             ArtefactError: the charter pays for a sketch and the registry's copy of it cannot be used.
         """
-        scorer = self._scorers.get(answering.served.version)
+        served = answering.served
+        scorer = self._scorers.get((served.version, served.charter_digest))
         if scorer is None or len(answering.encoded) > _INLINE_ROWS:
             return self._beside(answering)
         return self._annotation(answering, [scorer.score(row) for row in answering.encoded])
 
     def scorer(self, served: ServedVersion) -> OodScorer:
         """Return the version's scorer, reading the log and the sketch when needed; errors as `annotate`."""
+        key = (served.version, served.charter_digest)
         with self._lock:
-            scorer = self._scorers.get(served.version)
+            scorer = self._scorers.get(key)
             if scorer is None:
-                scorer = self._scorers[served.version] = self._load(served)
+                scorer = self._scorers[key] = self._load(served)
                 while len(self._scorers) > _KEPT:
                     self._scorers.popitem(last=False)
             return scorer
@@ -66,9 +68,7 @@ class Scoring:
     def _annotation(self, answering: Answering, scores: Sequence[Ood]) -> Annotation:
         model = answering.served.model
         for score in scores:
-            self._monitoring.ood_score.labels(model, score["basis"]).observe(float(score["score"]))
-            if score["out"]:
-                self._monitoring.ood_rows.labels(model, score["basis"]).inc()
+            self._monitoring.scored(model, score["basis"], float(score["score"]), score["out"])
         return Annotation(shown={"ood": list(scores)}, rows=[{"ood": score} for score in scores])
 
     def _load(self, served: ServedVersion) -> OodScorer:

@@ -44,6 +44,10 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     otlp_endpoint: str = ""  # an OTLP/HTTP collector's address for traces; "": none are made
     trace_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the requests
     explain_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    answer_cache_size: Annotated[int, Field(ge=0, le=1_000_000)] = (
+        4_096  # requests; 0: none, whatever a charter
+    )
+    answer_cache_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     publish_interval_s: Annotated[float, Field(gt=0, le=3_600)] = 0.5  # a checkpoint is at most so old
     merge_delay_s: Annotated[int, Field(ge=1, le=86_400)] = 3_600
     checkpoint_late_s: Annotated[float, Field(ge=1, le=86_400)] = 1_800.0  # then nothing is answered

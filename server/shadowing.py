@@ -54,7 +54,7 @@ class Shadowing:
     async def _ask(self, shadow: ServedVersion, answering: Answering, leaf_hash: str) -> None:
         asked, encoded = answering.asked, answering.encoded
         try:
-            warm = self._warm.ready(shadow.version)
+            warm = self._warm.ready(shadow)
             if warm is None:
                 warm = await asyncio.to_thread(self._warm.get, shadow)
             if warm.encoder.size != len(encoded[0]):

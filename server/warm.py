@@ -28,8 +28,10 @@ Forward = Callable[[Sequence[Sequence[float]], int | None], list[list[float]]]
 
 @dataclass(frozen=True, slots=True)
 class WarmModel:
-    """One version in memory."""
+    """One version in memory, under one charter's terms."""
 
+    version: str
+    charter: str  # its digest
     encoder: RowEncoder
     task: str
     label: Mapping[str, Any]
@@ -92,12 +94,15 @@ class WarmModels:
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
-        self._models: OrderedDict[str, WarmModel] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str], WarmModel] = OrderedDict()  # by version and charter
         self._lock = threading.Lock()
 
-    def ready(self, version: str) -> WarmModel | None:
-        """Return the version if it is in memory."""
-        return self._models.get(version)
+    def ready(self, served: ServedVersion) -> WarmModel | None:
+        """Return the version if it is in memory.
+
+        Two charters may name the same weights, and let out more or less of what they say.
+        """
+        return self._models.get((served.version, served.charter_digest))
 
     def get(self, served: ServedVersion) -> WarmModel:
         """Return the version, loading it when needed.
@@ -105,14 +110,14 @@ class WarmModels:
         Raises:
             ArtefactError: the registry's file is absent, altered, or is not this charter's model.
         """
+        key = (served.version, served.charter_digest)
         with self._lock:
-            warm = self._models.get(served.version)
+            warm = self._models.get(key)
             if warm is None:
-                warm = self._load(served)
-                self._models[served.version] = warm
+                warm = self._models[key] = self._load(served)
                 while len(self._models) > _KEPT:
                     self._models.popitem(last=False)
-            self._models.move_to_end(served.version)
+            self._models.move_to_end(key)
             return warm
 
     def _load(self, served: ServedVersion) -> WarmModel:
@@ -125,6 +130,8 @@ class WarmModels:
         except (AuditError, FederationError, OSError) as error:
             raise ArtefactError(f"version {served.version}: {error}") from error
         return WarmModel(
+            version=served.version,
+            charter=served.charter_digest,
             encoder=encoder,
             task=served.charter["task"],
             label=served.charter["label"],
