@@ -59,7 +59,6 @@ from audit.bodies import (
     RunFailed,
     RunStarted,
     SiteEnrolled,
-    SiteEpsilon,
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
@@ -67,6 +66,7 @@ from audit.bodies import (
     VersionTransition,
 )
 from audit.canonical import canonical_bytes, parse_canonical
+from audit.cost_bodies import SiteEpsilon
 from audit.errors import AuditError
 from audit.round_bodies import Metric
 
