@@ -40,6 +40,7 @@ REFUSAL_CODES: Final = frozenset(
         "internal_error",
         "ledger_behind_log",
         "participants_not_allowed",
+        "population_busy",
         "purpose_not_allowed",
         "round_out_of_order",
         "run_not_accepted",
@@ -160,6 +161,10 @@ class RunAccepted:
     planned_events: int
     lifetime_epsilon_cap: str
     signature: str
+    whole_site_epsilon_cap: str = ""  # over the site's whole life, for all its rows; "": the site sets none
+    lifetime_delta: str = ""  # at which that cap holds
+    site_log_size: int = 0  # the site's own log before this acceptance; from here on it cannot be another
+    site_log_root: str = ""  # "": the site anchors none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +209,7 @@ class SiteStatement:
     base_model: str
     participants: tuple[str, ...]
     agent_code: str
-    previous_round: str  # leaf hash of the previous round's entry; zeros for round 1
+    previous_round: str  # leaf hash of the previous round's entry, completed or abandoned; zeros for round 1
     event: MechanismEvent
     sequence: int  # 1, 2, 3 … over the life of the population
     previous_event: str  # hash of event sequence-1; zeros for the first
@@ -242,10 +247,14 @@ class RoundCompleted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundAbandoned:
+    """A round that gave no model. What was released for it stays debited; the next round has a new number."""
+
     run: str
     round: int
     reason: str
     missing: tuple[str, ...]
+    base_model: str = ""  # what the round was built on, and what the next one is built on
+    previous_round: str = ""  # leaf hash of the entry of the round before; zeros for round 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,10 @@ from typing import Final
 from audit.entries import (
     Body,
     Entry,
+    RoundAbandoned,
     RoundCompleted,
+    RunCompleted,
+    RunFailed,
     SiteStatement,
     SiteUndelivered,
     decode_entry,
@@ -103,27 +106,38 @@ class History:
             )
         return WitnessedEntry(entry.body, leaf_hash.hex(), logged.proof.leaf_index)
 
-    def round_completed(
-        self, logged: LoggedEntry | None, *, run: str, number: int
-    ) -> tuple[RoundCompleted, str]:
-        """Return the witnessed entry of a completed round and its leaf hash.
+    def round_ended(
+        self, logged: LoggedEntry | None, *, run: str, numbers: range
+    ) -> tuple[RoundCompleted | RoundAbandoned, str]:
+        """Return the witnessed entry of a round's end, with a number in `numbers`, and its leaf hash.
 
         Raises:
             RefusedError: unwitnessed_history, or round_out_of_order when it is another round's entry.
         """
         if logged is None:
-            raise RefusedError("unwitnessed_history", f"nothing shows that round {number} was completed")
+            raise RefusedError("unwitnessed_history", f"nothing shows how round {numbers[-1]} ended")
         found = self.witnessed(logged)
-        if not isinstance(found.body, RoundCompleted):
+        if not isinstance(found.body, (RoundCompleted, RoundAbandoned)):
             raise RefusedError(
-                "unwitnessed_history", f"the entry shown for round {number} is no round.completed"
+                "unwitnessed_history", f"the entry shown for round {numbers[-1]} is no end of a round"
             )
-        if (found.body.run, found.body.round) != (run, number):
+        if found.body.run != run or found.body.round not in numbers:
             raise RefusedError(
                 "round_out_of_order",
-                f"the entry is round {found.body.round} of run {found.body.run}, not {number} of {run}",
+                f"the entry is round {found.body.round} of run {found.body.run}, not {numbers[-1]} of {run}",
             )
         return found.body, found.leaf_hash
+
+    def run_ended(self, logged: LoggedEntry) -> str:
+        """Return the run that a witnessed entry says is over.
+
+        Raises:
+            RefusedError: unwitnessed_history; it is no end of a run.
+        """
+        found = self.witnessed(logged)
+        if not isinstance(found.body, (RunCompleted, RunFailed)):
+            raise RefusedError("unwitnessed_history", "the entry shown as the end of a run is none")
+        return found.body.run
 
     def own_statement(
         self, logged: LoggedEntry, kept: SiteStatement | None = None

@@ -47,6 +47,7 @@ class ProposeRequest:
     run: RunStarted
     charter: str
     own_statement: LoggedEntry | None
+    ended: LoggedEntry | None = None  # how the last run ended that the site accepted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,9 @@ def parse_charter_request(header: bytes) -> CharterRequest:
 
 
 def parse_propose(header: bytes) -> ProposeRequest:
-    document = parse_header(header, frozenset({"run_started", "charter"}), frozenset({"own_statement"}))
+    document = parse_header(
+        header, frozenset({"run_started", "charter"}), frozenset({"own_statement", "ended"})
+    )
     try:
         run = parse_body(RunStarted, document["run_started"])
     except AuditError as error:
@@ -111,7 +114,10 @@ def parse_propose(header: bytes) -> ProposeRequest:
     if not _RUN.fullmatch(run.run):
         raise _bad(f"run_started.run: {run.run[:100]!r} cannot name a run")
     return ProposeRequest(
-        run=run, charter=_text(document, "charter"), own_statement=_entry(document.get("own_statement"))
+        run=run,
+        charter=_text(document, "charter"),
+        own_statement=_entry(document.get("own_statement")),
+        ended=_entry(document.get("ended")),
     )
 
 
@@ -154,6 +160,14 @@ def parse_cosign(header: bytes) -> CosignRequest:
 def parse_finished(header: bytes) -> FinishedRequest:
     document = parse_header(header, frozenset({"run"}), frozenset({"own_statement"}))
     return FinishedRequest(run=_text(document, "run"), own_statement=_entry(document.get("own_statement")))
+
+
+def parse_run(header: bytes) -> str:
+    """Read a header that names a run, and nothing else."""
+    run = _text(parse_header(header, frozenset({"run"})), "run")
+    if not _RUN.fullmatch(run):
+        raise _bad(f"run: {run[:100]!r} cannot name a run")
+    return run
 
 
 def parse_bundle(header: bytes) -> str:

@@ -99,7 +99,8 @@ class Trainer:
             weights = self._workshop.base(terms, base_model)
         except AuditError as error:
             raise RefusedError("base_model_mismatch", str(error)) from error
-        after = terms.after[server_round - terms.rounds - 1] if server_round > terms.rounds else None
+        last = terms.most_rounds
+        after = terms.after[server_round - last - 1] if server_round > last else None
         counted = after is not None and not isinstance(after, Reference)
         try:
             data = load_evaluation_data(self._path, terms) if counted else self._load(terms)
@@ -110,7 +111,7 @@ class Trainer:
         if after is not None:
             return noisy_counts(after, terms, weights.tolist(), data)
         mechanism = self._workshop.mechanism(terms)
-        kept = self._local.load(run, server_round - 1) if terms.spans else None
+        kept = self._local.load_before(run, server_round) if terms.spans else None
         start: Sequence[float] | Vector = weights
         if kept is not None:
             start = overlaid(terms.spans, weights.tolist(), kept)
@@ -136,6 +137,10 @@ class Trainer:
         moved = moved_locally(terms, mechanism.terms.scale, list(start), values)
         self._local.save(run, server_round, moved, keep=terms.average_last)
         return shared_values(terms.spans, values)
+
+    def forget_round(self, run: str, server_round: int) -> None:
+        """Take a round that was abandoned out of what this site keeps for itself."""
+        self._local.drop(run, server_round)
 
     def _load(self, terms: Terms) -> TrainingData:
         try:

@@ -42,7 +42,8 @@ from clients.high_water import Head
 from clients.history import OpenedNotes
 from clients.home import SiteConfig, SiteHome
 from clients.identity import SiteKeys
-from clients.ledger import Release, Reservation, Spent, committed_events
+from clients.ledger import Release, Reservation, Spent
+from clients.reserved import committed_events
 from clients.rules import Rules
 from clients.trainer import Workshop
 
@@ -165,6 +166,9 @@ class VirtualLedger:
         with self._lock:
             if reservation.run in self._reservations:
                 raise OdometerError(f"run {reservation.run} was accepted before")
+            for busy in self._reservations.values():
+                if busy.population == reservation.population and not busy.closed:
+                    raise OdometerError(f"run {busy.run} has the population until it ends")
             charter = _shared_text(reservation.charter)
             self._reservations[reservation.run] = dataclasses.replace(reservation, charter=charter)
 
@@ -256,6 +260,9 @@ class VirtualLog:
 
     def publish(self) -> bytes:
         return b""
+
+    def anchor(self) -> tuple[int, str]:
+        return 0, ""  # nobody is ever shown this log
 
     def entries(
         self, kind: type[B], *, run: str | None = None, since: datetime | None = None

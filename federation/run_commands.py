@@ -244,6 +244,9 @@ def _screen(view: RunView) -> str:
         f"state    {state}{reason}, round {view.round} of {view.rounds}",
         f"awaited  {', '.join(view.awaited) or '-'}",
     ]
+    if view.abandoned:
+        named = (f"round {number} ({reason})" for number, reason in sorted(view.abandoned.items()))
+        head.append(f"abandoned  {', '.join(named)}")
     if view.resumed:
         head.append("resumed  " + ("once" if view.resumed == 1 else f"{view.resumed} times"))
     if view.needs:
