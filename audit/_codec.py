@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import lru_cache
 from json.encoder import encode_basestring
 from operator import attrgetter
 from typing import Any, Final, get_args, get_origin, get_type_hints
@@ -19,7 +20,10 @@ from audit.canonical import MAX_INTEGER
 Writer = Callable[[Any], str]
 Reader = Callable[[Any], Any]
 
-_writers: dict[tuple[type[Any], frozenset[str]], Writer] = {}
+_FEW: Final = 16
+_KNOWN_PARTS: Final = 32
+
+_writers: dict[tuple[type[Any], frozenset[str], frozenset[str]], Writer] = {}
 _readers: dict[type[Any], Reader] = {}
 _is_pseudonym = re.compile(r"[0-9a-f]{32}").fullmatch
 _is_digest = re.compile(r"[0-9a-f]{64}").fullmatch
@@ -32,24 +36,27 @@ class OddError(Exception):
 ODD: Final = (OddError, TypeError, ValueError, KeyError, AttributeError, RecursionError)
 
 
-def writer_of(kind: type[Any], digests: frozenset[str]) -> Writer:
-    """Return what writes bodies of `kind`; `digests` are names of fields that hold a hex SHA-256."""
-    writer = _writers.get((kind, digests))
+def writer_of(kind: type[Any], digests: frozenset[str], without: frozenset[str] = frozenset()) -> Writer:
+    """Return what writes bodies of `kind`; `digests` are names of fields that hold a hex SHA-256.
+
+    Fields `without` are left out, of the body itself and not of its parts.
+    """
+    writer = _writers.get((kind, digests, without))
     if writer is None:
-        writer = _writers[kind, digests] = _body_writer(kind, digests)
+        writer = _writers[kind, digests, without] = _body_writer(kind, digests, without)
     return writer
 
 
 def reader_of(kind: type[Any]) -> Reader:
-    """Return what builds bodies of `kind` from a parsed object, which it uses up."""
+    """Return what builds bodies of `kind` from a parsed object; of its values it checks the shape alone."""
     reader = _readers.get(kind)
     if reader is None:
         reader = _readers[kind] = _body_reader(kind)
     return reader
 
 
-def _body_writer(kind: type[Any], digests: frozenset[str]) -> Writer:
-    hints = get_type_hints(kind)
+def _body_writer(kind: type[Any], digests: frozenset[str], without: frozenset[str]) -> Writer:
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in without}
     later = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
     if later:
         return _later_writer(kind, hints, later, digests)
@@ -93,12 +100,21 @@ def _body_reader(kind: type[Any]) -> Reader:
     readers = [
         (name, reader) for name, hint in get_type_hints(kind).items() if (reader := _value_reader(hint))
     ]
+    later = [(f.name, f.default) for f in fields(kind) if f.default is not MISSING]
 
-    def read(value: dict[str, Any]) -> Any:
+    def read(value: Any) -> Any:
+        if type(value) is not dict:
+            raise OddError
+        for name, default in later:
+            if name in value and value[name] in (default, [*default] if type(default) is tuple else default):
+                raise OddError  # it is left out where it is empty
+        if not readers:
+            return kind(**value)
+        made = dict(value)
         for name, reader in readers:
-            if name in value:
-                value[name] = reader(value[name])
-        return kind(**value)
+            if name in made:
+                made[name] = reader(made[name])
+        return kind(**made)
 
     return read
 
@@ -110,6 +126,8 @@ def _value_writer(hint: Any, name: str, digests: frozenset[str]) -> Writer:
         return _integer
     if get_origin(hint) is tuple:
         item = _value_writer(get_args(hint)[0], "", digests)
+        if item is encode_basestring:
+            return _texts
 
         def array(values: Any) -> str:
             if type(values) is not tuple:
@@ -118,11 +136,19 @@ def _value_writer(hint: Any, name: str, digests: frozenset[str]) -> Writer:
 
         return array
     part = writer_of(hint, digests)
+    known: dict[int, tuple[Any, str]] = {}  # by identity: a frozen part that comes again is written once
 
     def nested(value: Any) -> str:
+        found = known.get(id(value))
+        if found is not None and found[0] is value:
+            return found[1]
         if type(value) is not hint:
             raise OddError
-        return part(value)
+        text = part(value)
+        if len(known) >= _KNOWN_PARTS:
+            known.clear()
+        known[id(value)] = (value, text)
+        return text
 
     return nested
 
@@ -133,9 +159,25 @@ def _value_reader(hint: Any) -> Reader | None:
     if get_origin(hint) is not tuple:
         return reader_of(hint)
     item = _value_reader(get_args(hint)[0])
-    if item is None:
-        return tuple
-    return lambda values: tuple([item(value) for value in values])
+
+    def array(values: Any) -> tuple[Any, ...]:
+        if type(values) is not list:
+            raise OddError
+        return tuple(values) if item is None else tuple([item(value) for value in values])
+
+    return array
+
+
+def _texts(values: Any) -> str:
+    if type(values) is not tuple:
+        raise OddError
+    return _many_texts(values) if len(values) > _FEW else f"[{','.join(map(encode_basestring, values))}]"
+
+
+@lru_cache(maxsize=8)
+def _many_texts(values: tuple[str, ...]) -> str:
+    """The names of a round's participants are in each of its statements: written once, not once a site."""
+    return f"[{','.join(map(encode_basestring, values))}]"
 
 
 def _digest(value: Any) -> str:

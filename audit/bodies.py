@@ -16,6 +16,7 @@ from audit.access_bodies import (
     SubjectErased,
     SubjectExported,
 )
+from audit.cost_bodies import SiteEpsilon, unpack_costs
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
 from audit.packing import unpack_digests, unpack_text
 from audit.round_bodies import ROUND_TYPES, Metric, RoundBody
@@ -37,6 +38,7 @@ REFUSAL_CODES: Final = frozenset(
         "internal_error",
         "ledger_behind_log",
         "participants_not_allowed",
+        "population_busy",
         "purpose_not_allowed",
         "round_out_of_order",
         "run_not_accepted",
@@ -157,6 +159,10 @@ class RunAccepted:
     planned_events: int
     lifetime_epsilon_cap: str
     signature: str
+    whole_site_epsilon_cap: str = ""  # over the site's whole life, for all its rows; "": the site sets none
+    lifetime_delta: str = ""  # at which that cap holds
+    site_log_size: int = 0  # the site's own log before this acceptance; from here on it cannot be another
+    site_log_root: str = ""  # "": the site anchors none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +207,7 @@ class SiteStatement:
     base_model: str
     participants: tuple[str, ...]
     agent_code: str
-    previous_round: str  # leaf hash of the previous round's entry; zeros for round 1
+    previous_round: str  # leaf hash of the previous round's entry, completed or abandoned; zeros for round 1
     event: MechanismEvent
     sequence: int  # 1, 2, 3 … over the life of the population
     previous_event: str  # hash of event sequence-1; zeros for the first
@@ -239,10 +245,14 @@ class RoundCompleted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundAbandoned:
+    """A round that gave no model. What was released for it stays debited; the next round has a new number."""
+
     run: str
     round: int
     reason: str
     missing: tuple[str, ...]
+    base_model: str = ""  # what the round was built on, and what the next one is built on
+    previous_round: str = ""  # leaf hash of the entry of the round before; zeros for round 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,22 +284,6 @@ class GateResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SiteEpsilon:
-    """What a run cost one site's population, and what that population has spent in all."""
-
-    site: str
-    population: str
-    events: int
-    run_epsilon: str
-    run_epsilon_rdp: str
-    lifetime_epsilon: str
-    delta: str
-    accountant: str
-    relation: str
-    unit: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class VersionRegistered:
     version: str  # digest of the weights file
     model: str
@@ -299,7 +293,16 @@ class VersionRegistered:
     averaged_from: int  # first round of the average
     averaged_to: int
     gates: tuple[GateResult, ...]
-    epsilons: tuple[SiteEpsilon, ...]
+    epsilons: tuple[SiteEpsilon, ...]  # in the order of the sites' names; read `costs`
+    packed: str = ""  # the costs of more sites than an entry can name as they stand: `audit.packing`
+
+    def __post_init__(self) -> None:
+        unpack_costs(self.epsilons, self.packed)
+
+    @property
+    def costs(self) -> tuple[SiteEpsilon, ...]:
+        """What the run cost each site, in the order of their names."""
+        return unpack_costs(self.epsilons, self.packed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from audit.errors import CanonicalError, MalformedJsonError, NotCanonicalError
 
@@ -19,6 +19,7 @@ JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping
 MAX_INTEGER = 2**53 - 1
 MAX_DEPTH = 32
 _FLAT = {str, bool, type(None)}
+_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def canonical_bytes(value: JsonValue) -> bytes:
@@ -31,7 +32,7 @@ def canonical_bytes(value: JsonValue) -> bytes:
     try:
         if _is_simple(value, 0):
             # ASCII keys sort alike by code point and by UTF-16 unit; the escapes of `json` are RFC 8785's.
-            return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+            return _encoder.encode(value).encode()
         parts: list[str] = []
         _write(value, parts, 0)
         return "".join(parts).encode()
@@ -49,6 +50,9 @@ def _is_simple(value: object, depth: int) -> bool:
     if depth >= MAX_DEPTH:
         return False
     if kind is dict:
+        flat: Any = value  # texts by names: a row, as it is committed to
+        if set(map(type, flat.values())) <= _FLAT and set(map(type, flat)) <= {str}:
+            return "".join(flat).isascii()
         for key, item in value.items():  # type: ignore[attr-defined]
             if type(key) is not str or not key.isascii() or not _is_simple(item, depth + 1):
                 return False
@@ -137,13 +141,7 @@ def parse_strict(data: bytes, *, allow_floats: bool = False, max_bytes: int = 1 
         raise MalformedJsonError(f"JSON of {len(data)} bytes is over the cap of {max_bytes}")
     try:
         text = data.decode("utf-8")
-        value: JsonValue = json.loads(
-            text,
-            object_pairs_hook=_object_without_duplicates,
-            parse_int=_parse_integer,
-            parse_float=_parse_float if allow_floats else _refuse_float,
-            parse_constant=_refuse_constant,
-        )
+        value: JsonValue = _decoders[allow_floats].decode(text)
     except UnicodeDecodeError as error:
         raise MalformedJsonError(f"byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -198,6 +196,17 @@ def _refuse_float(text: str) -> NoReturn:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise MalformedJsonError(f"{text} is not JSON")
+
+
+_decoders = {
+    allow_floats: json.JSONDecoder(
+        object_pairs_hook=_object_without_duplicates,
+        parse_int=_parse_integer,
+        parse_float=_parse_float if allow_floats else _refuse_float,
+        parse_constant=_refuse_constant,
+    )
+    for allow_floats in (False, True)
+}
 
 
 def _check_depth_and_text(value: JsonValue, depth: int) -> None:

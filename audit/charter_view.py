@@ -74,6 +74,7 @@ class CharterView:
     released: int  # numbers in an update: all but those of layers that stay at the site
     work: int  # multiplications for one example
     rounds: int
+    spare_rounds: int  # that may be opened in place of rounds that are abandoned
     local_steps: int
     minimum_sites: int
     aggregation: AggregationPlan
@@ -95,9 +96,14 @@ class CharterView:
     max_age_days: int = 0  # 0: no limit
 
     @property
+    def most_rounds(self) -> int:
+        """How many rounds a run may open; what is released after them has the numbers that follow."""
+        return self.rounds + self.spare_rounds
+
+    @property
     def releases(self) -> int:
-        """How many releases a run asks of each site: its rounds, then evaluation and sketch if there are."""
-        return self.rounds + (self.evaluation is not None) + (self.serving.reference is not None)
+        """How many releases a run may ask of each site: rounds, then evaluation and sketch if there are."""
+        return self.most_rounds + (self.evaluation is not None) + (self.serving.reference is not None)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -165,7 +171,7 @@ def read_charter(canonical: bytes) -> CharterView:
     if top.value["affidavit"] != 1:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
-    plan = CharterPart(top.value["plan"], "plan", fields=_PLAN, optional=("proximal",))
+    plan = CharterPart(top.value["plan"], "plan", fields=_PLAN, optional=("proximal", "spare_rounds"))
     privacy = CharterPart(top.value["privacy"], "privacy", fields=_PRIVACY)
     sites = tuple(_site(value, f"sites[{i}]") for i, value in enumerate(top.items("sites")))
     names = [site.name for site in sites]
@@ -220,6 +226,7 @@ def read_charter(canonical: bytes) -> CharterView:
         released=released,
         work=cost,
         rounds=rounds,
+        spare_rounds=plan.count("spare_rounds", least=1) if "spare_rounds" in plan.value else 0,
         local_steps=plan.count("local_steps", least=1),
         minimum_sites=minimum_sites,
         aggregation=aggregation,

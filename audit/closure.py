@@ -12,6 +12,7 @@ from audit.entries import (
     CharterSigned,
     IndexColumns,
     Prediction,
+    RoundAbandoned,
     RoundCompleted,
     RunAccepted,
     RunCompleted,
@@ -45,6 +46,7 @@ _OF_RUN: Final = (
     RunAccepted,
     RunCompleted,
     RoundCompleted,
+    RoundAbandoned,
     SiteStatement,
     SiteUndelivered,
     UpdateRefused,
@@ -190,6 +192,8 @@ class Closure:
         populations: set[tuple[str, str]] = set()
         charter = ""
         for index, data, body in self._search(object, run=run):
+            if index >= self._size:
+                continue  # written since, under no checkpoint yet
             if isinstance(body, _OF_RUN):
                 self._take(index, data)
             if isinstance(body, RunStarted):

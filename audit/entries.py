@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from audit._codec import ODD, reader_of, writer_of
+from audit._domains import DOMAINS, SIGNATURE_FIELDS
 from audit.access_bodies import (
     AccessDenied,
     AuditRead,
@@ -58,7 +59,6 @@ from audit.bodies import (
     RunFailed,
     RunStarted,
     SiteEnrolled,
-    SiteEpsilon,
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
@@ -66,12 +66,9 @@ from audit.bodies import (
     VersionTransition,
 )
 from audit.canonical import canonical_bytes, parse_canonical
+from audit.cost_bodies import SiteEpsilon
 from audit.errors import AuditError
-from audit.membership import MEMBERSHIP_DOMAINS
 from audit.round_bodies import Metric
-from audit.secure_bodies import SECURE_DOMAINS
-from audit.serving_bodies import SERVING_DOMAINS
-from audit.site_bodies import SITE_DOMAINS
 
 __all__ = [
     "MAX_ENTRY_BYTES",
@@ -117,6 +114,7 @@ __all__ = [
     "SubjectExported",
     "VersionRegistered",
     "VersionTransition",
+    "body_bytes",
     "body_document",
     "columns_of",
     "decode_entry",
@@ -145,23 +143,8 @@ class EntryError(AuditError):
         self.field, self.problem = field, problem
 
 
-_SIGNATURE_FIELDS: Final = ("signature", "statement_proof", "successor_proof", "witness_proof")
-_DOMAINS: Final[dict[type[Any], str]] = {
-    SiteEnrolled: "enrolment",
-    CharterSigned: "charter",
-    RunStarted: "run",
-    RunAccepted: "acceptance",
-    SiteRefused: "refusal",
-    SiteStatement: "statement",
-    VersionTransition: "transition",
-    KeyRotated: "rotation",
-    LogCompromised: "compromise",
-    **SITE_DOMAINS,
-    **MEMBERSHIP_DOMAINS,
-    **SERVING_DOMAINS,
-    **SECURE_DOMAINS,
-}
-
+_HASHED: Final = ("population", "sequence", "previous_event", "run", "round", "charter", "event")
+_NOT_HASHED: Final = frozenset(field.name for field in dataclasses.fields(SiteStatement)) - {*_HASHED}
 _hints: dict[type[Any], dict[str, Any]] = {}
 _defaults: dict[type[Any], dict[str, Any]] = {}
 _columns_in: dict[type[Any], tuple[str, ...]] = {}
@@ -170,6 +153,8 @@ _HEX32 = re.compile(r"[0-9a-f]{32}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
 _ONLY_DIGITS = str.maketrans("", "", "-T:Z")
+_NONCE_BYTES: Final = 16
+_ID_BYTES: Final = 7
 _ids_made = itertools.count()
 _ACTOR = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,95}")
 _DIGEST_FIELDS: Final = frozenset([
@@ -226,19 +211,20 @@ class IndexColumns:
 
 def new_entry(body: Body, *, actor: str, time: str, event_id: str | None = None) -> Entry:
     """Return `body` in a fresh envelope with a random nonce (and a new event id, when none is given)."""
+    chance = secrets.token_hex(_NONCE_BYTES + _ID_BYTES)
     return Entry(
-        event_id=event_id or _new_event_id(time),
-        nonce=secrets.token_hex(16),
+        event_id=event_id or _new_event_id(time, chance[2 * _NONCE_BYTES :]),
+        nonce=chance[: 2 * _NONCE_BYTES],
         time=time,
         actor=actor,
         body=body,
     )
 
 
-def _new_event_id(time: str) -> str:
+def _new_event_id(time: str, chance: str) -> str:
     """Ids that begin with the time and a count lie together in an index; 56 bits are random."""
     moment = time.translate(_ONLY_DIGITS)[2:] if _TIME.fullmatch(time) else "0" * 12
-    return f"{moment}{next(_ids_made) & 0xFFFFFF:06x}{secrets.token_hex(7)}"
+    return f"{moment}{next(_ids_made) & 0xFFFFFF:06x}{chance}"
 
 
 def encode_entry(entry: Entry) -> bytes:
@@ -334,8 +320,19 @@ def _decode_slowly(data: bytes) -> Entry:
 def body_document(body: Any) -> dict[str, Any]:
     """Return the body as plain JSON values, checked against its own types."""
     document: dict[str, Any] = _plain(body)
-    parse_body(type(body), document)
+    try:
+        writer_of(type(body), _DIGEST_FIELDS)(body)  # what it writes is of its types
+    except ODD:
+        parse_body(type(body), document)
     return document
+
+
+def body_bytes(body: Any) -> bytes:
+    """Return the canonical bytes of `body_document(body)`."""
+    try:
+        return writer_of(type(body), _DIGEST_FIELDS)(body).encode()
+    except ODD:
+        return canonical_bytes(body_document(body))
 
 
 def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
@@ -344,6 +341,15 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
     Raises:
         EntryError: a field is missing, unknown, or of another kind; names the field's path.
     """
+    try:
+        body: T = reader_of(kind)(value)
+        writer_of(kind, _DIGEST_FIELDS)(body)
+    except (*ODD, EntryError):
+        return _parse_slowly(kind, value, path)  # says what is wrong, and where
+    return body
+
+
+def _parse_slowly(kind: type[T], value: object, path: str) -> T:
     if not isinstance(value, dict):
         raise EntryError(path, "is not an object")
     types, later = _types(kind), _later(kind)
@@ -352,7 +358,7 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
     if unknown or missing:
         raise EntryError(path, f"unknown fields {unknown}, missing fields {missing}")
     for name, default in later.items():
-        if name in value and value[name] == default:
+        if name in value and value[name] in (default, _plain(default)):
             raise EntryError(f"{path}.{name}", "is left out where it is empty")
     return kind(
         **{
@@ -366,10 +372,13 @@ def parse_body(kind: type[T], value: object, *, path: str = "body") -> T:
 def signing_payload(body: Any) -> tuple[str, bytes]:
     """Return the signature domain of a signed body and the canonical bytes that its signatures cover."""
     kind = type(body)
-    if kind not in _DOMAINS:
+    if kind not in DOMAINS:
         raise EntryError(kind.__name__, "nobody signs this kind of body")
-    document = {key: value for key, value in _plain(body).items() if key not in _SIGNATURE_FIELDS}
-    return _DOMAINS[kind], canonical_bytes(document)
+    try:
+        return DOMAINS[kind], writer_of(kind, _DIGEST_FIELDS, SIGNATURE_FIELDS)(body).encode()
+    except ODD:
+        document = {key: value for key, value in _plain(body).items() if key not in SIGNATURE_FIELDS}
+        return DOMAINS[kind], canonical_bytes(document)
 
 
 def decode_signature(text: str, *, field: str = "signature") -> bytes:
@@ -385,16 +394,11 @@ def decode_signature(text: str, *, field: str = "signature") -> bytes:
 
 def event_hash(statement: SiteStatement) -> str:
     """Return the hash that the population's next event must name as `previous_event`."""
-    document = {
-        "population": statement.population,
-        "sequence": statement.sequence,
-        "previous_event": statement.previous_event,
-        "run": statement.run,
-        "round": statement.round,
-        "charter": statement.charter,
-        "event": _plain(statement.event),
-    }
-    return hashlib.sha256(b"affidavit/event/v1\x00" + canonical_bytes(document)).hexdigest()
+    try:
+        data = writer_of(SiteStatement, _DIGEST_FIELDS, _NOT_HASHED)(statement).encode()
+    except ODD:
+        data = canonical_bytes({name: _plain(getattr(statement, name)) for name in _HASHED})
+    return hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest()
 
 
 def run_digest(started: RunStarted) -> str:
@@ -451,12 +455,14 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) is str or type(value) is int:
+        return value
     if dataclasses.is_dataclass(value):
         later = _later(type(value))
         return {
-            field.name: _plain(item)
-            for field in dataclasses.fields(value)
-            if (item := getattr(value, field.name)) != later.get(field.name, dataclasses.MISSING)
+            name: _plain(item)
+            for name in _types(type(value))
+            if (item := getattr(value, name)) != later.get(name, dataclasses.MISSING)
         }
     if isinstance(value, tuple):
         if value and type(value[0]) is str:  # names of hundreds of sites

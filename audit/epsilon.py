@@ -25,7 +25,7 @@ from typing import Final
 from audit.decimals import DecimalError, parse_decimal
 from audit.entries import MechanismEvent, SiteStatement
 from audit.errors import AuditError
-from audit.shared_noise import SharedNoiseError, check_shares
+from audit.shared_noise import SharedNoiseError, check_shares, site_level
 
 MIN_SIGMA_GRID: Final = 8
 MAX_ORDER: Final = 256
@@ -372,3 +372,10 @@ def _sampled(rate: float, noise_multiplier: float, order: int) -> float:
 def _log_add(a: float, b: float) -> float:
     top = max(a, b)
     return top + math.log(math.exp(a - top) + math.exp(b - top))
+
+
+def whole_site_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
+    """Return what releases cost a site as a whole; infinite where one of them bounds nothing of a site."""
+    if any(event.site_sensitivity_grid < 1 for event in events):
+        return math.inf
+    return recompute([site_level(event) for event in events], delta).value if events else 0.0

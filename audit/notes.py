@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 from audit.errors import (
     BadSignatureError,
@@ -30,6 +31,7 @@ MAX_TIMESTAMP = 2**63 - 1
 
 _DASH = "\N{EM DASH} ".encode()
 _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
+_NO_NAME = re.compile(r"[\s\x00-\x1f+]")  # \s is what str.isspace says
 _VKEY = re.compile(r"([^+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]+={0,2})")
 
 
@@ -38,13 +40,14 @@ class KeyType(IntEnum):
     COSIGNATURE = 0x04
 
 
+@lru_cache(maxsize=256)
 def check_key_name(name: str) -> str:
     """Return `name` if it may name a key.
 
     Raises:
         KeyFormatError: it is empty, or holds a space, a '+' or a control character.
     """
-    if not name or "+" in name or any(c.isspace() or c < " " for c in name) or not _is_utf8(name):
+    if not name or _NO_NAME.search(name) or not (name.isascii() or _is_utf8(name)):
         raise KeyFormatError(f"key name {name!r} is empty or holds a space, '+' or control character")
     return name
 
@@ -231,6 +234,7 @@ def sign_note(text: bytes, *signers: NoteSigner, timestamp: int | None = None) -
     return text + b"\n" + b"".join(lines)
 
 
+@lru_cache(maxsize=16)
 def parse_note(note: bytes) -> ParsedNote:
     """Split a note at its last empty line and read the signature lines, believing none of them.
 

@@ -95,7 +95,7 @@ class Aggregator:
     _v: list[float] = field(default_factory=list)
 
     def step(self, server_round: int, weights: Sequence[float], updates: Sequence[SiteUpdate]) -> list[float]:
-        """Return the weights after round `server_round` (1, 2, …).
+        """Return the weights after the `server_round`-th round that gave a model (1, 2, …).
 
         Raises:
             ReplayError: no updates, sites out of order, lengths that differ, or a result that is not finite.

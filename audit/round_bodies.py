@@ -20,9 +20,9 @@ class RunResumed:
 
     run: str
     charter: str
-    round: int  # the round that comes next; one more than the charter's rounds when only the end is left
-    previous_round: str  # leaf hash of the last completed round's entry; zeros when there is none
-    base_model: str  # the weights that round left, or the charter's initial ones
+    round: int  # the round that comes next; one more than the last one's when only the end is left
+    previous_round: str  # leaf hash of the last round's entry, completed or abandoned; zeros for round 1
+    base_model: str  # the weights that the last completed round left, or the charter's initial ones
     principal: str  # who resumed it, as the coordinator says
 
 

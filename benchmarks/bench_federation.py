@@ -5,11 +5,14 @@ file of figures beside it, so that one page can come from several sittings on on
 
     network   four real SuperNodes: ours with TLS, authentication, agents, ledgers, statements and
               witnessing; then a plain Flower + Opacus app at defaults (benchmarks/plain_flower)
+    masked    the same round of ours with secure aggregation
+    pieces    a model of ten million parameters through real SuperNodes
     simulate  100 virtual sites: ours with statements and ledger, Flower's Ray simulation of the same step,
               Ray with a client that does nothing, a plain loop
     thousand  1,000 virtual sites with a small network of one hidden layer
-    memory    peak memory after 10, 100 and 300 rounds, each in a process of its own
-    large     rounds of models of 10 million (and with --huge 100 million) parameters
+    memory    most memory held at a round's end, of 10, 100 and 300 rounds, each in a process of its own
+    large     rounds of a model of 10 million parameters, in one process
+    huge      the same with 100 million: some 8 GiB
 
     python benchmarks/bench_federation.py [--part NAME ...] [--write]
 
@@ -22,30 +25,21 @@ import argparse
 import json
 import os
 import platform
-import resource
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import federation_network
+from federation_costs import OFFLINE, Laps, children_mib, peak_mib, resident_mib
 from federation_page import ROWS, SITES, page
 
 HERE: Final = Path(__file__).resolve().parent
 PAGE: Final = HERE.parent / "docs" / "results" / "federation_speed.md"
 FIGURES: Final = PAGE.with_suffix(".json")
-PARTS: Final = ("network", "simulate", "thousand", "memory", "large")
+PARTS: Final = ("network", "masked", "pieces", "simulate", "thousand", "memory", "large", "huge")
 FEATURES, HIDDEN = 30, 32  # about a thousand parameters
-OFFLINE: Final = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-
 CHARTER: Final = """
 name: bench
 task: binary
@@ -54,15 +48,24 @@ label: {{name: y, classes: ["no", "yes"]}}
 model: {model}
 plan: {{learning_rate: 1, rounds: {rounds}, average_last: 1, round_timeout_s: 900}}
 privacy:
-  {{unit: row, relation: add_remove, epsilon: 100, delta: 1e-5, max_grad_norm: 1, grid_bits: 20,
+  {{unit: row, relation: add_remove, epsilon: 100, delta: 1e-5, max_grad_norm: 1, grid_bits: {grid_bits},
     noise_multiplier: 8, precision: {precision}}}
 """
 
 
-def charter(rounds: int, *, model: str = "", features: int = FEATURES, precision: str = "float64") -> str:
+def charter(
+    rounds: int,
+    *,
+    model: str = "",
+    features: int = FEATURES,
+    precision: str = "float64",
+    grid_bits: int = 20,
+) -> str:
     names = ", ".join(f"{{name: f{i}, type: number, lower: -4, upper: 4}}" for i in range(features))
     model = model or f"{{family: mlp, hidden: [{HIDDEN}]}}"
-    return CHARTER.format(features=names, model=model, rounds=rounds, precision=precision)
+    return CHARTER.format(
+        features=names, model=model, rounds=rounds, precision=precision, grid_bits=grid_bits
+    )
 
 
 def frame(seed: int, *, rows: int = ROWS, features: int = FEATURES) -> Any:
@@ -75,58 +78,22 @@ def frame(seed: int, *, rows: int = ROWS, features: int = FEATURES) -> Any:
     return pd.DataFrame({**columns, "y": np.where(x[:, 0] + x[:, 1] > 0, "yes", "no")})
 
 
-def tree_cpu_s(root: int | None = None) -> float:
-    """CPU-seconds of this process and all that descend from it, those that ended and were waited for too."""
-    parents: dict[int, int] = {}
-    spent: dict[int, float] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(folder.name)] = int(fields[1])
-        spent[int(folder.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    root = root or os.getpid()
-    total = 0.0
-    for process in spent:
-        above = process
-        while above not in (0, root) and above in parents:
-            above = parents[above]
-        total += spent[process] if above == root else 0.0
-    return total
-
-
-def peak_mib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-class Laps:
-    """When each round ended, by the clock and by the processors."""
-
-    def __init__(self) -> None:
-        self._marks: list[tuple[float, float]] = []
-
-    def mark(self) -> None:
-        self._marks.append((time.time(), tree_cpu_s()))
-
-    def medians(self) -> tuple[float, float]:
-        """Median (seconds, CPU-seconds) from one round's end to the next; the first round is a warm-up."""
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        wall = statistics.median(b[0] - a[0] for a, b in pairs)
-        return round(wall, 3), round(statistics.median(b[1] - a[1] for a, b in pairs), 3)
-
-
 def simulate_ours(sites: int, rounds: int, **options: Any) -> dict[str, Any]:
     from clients.simulation import simulate
 
-    laps, begun = Laps(), time.time()
+    laps, begun, forked = Laps(), time.time(), 0
     ready: list[float] = []
+    resident: list[int] = []
 
     def watch(event: Any) -> None:
         if event.kind == "accepted":
             ready.append(time.time() - begun)
         if event.kind == "round":
             laps.mark()
+            resident.append(resident_mib())
+            if event.round in (1, rounds - 1):
+                nonlocal forked
+                forked = max(forked, children_mib())
 
     frames = {f"s{i:04d}": frame(i, features=options.get("features", FEATURES)) for i in range(sites)}
     text = charter(rounds, **options)
@@ -137,7 +104,8 @@ def simulate_ours(sites: int, rounds: int, **options: Any) -> dict[str, Any]:
     return {
         "wall": wall,
         "cpu": cpu,
-        "peak_mib": peak_mib(),
+        "peak_mib": peak_mib() + forked,
+        "rounds_mib": max(resident),
         "parameters": parameters,
         "setup": round(ready[0], 1),
     }
@@ -258,7 +226,11 @@ def part_thousand() -> dict[str, Any]:
 
 
 def part_memory() -> dict[str, Any]:
-    return {str(rounds): apart("simulate_ours", 5, rounds)["peak_mib"] for rounds in (10, 100, 300)}
+    return {str(rounds): apart("simulate_long", rounds)["rounds_mib"] for rounds in (10, 100, 300)}
+
+
+def simulate_long(rounds: int) -> dict[str, Any]:
+    return simulate_ours(5, rounds, grid_bits=24)  # what rounding costs in delta adds up over the rounds
 
 
 def large_model(width: int) -> str:
@@ -273,104 +245,24 @@ def simulate_large(width: int, precision: str) -> dict[str, Any]:
     return simulate_ours(2, 3, model=large_model(width), features=8, precision=precision)
 
 
-def part_large(huge: bool = False) -> dict[str, Any]:
-    found = {"10": apart("simulate_large", 3160, "float64")}
-    if huge:
-        found["100"] = apart("simulate_large", 9995, "float32")
-    return found
+def part_large() -> dict[str, Any]:
+    return apart("simulate_large", 3160, "float64")
+
+
+def part_huge() -> dict[str, Any]:
+    return apart("simulate_large", 9995, "float32")
 
 
 def part_network() -> dict[str, Any]:
-    return {"ours": apart("network_ours"), "plain": apart("network_plain")}
+    return {"ours": apart("network_ours", False), "plain": apart("network_plain")}
 
 
-def network_ours(rounds: int = 5) -> dict[str, Any]:
-    from clients.demo_network import run_network_demo
-    from clients.demo_screen import Screen
-
-    laps = Laps()
-
-    class Watching(Screen):
-        def note(self, text: str) -> None:
-            if text.startswith("round "):
-                laps.mark()
-
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = run_network_demo(Path(folder) / "demo", Watching(quiet=True), rounds=rounds)
-    wall, cpu = laps.medians()
-    return {"wall": wall, "cpu": cpu, "verdict": outcome.verdict}
+def part_masked() -> dict[str, Any]:
+    return apart("network_ours", True)
 
 
-def network_plain(rounds: int = 4) -> dict[str, Any]:
-    """flower-superlink, four flower-supernode, flwr run: as their documentation has it."""
-    from clients.demo_data import write_demo_files
-
-    programs = Path(sys.executable).parent
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
-        write_demo_files(folder / "data")
-        times, home = folder / "times", folder / "home"
-        home.mkdir()
-        (home / "config.toml").write_text(
-            '[superlink]\ndefault = "bench"\n'
-            '[superlink.bench]\naddress = "127.0.0.1:28543"\ninsecure = true\n'
-        )
-        environment = {
-            **os.environ,
-            **OFFLINE,
-            "PATH": f"{programs}:{os.environ['PATH']}",
-            "FLWR_HOME": str(home),
-        }
-
-        def start(*command: str, **more: str) -> None:
-            log = stack.enter_context((folder / f"{command[0]}-{len(more)}.log").open("wb"))
-            process = subprocess.Popen(
-                [str(programs / command[0]), *command[1:]],
-                env={**environment, **more},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            stack.callback(process.wait)
-            stack.callback(lambda: os.killpg(process.pid, 15))
-
-        start(
-            *("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", "28543"),
-            "--disable-runtime-dependency-installation",
-        )
-        time.sleep(5)
-        for index in range(4):
-            start(
-                *("flower-supernode", "--insecure", "--superlink", "127.0.0.1:28543"),
-                *("--port", str(28550 + index), "--node-config", f"partition-id={index}"),
-                FLWR_HOME=str(folder / f"node{index}"),
-            )
-        time.sleep(8)
-        config = f'rounds={rounds} data="{folder / "data"}" times="{times}"'
-        subprocess.run(
-            [
-                str(programs / "flwr"),
-                "run",
-                str(HERE / "plain_flower"),
-                "bench",
-                "--run-config",
-                config,
-            ],
-            env=environment,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-        until = time.time() + 200
-        laps, seen = Laps(), 1  # the first line is of round 0, before any training
-        while seen <= rounds and time.time() < until:
-            time.sleep(0.05)
-            lines = times.read_text().splitlines() if times.exists() else []
-            if len(lines) > seen:
-                laps.mark()
-                seen = len(lines)
-    wall, cpu = laps.medians()
-    return {"wall": wall, "cpu": cpu}
+def part_pieces() -> dict[str, Any]:
+    return apart("network_pieces")
 
 
 def apart(function: str, *arguments: Any) -> dict[str, Any]:
@@ -388,36 +280,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--huge", action="store_true", help="the 100 million parameters too: 10 GiB, minutes")
     parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.call:
         import logging
 
         logging.disable(logging.WARNING)
-        print(json.dumps(globals()[options.call[0]](*json.loads(options.call[1]))))
+        functions = {**vars(federation_network), **globals()}
+        print(json.dumps(functions[options.call[0]](*json.loads(options.call[1]))))
         return
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "network": part_network,
-        "simulate": part_simulate,
-        "thousand": part_thousand,
-        "memory": part_memory,
-        "large": lambda: part_large(options.huge),
-    }
-    figures: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    figures: dict[str, Any] = {}
     for name in options.part or PARTS:
-        figures[name] = parts[name]()
-        figures["where"] = {
+        where = {
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
             "python": platform.python_version(),
-            "load": f"{os.getloadavg()[1]:.1f}",
+            "load": f"{os.getloadavg()[0]:.1f}",
         }
-        if options.write:
-            FIGURES.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
-    if options.write:
-        PAGE.write_text(page(figures))
-    else:
+        begun, found = time.monotonic(), globals()[f"part_{name}"]()
+        figures[name] = {**found, "where": where, "took_s": round(time.monotonic() - begun)}
+        if options.write:  # beside what other sittings found meanwhile
+            kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+            kept[name] = figures[name]
+            FIGURES.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+            PAGE.write_text(page(kept))
+    if not options.write:
         print(page(figures))
 
 

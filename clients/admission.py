@@ -18,13 +18,13 @@ from audit.entries import (
     run_digest,
     signing_payload,
 )
-from audit.epsilon import epsilon_floor, epsilon_text, recompute
+from audit.epsilon import epsilon_floor, epsilon_text, recompute, whole_site_epsilon
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
 from audit.shared_noise import site_level
 from clients.decisions import Decisions
 from clients.errors import DataFileError, RefusedError
-from clients.home import SiteHome
+from clients.home import LifetimeBudget, SiteHome
 from clients.identity import SiteKeys
 from clients.ledger import Odometers, Reservation
 from clients.terms import Terms, charter_digest, read_terms
@@ -98,6 +98,7 @@ class Admission:
         self._check_run(run, terms)
         reservation = self._ledger.reservation(run.run)
         if reservation is None:
+            self._check_free(run.run)
             try:
                 self._trainer.check_file(terms)
             except DataFileError as error:
@@ -123,12 +124,15 @@ class Admission:
             )
 
     def admits(self, committed: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
-        """Ask the hard stop: the site's own cap over the population's whole life."""
+        """Ask the hard stops: the site's own caps over the population's whole life, for a row's or subject's
+        part and, where the site sets one, for all its rows together.
+        """
         lifetime = self.home.config.lifetime
         try:
-            return LifetimeFilter(epsilon=lifetime.epsilon, delta=lifetime.delta).admits(committed, planned)
+            fits = LifetimeFilter(epsilon=lifetime.epsilon, delta=lifetime.delta).admits(committed, planned)
         except AccountingError as error:
             raise RefusedError("budget_exhausted", str(error)) from error
+        return fits and within_whole_site(lifetime, committed, planned)
 
     def _check_identity(self, terms: Terms) -> None:
         if terms.identities[self.home.name] != self._keys.identity.text:
@@ -150,6 +154,20 @@ class Admission:
         if run.initial_model != terms.initial_digest:
             raise RefusedError("base_model_mismatch", "the run does not start from the charter's weights")
 
+    def _check_free(self, run: str) -> None:
+        """One run at a time has a population: its releases follow each other on one odometer, and a run whose
+        releases came in between would be refused by its coordinator, after they were debited.
+        """
+        for other in self._ledger.open_reservations(self.home.config.population.pseudonym):
+            if self._decisions.is_withdrawn(other.run):
+                self._ledger.close_run(other.run)  # for good: it could not go on beside the new one
+            else:
+                raise RefusedError(
+                    "population_busy",
+                    f"run {other.run} has the population until it ends; to end it for this site: "
+                    f"affidavit site refuse {other.run[:12]}",
+                )
+
     def _reserve(self, run: RunStarted, terms: Terms, canonical: str) -> Reservation:
         population, lifetime = self.home.config.population.pseudonym, self.home.config.lifetime
         planned = terms.planned
@@ -158,10 +176,11 @@ class Admission:
             raise RefusedError(
                 "budget_exhausted",
                 f"{len(planned)} more releases after {len(committed)} would pass this site's lifetime cap "
-                f"of epsilon {lifetime.epsilon} at delta {lifetime.delta}",
+                f"of epsilon {lifetime.epsilon} at delta {lifetime.delta}{_whole_site_text(lifetime)}",
             )
         self._decisions.on_run(self.home, run, terms, canonical)
-        head = self._ledger.head(population)
+        size, root = self._decisions.anchor()
+        head, whole = self._ledger.head(population), lifetime.whole_site_epsilon
         body = RunAccepted(
             run=run.run,
             start=run_digest(run),
@@ -174,11 +193,28 @@ class Admission:
             planned_events=len(planned),
             lifetime_epsilon_cap=decimal_text(lifetime.epsilon),
             signature="",
+            whole_site_epsilon_cap="" if whole is None else decimal_text(whole),
+            lifetime_delta="" if whole is None else decimal_text(lifetime.delta),
+            site_log_size=size,
+            site_log_root=root,
         )
         acceptance = canonical_bytes(body_document(self._keys.signed(body)))
         reservation = Reservation(run.run, population, canonical, planned, acceptance, False)
         self._ledger.reserve(reservation)
         return reservation
+
+
+def within_whole_site(
+    lifetime: LifetimeBudget, committed: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]
+) -> bool:
+    """Whether a site as a whole stays within its own cap; a release that bounds nothing of it never does."""
+    cap = lifetime.whole_site_epsilon
+    return cap is None or whole_site_epsilon([*committed, *planned], float(lifetime.delta)) <= float(cap)
+
+
+def _whole_site_text(lifetime: LifetimeBudget) -> str:
+    cap = lifetime.whole_site_epsilon
+    return "" if cap is None else f", or of {cap} for all its rows together (which needs site_level)"
 
 
 def check_promise(terms: Terms) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.entries import (
-    ZERO_DIGEST,
     Body,
     SiteRefused,
     SiteStatement,
+    body_bytes,
     body_document,
     event_hash,
 )
@@ -43,6 +43,7 @@ from clients.ledger import Odometers, Release, Reservation, SiteLedger
 from clients.link import MAX_BLOB_BYTES, MAX_HEADER_BYTES
 from clients.local_layers import LocalLayers
 from clients.masked_rounds import MaskedRequest, MaskedRounds, MaskedStep, parse_masked
+from clients.past import Past
 from clients.refusal_book import RefusalBook
 from clients.requests import (
     LoggedEntry,
@@ -56,7 +57,9 @@ from clients.requests import (
     parse_header,
     parse_propose,
     parse_round,
+    parse_run,
 )
+from clients.reserved import unused
 from clients.site_log import Diary, SiteLog
 from clients.story import SiteStory
 from clients.terms import Terms
@@ -65,7 +68,7 @@ from federation.flat import update_bytes
 
 _logger = logging.getLogger(__name__)
 
-Answer = tuple[dict[str, Any], dict[str, bytes]]
+Answer = tuple[dict[str, Any] | bytes, dict[str, bytes]]  # the header, or its canonical bytes
 Handler = Callable[[bytes, Mapping[str, bytes]], Answer]
 
 
@@ -106,6 +109,7 @@ class Agent:
         self.admission = Admission(home, self._keys, ledger, self._trainer, decisions, origin=self._origin)
         own = (self._keys.statement.verify_key, *self._keys.past_statements)
         self._history = History(notes or OpenedNotes(policy), own, clock)
+        self._past = Past(self._history, ledger, self._trainer, self.observe)
         self._lock = threading.RLock()
         self._closed_by: LedgerBehindError | None = None
         self._closed = False
@@ -116,6 +120,7 @@ class Agent:
             "cosign": self._cosign,
             "run.propose": self._propose,
             "round": self._ask_round,
+            "run.undelivered": self._tell_undelivered,
             "run.finished": self._finished,
             "masked.keys": self._masked_step(self._masked.keys, "participants"),
             "masked.shares": self._masked_step(self._masked.shares, "keys"),
@@ -184,6 +189,7 @@ class Agent:
     def handle(self, kind: str, header: bytes, blobs: Mapping[str, bytes]) -> tuple[bytes, dict[str, bytes]]:
         """Answer one request in canonical JSON and blobs; on failure one code from the closed list."""
         with self._lock:
+            document: dict[str, Any] | bytes
             try:
                 document, answer_blobs = self._dispatch(kind, header, blobs)
             except WaitingError as error:
@@ -195,7 +201,7 @@ class Agent:
             except Exception:
                 _logger.exception("site %s could not answer %s", self.name, kind[:40])
                 document, answer_blobs = self._declined(kind, "internal_error"), {}
-        return canonical_bytes(document), answer_blobs
+        return document if isinstance(document, bytes) else canonical_bytes(document), answer_blobs
 
     def observe(self, statement: SiteStatement) -> None:
         """Take note of a statement that the log shows; this site's own are compared with its ledger.
@@ -263,13 +269,31 @@ class Agent:
             self.refusals.enter(self._keys.signed(body), kind="bundle.check", reason="bundle_not_approved")
         return {"approved": approved}, {}
 
+    def _tell_undelivered(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
+        """Name the releases of an open run that no witnessed checkpoint has shown: they stay debited."""
+        run = parse_run(header)
+        if self._closed_by is not None:
+            raise RefusedError("ledger_behind_log", str(self._closed_by))
+        reservation = self._ledger.reservation(run)
+        if reservation is None or reservation.closed:
+            raise RefusedError("run_not_accepted", f"this site has not accepted run {run}, or it is over")
+        undelivered = [
+            body_document(self._keys.signed(statement))
+            for statement in self._ledger.undelivered(self.population)
+            if statement.run == run
+        ]
+        return {"undelivered": undelivered}, {}
+
     def _finished(self, header: bytes, _: Mapping[str, bytes]) -> Answer:
         finished = parse_finished(header)
         if finished.own_statement is not None:
             self._note_own(finished.own_statement)
-        self._ledger.close_run(finished.run)
-        self._masked.forget(finished.run)
+        self._end(finished.run)
         return {}, {}
+
+    def _end(self, run: str) -> None:
+        self._ledger.close_run(run)
+        self._masked.forget(run)
 
     def _signed_refusal(self, run: str, charter: str, number: int, act: Any, request: Any) -> Answer:
         try:
@@ -297,6 +321,8 @@ class Agent:
     def _accept(self, request: ProposeRequest) -> Answer:
         if request.own_statement is not None:
             self._note_own(request.own_statement)
+        if request.ended is not None:  # it may never have heard: it was away, or out of the run
+            self._end(self._history.run_ended(request.ended))
         self.admission.refresh()
         reservation = self.admission.accept(request.run, request.charter)
         self._story.accepted(reservation)
@@ -325,7 +351,7 @@ class Agent:
             raise RefusedError("round_out_of_order", f"the charter has {len(terms.planned)} releases a run")
         if (request.shares is not None) != terms.masks(request.round):
             raise RefusedError("bad_request", "shares come with a masked round, and with no other")
-        previous_round = self._check_past(request, terms)
+        previous_round = self._past.check(request, terms)
         self._check_budget(reservation, terms, request.round)
         released = self._release(request, terms, previous_round, digest)
         self._story.released(released)
@@ -357,39 +383,6 @@ class Agent:
 
         return handle
 
-    def _check_past(self, request: RoundRequest, terms: Terms) -> str:
-        """Return the leaf hash of the previous round, once the base model is proved to be its output."""
-        base = request.base_digest
-        if request.round == 1:
-            if base != terms.initial_digest:
-                raise RefusedError("base_model_mismatch", "round 1 does not start from the charter's weights")
-            return ZERO_DIGEST
-        number = min(request.round - 1, terms.rounds)  # what is released after the last round builds on it
-        completed, leaf_hash = self._history.round_completed(
-            request.previous_round, run=request.run, number=number
-        )
-        self._check_own(request, completed.leaves, in_a_round=request.round - 1 <= terms.rounds)
-        # the averaged weights are no round's output; any model's counts have the same cost
-        if request.round <= terms.rounds and base != completed.output_model:
-            raise RefusedError("base_model_mismatch", f"the base model is not the output of round {number}")
-        return leaf_hash
-
-    def _check_own(self, request: RoundRequest, leaves: tuple[str, ...], *, in_a_round: bool) -> None:
-        own = self._ledger.release_of(request.run, request.round - 1)
-        if request.own_statement is None:
-            if own is not None:
-                raise RefusedError(
-                    "unwitnessed_history", "this site's last statement is not shown in the log"
-                )
-            return
-        statement, leaf_hash, in_round = self._history.own_statement(request.own_statement)
-        self.observe(statement)
-        if own is None or own.statement != statement:
-            raise RefusedError("unwitnessed_history", "the statement shown is not this site's for that round")
-        if in_a_round and in_round and leaf_hash not in leaves:
-            raise RefusedError("unwitnessed_history", "the round's entry leaves this site's statement out")
-        self._ledger.mark_delivered(request.run, request.round - 1)
-
     def _note_own(self, logged: LoggedEntry) -> None:
         statement, _, _ = self._history.own_statement(logged)
         self.observe(statement)
@@ -398,10 +391,10 @@ class Agent:
 
     def _check_budget(self, reservation: Reservation, terms: Terms, number: int) -> None:
         releases = self._ledger.spent(self.population)
-        used = sum(release.run == reservation.run for release in releases)
         spent = [release.event for release in releases]
         event = terms.planned[number - 1]
-        if used >= len(reservation.planned) or reservation.planned[used] != event:
+        used = [release.event for release in releases if release.run == reservation.run]
+        if event not in unused(reservation, used):
             raise RefusedError("budget_exhausted", f"run {reservation.run} has used its whole reservation")
         if not self.admission.admits(spent, (event,)):
             raise RefusedError("budget_exhausted", "this site's lifetime cap is reached")
@@ -471,7 +464,7 @@ def _witness_error(error: WitnessError) -> dict[str, Any]:
 
 
 def _answer(release: Release) -> Answer:
-    return {"statement": body_document(release.statement)}, {"update": release.update}
+    return b'{"statement":%b}' % body_bytes(release.statement), {"update": release.update}
 
 
 def _request_digest(request: RoundRequest) -> str:

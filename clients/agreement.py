@@ -67,7 +67,7 @@ def complete_charter(
     privacy["noise_multiplier"] = calibrate_noise(
         epsilon=draft.privacy.epsilon,
         delta=draft.privacy.delta,
-        rounds=draft.plan.rounds,
+        rounds=draft.most_rounds,
         local_steps=draft.plan.local_steps,
         sample_rate=draft.privacy.sample_rate,
         relation=draft.privacy.relation,

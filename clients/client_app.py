@@ -34,6 +34,7 @@ QUERY_KINDS: Final = frozenset(
         "charter.sign",
         "run.propose",
         "cosign",
+        "run.undelivered",
         "run.finished",
         "masked.keys",
         "masked.shares",

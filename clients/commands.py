@@ -149,7 +149,7 @@ def train(
         "model": run.model,
         "version": version.digest,
         "gates_passed": version.gates_passed,
-        "epsilon": max((item.run_epsilon for item in version.registered.epsilons), key=float, default=None),
+        "epsilon": max((item.run_epsilon for item in version.registered.costs), key=float, default=None),
     }
     shown = f"run {run.run}\nversion {version.digest} of {run.model} is registered as a candidate"
     emit(document, shown, as_json=as_json)
@@ -252,6 +252,7 @@ def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
         ("budget for life", f"epsilon {found.cap_epsilon} at delta {found.cap_delta}"),
         ("spent", f"epsilon {epsilon_text(found.lifetime_epsilon)} in {found.releases} releases"),
         ("spent or reserved", f"epsilon {epsilon_text(found.committed_epsilon)}"),
+        ("whole site", _whole(found.whole_site_epsilon, found.whole_site_cap)),
         ("not delivered", found.undelivered or "none"),
         ("open runs", "\n".join(found.open_runs) or "none"),
         ("agreed charters", "\n".join(found.approved_charters) or "none"),
@@ -260,6 +261,13 @@ def site_status(name: Name, home: Home = None, as_json: AsJson = False) -> None:
         ("agent", "not running" if agent is None else f"since {agent['since']}, on {agent['socket']}"),
     ]
     emit(dataclasses.asdict(found) | {"agent": agent}, table("", ("", ""), rows), as_json=as_json)
+
+
+def _whole(epsilon: float | None, cap: str) -> str:
+    from audit.epsilon import epsilon_text
+
+    spent = "not bounded" if epsilon is None else f"epsilon {epsilon_text(epsilon)} for all rows together"
+    return f"{spent}, cap {cap or 'none'}"
 
 
 @site.command("follow")

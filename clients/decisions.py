@@ -25,6 +25,7 @@ from clients.identity import SiteKeys
 from clients.ledger import Odometers
 from clients.proposals import Proposal, Proposals
 from clients.refusal_book import RefusalBook
+from clients.reserved import unused
 from clients.rules import Breach, Rule, RunFacts, breaches
 from clients.site_log import Diary, event_id
 from clients.terms import Terms
@@ -72,8 +73,7 @@ def year_events(log: Diary, ledger: Odometers, population: str, now: datetime) -
     open_runs = ledger.open_reservations(population)
     done = ledger.spent(population) if open_runs else ()
     for reservation in open_runs:
-        used = sum(release.run == reservation.run for release in done)
-        released += reservation.planned[used:]
+        released += unused(reservation, [release.event for release in done if release.run == reservation.run])
     return tuple(released)
 
 
@@ -163,11 +163,24 @@ class Decisions:
 
     def check_not_withdrawn(self, run: str) -> None:
         """Hold an accepted run back once the site's people refused it."""
+        said = self._last_word(run)
+        if said is not None and said.decision == "refused":
+            raise RefusedError(said.reason, f"this site's people withdrew from run {run}")
+
+    def anchor(self) -> tuple[int, str]:
+        """Return size and root of the site's own log, with everything decided so far."""
+        return self._log.anchor()
+
+    def is_withdrawn(self, run: str) -> bool:
+        """Whether the site's people refused a run that was accepted."""
+        said = self._last_word(run)
+        return said is not None and said.decision == "refused"
+
+    def _last_word(self, run: str) -> SiteDecided | None:
         said = None
         for _, _, body in self._log.entries(SiteDecided, run=run):
             said = body if body.by == "person" else said
-        if said is not None and said.decision == "refused":
-            raise RefusedError(said.reason, f"this site's people withdrew from run {run}")
+        return said
 
     def _said(self, proposal: Proposal) -> SiteDecided | None:
         """The newest word of the site's people on exactly this proposal."""

@@ -122,7 +122,7 @@ def run_demo(folder: Path, screen: Screen, *, engine: Engine = "inprocess", roun
         author = Principal(id="curie", role="scientist", key=scientist.public)
         version = register(coordinator, author, owner, RegisterRequest(run=run.run))
         screen.gates(version.registered)
-        outcome.epsilon = max(float(site.run_epsilon) for site in version.registered.epsilons)
+        outcome.epsilon = max(float(site.run_epsilon) for site in version.registered.costs)
         outcome.metrics = {gate.metric: float(gate.value) for gate in version.registered.gates}
         approver = Principal(id="olsen", role="officer", key=officer.public)
         request = ApproveRequest(version=version.digest, to_state=LIVE, reason="gates passed, charter read")

@@ -95,7 +95,7 @@ class Screen:
             source = f"{gate.source} {gate.dataset[:8]}…"
             table.add_row(f"  {gate.metric}", gate.baseline, gate.floor, gate.value, source, passed)
         self._console.print(table)
-        for site in registered.epsilons:
+        for site in registered.costs:
             self.note(
                 f"{site.site}: epsilon {site.run_epsilon} for this run (one {site.unit}, {site.relation}, "
                 f"delta {site.delta}, {site.accountant.upper()})"

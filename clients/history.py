@@ -7,11 +7,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Final
 
 from audit.entries import (
     Body,
+    Entry,
+    RoundAbandoned,
     RoundCompleted,
+    RunCompleted,
+    RunFailed,
     SiteStatement,
     SiteUndelivered,
     decode_entry,
@@ -65,6 +70,12 @@ class OpenedNotes:
         return accepted
 
 
+@lru_cache(maxsize=4)
+def _decoded(leaf: bytes) -> Entry:
+    """Read a leaf once for all sites of this process: each is shown the same entry of a round."""
+    return decode_entry(leaf)
+
+
 class History:
     """Reads logged entries by the site's own policy; what it returns is believed, all else is refused."""
 
@@ -84,7 +95,7 @@ class History:
             accepted = verify_tlog_proof(
                 logged.proof, leaf_hash=leaf_hash, policy=self._notes, now=int(self._clock().timestamp())
             )
-            entry = decode_entry(logged.leaf)
+            entry = _decoded(logged.leaf)
         except AuditError as error:
             raise RefusedError("unwitnessed_history", f"{error.code}: {error}") from error
         if not accepted.quorum.satisfied:
@@ -95,30 +106,45 @@ class History:
             )
         return WitnessedEntry(entry.body, leaf_hash.hex(), logged.proof.leaf_index)
 
-    def round_completed(
-        self, logged: LoggedEntry | None, *, run: str, number: int
-    ) -> tuple[RoundCompleted, str]:
-        """Return the witnessed entry of a completed round and its leaf hash.
+    def round_ended(
+        self, logged: LoggedEntry | None, *, run: str, numbers: range
+    ) -> tuple[RoundCompleted | RoundAbandoned, str]:
+        """Return the witnessed entry of a round's end, with a number in `numbers`, and its leaf hash.
 
         Raises:
             RefusedError: unwitnessed_history, or round_out_of_order when it is another round's entry.
         """
         if logged is None:
-            raise RefusedError("unwitnessed_history", f"nothing shows that round {number} was completed")
+            raise RefusedError("unwitnessed_history", f"nothing shows how round {numbers[-1]} ended")
         found = self.witnessed(logged)
-        if not isinstance(found.body, RoundCompleted):
+        if not isinstance(found.body, (RoundCompleted, RoundAbandoned)):
             raise RefusedError(
-                "unwitnessed_history", f"the entry shown for round {number} is no round.completed"
+                "unwitnessed_history", f"the entry shown for round {numbers[-1]} is no end of a round"
             )
-        if (found.body.run, found.body.round) != (run, number):
+        if found.body.run != run or found.body.round not in numbers:
             raise RefusedError(
                 "round_out_of_order",
-                f"the entry is round {found.body.round} of run {found.body.run}, not {number} of {run}",
+                f"the entry is round {found.body.round} of run {found.body.run}, not {numbers[-1]} of {run}",
             )
         return found.body, found.leaf_hash
 
-    def own_statement(self, logged: LoggedEntry) -> tuple[SiteStatement, str, bool]:
+    def run_ended(self, logged: LoggedEntry) -> str:
+        """Return the run that a witnessed entry says is over.
+
+        Raises:
+            RefusedError: unwitnessed_history; it is no end of a run.
+        """
+        found = self.witnessed(logged)
+        if not isinstance(found.body, (RunCompleted, RunFailed)):
+            raise RefusedError("unwitnessed_history", "the entry shown as the end of a run is none")
+        return found.body.run
+
+    def own_statement(
+        self, logged: LoggedEntry, kept: SiteStatement | None = None
+    ) -> tuple[SiteStatement, str, bool]:
         """Return a witnessed statement of this site, its leaf hash, and whether it is in a round.
+
+        `kept` is one from the site's own ledger: where it is the same, signature and all, it was signed here.
 
         Raises:
             RefusedError: unwitnessed_history; it is no statement, or this site never signed it.
@@ -130,6 +156,8 @@ class History:
             statement, in_round = found.body.statement, False
         else:
             raise RefusedError("unwitnessed_history", "the entry shown as this site's statement is none")
+        if statement == kept:
+            self._proved = statement = kept
         self.verify_own(statement)
         return statement, found.leaf_hash, in_round
 

@@ -50,11 +50,12 @@ class LifetimeBudget(BaseModel, frozen=True, extra="forbid"):
 
     epsilon: Annotated[Decimal, Field(gt=0, le=1000)]
     delta: Annotated[Decimal, Field(gt=0, lt=Decimal("0.1"))]
+    whole_site_epsilon: Annotated[Decimal, Field(gt=0, le=1000)] | None = None  # for all rows together
 
-    @field_validator("epsilon", "delta", mode="before")
+    @field_validator("epsilon", "delta", "whole_site_epsilon", mode="before")
     @classmethod
     def _decimals(cls, value: Any) -> Any:
-        return exact(value)
+        return None if value is None else exact(value)
 
 
 class SiteConfig(BaseModel, frozen=True, extra="forbid"):

@@ -32,6 +32,7 @@ from audit.errors import AuditError
 from clients.errors import HomeError, LedgerBehindError, OdometerError
 from clients.high_water import Head, HighWaterMarks
 from clients.ledger_tables import MaskedRoundRow, ReleaseRow, ReservationRow, SiteTable
+from clients.reserved import committed_events
 
 SCHEMA_VERSION: Final = 1
 
@@ -287,15 +288,20 @@ class SiteLedger:
         return tuple(_statement(row) for row in rows)
 
     def reserve(self, reservation: Reservation) -> None:
-        """Set a run's whole plan aside.
+        """Set a run's whole plan aside; one open run has a population.
 
         Raises:
-            OdometerError: the run was accepted before.
+            OdometerError: the run was accepted before, or another one is open.
         """
         with self._write() as connection:
             taken = select(_RESERVATION.c.run).where(_RESERVATION.c.run == reservation.run)
             if connection.execute(taken).first():
                 raise OdometerError(f"run {reservation.run} was accepted before")
+            other = select(_RESERVATION.c.run).where(
+                _RESERVATION.c.population == reservation.population, _RESERVATION.c.closed == 0
+            )
+            if busy := connection.execute(other).first():
+                raise OdometerError(f"run {busy.run} has the population until it ends")
             connection.execute(
                 insert(_RESERVATION).values(
                     run=reservation.run,
@@ -455,16 +461,6 @@ def _continues(row: Any, last: Head) -> bool:
         statement.round,
         event_hash(statement),
     )
-
-
-def committed_events(ledger: Odometers, population: str) -> tuple[MechanismEvent, ...]:
-    """Return the events that any new plan comes on top of; see `SiteLedger.committed_events`."""
-    spent = ledger.spent(population)
-    events = [release.event for release in spent]
-    for reservation in ledger.open_reservations(population):
-        used = sum(release.run == reservation.run for release in spent)
-        events += reservation.planned[used:]
-    return tuple(events)
 
 
 def _statement(row: Any) -> SiteStatement:

@@ -50,25 +50,46 @@ class LocalLayers:
             fix = "remove it; the layers then start from the charter's values"
             raise HomeError(path, "is damaged", fix) from error
 
+    def load_before(self, run: str, server_round: int) -> list[float] | None:
+        """Return what the site kept after its last round before `server_round`; errors as `load`."""
+        earlier = [number for number in self._numbers(run) if number < server_round]
+        return self.load(run, earlier[-1]) if earlier else None
+
+    def drop(self, run: str, server_round: int) -> None:
+        """Forget what was kept after a round that was abandoned."""
+        self._path(run, server_round).unlink(missing_ok=True)
+
     def save(self, run: str, server_round: int, values: Sequence[float], *, keep: int) -> None:
-        """Keep the parameters after a round, and those of the `keep` - 1 rounds before it."""
+        """Keep the parameters after a round, and those of the `keep` - 1 kept before it."""
         path = self._path(run, server_round)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         write_durably(path, encode_weights({_TENSOR: ((len(values),), values)}), replace=True)
-        self._path(run, server_round - max(2, keep)).unlink(missing_ok=True)
+        for number in self._numbers(run)[: -max(2, keep)]:
+            self.drop(run, number)
 
     def average(self, run: str, last_round: int, count: int) -> list[float] | None:
-        """Return the mean over the last `count` rounds, as a version averages its weights."""
-        found = [self.load(run, number) for number in range(last_round - count + 1, last_round + 1)]
+        """Return the mean over the last `count` rounds kept, as a version averages its weights."""
+        numbers = [number for number in self._numbers(run) if number <= last_round][-count:]
+        found = [self.load(run, number) for number in numbers]
         kept = [values for values in found if values is not None]
         if not kept:
             return None
         return [sum(column) / len(kept) for column in zip(*kept, strict=True)]
 
+    def _numbers(self, run: str) -> list[int]:
+        """The rounds of a run that something is kept of, ascending."""
+        _check_name(self._folder, run)
+        found = (path.name[len(run) + 1 :].split(".") for path in self._folder.glob(f"{run}.*.safetensors"))
+        return sorted(int(number) for number, *rest in found if number.isdigit() and rest == ["safetensors"])
+
     def _path(self, run: str, server_round: int) -> Path:
-        if not _RUN.fullmatch(run):
-            raise HomeError(self._folder, f"cannot keep layers of run {run[:40]!r}", "use a plain run name")
+        _check_name(self._folder, run)
         return self._folder / f"{run}.{server_round}.safetensors"
+
+
+def _check_name(folder: Path, run: str) -> None:
+    if not _RUN.fullmatch(run):
+        raise HomeError(folder, f"cannot keep layers of run {run[:40]!r}", "use a plain run name")
 
 
 def shared_values(spans: Spans, flat: Sequence[V]) -> list[V]:

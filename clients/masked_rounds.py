@@ -329,7 +329,7 @@ class MaskedRounds:
 
 
 def _secure(terms: Terms, number: int) -> SecureTerms:
-    if terms.secure is None or not 1 <= number <= terms.rounds:
+    if terms.secure is None or not 1 <= number <= terms.most_rounds:
         raise RefusedError("round_out_of_order", "the charter does not mask this round")
     return terms.secure
 

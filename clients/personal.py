@@ -114,7 +114,7 @@ def by_site(
 def kept_layers(charter: Charter, folders: Mapping[str, Path], run: str) -> dict[str, list[float] | None]:
     """Return the layers that each site kept, averaged over the same rounds as the version."""
     return {
-        site: LocalLayers(folder).average(run, charter.plan.rounds, charter.average_last)
+        site: LocalLayers(folder).average(run, charter.most_rounds, charter.average_last)
         for site, folder in folders.items()
     }
 

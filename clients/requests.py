@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from audit.canonical import JsonValue, parse_canonical
@@ -46,6 +47,7 @@ class ProposeRequest:
     run: RunStarted
     charter: str
     own_statement: LoggedEntry | None
+    ended: LoggedEntry | None = None  # how the last run ended that the site accepted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +104,9 @@ def parse_charter_request(header: bytes) -> CharterRequest:
 
 
 def parse_propose(header: bytes) -> ProposeRequest:
-    document = parse_header(header, frozenset({"run_started", "charter"}), frozenset({"own_statement"}))
+    document = parse_header(
+        header, frozenset({"run_started", "charter"}), frozenset({"own_statement", "ended"})
+    )
     try:
         run = parse_body(RunStarted, document["run_started"])
     except AuditError as error:
@@ -110,7 +114,10 @@ def parse_propose(header: bytes) -> ProposeRequest:
     if not _RUN.fullmatch(run.run):
         raise _bad(f"run_started.run: {run.run[:100]!r} cannot name a run")
     return ProposeRequest(
-        run=run, charter=_text(document, "charter"), own_statement=_entry(document.get("own_statement"))
+        run=run,
+        charter=_text(document, "charter"),
+        own_statement=_entry(document.get("own_statement")),
+        ended=_entry(document.get("ended")),
     )
 
 
@@ -155,6 +162,14 @@ def parse_finished(header: bytes) -> FinishedRequest:
     return FinishedRequest(run=_text(document, "run"), own_statement=_entry(document.get("own_statement")))
 
 
+def parse_run(header: bytes) -> str:
+    """Read a header that names a run, and nothing else."""
+    run = _text(parse_header(header, frozenset({"run"})), "run")
+    if not _RUN.fullmatch(run):
+        raise _bad(f"run: {run[:100]!r} cannot name a run")
+    return run
+
+
 def parse_bundle(header: bytes) -> str:
     digest = _text(parse_header(header, frozenset({"digest"})), "digest")
     if not _DIGEST.fullmatch(digest):
@@ -178,7 +193,7 @@ def charter_digest_of(document: Mapping[str, Any]) -> str:
 
 def names_of(document: Mapping[str, Any], field: str) -> tuple[str, ...]:
     names = document[field]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not set(map(type, names)) <= {str}:
         raise _bad(f"{field}: is a list of texts")
     return tuple(names)
 
@@ -198,9 +213,15 @@ def _entry(value: JsonValue) -> LoggedEntry | None:
     if not isinstance(proof, str) or len(proof) > MAX_PROOF_CHARS:
         raise _bad("proof: is the text of a tlog-proof")
     try:
-        return LoggedEntry(leaf=_base64(value["entry"], "entry"), proof=TlogProof.parse(proof.encode()))
+        return LoggedEntry(leaf=_base64(value["entry"], "entry"), proof=_proof(proof))
     except (AuditError, UnicodeEncodeError) as error:
         raise _bad(f"proof: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _proof(text: str) -> TlogProof:
+    """Read a proof once for all sites of this process: that of a round's entry is shown to each of them."""
+    return TlogProof.parse(text.encode())
 
 
 def _text(document: Mapping[str, Any], name: str) -> str:

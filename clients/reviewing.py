@@ -8,6 +8,7 @@ budget.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,19 +22,21 @@ from audit.entries import (
     RunAccepted,
     parse_body,
 )
-from audit.epsilon import epsilon_text, recompute
+from audit.epsilon import epsilon_text, recompute, whole_site_epsilon
 from audit.shared_noise import alone
 from audit.site_bodies import BundleDecided, SiteDecided
+from clients.admission import within_whole_site
 from clients.code_digest import agent_code
 from clients.decisions import decision, facts_of, run_cost, year_events
 from clients.errors import ClientsError, DataProblem
-from clients.home import SiteHome
+from clients.home import LifetimeBudget, SiteHome
 from clients.ledger import SiteLedger
 from clients.loader import inspect_file
 from clients.proposals import Proposal, Proposals
 from clients.rules import breaches
 from clients.site_log import SiteLog
 from clients.terms import Terms, read_terms
+from clients.terms_of_use import terms_of_use
 from federation.accounting import LifetimeFilter
 from federation.errors import AccountingError
 
@@ -71,6 +74,8 @@ class SiteReview:
     lifetime_before: float  # spent and reserved
     lifetime_after: float
     lifetime_cap: str
+    whole_site: str  # all rows together, now and afterwards; "": the site sets no cap for them
+    use: tuple[str, ...]  # how answers of a model may be used
     year_after: float
     year_limit: str  # "": site.yaml sets none
     delta: str
@@ -153,6 +158,8 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
         lifetime_before=recompute(committed, delta).value if committed else 0.0,
         lifetime_after=after,
         lifetime_cap=format(lifetime.epsilon, "f"),
+        whole_site=_whole_site(lifetime, committed, planned),
+        use=terms_of_use(document),
         year_after=year,
         year_limit="" if rules.epsilon_per_year is None else format(rules.epsilon_per_year, "f"),
         delta=format(lifetime.delta, "f"),
@@ -321,9 +328,9 @@ def _check_fits(home: SiteHome, terms: Terms) -> None:
         committed = ledger.committed_events(home.config.population.pseudonym)
     finally:
         ledger.close()
-    if not _fits(home, committed, (terms.event,) * terms.rounds):
+    if not _fits(home, committed, terms.planned):
         raise DecisionError(
-            f"{terms.rounds} more releases would pass the population's lifetime cap of epsilon "
+            f"{len(terms.planned)} more releases would pass the population's lifetime cap of epsilon "
             f"{lifetime.epsilon} at delta {lifetime.delta}; no decision passes that cap"
         )
 
@@ -332,9 +339,26 @@ def _fits(home: SiteHome, committed: Sequence[MechanismEvent], planned: Sequence
     """Ask the same hard stop as the agent; what it cannot account for does not fit."""
     lifetime = home.config.lifetime
     try:
-        return LifetimeFilter(epsilon=lifetime.epsilon, delta=lifetime.delta).admits(committed, planned)
+        fits = LifetimeFilter(epsilon=lifetime.epsilon, delta=lifetime.delta).admits(committed, planned)
     except AccountingError:
         return False
+    return fits and within_whole_site(lifetime, committed, planned)
+
+
+def _whole_site(
+    lifetime: LifetimeBudget, committed: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]
+) -> str:
+    if lifetime.whole_site_epsilon is None:
+        return ""
+    delta = float(lifetime.delta)
+    now, then = (
+        epsilon_text(found) if math.isfinite(found) else "unbounded"
+        for found in (
+            whole_site_epsilon(committed, delta),
+            whole_site_epsilon([*committed, *planned], delta),
+        )
+    )
+    return f"{now} now, {then} afterwards, cap {lifetime.whole_site_epsilon}"
 
 
 def _check_reason(reason: str) -> None:

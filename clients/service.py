@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from audit.canonical import canonical_bytes, parse_strict
 from audit.entries import SiteStatement, decode_entry
-from audit.epsilon import recompute
+from audit.epsilon import recompute, whole_site_epsilon
 from audit.errors import AuditError, WitnessError, WitnessProofError
 from audit.merkle import NodeSource
 from clients.accusations import keep_accusation
@@ -63,6 +64,8 @@ class SiteStatus:
     committed_epsilon: float  # spent and reserved
     cap_epsilon: str
     cap_delta: str
+    whole_site_epsilon: float | None  # spent and reserved by all rows together; None: unbounded
+    whole_site_cap: str  # "": the site sets none
     approved_charters: tuple[str, ...]
     witnessed_size: int | None  # None: the site follows no log yet
     waiting: tuple[str, ...]  # runs and charters that this site's people have to decide about
@@ -170,6 +173,7 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
     population, lifetime = home.config.population, home.config.lifetime
     events = ledger.events(population.pseudonym)
     committed = ledger.committed_events(population.pseudonym)
+    whole, whole_cap = whole_site_epsilon(committed, float(lifetime.delta)), lifetime.whole_site_epsilon
     witnessed = None
     if home.witness_path.exists():
         witnessed = home.witness().tree_size
@@ -186,6 +190,8 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
         committed_epsilon=recompute(committed, float(lifetime.delta)).value if committed else 0.0,
         cap_epsilon=format(lifetime.epsilon, "f"),
         cap_delta=format(lifetime.delta, "f"),
+        whole_site_epsilon=whole if math.isfinite(whole) else None,
+        whole_site_cap="" if whole_cap is None else format(whole_cap, "f"),
         approved_charters=home.config.rules.approved_charters,
         witnessed_size=witnessed,
         waiting=Proposals(home.path).ids(),

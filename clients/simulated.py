@@ -103,7 +103,7 @@ class SimulatedRun:
                     "unit": item.unit,
                     "relation": item.relation,
                 }
-                for item in self.version.registered.epsilons
+                for item in self.version.registered.costs
             ]
         )
 

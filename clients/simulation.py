@@ -9,15 +9,14 @@ simulation.
 
 from __future__ import annotations
 
-import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from audit.decimals import decimal_text
 from audit.keys import SigningKey
@@ -25,13 +24,11 @@ from audit.models import weights_of_file
 from audit.principal import LocalOwner, Principal
 from audit.replay import average
 from clients.agent import Agent
-from clients.agent_server import served_agents
 from clients.agreement import CharterSource, complete_charter, read_source
 from clients.errors import SimulationError
 from clients.history import OpenedNotes
 from clients.home import SiteHome
 from clients.identity import Identity
-from clients.inprocess import live_agents
 from clients.simulated import (
     SimulatedFederation,
     SimulatedRun,
@@ -40,6 +37,7 @@ from clients.simulated import (
     write_frame,
     write_site_files,
 )
+from clients.simulated_launch import LAUNCHERS
 from clients.trainer import Workshop
 from clients.virtual import VirtualHome
 from federation.charter import Charter
@@ -48,18 +46,16 @@ from federation.evaluation import PublicData, metrics_of
 from federation.progress import Listener, RunEvent
 from federation.registry import statements
 from federation.resume import prepared_run
-from federation.service import Launch, ResumeRequest, RunConfig, TrainedRun, TrainRequest, resume, train
+from federation.service import ResumeRequest, TrainedRun, TrainRequest, resume, train
 from federation.trust import federation_policy
 
 if TYPE_CHECKING:
-    from federation.grid import Fault
+    pass
 
 Engine = Literal["inprocess", "ray"]
 Homes = Literal["disk", "memory"]
 
-LARGE_MODEL: Final = 1_000_000  # parameters; one site at a time computes from here on, for memory's sake
 _MAX_DELTA: Final = Decimal("0.1")
-_LINK_VARIABLES: Final = ("AFFIDAVIT_AGENT", "AFFIDAVIT_SITES")
 
 
 def run_federation(
@@ -98,7 +94,7 @@ def run_federation(
         coordinator.blobs.put(public_set.read_bytes())
     join_all(homes, coordinator)
     with ExitStack() as stack:
-        launch = _launchers[engine](_open_agents(homes, coordinator, stack), charter)
+        launch = LAUNCHERS[engine](_open_agents(homes, coordinator, stack), charter)
         principal = Principal(id=author.verify_key.fingerprint, role="scientist", key=author.text)
         request = TrainRequest(charter=charter, model=model)
         return train(coordinator, principal, LocalOwner(), request, author, launch, on_event=on_event)
@@ -149,7 +145,7 @@ def resume_federation(
         raise SimulationError(f"homes of {sorted(homes)} for a charter of {list(charter.site_names)}")
     join_all(homes, coordinator)
     with ExitStack() as stack:
-        launch = _launchers[engine](_open_agents(homes, coordinator, stack), charter)
+        launch = LAUNCHERS[engine](_open_agents(homes, coordinator, stack), charter)
         request = ResumeRequest(run=run)
         return resume(coordinator, principal, LocalOwner(), request, launch, on_event=on_event)
 
@@ -176,126 +172,6 @@ def join_all(homes: Mapping[str, SiteHome], coordinator: Coordinator) -> None:
     for home in homes.values():
         if not home.follows_a_log:
             home.join(policy)
-
-
-def inprocess_launch(
-    agents: Mapping[str, Agent], *, fault: Fault | None = None, workers: int | None = None
-) -> Launch:
-    """Run the ServerApp here and the ClientApps in threads, by default as many as `InProcessGrid` chooses.
-
-    `fault` plays the bad network.
-    """
-
-    def launch(config: RunConfig) -> None:
-        from flwr.app import Context, RecordDict
-
-        from clients.client_app import app as client_app
-        from federation.grid import MANY_NODES, InProcessGrid
-        from federation.server_app import app as server_app
-
-        with (
-            _one_thread_each(len(agents) > MANY_NODES),
-            live_agents(agents),
-            InProcessGrid(
-                client_app,
-                {name: {} for name in agents},
-                run_config=config,
-                fault=fault,
-                workers=workers,
-            ) as grid,
-        ):
-            context = Context(
-                run_id=grid.run.run_id,
-                node_id=0,
-                node_config={},
-                state=RecordDict(),
-                run_config=dict(config),
-            )
-            server_app(grid=grid, context=context)
-
-    return launch
-
-
-@contextmanager
-def _one_thread_each(many: bool) -> Iterator[None]:
-    """Let torch use one thread a site where many sites share the cores: two at one product cost more."""
-    import torch
-
-    before = torch.get_num_threads()
-    if many:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def ray_launch(agents: Mapping[str, Agent]) -> Launch:
-    """Run the same two objects under Flower's Ray simulation; the agents stay here, behind Unix sockets."""
-
-    def launch(config: RunConfig) -> None:
-        try:
-            import ray  # noqa: F401
-        except ImportError as error:
-            raise SimulationError(
-                "engine ray needs Ray; install affidavit[simulation], or use engine inprocess"
-            ) from error
-        from flwr.app import Context
-        from flwr.serverapp import Grid, ServerApp
-        from flwr.simulation import run_simulation
-
-        from clients.client_app import app as client_app
-        from federation.server_app import app as server_app
-
-        configured = ServerApp()
-        failures: list[Exception] = []
-
-        @configured.main()
-        def main(grid: Grid, context: Context) -> None:
-            context.run_config = dict(config)  # Flower's simulation passes none
-            try:
-                server_app(grid=grid, context=context)
-            except Exception as error:
-                failures.append(error)
-                raise
-
-        backend: Any = {
-            "init_args": {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False},
-            "client_resources": {"num_cpus": 1},
-        }
-        with (
-            tempfile.TemporaryDirectory(prefix="affidavit-") as folder,
-            served_agents(Path(folder), agents),
-            _link_environment(folder, agents),
-        ):
-            run_simulation(configured, client_app, len(agents), backend_config=backend)
-        if failures:
-            raise failures[0]
-
-    return launch
-
-
-_launchers: Final[dict[str, Callable[[Mapping[str, Agent], Charter], Launch]]] = {
-    "inprocess": lambda agents, charter: inprocess_launch(
-        agents, workers=1 if charter.dimension > LARGE_MODEL else None
-    ),
-    "ray": lambda agents, _: ray_launch(agents),
-}
-
-
-@contextmanager
-def _link_environment(folder: str, agents: Mapping[str, Agent]) -> Iterator[None]:
-    """Tell the relays, which Ray starts with this process's environment, where the agents are."""
-    before = {name: os.environ.get(name) for name in _LINK_VARIABLES}
-    os.environ.update({"AFFIDAVIT_AGENT": f"unix:{folder}", "AFFIDAVIT_SITES": ",".join(sorted(agents))})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def new_coordinator(folder: Path, origin: str = "", *, simulated: bool = False) -> Coordinator:
@@ -454,10 +330,8 @@ def _without_privacy(charter: Charter, federation: SimulatedFederation) -> Simul
 
 __all__ = [
     "Engine",
-    "inprocess_launch",
     "join_all",
     "new_coordinator",
-    "ray_launch",
     "resume_federation",
     "run_federation",
     "simulate",

@@ -1,5 +1,5 @@
-"""Commands for a site's people: `site agent | review | accept | refuse | launcher`, `site bundle approve |
-withdraw`, `site log export`.
+"""Commands for a site's people: `site agent | review | accept | refuse | predict | launcher`, `site bundle
+approve | withdraw`, `site log export`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def register(site: typer.Typer) -> None:
     site.command("review")(review)
     site.command("accept")(accept)
     site.command("refuse")(refuse)
+    site.command("predict")(predict)
     site.command("launcher")(launcher)
     site.add_typer(bundle)
     site.add_typer(log)
@@ -261,6 +262,35 @@ def _site(home: Path | None, name: str) -> SiteHome:
     return SiteHome.open(folder / name)
 
 
+@guarded
+def predict(
+    rows: Annotated[Path, typer.Argument(help="A CSV file with a header; it stays where it is.")],
+    run: Annotated[str, typer.Option("--run", help="The run that made the version.")],
+    version: Annotated[Path, typer.Option("--version", help="The version's file, by its digest.")],
+    name: SiteName = "",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer rows here, with what stays at this site: its local layers and its own intercept.
+
+    Local: nothing is sent or entered, and there is no receipt. A server answers without what stays here.
+
+    Exit codes: 0 answered, 1 the run, the file, the layers or a row do not fit, 2 wrong usage.
+    """
+    import dataclasses
+
+    from clients.local_prediction import predict_here
+
+    for path in (rows, version):
+        if not path.is_file():
+            raise CommandError(f"{path}: is no file", code="site.no_file")
+    found = predict_here(_site(home, name), run, version.read_bytes(), rows.read_bytes())
+    own = " and ".join(found.own) or "nothing of this site's own: the version itself"
+    lines = [f"version {found.version[:16]}… with {own}; local, without a receipt"]
+    lines += ["  ".join(f"{key} {value}" for key, value in answer.items()) for answer in found.answers]
+    emit(dataclasses.asdict(found), "\n".join(lines), as_json=as_json)
+
+
 def _shown(found: SiteReview) -> str:
     from audit.epsilon import epsilon_text
 
@@ -285,9 +315,11 @@ def _shown(found: SiteReview) -> str:
         ["unit", f"one {found.unit}, {found.relation.replace('_', '/')}"],
         ["this run", f"epsilon {epsilon_text(found.run_epsilon)} at delta {found.delta}"],
         ["lifetime", left],
+        ["whole site", found.whole_site or "no cap"],
         ["last 365 days", year],
         ["fits", "yes" if found.fits else "NO: no decision passes the lifetime cap"],
         ["rules", "; ".join(found.broken_rules) or "all met"],
+        ["use of answers", "\n".join(found.use)],
         ["asks you about", ", ".join(found.asked_by) or "nothing"],
         ["decision", found.decision or "none yet"],
     ]

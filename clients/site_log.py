@@ -69,6 +69,7 @@ class Diary(Protocol):
     def tree_size(self) -> int: ...
     def append(self, body: Body, *, event_id: str | None = None) -> int: ...
     def publish(self) -> bytes: ...
+    def anchor(self) -> tuple[int, str]: ...
     def entries(
         self, kind: type[B], *, run: str | None = None, since: datetime | None = None
     ) -> Iterator[tuple[int, Entry, B]]: ...
@@ -172,6 +173,11 @@ class SiteLog:
         if self._published is None or self._published[0] != size:
             self._published = (size, publish(self._ledger, self._signer))
         return self._published[1]
+
+    def anchor(self) -> tuple[int, str]:
+        """Return size and root of the log as it stands: what the federation's log is told of it."""
+        edge = self._ledger.edge()
+        return edge.size, edge.root().hex()
 
     def entries(
         self, kind: type[B], *, run: str | None = None, since: datetime | None = None

@@ -47,7 +47,8 @@ class Terms:
     features: tuple[Mapping[str, Any], ...]
     label: Mapping[str, Any]
     layers: tuple[Mapping[str, Any], ...]
-    rounds: int
+    rounds: int  # that a run completes
+    spare_rounds: int  # that may be opened in place of abandoned ones
     local_steps: int
     local_learning_rate: float
     proximal: float
@@ -81,12 +82,17 @@ class Terms:
 
     def masks(self, number: int) -> bool:
         """Whether the release of this number is masked: every round, and no evaluation."""
-        return self.secure is not None and number <= self.rounds
+        return self.secure is not None and number <= self.most_rounds
+
+    @property
+    def most_rounds(self) -> int:
+        """How many rounds a run may open."""
+        return self.rounds + self.spare_rounds
 
     @property
     def planned(self) -> tuple[MechanismEvent, ...]:
-        """Every release of a run, in order."""
-        rounds = (self.event,) * self.rounds
+        """Every release that a run may ask for, in order."""
+        rounds = (self.event,) * self.most_rounds
         return (*rounds, *(terms.event for terms in self.after))
 
     @property
@@ -175,6 +181,7 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         label=document["label"],
         layers=layers,
         rounds=int(plan["rounds"]),
+        spare_rounds=int(plan.get("spare_rounds", 0)),
         local_steps=int(plan["local_steps"]),
         local_learning_rate=float(parse_decimal(plan["local_learning_rate"])),
         proximal=float(parse_decimal(plan.get("proximal", "0"))),

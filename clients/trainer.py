@@ -31,6 +31,7 @@ class Workshop(threading.local):
     def __init__(self) -> None:
         self._mechanisms: dict[tuple[str, int | None], Mechanism] = {}
         self._base: tuple[str, bytes, Vector] | None = None
+        self._loaded: tuple[Mechanism, Vector] | None = None
 
     def mechanism(self, terms: Terms) -> Mechanism:
         """Return the charter's mechanism, made at the first call."""
@@ -52,6 +53,18 @@ class Workshop(threading.local):
         if self._base is None or self._base[0] != terms.digest or self._base[1] != base_model:
             self._base = (terms.digest, base_model, model_vector(terms.layers, base_model))
         return self._base[2]
+
+    def load(self, mechanism: Mechanism, weights: Vector) -> None:
+        """Set the mechanism's base model to what `base` returned; a release leaves it as it was."""
+        if self._loaded is None or self._loaded[0] is not mechanism or self._loaded[1] is not weights:
+            self._loaded = None
+            mechanism.load(torch.tensor(weights, dtype=torch.float64))
+            self._loaded = (mechanism, weights)
+
+    def load_other(self, mechanism: Mechanism, weights: Sequence[float]) -> None:
+        """Set it to other weights, which nobody else starts from."""
+        self._loaded = None
+        mechanism.load(torch.tensor(weights, dtype=torch.float64))
 
 
 class Trainer:
@@ -86,7 +99,8 @@ class Trainer:
             weights = self._workshop.base(terms, base_model)
         except AuditError as error:
             raise RefusedError("base_model_mismatch", str(error)) from error
-        after = terms.after[server_round - terms.rounds - 1] if server_round > terms.rounds else None
+        last = terms.most_rounds
+        after = terms.after[server_round - last - 1] if server_round > last else None
         counted = after is not None and not isinstance(after, Reference)
         try:
             data = load_evaluation_data(self._path, terms) if counted else self._load(terms)
@@ -97,11 +111,13 @@ class Trainer:
         if after is not None:
             return noisy_counts(after, terms, weights.tolist(), data)
         mechanism = self._workshop.mechanism(terms)
-        kept = self._local.load(run, server_round - 1) if terms.spans else None
+        kept = self._local.load_before(run, server_round) if terms.spans else None
         start: Sequence[float] | Vector = weights
         if kept is not None:
             start = overlaid(terms.spans, weights.tolist(), kept)
-        mechanism.load(torch.tensor(start, dtype=torch.float64))
+            self._workshop.load_other(mechanism, start)
+        else:
+            self._workshop.load(mechanism, weights)
         release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
@@ -121,6 +137,10 @@ class Trainer:
         moved = moved_locally(terms, mechanism.terms.scale, list(start), values)
         self._local.save(run, server_round, moved, keep=terms.average_last)
         return shared_values(terms.spans, values)
+
+    def forget_round(self, run: str, server_round: int) -> None:
+        """Take a round that was abandoned out of what this site keeps for itself."""
+        self._local.drop(run, server_round)
 
     def _load(self, terms: Terms) -> TrainingData:
         try:

@@ -42,7 +42,8 @@ from clients.high_water import Head
 from clients.history import OpenedNotes
 from clients.home import SiteConfig, SiteHome
 from clients.identity import SiteKeys
-from clients.ledger import Release, Reservation, Spent, committed_events
+from clients.ledger import Release, Reservation, Spent
+from clients.reserved import committed_events
 from clients.rules import Rules
 from clients.trainer import Workshop
 
@@ -68,6 +69,14 @@ class VirtualLedger:
         self._masked: dict[tuple[str, int], dict[str, Any]] = {}
 
     def close(self) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        with self._lock:
+            return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        with self._lock:
+            vars(self).update(state)
 
     def head(self, population: str) -> Head:
         return self._heads.get(population, Head(0, ZERO_DIGEST))
@@ -157,6 +166,9 @@ class VirtualLedger:
         with self._lock:
             if reservation.run in self._reservations:
                 raise OdometerError(f"run {reservation.run} was accepted before")
+            for busy in self._reservations.values():
+                if busy.population == reservation.population and not busy.closed:
+                    raise OdometerError(f"run {busy.run} has the population until it ends")
             charter = _shared_text(reservation.charter)
             self._reservations[reservation.run] = dataclasses.replace(reservation, charter=charter)
 
@@ -182,12 +194,12 @@ class VirtualLedger:
         """
         with self._lock:
             head = self.head(population)
-            kept = {
-                one.statement.sequence: event_hash(one.statement)
+            kept = [
+                one.statement
                 for one in self._kept.values()
-                if one.statement.population == population
-            }
-        if seen.sequence > head.sequence or kept.get(seen.sequence, seen.event_hash) != seen.event_hash:
+                if (one.statement.population, one.statement.sequence) == (population, seen.sequence)
+            ]
+        if seen.sequence > head.sequence or any(event_hash(one) != seen.event_hash for one in kept):
             raise LedgerBehindError(
                 population=population, ledger=head.sequence, seen=seen.sequence, witness=witness
             )
@@ -238,8 +250,19 @@ class VirtualLog:
             self._known[entry.event_id] = index
             return index
 
+    def state(self) -> dict[str, Any]:
+        with self._lock:
+            return {name: vars(self)[name] for name in ("_entries", "_known", "_counts")}
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        with self._lock:
+            vars(self).update(state)
+
     def publish(self) -> bytes:
         return b""
+
+    def anchor(self) -> tuple[int, str]:
+        return 0, ""  # nobody is ever shown this log
 
     def entries(
         self, kind: type[B], *, run: str | None = None, since: datetime | None = None
@@ -277,14 +300,28 @@ class VirtualWitness(Witness):
     def _keep(self, state: WitnessState) -> None:
         self._state = state
 
+    def take(self, state: WitnessState) -> None:
+        with self._mutex:
+            self._state = state
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with self._mutex:
             yield
 
 
+@dataclass(frozen=True, slots=True)
+class VirtualState:
+    """What a virtual site knows and has done, to be carried from one process to another."""
+
+    ledger: dict[str, Any]
+    log: dict[str, Any]
+    witness: WitnessState | None
+    rules: Rules | None
+
+
 @dataclass(slots=True)
-class _Memory:
+class Memory:
     """What stays the same while a `VirtualHome` is replaced by one with other rules."""
 
     keys: SiteKeys
@@ -294,12 +331,25 @@ class _Memory:
     witness: VirtualWitness | None = None
     rules: Rules | None = None  # with the charters approved since
 
+    def state(self) -> VirtualState:
+        """Return what a copy of this process needs to go on for this site."""
+        witness = None if self.witness is None else self.witness.state()
+        return VirtualState(self.ledger.state(), self.log.state(), witness, self.rules)
+
+    def take(self, state: VirtualState) -> None:
+        """Go on where a copy of this process stopped."""
+        self.ledger.take(state.ledger)
+        self.log.take(state.log)
+        if self.witness is not None and state.witness is not None:
+            self.witness.take(state.witness)
+        self.rules = state.rules
+
 
 @dataclass(frozen=True, slots=True)
 class VirtualHome(SiteHome):
     """A site's home without a folder: its methods are a `SiteHome`'s, its state goes with the process."""
 
-    memory: _Memory = field(repr=False, compare=False)
+    memory: Memory = field(repr=False, compare=False)
 
     @classmethod
     def make(
@@ -317,7 +367,7 @@ class VirtualHome(SiteHome):
             }
         )
         log = VirtualLog(name, lambda: datetime.now(UTC))
-        return cls(path, config, _Memory(SiteKeys.generate(), VirtualLedger(), log))
+        return cls(path, config, Memory(SiteKeys.generate(), VirtualLedger(), log))
 
     def agent(self, workshop: Workshop, notes: OpenedNotes) -> Agent:
         """Return this site's agent, which goes on where an earlier one of it stopped."""

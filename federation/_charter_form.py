@@ -68,6 +68,8 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
         "purposes": list(charter.purposes),
         "officers": [{"name": officer.name, "key": officer.key} for officer in charter.officers],
     }
+    if plan.spare_rounds:
+        document["plan"]["spare_rounds"] = plan.spare_rounds
     if plan.proximal:
         document["plan"]["proximal"] = decimal_text(plan.proximal)
     if charter.model.local_layers:

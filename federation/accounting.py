@@ -215,7 +215,7 @@ def plan_cost(charter: Charter) -> PlanCost:
         charter=charter.digest,
         event=event,
         sites=tuple(
-            SiteCost(site=name, rounds=charter.plan.rounds, spent=total, epsilon=privacy.epsilon, fits=fits)
+            SiteCost(site=name, rounds=charter.most_rounds, spent=total, epsilon=privacy.epsilon, fits=fits)
             for name in charter.site_names
         ),
         warnings=tuple(warnings_of(charter)),
@@ -257,14 +257,14 @@ def noise_for(charter: Charter) -> Decimal:
     return calibrate_noise(
         epsilon=privacy.epsilon,
         delta=privacy.delta,
-        rounds=charter.plan.rounds,
+        rounds=charter.most_rounds,
         local_steps=charter.plan.local_steps,
         sample_rate=privacy.sample_rate,
         relation=privacy.relation,
         dimension=charter.dimension,
         grid_bits=privacy.grid_bits,
         precision=privacy.precision,
-        besides=planned_events(charter)[charter.plan.rounds :],
+        besides=planned_events(charter)[charter.most_rounds :],
     )
 
 
@@ -388,6 +388,15 @@ def _trust_lines(charter: Charter, cost: PlanCost) -> list[str]:
     return lines
 
 
+def _spare_lines(charter: Charter) -> list[str]:
+    """Say what spare rounds cost: the epsilon below is that of a run that needs them all."""
+    spare = charter.plan.spare_rounds
+    if not spare:
+        return []
+    many = f"{spare} spare round{'s' if spare > 1 else ''}"
+    return [f"  and {many}, opened only for rounds that are abandoned; all epsilons count them as opened"]
+
+
 def _shown(value: float | None) -> str:
     return ceil_text(value) if value is not None and math.isfinite(value) else "none"
 
@@ -402,6 +411,7 @@ def plan_report(charter: Charter) -> str:
         f"charter {charter.name}  {cost.charter}",
         f"model {charter.model.family}, {charter.dimension} parameters, {len(charter.sites)} sites",
         f"plan {charter.plan.strategy}, {charter.plan.rounds} rounds of {event.steps} step(s); {sampling}",
+        *_spare_lines(charter),
         f"noise {noise:.4g} x sensitivity, unit {event.unit}, {event.relation}, delta {privacy.delta}",
         "",
         f"{'site':<20} {'epsilon (PLD)':>14} {'epsilon (RDP)':>14} {'allowed':>8}  fits",

@@ -41,7 +41,7 @@ class AfterRounds:
         """Ask for all that the charter wants and the log does not show; `state.base_model` is the average."""
         document = self.charter.document
         evaluation, reference = Evaluation.of_charter(document), Reference.of_charter(document)
-        number = self.charter.plan.rounds + 1
+        number = self.charter.most_rounds + 1
         if evaluation is not None:
             if past.evaluated is None:
                 counted = self._evaluate(evaluation, number, prepared, state)

@@ -7,6 +7,7 @@ digest is checked before the first byte is handed out.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -15,9 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from federation._packs import Packs
 from federation.errors import BlobAlteredError, BlobMissingError
 
 PIECE_BYTES: Final = 1 << 20
+SMALL_BYTES: Final = 1 << 16  # what is larger has a file of its own
+PACKED_FROM: Final = 16  # small files at a time: below, each has its own too
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -32,6 +36,7 @@ class BlobStore:
 
     def __init__(self, folder: Path | str, *, durable: bool = True) -> None:
         self.folder, self.durable = Path(folder), durable
+        self._packs = Packs(self.folder / "packs")
 
     def put(self, data: bytes) -> str:
         """Keep `data`; return its digest. The file is durable when this returns."""
@@ -40,8 +45,17 @@ class BlobStore:
         return digest
 
     def put_all(self, items: Iterable[bytes]) -> list[str]:
-        """Keep several files; return their digests in order."""
-        return [self.put(data) for data in items]
+        """Keep several files; return their digests in order. Many small ones go into one pack: one file,
+        synced once.
+        """
+        data = list(items)
+        small = {hashlib.sha256(item).hexdigest(): item for item in data if len(item) <= SMALL_BYTES}
+        if len(small) < PACKED_FROM:
+            return [self.put(item) for item in data]
+        self._packs.put(small, self._sync)
+        return [
+            hashlib.sha256(item).hexdigest() if len(item) <= SMALL_BYTES else self.put(item) for item in data
+        ]
 
     def put_stream(self, pieces: Iterable[bytes | memoryview]) -> str:
         """Keep what comes piece by piece, never whole in memory; return its digest, durable as with `put`."""
@@ -73,8 +87,8 @@ class BlobStore:
             raise BlobMissingError(digest)
         try:
             data = self._path(digest).read_bytes()
-        except FileNotFoundError as error:
-            raise BlobMissingError(digest) from error
+        except FileNotFoundError:
+            data = self._packs.get(digest)
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
             raise BlobAlteredError(digest, found)
@@ -90,18 +104,19 @@ class BlobStore:
             raise BlobMissingError(digest)
         try:
             return self._path(digest).stat().st_size
-        except FileNotFoundError as error:
-            raise BlobMissingError(digest) from error
+        except FileNotFoundError:
+            return len(self._packs.get(digest))
 
     @contextmanager
     def open(self, digest: str) -> Iterator[BinaryIO]:
         """Open a file to be read piece by piece, its digest checked before; errors as `get`."""
         if not _DIGEST.fullmatch(digest):
             raise BlobMissingError(digest)
+        file: BinaryIO
         try:
             file = open(self._path(digest), "rb")  # noqa: SIM115 - closed below, and handed out in between
-        except FileNotFoundError as error:
-            raise BlobMissingError(digest) from error
+        except FileNotFoundError:
+            file = io.BytesIO(self._packs.get(digest))
         with file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != digest:

@@ -119,6 +119,7 @@ class Plan(_Part):
 
     strategy: Literal["fedavg", "fedadam", "fedyogi"] = "fedavg"
     rounds: Count = 30
+    spare_rounds: Annotated[int, Field(strict=True, ge=0, le=1000)] = 0  # in place of abandoned ones
     local_steps: Count = 1
     learning_rate: Number = Field(gt=0)
     local_learning_rate: Number = Field(default=Decimal("0.1"), gt=0)
@@ -330,6 +331,11 @@ class Charter(_Part):
     def average_last(self) -> int:
         """How many of the last rounds make the version."""
         return self.plan.average_last or max(1, self.plan.rounds // 2)
+
+    @property
+    def most_rounds(self) -> int:
+        """How many rounds a run may open: those it completes, and the spare ones."""
+        return self.plan.rounds + self.plan.spare_rounds
 
     @property
     def minimum_sites(self) -> int:

@@ -396,6 +396,6 @@ def _shown(version: Version) -> dict[str, Any]:
         "run": registered.run,
         "charter": registered.charter,
         "gates_passed": version.gates_passed,
-        "epsilon": max((site.run_epsilon for site in registered.epsilons), key=float, default=None),
+        "epsilon": max((site.run_epsilon for site in registered.costs), key=float, default=None),
         "approved_by": [t.body.officer for t in version.transitions if t.body.to_state == "approved"],
     }

@@ -234,6 +234,7 @@ class Coordinator:
 
     def publish(self) -> bytes:
         """Return a checkpoint of the log as it is now, signed here or by the process that holds the lease."""
+        self.ledger.warm(self.ledger.tree_size)  # what the proofs of this step are made of, in one question
         return self.publisher.publish()
 
     def rotate_log_key(self, overlap: int, actor: str = "coordinator") -> Sequenced:

@@ -26,6 +26,7 @@ TROUBLE_S: Final = 20.0  # for how long a node or relay in trouble is asked agai
 LOOK_S: Final = 0.5
 HELLO_AGAIN_S: Final = 5.0
 MAX_HEADER_BYTES: Final = 4 << 20
+_CODE_BYTES: Final = 256  # an answer that holds a code and nothing else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +208,13 @@ class Exchange:
 
 def _is_trouble(reply: Message) -> bool:
     """Whether the site's node, relay or agent is in trouble that may pass; no agent's own decision is."""
-    return reply.has_error() or read_answer("?", reply).header.get("error") in TROUBLE
+    if reply.has_error():
+        return True
+    record = reply.content.get("header")
+    raw = record.get("header") if isinstance(record, ConfigRecord) else None
+    if not isinstance(raw, bytes) or len(raw) > _CODE_BYTES:
+        return False  # more than a code: an answer is read once, when it counts, and a large one is large
+    return read_answer("?", reply).header.get("error") in TROUBLE
 
 
 def header_text(header: Mapping[str, JsonValue]) -> str:

@@ -54,9 +54,12 @@ def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) ->
     """
     delta = charter.privacy.delta
     found = []
+    of_population: dict[tuple[str, str], list[SiteStatement]] = {}
+    for statement in statements:
+        of_population.setdefault((statement.site, statement.population), []).append(statement)
     populations = sorted({(s.site, s.population) for s in statements if s.run == run})
     for site, population in populations:
-        lifetime = [s for s in statements if (s.site, s.population) == (site, population)]
+        lifetime = of_population[site, population]
         in_run = spent([s.event for s in lifetime if s.run == run], float(delta))
         in_all = spent([s.event for s in lifetime], float(delta))
         found.append(

@@ -2,15 +2,15 @@
 
 Each node is one ClientApp with its own `node_config` and its own queue: its messages are handled one after
 the other, in order. Up to `MANY_NODES` nodes have a thread each, so that a slow one holds up nobody; more
-share a few threads, for a thousand would only fight for the processor. A transport can be told to lose, delay
-or repeat messages, which is how the round loop is tested against a bad network.
+are served by whoever waits for them, for threads would only fight for the interpreter. A transport can be
+told to lose, delay or repeat messages, which is how the round loop is tested against a bad network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-import os
 import queue
 import secrets
 import threading
@@ -39,7 +39,9 @@ replies.
 
 
 @dataclass(slots=True)
-class _Node:
+class Node:
+    """One simulated SuperNode, and the messages that wait for it."""
+
     node_id: int
     site: str
     context: Context
@@ -62,7 +64,8 @@ class InProcessGrid(Grid):
     ) -> None:
         """Start one node for each site: `sites` maps its name to its node_config (`site` is added).
 
-        `workers` is how many threads serve them: by default one a node up to `MANY_NODES`, else one a core.
+        `workers` is how many threads serve them: by default one a node up to `MANY_NODES`, else none: whoever
+        asks for replies does the work, node by node.
         """
         run_id = secrets.randbits(62) | 1
         self._run = Run.create_empty(run_id)
@@ -72,8 +75,8 @@ class InProcessGrid(Grid):
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SERVER_NODE_ID
-        self._nodes: dict[int, _Node] = {}
-        self._ready: queue.SimpleQueue[_Node | None] = queue.SimpleQueue()
+        self._nodes: dict[int, Node] = {}
+        self._ready: queue.SimpleQueue[Node | None] = queue.SimpleQueue()
         for name, config in sorted(sites.items()):
             node_id = secrets.randbits(62) | 2
             context = Context(
@@ -83,11 +86,12 @@ class InProcessGrid(Grid):
                 state=RecordDict(),
                 run_config=dict(run_config or {}),
             )
-            self._nodes[node_id] = _Node(node_id=node_id, site=name, context=context)
-        few = len(self._nodes) if len(self._nodes) <= MANY_NODES else (os.cpu_count() or 1)
+            self._nodes[node_id] = Node(node_id=node_id, site=name, context=context)
+        if workers is None:
+            workers = len(self._nodes) if len(self._nodes) <= MANY_NODES else 0
         self._workers = [
             threading.Thread(target=self._serve, name=f"grid-{number}", daemon=True)
-            for number in range(workers or few)
+            for number in range(workers)
         ]
         for worker in self._workers:
             worker.start()
@@ -141,11 +145,13 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        if not self._workers:
+            self._serve_one()
         with self._lock:
             if not self._replies:
                 return []
-            wanted = self._replies.keys() & set(message_ids)
-            return [self._replies.pop(name) for name in sorted(wanted)]
+            ids = message_ids if isinstance(message_ids, set) else set(message_ids)
+            return [self._replies.pop(name) for name in sorted(self._replies.keys() & ids)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -157,11 +163,11 @@ class InProcessGrid(Grid):
             found = list(self.pull_messages(waiting))
             replies += found
             waiting -= {reply.metadata.reply_to_message_id for reply in found}
-            if waiting:
+            if waiting and not found:
                 time.sleep(self._poll_s)
         return replies
 
-    def _enqueue(self, node: _Node, message: Message) -> None:
+    def _enqueue(self, node: Node, message: Message) -> None:
         with self._lock:
             node.inbox.append(message)
             if not node.is_scheduled:
@@ -170,16 +176,27 @@ class InProcessGrid(Grid):
 
     def _serve(self) -> None:
         while (node := self._ready.get()) is not None and not self._closed:
-            message = node.inbox.popleft()
-            try:
-                reply = self._client_app(message, node.context)
-            except Exception as error:  # noqa: BLE001 - a node's failure is an error reply, as Flower's is
-                reply = Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
-            self._deliver(node.site, reply, self._store)
-            with self._lock:
-                node.is_scheduled = bool(node.inbox)
-                if node.is_scheduled:
-                    self._ready.put(node)
+            self._answer(node)
+
+    def _serve_one(self) -> None:
+        """Let the next node with work answer one message, here and now."""
+        with contextlib.suppress(queue.Empty):
+            node = self._ready.get_nowait()
+            if node is not None and not self._closed:
+                self._answer(node)
+
+    def _answer(self, node: Node) -> None:
+        self._deliver(node.site, self._reply(node, node.inbox.popleft()), self._store)
+        with self._lock:
+            node.is_scheduled = bool(node.inbox)
+            if node.is_scheduled:
+                self._ready.put(node)
+
+    def _reply(self, node: Node, message: Message) -> Message:
+        try:
+            return self._client_app(message, node.context)
+        except Exception as error:  # noqa: BLE001 - a node's failure is an error reply, as Flower's is
+            return Message(Error(_CLIENT_APP_RAISED, type(error).__name__), reply_to=message)
 
     def _store(self, reply: Message) -> None:
         with self._lock:

@@ -72,10 +72,12 @@ def release_event(
 
 
 def planned_events(charter: Charter) -> tuple[MechanismEvent, ...]:
-    """Return every event of a run at one site, in order: its rounds, then evaluation and sketch if any."""
+    """Return every event that a run may ask of one site, in order: its rounds with the spare ones, then
+    evaluation and sketch if any.
+    """
     document = charter.document
     after = (Evaluation.of_charter(document), Reference.of_charter(document))
-    rounds = (planned_event(charter),) * charter.plan.rounds
+    rounds = (planned_event(charter),) * charter.most_rounds
     return (*rounds, *(terms.event for terms in after if terms is not None))
 
 

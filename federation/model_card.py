@@ -204,7 +204,7 @@ def _privacy(version: Version, charter: Charter) -> Iterator[Block]:
         ),
         [
             (c.site, str(c.events), c.run_epsilon, c.run_epsilon_rdp, c.lifetime_epsilon, c.delta)
-            for c in version.registered.epsilons
+            for c in version.registered.costs
         ],
     )
     yield Paragraph(
@@ -224,7 +224,7 @@ def _privacy(version: Version, charter: Charter) -> Iterator[Block]:
             f"A whole site, all its rows replaced by nothing: epsilon {epsilon_text(whole or 0)} "
             f"for a run, delta {privacy.delta}; the charter allows {charter.site_level.epsilon}."
         )
-    over = [c.site for c in version.registered.epsilons if Decimal(c.run_epsilon) > privacy.epsilon]
+    over = [c.site for c in version.registered.costs if Decimal(c.run_epsilon) > privacy.epsilon]
     if over:
         yield Paragraph(f"**Above the charter's epsilon: {', '.join(over)}.**")
 

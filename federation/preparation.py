@@ -174,7 +174,7 @@ def propose_run(
     coordinator.append(run_started, ACTOR, stable_event_id("run.started", run_started.run))
     before = accepted or {}
     history = SiteHistory.read(coordinator, before_run="" if before else run_started.run)
-    requests = {}
+    ends, requests = last_ends(coordinator), {}
     for name in sorted(prepared.enrolments):
         header: dict[str, Any] = {
             "run_started": body_document(run_started),
@@ -183,6 +183,9 @@ def propose_run(
         last = history.last_leaf.get((name, prepared.enrolments[name].population))
         if last is not None and witnessing.covers(last):
             header["own_statement"] = witnessing.logged(last)
+        over = ends.get(name)
+        if over is not None and witnessing.covers(over):
+            header["ended"] = witnessing.logged(over)
         requests[name] = Request(kind="run.propose", header=header)
     answers = ask_patiently(
         exchange, requests, timeout_s=prepare_timeout_s(charter), patience_s=patience_s, waiting=waiting
@@ -255,6 +258,21 @@ def _accept(
         body = SiteUndelivered(statement=statement)
         entries.append((body, f"site:{site}", stable_event_id("site.undelivered", event_hash(statement))))
     return head
+
+
+def last_ends(coordinator: Coordinator) -> dict[str, int]:
+    """Return, by site, the leaf that says how the last run ended that it accepted; none while that is open.
+
+    A site that was away then holds its population for that run until it is shown this.
+    """
+    last, over = dict[str, str](), dict[str, int]()
+    for stored, entry in coordinator.entries(type=["run.accepted", "run.completed", "run.failed"]):
+        body: Any = entry.body
+        if isinstance(body, RunAccepted):
+            last[body.site] = body.run
+        else:
+            over[body.run] = stored.leaf_index
+    return {site: over[run] for site, run in last.items() if run in over}
 
 
 @dataclass(slots=True)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from flwr.app import Message
 
-from audit.entries import SiteUndelivered, event_hash
+from audit.entries import SiteEnrolled, SiteUndelivered, event_hash
 from audit.round_bodies import UpdateRefused
 from audit.secure_bodies import RoundOpened
 from audit.update_bounds import UpdateTerms, square_norm
 from audit.weights import encode_update
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import StatementError
+from federation.exchange import read_answer
 from federation.secure_round import MaskedRound
-from federation.statements import AcceptedUpdate, refusal_event_id
+from federation.statements import AcceptedUpdate, RoundTerms, refusal_event_id, verify_refusal
+
+_logger = logging.getLogger(__name__)
 
 
 def record_too_long(
@@ -57,6 +61,33 @@ def record_masked(coordinator: Coordinator, masked: MaskedRound, rejected: dict[
         coordinator.append(refusal, f"site:{site}", event_id)
     for site, problem in masked.rejected.items():
         rejected.setdefault(site, problem)
+
+
+def record_refusals(
+    coordinator: Coordinator,
+    terms: RoundTerms,
+    replies: Iterable[Message],
+    site_of: Callable[[Message], str | None],
+    rejected: dict[str, StatementError],
+    enrolments: Mapping[str, SiteEnrolled],
+) -> None:
+    """Log each proved refusal among a round's replies, and name it in place of "holds no statement"."""
+    for reply in replies:
+        site = site_of(reply)
+        if site is None or site not in rejected:
+            continue
+        answer = read_answer(site, reply)
+        if "refusal" in answer.header:
+            try:
+                refusal = verify_refusal(site, enrolments[site], answer.header["refusal"])
+            except StatementError as error:
+                rejected[site] = error
+                continue
+            rejected[site] = StatementError(site, "refusal", refusal.reason)
+            event_id = refusal_event_id(terms.run, terms.round, refusal)
+            coordinator.append(refusal, f"site:{site}", event_id)
+    for rejection in rejected.values():
+        _logger.warning("round %d: %s", terms.round, rejection)
 
 
 def record_opened(coordinator: Coordinator, masked: MaskedRound) -> None:

@@ -21,6 +21,7 @@ from audit.entries import (
     VersionRegistered,
     VersionTransition,
     decode_entry,
+    event_hash,
 )
 from audit.ledger import Ledger, StoredEntry
 from audit.round_bodies import RunEvaluated, RunReferenced
@@ -208,8 +209,9 @@ def run_referenced(log: Ledger, run: str) -> RunReferenced | None:
 
 
 def statements(log: Ledger, *, site: str | None = None) -> list[SiteStatement]:
-    """Return every statement in the log, delivered or not, by log order."""
+    """Return every statement in the log once, delivered or not, by log order."""
     columns = {} if site is None else {"site": site}
     found = [(stored.leaf_index, body) for stored, body in bodies(log, SiteStatement, **columns)]
     found += [(stored.leaf_index, body.statement) for stored, body in bodies(log, SiteUndelivered, **columns)]
-    return [statement for _, statement in sorted(found, key=lambda pair: pair[0])]
+    ordered = [statement for _, statement in sorted(found, key=lambda pair: pair[0])]
+    return list({event_hash(statement): statement for statement in ordered}.values())

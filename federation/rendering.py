@@ -26,7 +26,7 @@ def charter_html(charter: Charter) -> str:
             ("digest", charter.digest),
             ("task", f"{charter.task}: {charter.label.name} from {len(charter.features)} features"),
             ("model", f"{charter.model.family}, {charter.dimension} parameters"),
-            ("plan", f"{plan.strategy}, {plan.rounds} rounds, the last {charter.average_last} averaged"),
+            ("plan", f"{plan.strategy}, {_rounds(charter)}, the last {charter.average_last} averaged"),
             (
                 "privacy",
                 f"epsilon {privacy.epsilon}, delta {privacy.delta}, one {privacy.unit}, {privacy.relation}",
@@ -37,6 +37,11 @@ def charter_html(charter: Charter) -> str:
             ("use", _use(charter)),
         ],
     )
+
+
+def _rounds(charter: Charter) -> str:
+    plan = charter.plan
+    return f"{plan.rounds} rounds" + (f" and {plan.spare_rounds} spare" if plan.spare_rounds else "")
 
 
 def _use(charter: Charter) -> str:
@@ -58,7 +63,7 @@ def version_html(version: Version) -> str:
         for gate in registered.gates
     ]
     costs = [
-        f"{cost.site} {cost.run_epsilon} (lifetime {cost.lifetime_epsilon})" for cost in registered.epsilons
+        f"{cost.site} {cost.run_epsilon} (lifetime {cost.lifetime_epsilon})" for cost in registered.costs
     ]
     return table(
         f"Version {version.digest[:12]} of {version.model}",

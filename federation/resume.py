@@ -4,7 +4,8 @@ The log is the checkpoint. `RunPast.read` collects the run's entries; `replay` m
 step again from the kept updates and compares the result, bit for bit, with what the log says came out; so
 weights, optimiser and average stand where they stood. Of the round that was broken off, releases that are in
 the log are taken from there, and the sites whose are not are asked again: they answer with the same bytes.
-A release that was written off as undelivered stays out, and stays debited.
+A release that was written off as undelivered stays out, and stays debited. A round that was abandoned is
+over: its number is not opened again.
 
 Order of calls: `RunPast.read`, `replay`, then the round loop from `next_round` on.
 """
@@ -45,7 +46,7 @@ from federation.coordinator import Coordinator
 from federation.errors import BlobAlteredError, BlobMissingError, NotFoundError, ResumeError
 from federation.flat import Vector, model_bytes, update_vector
 from federation.preparation import Prepared, SiteHistory
-from federation.run_state import LoggedRelease, RunState
+from federation.run_state import LoggedRelease, Lost, RunState
 from federation.statements import AcceptedUpdate, OdometerHead
 from federation.strategies import Strategy
 
@@ -71,6 +72,15 @@ class PastRound:
     releases: Mapping[str, LoggedRelease]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbandonedRound:
+    """A round that gave no model; the next one has another number, and is built on the same model."""
+
+    body: RoundAbandoned
+    leaf_index: int
+    leaf_hash: str
+
+
 @dataclass(slots=True)
 class RunPast:
     """One run's entries, in order; `started` is None where the log knows no such run."""
@@ -84,7 +94,7 @@ class RunPast:
     refused: dict[tuple[int, str], UpdateRefused] = field(default_factory=dict)
     examined: set[int] = field(default_factory=set)
     opened: dict[int, RoundOpened] = field(default_factory=dict)  # masked rounds
-    abandoned: int = 0  # the round that was given up, if one was
+    abandoned: dict[int, AbandonedRound] = field(default_factory=dict)
     evaluated: RunEvaluated | None = None
     referenced: RunReferenced | None = None
     resumed: list[RunResumed] = field(default_factory=list)
@@ -110,11 +120,17 @@ class RunPast:
 
     @property
     def next_round(self) -> int:
-        return len(self.rounds) + 1
+        return len(self.rounds) + len(self.abandoned) + 1
+
+    @property
+    def last_end(self) -> PastRound | AbandonedRound | None:
+        """How the last round ended; None before the first one did."""
+        ends: list[PastRound | AbandonedRound] = [*self.rounds[-1:], *list(self.abandoned.values())[-1:]]
+        return max(ends, key=lambda end: end.leaf_index, default=None)
 
     @property
     def last_leaf_hash(self) -> str:
-        return self.rounds[-1].leaf_hash if self.rounds else ZERO_DIGEST
+        return ZERO_DIGEST if self.last_end is None else self.last_end.leaf_hash
 
     def participants(self, minimum_sites: int) -> tuple[str, ...]:
         """Return who the next round asks; () where the run has yet to find its sites.
@@ -124,32 +140,34 @@ class RunPast:
         """
         if self.rounds:
             return tuple(self.rounds[-1].releases)
-        for (number, _), release in self.statements.items():
-            if number == 1:
+        for release in (*self.statements.values(), *self.written_off.values()):
+            if release.statement.run == self.run:
                 return release.statement.participants
         may_be_asked = self.published_size > self.accepted_leaf
         return tuple(sorted(self.accepted)) if may_be_asked and len(self.accepted) >= minimum_sites else ()
 
-    def open_releases(self) -> dict[str, LoggedRelease]:
+    def open_releases(self, charter: Charter) -> dict[str, LoggedRelease]:
         """Return the releases of the round that was broken off, as far as the log holds them."""
-        return self.release_of(self._open_round)
+        return self.release_of(self.open_round(charter))
 
     def release_of(self, number: int) -> dict[str, LoggedRelease]:
         return {site: release for (of, site), release in sorted(self.statements.items()) if of == number}
 
-    def open_written_off(self) -> dict[str, LoggedRelease]:
+    def open_written_off(self, charter: Charter) -> dict[str, LoggedRelease]:
         """Return the releases of that round that were written off; their sites are asked no more."""
-        number = self._open_round
+        number = self.open_round(charter)
         return {site: release for (of, site), release in sorted(self.written_off.items()) if of == number}
 
-    def open_refused(self) -> dict[str, UpdateRefused]:
+    def open_refused(self, charter: Charter) -> dict[str, UpdateRefused]:
         """Return the updates of that round that were refused for their length."""
-        return {site: body for (number, site), body in self.refused.items() if number == self._open_round}
+        opened = self.open_round(charter)
+        return {site: body for (number, site), body in self.refused.items() if number == opened}
 
-    @property
-    def _open_round(self) -> int:
-        """The number of the release that was broken off; an evaluation takes one after the last round's."""
-        return self.next_round + (self.evaluated is not None)
+    def open_round(self, charter: Charter) -> int:
+        """The number of the release that was broken off; what follows the rounds has numbers of its own."""
+        if len(self.rounds) < charter.plan.rounds:
+            return self.next_round
+        return charter.most_rounds + 1 + (self.evaluated is not None)
 
     def _take(self, row: StoredEntry, body: Any) -> None:
         place: dict[str, Any] = {"leaf_index": row.leaf_index, "leaf_hash": row.leaf_hash.hex()}
@@ -175,7 +193,9 @@ class RunPast:
         elif isinstance(body, RoundOpened):
             self.opened[body.round] = body
         elif isinstance(body, RoundAbandoned):
-            self.abandoned = body.round
+            if body.round not in self.abandoned:  # an older release could say it twice
+                self._once(body.round == self.next_round, f"round {body.round} is not its next one")
+                self.abandoned[body.round] = AbandonedRound(body=body, **place)
         elif isinstance(body, RunEvaluated):
             self.evaluated = body
         elif isinstance(body, RunReferenced):
@@ -245,11 +265,12 @@ def replay(coordinator: Coordinator, charter: Charter, past: RunPast, strategy: 
         ResumeError: a round gives other weights than the log says, or an update is missing.
     """
     outputs: list[Vector] = []
-    for number, done in enumerate(past.rounds, start=1):
+    for done in past.rounds:
+        number = done.completed.round
         updates = {
             site: recall(coordinator.blobs, past.run, release) for site, release in done.releases.items()
         }
-        weights = strategy.repeat(number, updates, opened_total(coordinator.blobs, past.opened.get(number)))
+        weights = strategy.repeat(updates, opened_total(coordinator.blobs, past.opened.get(number)))
         model = model_bytes(charter.layers, weights)
         if hashlib.sha256(model).hexdigest() != done.completed.output_model:
             problem = f"round {number} gives other weights than the log says"
@@ -309,19 +330,23 @@ def take_up(
         participants=past.participants(charter.minimum_sites) or prepared.sites,
         base_model=model_bytes(charter.layers, strategy.weights),
         outputs=outputs[-charter.average_last :],
-        logged=past.open_releases(),
+        completed=len(past.rounds),
+        logged=past.open_releases(charter),
         opened=past.opened.get(past.next_round),
     )
-    if past.rounds:
-        done = past.rounds[-1]
-        state.previous_round, state.round_leaf = done.leaf_hash, done.leaf_index
-        state.own_leaf = {site: release.leaf_index for site, release in done.releases.items()}
+    if past.last_end is not None:
+        state.previous_round, state.round_leaf = past.last_end.leaf_hash, past.last_end.leaf_index
+    if isinstance(past.last_end, AbandonedRound):
+        lost = past.last_end.body
+        state.lost = Lost(round=lost.round, reason=lost.reason, detail="before the run was resumed")
+    releases = sorted((past.written_off | past.statements).items())
+    state.own_leaf = {site: found.leaf_index for (of, site), found in releases if of < past.next_round}
     if past.evaluated is not None:
-        counted = past.release_of(past.next_round)
+        counted = past.release_of(charter.most_rounds + 1)
         state.own_leaf |= {site: release.leaf_index for site, release in counted.items()}
-    refused = past.open_refused()
+    refused = past.open_refused(charter)
     state.silent = set(state.participants) - set(connected)
-    for site, release in past.open_written_off().items():
+    for site, release in past.open_written_off(charter).items():
         if site in refused:
             state.logged.setdefault(site, release)  # it is refused again, for the same length
         elif site not in state.logged:
@@ -346,7 +371,11 @@ def _set_odometers(coordinator: Coordinator, prepared: Prepared, state: RunState
 def undelivered(ledger: Ledger, run: str) -> tuple[SiteStatement, ...]:
     """Return the run's releases that were debited and reached no round; they stay debited."""
     past = RunPast.read(ledger, run)
-    counted = {event_hash(release.statement) for release in past.statements.values()}
+    counted = {
+        event_hash(release.statement)
+        for (number, _), release in past.statements.items()
+        if number not in past.abandoned
+    }
     return tuple(
         release.statement
         for _, release in sorted(past.written_off.items())

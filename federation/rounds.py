@@ -4,6 +4,9 @@ A round ends when every participant answered or its time-out passed, whichever i
 costs one repetition, never the round. A site that gave no statement is out for the rest of the run, for it
 could not show its own release in witnessed history.
 
+A round that ends with too few sites, or whose masked sum cannot be opened, is abandoned: an entry, releases
+that stay debited, and a round with a new number in its place, as long as the charter's `spare_rounds` last.
+
 A run whose coordinator died goes on by the same call: what the log holds of it (`federation.resume`) is not
 done again, and the round that was broken off is asked once more. One process at a time carries a run out
 (`federation.run_hold`).
@@ -13,9 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,17 +25,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from audit.entries import (
-    RoundAbandoned,
     RoundCompleted,
     RunCompleted,
     RunFailed,
     RunStarted,
-    SiteUndelivered,
     body_document,
-    event_hash,
 )
 from audit.epsilon import recompute
 from audit.packing import pack_digests
+from federation.abandoning import abandon, regather
 from federation.after_rounds import AfterRounds
 from federation.anomaly import record_view
 from federation.charter import Charter
@@ -43,10 +43,9 @@ from federation.errors import (
     ResumeError,
     ResumeLaterError,
     RunFailedError,
-    StatementError,
 )
 from federation.evaluation import PublicData, metrics_of
-from federation.exchange import Exchange, Request, read_answer
+from federation.exchange import Exchange, Request
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
@@ -61,22 +60,24 @@ from federation.preparation import (
     record_charter,
 )
 from federation.progress import RunEvent, emit
-from federation.refusals import noting, record_masked, record_opened, record_too_long
+from federation.refusals import (
+    noting,
+    record_masked,
+    record_opened,
+    record_refusals,
+    record_too_long,
+)
 from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
-from federation.run_state import RunOutcome, RunState
+from federation.run_state import Lost, RunOutcome, RunState
 from federation.secure_round import MaskedRound
 from federation.statements import (
     AcceptedUpdate,
     RoundTerms,
     record_statements,
-    refusal_event_id,
-    verify_refusal,
 )
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
-
-_logger = logging.getLogger(__name__)
 
 FINISH_TIMEOUT_S = 10.0
 ROUND_TROUBLE_S = 90.0  # a node that was killed is refused for up to a minute
@@ -144,13 +145,18 @@ class RoundLoop:
             self._hold.check()
             self._coordinator.append(resumed_body(charter, past, principal), ACTOR)
             self._emit("resumed", number=past.next_round, sites=prepared.sites, detail=principal)
-        for number in range(past.next_round, charter.plan.rounds + 1):
+        number = past.next_round
+        while state.completed < charter.plan.rounds:
             self._hold.check()
             if self._stop():
                 raise self._fail(number, "stopped", "somebody asked it to stop", state)
+            if state.lost is not None:
+                self._check_spare(number, state.lost, state)
+                self._regather(number, state.lost, prepared, state)
             self._round(number, strategy, prepared, state)
+            number += 1
         self._hold.check()
-        return self._complete(past, prepared, state)
+        return self._complete(past, prepared, state, number - 1)
 
     def _check_same(self, past: RunPast) -> None:
         if past.started != self._run:
@@ -174,7 +180,7 @@ class RoundLoop:
         if isinstance(ended, RunFailed):
             raise RunFailedError(self._run.run, ended.round, ended.reason, "it had ended before")
         state.participants = tuple(past.rounds[-1].releases)
-        return self._outcome(ended.weights, state, witnesses)
+        return self._outcome(ended.weights, past.next_round - 1, state, witnesses)
 
     def _prepare(self, author: str, past: RunPast) -> Prepared:
         coordinator, charter = self._coordinator, self._charter
@@ -225,7 +231,8 @@ class RoundLoop:
         masked = self._masked(terms, state)
         total = opened_total(self._coordinator.blobs, state.opened)
         if number > 1:
-            self._witnessing.prepare([state.own_leaf[site] for site in state.participants])
+            shown = [state.own_leaf[site] for site in state.participants if site in state.own_leaf]
+            self._witnessing.prepare(shown)
         requests = self._requests(number, state, again=masked is not None)
         if masked is not None:
             there = [site for site in state.participants if site not in state.silent]
@@ -261,12 +268,24 @@ class RoundLoop:
             record_masked(self._coordinator, masked, strategy.rejected)
         self._check_logged(strategy, state)
         self._hold.check()
-        self._record_refusals(number, unanswered, strategy, prepared)
+        record_refusals(
+            self._coordinator,
+            terms,
+            unanswered,
+            self._exchange.site_of,
+            strategy.rejected,
+            prepared.enrolments,
+        )
+        for site, rejection in strategy.rejected.items():
+            self._emit("refused", number=number, sites=(site,), detail=str(rejection))
         accepted = {site: strategy.accepted[site] for site in sorted(strategy.accepted)}
         missing = tuple(sorted(set(state.participants) - set(accepted)))
         state.own_leaf |= record_too_long(self._coordinator, strategy.too_long, strategy.update_terms)
         if output is None:
-            self._abandon(number, accepted, missing, strategy, state)
+            lost = abandon(self._coordinator, terms, accepted, missing, strategy, prepared, state)
+            state.lost = lost
+            self._emit("abandoned", number=number, sites=tuple(accepted), missing=missing, detail=lost.reason)
+            return
         leaves: list[str] = []
         for site, sequenced in record_statements(self._coordinator, accepted).items():
             leaves.append(sequenced.leaf_hash.hex())
@@ -296,6 +315,7 @@ class RoundLoop:
             record_view(self._coordinator, self._charter, body, seen)
         state.previous_round, state.round_leaf = completed.leaf_hash.hex(), completed.leaf_index
         state.participants, state.logged, state.silent, state.opened = tuple(accepted), {}, set(), None
+        state.completed, state.lost = state.completed + 1, None
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]
         if self._charter.average_last == 1:
             state.outputs = [weights]
@@ -360,7 +380,8 @@ class RoundLoop:
         shown: dict[str, Any] = {"previous_round": None, "own_statement": None}
         if number > 1 and state.round_leaf is not None:
             shown["previous_round"] = self._witnessing.logged(state.round_leaf)
-            shown["own_statement"] = self._witnessing.logged(state.own_leaf[site])
+            own = state.own_leaf.get(site)  # none, where all rounds before were abandoned without it
+            shown["own_statement"] = None if own is None else self._witnessing.logged(own)
         header = {
             "run": self._run.run,
             "round": number,
@@ -370,45 +391,23 @@ class RoundLoop:
         }
         return Request(kind="round", header=header, blobs={"base_model": state.base_model})
 
-    def _record_refusals(
-        self, number: int, replies: Sequence[Message], strategy: Any, prepared: Prepared
-    ) -> None:
-        """Write each proved refusal, and name it in place of "holds no statement"."""
-        for reply in replies:
-            site = self._exchange.site_of(reply)
-            if site is None or site not in strategy.rejected:
-                continue
-            answer = read_answer(site, reply)
-            if "refusal" in answer.header:
-                try:
-                    refusal = verify_refusal(site, prepared.enrolments[site], answer.header["refusal"])
-                except StatementError as error:
-                    strategy.rejected[site] = error
-                    continue
-                strategy.rejected[site] = StatementError(site, "refusal", refusal.reason)
-                event_id = refusal_event_id(self._run.run, number, refusal)
-                self._coordinator.append(refusal, f"site:{site}", event_id)
-        for site, rejection in strategy.rejected.items():
-            _logger.warning("round %d: %s", number, rejection)
-            self._emit("refused", number=number, sites=(site,), detail=str(rejection))
+    def _check_spare(self, number: int, lost: Lost, state: RunState) -> None:
+        """End the run where the rounds that may still be opened are fewer than those it lacks."""
+        if self._charter.most_rounds - number + 1 < self._charter.plan.rounds - state.completed:
+            raise self._fail(lost.round, lost.reason, lost.detail, state)
 
-    def _abandon(
-        self, number: int, accepted: Any, missing: tuple[str, ...], strategy: Any, state: RunState
-    ) -> None:
-        rejected, not_opened = strategy.rejected, strategy.not_opened
-        reason = "not_enough_sites" if not_opened is None else "not_opened"
-        for site, update in accepted.items():
-            body = SiteUndelivered(statement=update.statement)
-            event_id = stable_event_id("site.undelivered", event_hash(update.statement))
-            state.own_leaf[site] = self._coordinator.append(body, f"site:{site}", event_id).leaf_index
-        self._coordinator.append(
-            RoundAbandoned(run=self._run.run, round=number, reason=reason, missing=missing), ACTOR
+    def _regather(self, number: int, lost: Lost, prepared: Prepared, state: RunState) -> None:
+        """Find who is there for a round in place of the one that was lost; too few end the run."""
+        timeout_s = float(self._charter.plan.round_timeout_s)
+        found = regather(
+            self._coordinator, self._exchange, self._run.run, number, prepared, state, timeout_s=timeout_s
         )
-        self._emit("abandoned", number=number, sites=tuple(accepted), missing=missing)
-        silent = [f"site {site}: no answer in time" for site in missing if site not in rejected]
-        lost = [] if not_opened is None else [str(not_opened)]
-        detail = "; ".join([*lost, *(str(error) for error in rejected.values()), *silent])
-        raise self._fail(number, reason, detail, state)
+        for problem in found.problems:
+            self._emit("refused", number=number, sites=(problem.site,), detail=str(problem))
+        if len(found.there) < self._charter.minimum_sites:
+            detail = f"{lost.detail}; then {len(found.there)} sites were there for another round"
+            raise self._fail(lost.round, lost.reason, detail, state)
+        self._witnessing.cosign(state.participants)
 
     def _fail(self, number: int, reason: str, detail: str, state: RunState | None = None) -> RunFailedError:
         body = RunFailed(run=self._run.run, charter=self._charter.digest, round=number, reason=reason)
@@ -417,7 +416,7 @@ class RoundLoop:
         self._emit("failed", number=number, detail=f"{reason}: {detail}")
         return RunFailedError(self._run.run, number, reason, detail)
 
-    def _complete(self, past: RunPast, prepared: Prepared, state: RunState) -> RunOutcome:
+    def _complete(self, past: RunPast, prepared: Prepared, state: RunState, opened: int) -> RunOutcome:
         state.base_model = model_bytes(self._charter.layers, average_vectors(state.outputs))
         weights = self._coordinator.blobs.put(state.base_model)
         AfterRounds(
@@ -441,16 +440,16 @@ class RoundLoop:
             ACTOR,
             stable_event_id("run.completed", self._run.run),
         )
-        return self._outcome(weights, state, self._finish(state))
+        return self._outcome(weights, opened, state, self._finish(state))
 
-    def _outcome(self, weights: str, state: RunState, witnesses: int) -> RunOutcome:
+    def _outcome(self, weights: str, opened: int, state: RunState, witnesses: int) -> RunOutcome:
         outcome = RunOutcome(
             run=self._run.run,
             charter=self._charter.digest,
             rounds=self._charter.plan.rounds,
             weights=weights,
             sites=state.participants,
-            epsilon=self._epsilon(self._charter.plan.rounds),
+            epsilon=self._epsilon(opened, is_over=True),
             elapsed_s=time.monotonic() - self._started,
         )
         self._emit(
@@ -477,9 +476,10 @@ class RoundLoop:
         self._exchange.ask(finished, timeout_s=FINISH_TIMEOUT_S)
         return witnesses
 
-    def _epsilon(self, rounds: int) -> float:
-        events = planned_events(self._charter)
-        done = events if rounds == self._charter.plan.rounds else events[:rounds]
+    def _epsilon(self, opened: int, *, is_over: bool = False) -> float:
+        """What the run cost a site that released in every round that was opened."""
+        events, most = planned_events(self._charter), self._charter.most_rounds
+        done = events[:opened] + (events[most:] if is_over else ())
         return recompute(done, float(self._charter.privacy.delta)).value
 
     def _emit(self, kind: str, *, number: int = 0, **fields: Any) -> None:

@@ -84,7 +84,7 @@ def start(
         "model": version.model,
         "version": version.digest,
         "gates_passed": version.gates_passed,
-        "epsilon": max((item.run_epsilon for item in version.registered.epsilons), key=float, default=None),
+        "epsilon": max((item.run_epsilon for item in version.registered.costs), key=float, default=None),
     }
     emit(
         document, f"version {version.digest} of {version.model} is registered as a candidate", as_json=as_json
@@ -244,6 +244,9 @@ def _screen(view: RunView) -> str:
         f"state    {state}{reason}, round {view.round} of {view.rounds}",
         f"awaited  {', '.join(view.awaited) or '-'}",
     ]
+    if view.abandoned:
+        named = (f"round {number} ({reason})" for number, reason in sorted(view.abandoned.items()))
+        head.append(f"abandoned  {', '.join(named)}")
     if view.resumed:
         head.append("resumed  " + ("once" if view.resumed == 1 else f"{view.resumed} times"))
     if view.needs:

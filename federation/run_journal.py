@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from federation.progress import RunEvent
 
 _logger = logging.getLogger(__name__)
+
+_FIELDS: Final = tuple(field.name for field in dataclasses.fields(RunEvent))
 
 
 class RunJournal:
@@ -27,10 +30,14 @@ class RunJournal:
 
     def write(self, event: RunEvent) -> None:
         """Append one event; a full disk costs the watcher a line and the run nothing."""
-        line = json.dumps(dataclasses.asdict(event), separators=(",", ":")) + "\n"
+        fields = {name: getattr(event, name) for name in _FIELDS} | {"metrics": dict(event.metrics)}
+        line = json.dumps(fields, separators=(",", ":")) + "\n"
         try:
-            with self.events_path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            descriptor = os.open(self.events_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
         except OSError as error:
             _logger.warning("an event of the run was not written: %s", error)
 

@@ -18,14 +18,25 @@ class LoggedRelease:
     leaf_hash: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """A round that was abandoned, and why."""
+
+    round: int
+    reason: str
+    detail: str
+
+
 @dataclass(slots=True)
 class RunState:
     """What the next round is built on. `logged` and `silent` are of a round that was broken off."""
 
     participants: tuple[str, ...]
     base_model: bytes
-    previous_round: str = ZERO_DIGEST  # leaf hash
+    previous_round: str = ZERO_DIGEST  # leaf hash of the last round's entry, completed or abandoned
     round_leaf: int | None = None
+    completed: int = 0  # rounds that gave a model
+    lost: Lost | None = None  # the round before, where it was abandoned
     own_leaf: dict[str, int] = field(default_factory=dict)  # by site, of its last release
     outputs: list[Vector] = field(default_factory=list)  # of the last rounds, to be averaged
     logged: dict[str, LoggedRelease] = field(default_factory=dict)  # releases that need not be asked for

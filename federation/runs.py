@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from audit.entries import (
+    RoundAbandoned,
     RoundCompleted,
     RunAccepted,
     RunCompleted,
@@ -64,10 +65,11 @@ class RunView:
     members: tuple[str, ...]
     state: State = "running"
     reason: str = ""
-    round: int = 0
+    round: int = 0  # how many gave a model
     accepted: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # site -> reason
     missing: tuple[str, ...] = ()  # in the last round
+    abandoned: dict[int, str] = field(default_factory=dict)  # round -> why it gave no model
     awaited: tuple[str, ...] = ()
     epsilon: dict[str, float] = field(default_factory=dict)  # by site, this run's so far
     metrics: dict[str, float] = field(default_factory=dict)  # of the last round
@@ -98,14 +100,21 @@ class RunView:
 class _Released:
     """One site's releases in one run, each debited once, by the hash of the event."""
 
-    events: dict[str, Any] = field(default_factory=dict)
+    statements: dict[str, SiteStatement] = field(default_factory=dict)
     delivered: set[str] = field(default_factory=set)
 
     def take(self, statement: SiteStatement, *, delivered: bool) -> None:
         name = event_hash(statement)
-        self.events[name] = statement.event
+        self.statements[name] = statement
         if delivered:
             self.delivered.add(name)
+
+    def lost(self, abandoned: Container[int]) -> int:
+        """How many reached no round that gave a model."""
+        return sum(
+            name not in self.delivered or statement.round in abandoned
+            for name, statement in self.statements.items()
+        )
 
 
 def list_runs(ledger: Ledger, *, delta: float = 1e-5, run: str | None = None) -> list[RunView]:
@@ -127,8 +136,9 @@ def list_runs(ledger: Ledger, *, delta: float = 1e-5, run: str | None = None) ->
             if view is not None:
                 _take(view, body, released)
     for (name, site), known in released.items():
-        found[name].epsilon[site] = recompute(list(known.events.values()), delta).value
-        if lost := len(known.events) - len(known.delivered):
+        events = [statement.event for statement in known.statements.values()]
+        found[name].epsilon[site] = recompute(events, delta).value
+        if lost := known.lost(found[name].abandoned):
             found[name].undelivered[site] = lost
     for view in found.values():
         if view.state == "running" and not is_held(ledger, view.run):
@@ -179,7 +189,7 @@ def _tell_resumable(ledger: Ledger, view: RunView) -> None:
     view.resumable = True
     wanted = past.participants(charter.minimum_sites) or view.members
     view.needs = (
-        f"round {min(past.next_round, view.rounds)}: at least {charter.minimum_sites} of the sites "
+        f"round {min(past.next_round, charter.most_rounds)}: at least {charter.minimum_sites} of the sites "
         f"{', '.join(wanted)}; then `affidavit runs resume {view.run[:12]}`"
     )
 
@@ -196,8 +206,10 @@ def _take(view: RunView, body: Any, released: dict[tuple[str, str], _Released]) 
         released.setdefault((said.run, said.site), _Released()).take(said, delivered=False)
     elif isinstance(body, RunResumed):
         view.resumed += 1
+    elif isinstance(body, RoundAbandoned):
+        view.abandoned[body.round], view.missing = body.reason, body.missing
     elif isinstance(body, RoundCompleted):
-        view.round, view.missing = body.round, body.missing
+        view.round, view.missing = view.round + 1, body.missing
         view.metrics = {metric.name: float(metric.value) for metric in body.metrics}
     elif isinstance(body, RunCompleted):
         view.state, view.weights = "completed", body.weights

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from audit.cost_bodies import pack_costs
 from audit.entries import (
     RunCompleted,
     RunStarted,
@@ -248,6 +249,7 @@ def register(
     require(authorizer, principal, Question(action="models.register", resource=started.model))
     charter = charter_of(coordinator, completed.charter)
     weights = weights_of_file(charter.layers, coordinator.blobs.get(completed.weights))
+    plain, packed = pack_costs(epsilons(charter, request.run, registry.statements(ledger)))
     body = VersionRegistered(
         version=completed.weights,
         model=started.model,
@@ -259,7 +261,8 @@ def register(
         gates=judge(
             charter, public_data(coordinator, charter), weights, registry.run_evaluated(ledger, request.run)
         ),
-        epsilons=epsilons(charter, request.run, registry.statements(ledger)),
+        epsilons=plain,
+        packed=packed,
     )
     coordinator.append(body, "coordinator", stable_event_id("version.registered", request.run))
     export(coordinator, body, charter, weights)
@@ -287,7 +290,7 @@ def approve(
     if request.to_state not in (APPROVED, LIVE):
         raise TransitionError(f"approve to {APPROVED} or {LIVE}, not to {request.to_state!r}")
     charter = _check_officer(coordinator, version, officer)
-    failed = failed_gates(charter, version.registered.gates, version.registered.epsilons)
+    failed = failed_gates(charter, version.registered.gates, version.registered.costs)
     if failed:
         raise GateNotPassedError(version.digest, failed)
     if version.state == CANDIDATE:

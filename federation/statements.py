@@ -7,7 +7,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from audit.canonical import canonical_bytes
@@ -32,7 +32,7 @@ from audit.keys import VerifyKey, parse_public_key
 from audit.ledger import Sequenced
 from audit.notes import NoteVerifier
 from audit.weights import update_array
-from federation.blobs import BlobStore
+from federation.blobs import SMALL_BYTES, BlobStore
 from federation.coordinator import Addition, Coordinator, stable_event_id
 from federation.errors import StatementError
 from federation.flat import update_vector
@@ -86,9 +86,11 @@ class AcceptedUpdate:
         return update_array(self.read())
 
     def kept_in(self, blobs: BlobStore) -> AcceptedUpdate:
-        """Write the update where files lie by digest, and hold it no longer: a round of many sites, or of a
-        large model, does not fit into memory.
+        """Write the update where files lie by digest, and hold it no longer: a round of a large model does
+        not fit into memory. Small ones stay, and are written together once all are there.
         """
+        if len(self.read()) <= SMALL_BYTES:
+            return self
         return dataclasses.replace(self, read=partial(blobs.get, blobs.put(self.read())), is_kept=True)
 
 
@@ -129,8 +131,8 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
         raise StatementError(site, "update", str(error)) from error
     if count != terms.released:
         raise StatementError(site, "update", f"has {count} numbers, the model {terms.released}")
-    # the names again are the round's own, not one more copy of them a site
-    statement = dataclasses.replace(statement, participants=terms.participants)
+    # names and event again are the round's own, not one more copy of them a site
+    statement = dataclasses.replace(statement, participants=terms.participants, event=terms.event)
     return AcceptedUpdate(statement=statement, read=lambda: update)
 
 
@@ -255,9 +257,14 @@ def _parse(kind: type[T], site: str, document: object) -> T:
         raise StatementError(site, kind.__name__, str(error)) from error
 
 
+@lru_cache(maxsize=4096)
+def _verify_key(text: str) -> VerifyKey:
+    return VerifyKey(parse_public_key(text))
+
+
 def _key(site: str, text: str) -> VerifyKey:
     try:
-        return VerifyKey(parse_public_key(text))
+        return _verify_key(text)
     except AuditError as error:
         raise StatementError(site, "key", str(error)) from error
 

@@ -58,6 +58,7 @@ class ProvableAggregation:
         self._specs = parameter_specs(charter.layers)
         self._m: Vector = np.zeros_like(self.weights)
         self._v: Vector = np.zeros_like(self.weights)
+        self._steps = 0  # rounds that gave a model; one that is abandoned moves no optimiser
         self._terms: RoundTerms | None = None
         self._nodes: dict[int, str] = {}
         self._requests: list[Message] = []
@@ -119,7 +120,7 @@ class ProvableAggregation:
             except SecureRoundError as error:
                 self.not_opened = error
                 return None, None
-        self.weights = self._step(server_round)
+        self.weights = self._step()
         return self.arrays(), MetricRecord({"sites": len(self.accepted)})
 
     def offer(self, site: str, statement: object, update: bytes) -> None:
@@ -137,7 +138,6 @@ class ProvableAggregation:
 
     def repeat(
         self,
-        server_round: int,
         updates: Mapping[str, AcceptedUpdate],
         total: Sequence[int] | None = None,
     ) -> Vector:
@@ -149,7 +149,7 @@ class ProvableAggregation:
         self._open_sum, self._total = None, ()
         if total is not None:
             self._open_sum, self._total = (lambda _: total), total
-        self.weights = self._step(server_round)
+        self.weights = self._step()
         return self.weights
 
     def _check_length(self, site: str) -> None:
@@ -169,14 +169,16 @@ class ProvableAggregation:
             offset += count
         return ArrayRecord(parts)
 
-    def _step(self, server_round: int) -> Vector:
+    def _step(self) -> Vector:
+        number = self._steps + 1
         plan, d = self.plan, self._pseudo_gradient()
         if plan.strategy == "fedavg":
             result = self.weights + plan.learning_rate * d
         else:
-            result = self._adaptive(server_round, d)
+            result = self._adaptive(number, d)
         if not bool(np.isfinite(result).all()):
-            raise ReplayError(f"round {server_round} gives weights that are not finite")
+            raise ReplayError(f"completed round {number} gives weights that are not finite")
+        self._steps = number
         return result
 
     def _pseudo_gradient(self) -> Vector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 from audit.checkpoints import parse_checkpoint_note
@@ -89,9 +90,10 @@ class Witnessing:
         lines: dict[str, list[bytes]] = {}
         waiting = sites
         self._catch_up(sites)
+        request = lru_cache(maxsize=None)(partial(self._request, note))  # most sites saw the same tree last
         for _ in range(2):  # the second time from the sizes that the stale ones named
             answers = self._exchange.ask(
-                {site: self._request(note, self._seen.get(site, 0)) for site in waiting},
+                {site: request(self._seen.get(site, 0)) for site in waiting},
                 timeout_s=self._timeout_s,
                 group_id="cosign",
             )

@@ -38,7 +38,7 @@ def check_aggregation(chain: Chain) -> Outcome:
     aggregator = Aggregator(charter.aggregation)
     weights = initial_weights(charter.layers, charter.digest)
     outputs: list[list[float]] = []
-    for found in chain.rounds:
+    for number, found in enumerate(chain.rounds, start=1):
         updates = [_update(chain, found, position) for position in range(len(found.statements))]
         if charter.aggregation.rule.norm_bound:
             check_lengths(charter, found, updates)
@@ -46,7 +46,7 @@ def check_aggregation(chain: Chain) -> Outcome:
         if charter.secure is not None:
             summed = [opened_update(chain, charter, charter.secure, found, updates)]
         try:
-            weights = aggregator.step(found.leaf.body.round, weights, summed)
+            weights = aggregator.step(number, weights, summed)
             digest = hashlib.sha256(model_file(charter.layers, weights)).hexdigest()
         except AuditError as error:
             raise FailError("replay.refused", str(error), found.leaf.index) from error

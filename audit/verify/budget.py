@@ -28,11 +28,13 @@ from audit.epsilon import (
     needs_rdp,
     rdp_epsilon,
     recompute,
+    whole_site_epsilon,
 )
 from audit.errors import AuditError
 from audit.shared_noise import site_level
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
 from audit.verify.history import LINKS
+from audit.verify.lost_rounds import fewest_in_a_round
 from audit.verify.members import CHARTER
 from audit.verify.odometer import walk
 from audit.verify.report import EpsilonLine, Word
@@ -81,14 +83,14 @@ def check_epsilon(chain: Chain) -> Outcome:
     if not chain.histories:
         need(None, ODOMETERS)
     registered, run = chain.registered, need(chain.started, LINKS).body.run
-    claims = {claim.site: claim for claim in registered.body.epsilons} if registered else {}
+    claims = {claim.site: claim for claim in registered.body.costs} if registered else {}
     entry = registered.index if registered else None
     taking_part = {
         site
         for site, history in chain.histories.items()
         if any(statement.run == run for statement in history)
     }
-    if registered and (len(claims) != len(registered.body.epsilons) or set(claims) != taking_part):
+    if registered and (len(claims) != len(registered.body.costs) or set(claims) != taking_part):
         raise FailError("epsilon.claims", "the claims do not name each site that took part once", entry)
     delta = float(charter.privacy.delta)
     lines, attested = [], False
@@ -132,6 +134,7 @@ def check_epsilon(chain: Chain) -> Outcome:
         )
     shared, whole = _shared(charter, chain), _whole_sites(chain, charter, run, taking_part, entry)
     chain.epsilons = (*lines, *whole)
+    caps = _check_site_caps(chain, run)
     most = max(
         lines,
         key=lambda line: parse_decimal(line.run_epsilon) if line.run_epsilon != "none" else Decimal(10**9),
@@ -145,6 +148,7 @@ def check_epsilon(chain: Chain) -> Outcome:
     if whole:
         top = max(whole, key=lambda line: parse_decimal(line.run_epsilon))
         detail += f"; a whole site: at most {top.run_epsilon} for the run, {top.method}"
+    detail += caps
     if attested:
         detail += (
             "; a claim below that bound is its author's word: install affidavit[accounting] to recompute it"
@@ -157,9 +161,38 @@ def _shared(charter: CharterView, chain: Chain) -> str:
     """Return under which assumption an epsilon of shared noise holds."""
     if charter.secure is None:
         return ""
-    fewest = min(len(found.statements) for found in chain.rounds)
+    fewest = fewest_in_a_round(chain, charter.secure)
     most = charter.secure.colluders(fewest)
     return f", while at most {most} of {fewest} sites collude with the coordinator"
+
+
+def _check_site_caps(chain: Chain, run: str) -> str:
+    """Hold each site that set a cap for all its rows together to it, up to the run's last release.
+
+    Raises:
+        FailError: its releases until then cost more, or one of them bounds nothing of a whole site.
+    """
+    held = []
+    for site, accepted in sorted(chain.accepted.items()):
+        body = accepted.body
+        if not body.whole_site_epsilon_cap:
+            continue
+        try:
+            cap, delta = parse_decimal(body.whole_site_epsilon_cap), float(parse_decimal(body.lifetime_delta))
+        except AuditError as error:
+            raise FailError("run.acceptance", f"whole_site_epsilon_cap: {error}", accepted.index) from error
+        history = chain.histories[site]
+        last = max((place for place, event in enumerate(history, 1) if event.run == run), default=0)
+        cost = whole_site_epsilon([statement.event for statement in history[:last]], delta)
+        if not cost <= float(cap):
+            raise FailError(
+                "epsilon.over_site_cap",
+                f"site {site}: all its releases cost {_up(cost)} for the site as a whole, above the cap "
+                f"of {cap} that it signed",
+                accepted.index,
+            )
+        held.append(f"{site} {_up(cost)} of {cap}")
+    return f"; sites' own caps as a whole, over their lives: {', '.join(held)}" if held else ""
 
 
 def _whole_sites(
@@ -241,6 +274,12 @@ def _unanswered(chain: Chain) -> list[str]:
             history = chain.histories.get(site, ())
             if not any((event.run, event.round) == (body.run, body.round) for event in history):
                 unknown.append(f"{site} in round {body.round}")
+    for lost in chain.lost:
+        gone = lost.leaf.body
+        for site in gone.missing:
+            history = chain.histories.get(site, ())
+            if not any((event.run, event.round) == (gone.run, gone.round) for event in history):
+                unknown.append(f"{site} in round {gone.round}")
     if chain.evaluated is not None:
         unknown += [f"{site} in the evaluation" for site in chain.evaluated.body.missing]
     if chain.sketched is not None:

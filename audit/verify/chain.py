@@ -12,6 +12,7 @@ from audit.entries import (
     CharterPublished,
     Entry,
     Prediction,
+    RoundAbandoned,
     RoundCompleted,
     RunAccepted,
     RunCompleted,
@@ -91,6 +92,14 @@ class Round:
     statements: tuple[Leaf[SiteStatement], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A round that was abandoned: its entry, and what sites released for it that never arrived."""
+
+    leaf: Leaf[RoundAbandoned]
+    releases: tuple[Leaf[SiteStatement], ...]
+
+
 @dataclass(slots=True)
 class Chain:
     """The state of one verification. A step reads what earlier steps set, through `need`."""
@@ -122,7 +131,8 @@ class Chain:
     charter: CharterView | None = None
     enrolments: dict[str, tuple[Leaf[SiteEnrolled], ...]] = field(default_factory=dict)
     accepted: dict[str, Leaf[RunAccepted]] = field(default_factory=dict)
-    rounds: tuple[Round, ...] = ()
+    rounds: tuple[Round, ...] = ()  # that gave a model
+    lost: tuple[Lost, ...] = ()  # rounds that gave none
     outputs: tuple[list[float], ...] = ()  # replayed weights after each round
     weights: list[float] | None = None  # the version's
     evaluated: Leaf[RunEvaluated] | None = None  # once its counts are added up again

@@ -43,7 +43,7 @@ def check_evaluation(chain: Chain, charter: CharterView) -> str:
         field="weights",
         entry=leaf.index,
     )
-    expect(leaf.body.round, charter.rounds + 1, code="evaluation.round", field="round", entry=leaf.index)
+    expect(leaf.body.round, charter.most_rounds + 1, code="evaluation.round", field="round", entry=leaf.index)
     matrices = _matrices(chain, charter, evaluation, leaf)
     _check_claims(charter, evaluation, matrices, leaf)
     chain.evaluated = leaf

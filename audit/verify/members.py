@@ -65,9 +65,13 @@ def check_charter(chain: Chain) -> Outcome:
         detail=f'"{charter.name}" {digest[:16]}…, signed by {", ".join(charter.site_names)}: epsilon '
         f"{privacy.epsilon} "
         f"a run at delta {privacy.delta}, one {privacy.unit}, {privacy.relation.replace('_', '/')}, noise "
-        f"{privacy.noise_multiplier} x sensitivity, {charter.rounds} rounds; purposes "
-        f"{', '.join(charter.purposes)}",
+        f"{privacy.noise_multiplier} x sensitivity, {_rounds(charter.rounds, charter.spare_rounds)}; "
+        f"purposes {', '.join(charter.purposes)}",
     )
+
+
+def _rounds(rounds: int, spare: int) -> str:
+    return f"{rounds} rounds" + (f" and up to {spare} spare ones" if spare else "")
 
 
 def check_sites(chain: Chain) -> Outcome:

@@ -30,7 +30,7 @@ from audit.entries import (
 from audit.errors import AuditError
 from audit.evidence import MAX_BYTES, read_evidence
 from audit.log_file import FileEntry, LogFile
-from audit.merkle import hash_leaf
+from audit.merkle import CompactRange, hash_leaf
 from audit.notes import NoteVerifier
 from audit.site_bodies import SiteLogOpened
 from audit.tlog_policy import NO_QUORUM, Policy
@@ -46,6 +46,7 @@ STATEMENTS: Final = "Statements on both sides"
 ACCEPTANCES: Final = "Accepted runs on both sides"
 CHARTERS: Final = "Signed charters on both sides"
 REFUSALS: Final = "Refusals on both sides"
+ANCHORS: Final = "The site's log as it was anchored"
 SCOPE: Final = "stories"
 _NAMED: Final = 5  # differences spelt out in one step
 
@@ -94,6 +95,7 @@ class Stories:
     ours: Side = field(default_factory=Side)
     theirs: Side = field(default_factory=Side)
     whole: bool = True  # the federation's side is a whole log, not one evidence file
+    leaves: list[bytes] = field(default_factory=list)  # leaf hashes of the site's own log
 
     def keys(self) -> tuple[tuple[str, ...], str]:
         """Return the site's statement keys, as its identity delegated them, and the identity key."""
@@ -142,6 +144,7 @@ def compare_stories(
         (ACCEPTANCES, _acceptances),
         (CHARTERS, _charters),
         (REFUSALS, _refusals),
+        (ANCHORS, _anchors),
     ):
         step(title, lambda compare=compare: compare(stories))  # type: ignore[misc]
     return Report(
@@ -157,6 +160,7 @@ def _read_site(stories: Stories, path: Path) -> Outcome:
         if item.index < 2:
             head[item.index] = item.entry.body
         stories.ours.take(item.index, item.entry.body)
+        stories.leaves.append(bytes.fromhex(item.leaf_hash))
         count = item.index + 1
     created, opened = head.get(0), head.get(1)
     if not isinstance(created, LogCreated) or not isinstance(opened, SiteLogOpened):
@@ -321,6 +325,48 @@ def _refusals(stories: Stories) -> Outcome:
             "story.unlogged_refusal", f"the site refused, and the federation's log says nothing: {named}"
         )
     return Outcome(word=Word.PROVED, detail=f"{len(theirs)} refusals, every one on both sides or counted")
+
+
+def _anchors(stories: Stories) -> Outcome:
+    """Hold the site's log to the roots of it that the site signed into the federation's, run by run.
+
+    Raises:
+        FailError: these are not the entries that the log had when a run was accepted.
+        GapError: the federation's log holds no anchor of the site.
+    """
+    keys, _ = stories.keys()
+    found = [told for group in stories.theirs.acceptances.values() for told in group]
+    anchors = sorted(
+        (told for told in found if told.body.site_log_root and _is_signed(told, keys)),
+        key=lambda told: told.body.site_log_size,
+    )
+    if not anchors:
+        raise GapError(
+            "story.not_anchored", "no acceptance of the site in the federation's log names a root of its log"
+        )
+    edge = CompactRange()
+    for told in anchors:
+        size, named = told.body.site_log_size, f"run {told.body.run}"
+        if size > len(stories.leaves):
+            raise FailError(
+                "story.site_truncated",
+                f"{named} was accepted on a log of {size} entries; this one has {len(stories.leaves)}",
+                told.index,
+            )
+        for leaf in stories.leaves[edge.size : size]:
+            edge.append(leaf)
+        if edge.root().hex() != told.body.site_log_root:
+            raise FailError(
+                "story.site_rewritten",
+                f"these are not the {size} entries on which the site accepted {named}: it wrote its log anew",
+                told.index,
+            )
+    last = anchors[-1].body.site_log_size
+    return Outcome(
+        word=Word.PROVED,
+        detail=f"{len(anchors)} anchors in the federation's log; the first {last} of {len(stories.leaves)} "
+        "entries are those that it had then",
+    )
 
 
 def _compare(

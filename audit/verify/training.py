@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from audit.charter_view import CharterView
 from audit.entries import (
     ZERO_DIGEST,
+    RoundAbandoned,
     RoundCompleted,
     RunAccepted,
     RunStarted,
@@ -16,8 +18,20 @@ from audit.entries import (
 )
 from audit.models import initial_weights, model_file
 from audit.round_bodies import RunResumed
-from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, Round, expect, need, verify_body
+from audit.verify.chain import (
+    Chain,
+    FailError,
+    GapError,
+    Leaf,
+    Lost,
+    Outcome,
+    Round,
+    expect,
+    need,
+    verify_body,
+)
 from audit.verify.history import CHECKPOINT, LINKS
+from audit.verify.lost_rounds import abandoned_round, fewest_in_a_round, lost_text
 from audit.verify.masked import check_rosters
 from audit.verify.members import CHARTER, SITES
 from audit.verify.report import Word
@@ -63,23 +77,30 @@ def check_rounds(chain: Chain) -> Outcome:
     )
     if not chain.accepted:
         need(None, RUN)
-    rounds: list[Round] = []
+    ends: list[Round | Lost] = []
     named, entry = completed.body.last_round, completed.index
-    for number in range(charter.rounds, 0, -1):
-        found = _round(chain, charter, started.body, number, named, entry)
-        rounds.append(found)
-        named, entry = found.statements[0].body.previous_round, found.statements[0].index
+    last = chain.linked(named, RoundCompleted, "the last round's entry", entry=entry).body.round
+    if not charter.rounds <= last <= charter.most_rounds:
+        problem = f"the last round is {last}; the charter has {charter.rounds} to {charter.most_rounds}"
+        raise FailError("run.rounds", problem, entry)
+    for number in range(last, 0, -1):
+        found = _end(chain, charter, started.body, number, named, entry)
+        ends.append(found)
+        named, entry = _before(found)
     expect(named, ZERO_DIGEST, code="round.chain", field="previous_round of round 1", entry=entry)
-    rounds.reverse()
-    _check_models(started.body.initial_model, rounds)
-    _check_nothing_besides(chain, started.body.run, rounds)
-    resumed = _check_resumes(chain, rounds)
-    chain.rounds = tuple(rounds)
+    ends.reverse()
+    rounds = [found for found in ends if isinstance(found, Round)]
+    lost = [found for found in ends if isinstance(found, Lost)]
+    expect(len(rounds), charter.rounds, code="run.rounds", field="completed rounds", entry=completed.index)
+    _check_models(started.body.initial_model, ends)
+    _check_nothing_besides(chain, started.body.run, ends)
+    resumed = _check_resumes(chain, ends)
+    chain.rounds, chain.lost = tuple(rounds), tuple(lost)
     count = sum(len(found.statements) for found in rounds)
     return Outcome(
         word=Word.PROVED,
-        detail=f"rounds 1 to {len(rounds)} without a gap, each on the model before it; {count} statements "
-        f"signed "
+        detail=f"rounds 1 to {last} without a gap, each on the model before it{lost_text(lost)}; {count} "
+        "statements signed "
         "by the sites' statement keys, each with the charter's noise, sampling and clipping terms" + resumed,
     )
 
@@ -93,7 +114,7 @@ def check_noise(chain: Chain) -> Outcome:
     sites = sorted({leaf.body.site for found in chain.rounds for leaf in found.statements})
     shared = ""
     if charter.secure is not None:
-        fewest = min(len(found.statements) for found in chain.rounds)
+        fewest = fewest_in_a_round(chain, charter.secure)
         shared = (
             f"; the noise is whole only as the sum of {charter.secure.sharers} honest sites' shares: as long "
             f"as at most {charter.secure.colluders(fewest)} of the {fewest} or more in a round "
@@ -112,7 +133,7 @@ def evaluation_statements(chain: Chain, run: str) -> list[Leaf[SiteStatement]]:
     charter = need(chain.charter, CHARTER)
     if charter.evaluation is None:
         return []
-    number = charter.rounds + 1
+    number = charter.most_rounds + 1
     return [leaf for leaf in chain.leaves(SiteStatement) if (leaf.body.run, leaf.body.round) == (run, number)]
 
 
@@ -181,6 +202,23 @@ def _check_acceptance(
     chain.accepted[body.site] = leaf
 
 
+def _end(
+    chain: Chain, charter: CharterView, run: RunStarted, number: int, leaf_hash: str, entry: int
+) -> Round | Lost:
+    located = chain.by_hash.get(leaf_hash)
+    if located is not None and isinstance(located.body, RoundAbandoned):
+        leaf = chain.linked(leaf_hash, RoundAbandoned, f"round {number}'s entry", entry=entry)
+        return abandoned_round(chain, run.run, number, leaf)
+    return _round(chain, charter, run, number, leaf_hash, entry)
+
+
+def _before(found: Round | Lost) -> tuple[str, int]:
+    """Return the leaf hash of the entry of the round before, and the leaf that names it."""
+    if isinstance(found, Lost):
+        return found.leaf.body.previous_round, found.leaf.index
+    return found.statements[0].body.previous_round, found.statements[0].index
+
+
 def _round(
     chain: Chain, charter: CharterView, run: RunStarted, number: int, leaf_hash: str, entry: int
 ) -> Round:
@@ -243,11 +281,15 @@ def _check_statement(
         raise FailError("statement.event", problem, leaf.index)
 
 
-def _check_models(initial: str, rounds: Sequence[Round]) -> None:
+def _check_models(initial: str, ends: Sequence[Round | Lost]) -> None:
+    """Each round is built on the last model there was, by those who gave it; a lost one changes neither."""
     base, participants, before = initial, None, -1
-    for found in rounds:
+    for found in ends:
         leaf = found.leaf
         expect(leaf.body.base_model, base, code="round.base_model", field="base_model", entry=leaf.index)
+        if isinstance(found, Lost):
+            before = leaf.index
+            continue
         if min(statement.index for statement in found.statements) <= before:
             raise FailError("verify.order", "a statement stands before the round it builds on", leaf.index)
         asked = found.statements[0].body.participants
@@ -255,11 +297,11 @@ def _check_models(initial: str, rounds: Sequence[Round]) -> None:
             raise FailError(
                 "round.sites", "those asked are not those who answered the round before", leaf.index
             )
-        base, before = leaf.body.output_model, leaf.index
+        base, before = found.leaf.body.output_model, leaf.index
         participants = tuple(statement.body.site for statement in found.statements)
 
 
-def _check_resumes(chain: Chain, rounds: Sequence[Round]) -> str:
+def _check_resumes(chain: Chain, ends: Sequence[Round | Lost]) -> str:
     """Each time that the run was taken up again, it went on from where its own rounds had left it.
 
     Raises:
@@ -272,12 +314,13 @@ def _check_resumes(chain: Chain, rounds: Sequence[Round]) -> str:
         body, entry = leaf.body, leaf.index
         if not started.index < entry < completed.index:
             raise FailError("verify.order", "the run was resumed before it began or after it ended", entry)
-        done = [found for found in rounds if found.leaf.index < entry]
+        done = [found for found in ends if found.leaf.index < entry]
+        models = [found.leaf.body.output_model for found in done if isinstance(found, Round)]
         wanted = {
             "charter": charter.digest,
             "round": len(done) + 1,
             "previous_round": done[-1].leaf.leaf_hash if done else ZERO_DIGEST,
-            "base_model": done[-1].leaf.body.output_model if done else started.body.initial_model,
+            "base_model": models[-1] if models else started.body.initial_model,
         }
         for field, value in wanted.items():
             expect(getattr(body, field), value, code="run.resumed", field=field, entry=entry)
@@ -288,12 +331,15 @@ def _check_resumes(chain: Chain, rounds: Sequence[Round]) -> str:
     return f"; taken up again {often}, at round {rounds_text}, each from the model before it"
 
 
-def _check_nothing_besides(chain: Chain, run: str, rounds: Sequence[Round]) -> None:
-    known = {found.leaf.index for found in rounds}
-    known |= {statement.index for found in rounds for statement in found.statements}
+def _check_nothing_besides(chain: Chain, run: str, ends: Sequence[Round | Lost]) -> None:
+    known = {found.leaf.index for found in ends}
+    for found in ends:
+        counted = found.statements if isinstance(found, Round) else found.releases
+        known |= {statement.index for statement in counted}
     known |= {leaf.index for leaf in evaluation_statements(chain, run)}
     known |= {leaf.index for leaf in reference_statements(chain, run)}
-    for leaf in chain.leaves(RoundCompleted):
+    others: list[Leaf[Any]] = [*chain.leaves(RoundCompleted), *chain.leaves(RoundAbandoned)]
+    for leaf in others:
         if leaf.body.run == run and leaf.index not in known:
             raise FailError(
                 "round.invented", f"another entry for round {leaf.body.round} of the run", leaf.index

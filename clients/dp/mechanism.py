@@ -218,18 +218,19 @@ class Mechanism:
             ShapeError: shapes do not fit the model or each other.
             UnsupportedModelError: first call, see `bookkeeping`; data play no part.
         """
-        self._coins.refresh()
-        self._noise.refresh()
         terms = self.terms
+        if terms.sample_rate != 1:  # else no coin is tossed
+            self._coins.refresh()
+        self._noise.refresh()
         inputs = inputs.to(self._dtype) if inputs.is_floating_point() else inputs
         self._record("terms", terms)
         self._record("row_shape", tuple(inputs.shape[1:]))
-        base = self._weights()
-        self._record("base", base)
+        if self._recorder is not None:
+            self._record("base", self._weights())
         if terms.local_steps == 1:
             update = self._noisy_sum(inputs, targets)
         else:
-            update = self._local_steps(inputs, targets, base)
+            update = self._local_steps(inputs, targets, self._weights())
         release = Release(
             update=update,
             sampling=sampling_of(terms.sample_rate),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from dataclasses import MISSING, fields, replace
 
@@ -16,16 +17,20 @@ from audit.entries import (
     ZERO_DIGEST,
     Entry,
     EntryError,
+    KeyCreated,
     MechanismEvent,
     RoundCompleted,
     SiteStatement,
     SiteUndelivered,
+    body_bytes,
+    body_document,
     columns_of,
     decode_entry,
     decode_signature,
     encode_entry,
     event_hash,
     new_entry,
+    parse_body,
     signing_payload,
 )
 
@@ -232,3 +237,61 @@ def test_a_signature_has_one_spelling() -> None:
 
 def test_refusals_say_nothing_of_data() -> None:
     assert all(code.replace("_", "").isalpha() and len(code) < 32 for code in REFUSAL_CODES)
+
+
+def test_bytes_of_a_body_are_those_of_its_document():
+    for body in (STATEMENT, replace(STATEMENT, site='"\\\u2028é\x7f'), EVENT):
+        assert body_bytes(body) == canonical_bytes(body_document(body))
+    with pytest.raises(EntryError):
+        body_bytes(replace(STATEMENT, charter="no digest"))
+
+
+def test_signed_bytes_and_event_hash_are_those_of_the_slow_way():
+    document = body_document(STATEMENT)
+    assert signing_payload(STATEMENT)[1] == canonical_bytes(
+        {key: value for key, value in document.items() if key != "signature"}
+    )
+    hashed = ("population", "sequence", "previous_event", "run", "round", "charter", "event")
+    data = canonical_bytes({key: document[key] for key in hashed})
+    assert event_hash(STATEMENT) == hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("participants",), "east"),
+        (("participants",), ["east", 1]),
+        (("participants",), ("east",)),
+        (("round",), True),
+        (("round",), 1.0),
+        (("round",), "1"),
+        (("site",), None),
+        (("base_model",), "B" * 64),
+        (("event",), []),
+        (("event", "steps"), False),
+        (("event", "share_grid"), 0),
+        (("roster",), ""),
+        (("also",), "this"),
+    ],
+)
+def test_a_document_with_one_odd_value_is_no_body(path, value):
+    document = body_document(STATEMENT)
+    *above, last = path
+    target = document
+    for name in above:
+        target = target[name]
+    target[last] = value
+    if isinstance(value, tuple):
+        assert parse_body(SiteStatement, body_document(STATEMENT)) == STATEMENT
+    with pytest.raises(EntryError) as caught:
+        parse_body(SiteStatement, document)
+    assert ".".join(("body", *path[:-1])) in str(caught.value) or path == ("also",)
+
+
+def test_an_empty_list_of_a_later_field_is_left_out():
+    """One body has one form: a leaf that writes out what is left out where it is empty is another one."""
+    body = KeyCreated(**{field.name: "" for field in fields(KeyCreated) if field.default is MISSING})
+    document = body_document(body)
+    assert "models" not in document
+    with pytest.raises(EntryError, match="left out"):
+        parse_body(KeyCreated, {**document, "models": []})

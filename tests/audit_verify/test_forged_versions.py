@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from audit.cost_bodies import pack_costs
 from audit.entries import (
     ZERO_DIGEST,
     decode_entry,
@@ -146,6 +147,21 @@ def test_an_epsilon_claimed_in_other_terms_fails(make_world, change, code):
 def test_claims_may_not_leave_a_site_out(make_world):
     hook = once(lambda body: replace(body, epsilons=body.epsilons[1:]))
     assert_caught(make_world(before={"version.registered": hook}).judge(), EPSILON, "epsilon.claims")
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [({}, "epsilon.claims"), ({"run_epsilon": "0.5"}, "epsilon.claims")],
+    ids=["a site named many times", "and each time for less"],
+)
+def test_packed_claims_are_held_to_what_plain_ones_are(make_world, change, code):
+    def claim(world, body):
+        first = replace(body.epsilons[0], **change)
+        plain, packed = pack_costs((first,) * 400 + body.epsilons[1:])
+        assert packed
+        return replace(body, epsilons=plain, packed=packed)
+
+    assert_caught(make_world(before={"version.registered": claim}).judge(), EPSILON, code)
 
 
 def test_a_run_above_the_charter_s_epsilon_fails(make_world):

@@ -224,7 +224,7 @@ class World(Office):
                     run=run, start=run_digest(started), origin=ORIGIN, charter=charter.digest,
                     site=hospital.name, population=hospital.population,
                     next_sequence=hospital.sequence + 1, previous_event=hospital.head,
-                    planned_events=charter.rounds, lifetime_epsilon_cap="30", signature="",
+                    planned_events=charter.releases, lifetime_epsilon_cap="30", signature="",
                 )
             )  # fmt: skip
             self.append(self.sign(accepted, hospital.statement))

@@ -263,10 +263,12 @@ def test_another_sites_statement_in_place_of_its_own_is_refused(played, code_of)
     assert code_of(played.ask("alpha", 2, own_statement=wrong)[0]) == "unwitnessed_history"
 
 
-def test_another_runs_round_is_not_this_runs_history(network, code_of):
+def test_another_runs_round_is_not_this_runs_history(network, code_of, request_of):
     network.start()
     network.play(1)
     leaf, statements = network.previous
+    for agent in network.agents.values():
+        request_of(agent, "run.finished", {"run": network.run})
     network.run, network.previous = "run-2", None
     assert all("acceptance" in a for a in network.propose().values())
     network.ask("alpha", 1)
@@ -283,11 +285,12 @@ def test_a_plan_beyond_the_sites_own_cap_is_refused_whole(build_network, code_of
     assert heads(network) == {"alpha": 0, "beta": 0, "gamma": 0}
 
 
-def test_runs_draw_on_one_lifetime_budget(build_network, code_of):
+def test_runs_draw_on_one_lifetime_budget(build_network, code_of, request_of):
     network = build_network(lifetime_epsilon="5")
     network.start()
     for number in (1, 2, 3):
         network.play(number)
+    request_of(network.agents["alpha"], "run.finished", {"run": network.run})
     network.run, network.previous = "run-2", None
     assert code_of(network.propose()["alpha"]) == "budget_exhausted"
     assert heads(network)["alpha"] == 3
@@ -296,8 +299,12 @@ def test_runs_draw_on_one_lifetime_budget(build_network, code_of):
 def test_an_accepted_run_reserves_its_whole_plan(build_network, code_of):
     network = build_network(lifetime_epsilon="5")
     network.start()
+    agent = network.agents["alpha"]
+    committed = agent.ledger.committed_events(agent.population)
+    assert len(committed) == network.charter.plan.rounds
+    assert not agent.admission.admits(committed, committed)
     network.run = "run-2"
-    assert code_of(network.propose()["alpha"]) == "budget_exhausted"
+    assert code_of(network.propose()["alpha"]) == "population_busy"
 
 
 def test_a_closed_run_gives_its_unused_reservation_back(build_network, code_of, request_of):

@@ -339,10 +339,12 @@ def test_a_rewound_home_accepts_no_run_once_its_last_statement_is_shown(
     assert rewound.ledger.reservation("run-2") is None
 
 
-def test_releases_that_reached_no_round_are_reported_at_the_next_run(network):
+def test_releases_that_reached_no_round_are_reported_at_the_next_run(network, request_of):
     network.start()
     network.play(1)
     network.ask("alpha", 2)  # debited, and never logged
+    for agent in network.agents.values():
+        request_of(agent, "run.finished", {"run": network.run})
     network.run, network.previous = "run-2", None
     answer = network.propose()["alpha"]
     reported = [(body["run"], body["round"], body["sequence"]) for body in answer["undelivered"]]

@@ -37,7 +37,8 @@ from clients.inprocess import live_agents
 from clients.proposals import Proposal
 from clients.reviewing import review_proposal
 from clients.service import review
-from clients.simulation import _set_up, inprocess_launch, join_all, run_federation, simulate
+from clients.simulated_launch import inprocess_launch
+from clients.simulation import _set_up, join_all, run_federation, simulate
 from federation import service
 from federation.accounting import plan_cost, plan_report
 from federation.anomaly import views_of_run
@@ -141,8 +142,7 @@ def carry_out(tmp_path: Path) -> Any:
         author, failed, run = federation.scientist.key, None, ""
         try:
             principal = Principal(id="curie", role="scientist", key=author.text)
-            request = TrainRequest(charter=agreed)
-            launch = inprocess_launch(links)
+            request, launch = TrainRequest(charter=agreed), inprocess_launch(links)
             run = train(federation.coordinator, principal, LocalOwner(), request, author, launch).run
         except RunFailedError as error:
             failed, run = error, error.run

@@ -14,7 +14,8 @@ from clients.agent import Agent
 from clients.demo_data import HOSPITALS, PUBLIC_ROWS, deal, demo_charter, features, write_demo_files
 from clients.errors import LedgerBehindError, SimulationError
 from clients.home import SiteHome
-from clients.simulation import inprocess_launch, new_coordinator, run_federation, simulate
+from clients.simulated_launch import inprocess_launch
+from clients.simulation import new_coordinator, run_federation, simulate
 from federation.charter import Charter
 from federation.errors import CharterError, RunFailedError
 from federation.service import TrainRequest, train

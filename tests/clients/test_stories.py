@@ -17,15 +17,18 @@ from audit.entries import (
     SiteRefused,
     SiteStatement,
     columns_of,
+    decode_entry,
     encode_entry,
     new_entry,
     parse_body,
 )
 from audit.keys import SigningKey
 from audit.ledger import Ledger
+from audit.log_file import LogFile
 from audit.verify.report import Verdict, Word
 from audit.verify.stories import (
     ACCEPTANCES,
+    ANCHORS,
     CHARTERS,
     FEDERATION_LOG,
     IDENTITY,
@@ -192,8 +195,6 @@ def test_a_charter_signed_for_a_second_author_is_named(told, tmp_path):
 
 def test_an_acceptance_of_a_run_the_site_knows_nothing_of_is_named(told, tmp_path):
     with Ledger.open(told.federation) as ledger:
-        from audit.entries import decode_entry
-
         stored = [decode_entry(row.body).body for row in ledger.search(type="run.accepted", site="alpha")]
     accepted = dataclasses.replace(stored[0], run="run-x")
     step = compare(told, told.federation_with(tmp_path, accepted)).step(ACCEPTANCES)
@@ -284,3 +285,91 @@ def test_an_export_is_one_new_file(told):
         log.export(told.site)
     log.release()
     assert not told.site.with_name("alpha.db-wal").exists()
+
+
+# a site that tells its own story anew
+
+
+def written_anew(told, folder, change):
+    """The site's whole log again, under its own keys, as `change` makes of each body; None leaves it out."""
+    folder.mkdir()
+    log = SiteLog.create(folder, "alpha", told.statement.population, told.keys)
+    for item in list(LogFile(told.site).entries())[2:]:
+        body = change(item.entry.body)
+        if body is not None:
+            log.append(body)
+    log.export(folder / "export.db")
+    log.close()
+    return folder / "export.db"
+
+
+def test_a_site_that_writes_its_log_anew_after_it_was_anchored_is_found(told, tmp_path):
+    """Everything in it is signed and agrees with the federation's log; but it is not what there was."""
+    site = written_anew(told, tmp_path / "alpha", lambda body: body)
+    report = compare(told, site=site)
+    assert {step.word for step in report.steps[:-1]} == {Word.PROVED}, report.text()
+    step = report.step(ANCHORS)
+    assert (step.word, step.code) == (Word.FAIL, "story.site_rewritten")
+    assert "on which the site accepted run run-1" in step.detail
+    assert report.verdict is Verdict.INVALID
+
+
+def test_what_came_before_an_anchor_is_not_left_out(told, tmp_path):
+    def without_what_was_not_shared(body):
+        return body if isinstance(body, (CharterSigned, RunAccepted, SiteStatement)) else None
+
+    site = written_anew(told, tmp_path / "alpha", without_what_was_not_shared)
+    assert compare(told, site=site).step(ANCHORS).word is Word.FAIL
+
+
+def test_a_log_that_ends_before_its_anchor_is_named(told, tmp_path):
+    site = written_anew(told, tmp_path / "alpha", lambda body: None)
+    step = compare(told, site=site).step(ANCHORS)
+    assert (step.word, step.code) == (Word.FAIL, "story.site_truncated")
+
+
+def test_an_anchor_that_the_site_did_not_sign_binds_nobody(told, tmp_path):
+    with Ledger.open(told.federation) as ledger:
+        (row,) = ledger.search(type="run.accepted", site="alpha")
+    accepted = decode_entry(row.body).body
+    assert accepted.site_log_size > 2
+    forged = dataclasses.replace(accepted, run="run-x", site_log_root="ab" * 32)
+    report = compare(told, told.federation_with(tmp_path, forged))
+    assert report.step(ACCEPTANCES).code == "story.acceptance_unknown"  # it was made up, and that is said
+    assert report.step(ANCHORS).word is Word.PROVED
+
+
+def test_a_site_that_signed_an_anchor_to_another_log_is_found(told, tmp_path):
+    with Ledger.open(told.federation) as ledger:
+        (row,) = ledger.search(type="run.accepted", site="alpha")
+    accepted = decode_entry(row.body).body
+    forged = told.keys.signed(dataclasses.replace(accepted, run="run-x", site_log_root="ab" * 32))
+    step = compare(told, told.federation_with(tmp_path, forged)).step(ANCHORS)
+    assert (step.word, step.code) == (Word.FAIL, "story.site_rewritten")
+
+
+def test_without_any_anchor_nothing_is_said_of_the_sites_log(told, tmp_path):
+    """As sites of an older release accepted."""
+
+    def bare(body):
+        if not isinstance(body, RunAccepted):
+            return body
+        return told.keys.signed(dataclasses.replace(body, site_log_size=0, site_log_root=""))
+
+    with Ledger.open(told.federation) as ledger:
+        bodies = [decode_entry(row.body).body for row in ledger.search(limit=1000)]
+    target = tmp_path / "federation.db"
+    mine = [bare(body) if getattr(body, "site", "") == "alpha" else body for body in bodies]
+    Ledger.create(target, "log.example/small").close()
+    for body in mine:
+        with_more(target, body)
+    site = written_anew(told, tmp_path / "alpha", bare)
+    step = compare(told, target, site=site).step(ANCHORS)
+    assert (step.word, step.code) == (Word.NO_EVIDENCE, "story.not_anchored")
+
+
+def with_more(target, body):
+    with Ledger.open(target) as ledger:
+        entry = new_entry(body, actor="coordinator", time=TIME)
+        data = encode_entry(entry)
+        ledger.append_wait(data, event_id=entry.event_id, index_columns=columns_of(data))

@@ -25,6 +25,7 @@ from clients.errors import HomeError, LedgerBehindError, OdometerError, RefusedE
 from clients.high_water import Head
 from clients.ledger import SiteLedger
 from clients.simulation import simulate
+from clients.trainer import Workshop
 from clients.virtual import VIRTUAL_OPERATOR, VirtualHome, VirtualLedger
 from federation.trust import MAX_VOICES, asked_to_cosign, chosen_voices, federation_policy
 
@@ -267,3 +268,34 @@ def test_packed_digests_are_neither_few_nor_endless(count):
         unpack_digests((), base64.b64encode(bytes(32 * 600 + 1)).decode())
     with pytest.raises(PackingError):
         unpack_digests(("a" * 64,), base64.b64encode(bytes(32 * 600)).decode())
+
+
+class Loads:
+    """A mechanism that only notes what was loaded."""
+
+    def __init__(self):
+        self.seen = []
+
+    def load(self, weights):
+        if not np.isfinite(weights.numpy()).all():
+            raise ValueError("not finite")
+        self.seen.append(weights.tolist())
+
+
+def test_a_warm_mechanism_starts_from_the_weights_that_it_is_given():
+    workshop, one, two = Workshop(), Loads(), Loads()
+    first, second = np.array([1.0, 2.0]), np.array([1.0, 2.0])
+    workshop.load(one, first)
+    workshop.load(one, first)  # as it was left
+    assert one.seen == [[1, 2]]
+    workshop.load(two, first)
+    workshop.load(one, first)  # another mechanism came in between
+    workshop.load(one, second)  # equal, yet not known to be
+    workshop.load_other(one, [5.0, 6.0])
+    workshop.load(one, second)
+    assert (one.seen, two.seen) == ([[1, 2], [1, 2], [1, 2], [5, 6], [1, 2]], [[1, 2]])
+    with pytest.raises(ValueError, match="finite"):
+        workshop.load(one, np.array([np.nan, 0]))
+    workshop.load(one, second)  # what failed in the middle is not trusted
+    assert one.seen[-1] == [1, 2]
+    assert len(one.seen) == 6

@@ -11,7 +11,8 @@ from audit.keys import SigningKey
 from audit.principal import LocalOwner, Principal
 from audit.round_bodies import RunResumed
 from clients.home import SiteHome
-from clients.simulation import _open_agents, inprocess_launch, join_all
+from clients.simulated_launch import inprocess_launch
+from clients.simulation import _open_agents, join_all
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.registry import charter_text, run_started

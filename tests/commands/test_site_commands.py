@@ -100,3 +100,21 @@ def test_an_agent_of_a_home_in_use_is_refused(run, home):
     agent.close()
     assert result.code == 1
     assert "stop the other agent first" in result.err
+
+
+def test_a_site_answers_rows_of_its_own_and_says_that_nobody_vouches_for_it(run, trained, home, tmp_path):
+    accepted = trained.run
+    (version,) = [path for path in trained.folder.rglob(trained.version) if path.is_file()]
+    with (trained.folder / "data" / "northgate.csv").open(encoding="utf-8") as file:
+        rows = tmp_path / "rows.csv"
+        rows.write_text("".join([next(file) for _ in range(4)]), encoding="utf-8")
+    asked = ("site", "predict", rows, "--run", accepted, "--version", version, "--home", home)
+    found = run(*asked, "--json").json
+    assert found["version"] == trained.version
+    assert len(found["answers"]) == 3
+    assert {answer["label"] for answer in found["answers"]} <= {"benign", "malignant"}
+    assert "local, without a receipt" in run(*asked).out
+    refused = run("site", "predict", rows, "--run", "run-9", "--version", version, "--home", home)
+    assert (refused.code, "clients.local_prediction" in refused.err) == (1, True)
+    missing = run("site", "predict", tmp_path / "no", "--run", accepted, "--version", version, "--home", home)
+    assert (missing.code, "site.no_file" in missing.err) == (1, True)

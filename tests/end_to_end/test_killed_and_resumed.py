@@ -26,6 +26,7 @@ from audit.service import export_evidence
 from audit.verify import verify_evidence
 from clients.home import SiteHome
 from clients.ledger import SiteLedger
+from clients.simulated_launch import inprocess_launch
 from federation import service
 from federation.coordinator import Coordinator
 from federation.runs import find_run
@@ -60,7 +61,7 @@ def carry_out(folder: str, run: str, told: int) -> None:
         homes = {path.name: SiteHome.open(path) for path in (base / "sites").iterdir()}
         principal = Principal(id="again", role="scientist")
         with ExitStack() as stack:
-            launch = simulation.inprocess_launch(simulation._open_agents(homes, coordinator, stack))
+            launch = inprocess_launch(simulation._open_agents(homes, coordinator, stack))
             service.resume(
                 coordinator,
                 principal,

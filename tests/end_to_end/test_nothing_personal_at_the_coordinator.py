@@ -18,6 +18,7 @@ from audit.entries import SiteRefused, SiteStatement
 from audit.principal import LocalOwner, Principal
 from clients.agent import Agent
 from clients.dp.mechanism import Mechanism
+from clients.simulated_launch import inprocess_launch
 from clients.terms import Terms, read_terms
 from clients.trainer import Workshop, mechanism_terms
 from federation.network.supervisor import Part, Supervisor
@@ -98,7 +99,7 @@ def ran(tmp_path_factory):
     try:
         run = train(
             federation.coordinator, person, LocalOwner(), TrainRequest(charter=charter), author.key,
-            simulation.inprocess_launch(agents), on_event=lose,
+            inprocess_launch(agents), on_event=lose,
         )  # fmt: skip
     finally:
         logger.removeHandler(handler)

@@ -45,7 +45,7 @@ from federation import registry, service
 from federation.charter import Charter
 from federation.coordinator import Coordinator
 from federation.grid import InProcessGrid
-from federation.mechanism import planned_event
+from federation.mechanism import planned_event, planned_events
 from federation.progress import RunEvent
 from federation.server_app import app as server_app
 
@@ -190,7 +190,7 @@ class FakeSite:
                 population=self.population,
                 next_sequence=self.sequence + 1,
                 previous_event=self.head,
-                planned_events=run["rounds"],
+                planned_events=len(planned_events(self.charter)),
                 lifetime_epsilon_cap="10",
                 signature="",
             )
@@ -201,6 +201,9 @@ class FakeSite:
             return {"cosignature": line.decode()}, {}
         if kind == "round":
             return self.round(request, blobs)
+        if kind == "run.undelivered":
+            mine = [answer for (run, _), (answer, _) in self.answered.items() if run == request["run"]]
+            return {"undelivered": [answer["statement"] for answer in mine]}, {}
         return {}, {}
 
     def round(self, request: Any, blobs: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, bytes]]:

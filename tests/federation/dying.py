@@ -138,7 +138,7 @@ def crash(federation, run, steps=10_000, **options):
 
 def logged(number, *names):
     """The point at which exactly these sites' releases of a round, which is not over, are in the log."""
-    return lambda past: past.next_round == number and tuple(past.open_releases()) == names
+    return lambda past: past.next_round == number and tuple(past.release_of(past.next_round)) == names
 
 
 def judged(federation):

@@ -137,7 +137,7 @@ def test_a_log_whose_round_came_out_otherwise_is_not_gone_on_with(strict, steps_
     run = prepared(strict, charter)
     crash(strict, run, until=logged(1, *ALL))
     past = RunPast.read(strict.coordinator.ledger, run)
-    statements = past.open_releases()
+    statements = past.release_of(past.next_round)
     lie = RoundCompleted(
         run=run, round=1, base_model=past.started.initial_model,
         statements=tuple(release.leaf_hash for release in statements.values()),

@@ -70,6 +70,44 @@ officers:
 """
 
 
+def kills_charter(identities: dict[str, str], officer: str, text: str = CHARTER) -> str:
+    return text.replace("OFFICER", officer).replace(
+        "SITES",
+        "\n".join(
+            f'  - {{name: {name}, identity: "{key}", nominal_rows: 100}}'
+            for name, key in sorted(identities.items())
+        ),
+    )
+
+
+WIDE_CHARTER: Final = """\
+affidavit: 1
+name: pieces
+task: binary
+features:
+  - {name: radius, type: number, unit: mm, lower: 0, upper: 10}
+  - {name: texture, type: number, unit: "1", lower: 0, upper: 10}
+label: {name: diagnosis, classes: [benign, malignant]}
+model: {family: layers, layers: [{layer: linear, in: 2, out: WIDTH, bias: true}, {layer: tanh},
+  {layer: linear, in: WIDTH, out: WIDTH, bias: true}, {layer: tanh},
+  {layer: linear, in: WIDTH, out: 1, bias: true}]}
+plan: {learning_rate: 1, rounds: 2, average_last: 1, round_timeout_s: 900, minimum_sites: 2}
+privacy: {unit: row, relation: add_remove, epsilon: 100, delta: 1e-5, max_grad_norm: 1, noise_multiplier: 8,
+  grid_bits: 20, precision: float64}
+sites:
+SITES
+purposes: [research]
+officers:
+  - {name: officer, key: "OFFICER"}
+"""
+
+
+def wide_charter(width: int) -> Callable[[dict[str, str], str], str]:
+    """Return what makes the charter of a network of two hidden layers of `width`."""
+    text = WIDE_CHARTER.replace("WIDTH", str(width))
+    return lambda identities, officer: kills_charter(identities, officer, text)
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -87,10 +125,13 @@ class Fleet:
         sites: tuple[str, ...],
         rows: Callable[[str], list[tuple[Any, ...]]],
         *,
+        columns: tuple[str, ...] = ("radius", "texture", "diagnosis"),
+        charter: Callable[[dict[str, str], str], str] = kills_charter,
         more: str = "",
     ) -> None:
-        """`more`: lines that the charter has besides."""
-        self._more = more
+        """`rows(site)`: cells in the order of `columns`; `charter`: its text for these identities by site and
+        the officer's key; `more`: lines that the charter has besides."""
+        self._columns, self._charter, self._more = columns, charter, more
         self.base, self.home, self.sites = base, base / "coordinator", sites
         self.author, self.officer = SigningKey.generate(), SigningKey.generate()
         self._rows, self._processes = rows, list[subprocess.Popen[bytes]]()
@@ -137,14 +178,7 @@ class Fleet:
             self.homes[name] = self._site(name)
             assert join(self.homes[name], invitation).state == "approved"
         identities = {name: home.keys().identity.text for name, home in self.homes.items()}
-        text = CHARTER.replace("OFFICER", self.officer.text).replace(
-            "SITES",
-            "\n".join(
-                f'  - {{name: {name}, identity: "{key}", nominal_rows: 100}}'
-                for name, key in sorted(identities.items())
-            ),
-        )
-        self.charter = Charter.parse(text + self._more)
+        self.charter = Charter.parse(self._charter(identities, self.officer.text) + self._more)
         for name, home in self.homes.items():
             home = approve_charter(home, self.charter.canonical().decode())
             follow_members(home, self.charter)
@@ -158,7 +192,7 @@ class Fleet:
     def _site(self, name: str) -> SiteHome:
         data = self.base / f"{name}.csv"
         with data.open("w", newline="") as file:
-            csv.writer(file).writerows([("radius", "texture", "diagnosis"), *self._rows(name)])
+            csv.writer(file).writerows([self._columns, *self._rows(name)])
         return SiteHome.create(
             self.base / "sites" / name,
             name=name,

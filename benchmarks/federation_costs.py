@@ -1,0 +1,85 @@
+"""What a benchmark of a federation counts: the clock, the processors' time of all processes, memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+OFFLINE: Final = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def tree_cpu_s(root: int | None = None) -> float:
+    """CPU-seconds of this process and all that descend from it, those that ended and were waited for too."""
+    parents: dict[int, int] = {}
+    spent: dict[int, float] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(folder.name)] = int(fields[1])
+        spent[int(folder.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    root = root or os.getpid()
+    total = 0.0
+    for process in spent:
+        above = process
+        while above not in (0, root) and above in parents:
+            above = parents[above]
+        total += spent[process] if above == root else 0.0
+    return total
+
+
+def peak_mib() -> int:
+    """The most memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def resident_mib() -> int:
+    """What this process holds now."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def children_mib() -> int:
+    """What this process's own children hold now; a page that several share is divided among them."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid():
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        except OSError:
+            continue
+    return total >> 10
+
+
+def median_laps(marks: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Median (seconds, CPU-seconds) from one mark to the next; the first mark ends the warm-up."""
+    pairs = list(pairwise(marks))
+    wall = statistics.median(b[0] - a[0] for a, b in pairs)
+    return round(wall, 3), round(statistics.median(b[1] - a[1] for a, b in pairs), 3)
+
+
+class Laps:
+    """When each round ended, by the clock and by the processors."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        self._marks.append((time.time(), tree_cpu_s()))
+
+    def medians(self) -> tuple[float, float]:
+        """Median (seconds, CPU-seconds) from one round's end to the next; the first round is a warm-up."""
+        return median_laps(self._marks)

@@ -1,0 +1,141 @@
+"""Nodes in forked processes: the same answers, no wait for ever, and what became of them handed back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from federation.forked_grid import ForkedGrid
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulations fork on Linux alone")
+
+
+@pytest.fixture
+def forked():
+    """Make a grid whose nodes count their messages; yields (make, what was handed back)."""
+    counts, returned, grids = {}, {}, []
+    app = ClientApp()
+
+    @app.query()
+    def query(message, context):
+        site, order = context.node_config["site"], message.content["order"]
+        counts[site] = counts.get(site, 0) + 1
+        if order.get("raise"):
+            raise ValueError("patient 17 is the cause")
+        if order.get("die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(order.get("sleep") or 0)
+        size = order.get("size") or 1
+        answer = ConfigRecord({"site": site, "pid": os.getpid(), "count": counts[site], "bytes": bytes(size)})
+        return Message(RecordDict({"answer": answer}), reply_to=message)
+
+    def make(count, processes=2):
+        grid = ForkedGrid(
+            app,
+            {f"s{i}": {} for i in range(count)},
+            processes=processes,
+            leaving=lambda site: counts.get(site, 0),
+            returned=returned.__setitem__,
+        )
+        grids.append(grid)
+        return grid
+
+    yield make, returned
+    for grid in grids:
+        grid.close()
+
+
+def order(grid, site, **what):
+    (node,) = (node.node_id for node in grid.get_nodes() if node.name == site)
+    return Message(RecordDict({"order": ConfigRecord(what)}), node, "query")
+
+
+def answers(grid, messages, timeout=20):
+    replies = list(grid.send_and_receive(messages, timeout=timeout))
+    return {r.content["answer"]["site"]: r.content["answer"] for r in replies if r.has_content()}, replies
+
+
+def test_every_node_answers_from_a_child_and_its_state_comes_back(forked):
+    make, returned = forked
+    with make(5) as grid:
+        for count in (1, 2):
+            found, _ = answers(grid, [order(grid, f"s{i}") for i in range(5)])
+            assert {site: answer["count"] for site, answer in found.items()} == dict.fromkeys(found, count)
+            assert len(found) == 5
+        pids = {answer["pid"] for answer in found.values()}
+        assert len(pids) == 2
+        assert os.getpid() not in pids
+    assert returned == {f"s{i}": 2 for i in range(5)}
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_an_exception_is_an_error_without_its_text(forked):
+    make, _ = forked
+    with make(2) as grid:
+        found, (reply,) = answers(grid, [order(grid, "s0", **{"raise": 1})])
+        assert (found, reply.error.code, reply.error.reason) == ({}, 2, "ValueError")
+        assert answers(grid, [order(grid, "s0")])[0]["s0"]["count"] == 2
+
+
+def test_a_child_that_is_killed_answers_with_errors_and_holds_nobody_up(forked):
+    make, returned = forked
+    with make(4) as grid:
+        began = time.monotonic()
+        found, replies = answers(grid, [order(grid, "s0", die=1), order(grid, "s1"), order(grid, "s2")])
+        assert list(found) == ["s1"]  # s0 and s2 were of one process
+        assert sorted(r.error.code for r in replies if r.has_error()) == [8, 8]
+        _, (reply,) = answers(grid, [order(grid, "s2")])
+        assert reply.error.code == 8
+        assert answers(grid, [order(grid, "s3")])[0]["s3"]["count"] == 1
+        assert time.monotonic() - began < 10
+    assert returned == {"s1": 1, "s3": 1}
+
+
+def test_large_messages_both_ways_do_not_wait_for_each_other(forked):
+    make, _ = forked
+    with make(2, processes=1) as grid:
+        filler = bytes(1 << 20)
+        ids = []
+        for _ in range(8):  # far more than a pipe holds, pushed while answers of a megabyte wait to be read
+            ids += grid.push_messages([order(grid, "s0", size=1 << 20, filler=filler)])
+        waiting, until = set(ids), time.monotonic() + 20
+        while waiting and time.monotonic() < until:
+            waiting -= {reply.metadata.reply_to_message_id for reply in grid.pull_messages(waiting)}
+        assert not waiting
+
+
+def test_replies_nobody_waits_for_do_not_hide_the_state(forked):
+    make, returned = forked
+    with make(2) as grid:
+        grid.push_messages([order(grid, "s0", size=1 << 20) for _ in range(4)])
+        time.sleep(0.2)
+    assert set(returned) == {"s0", "s1"}
+    assert returned["s0"] >= 1
+
+
+def test_closing_drops_what_is_queued(forked):
+    make, returned = forked
+    with make(1, processes=1) as grid:
+        grid.push_messages([order(grid, "s0", sleep=0.2) for _ in range(50)])
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    assert returned["s0"] < 50
+
+
+def test_children_end_when_their_parent_is_gone(forked):
+    make, returned = forked
+    grid = make(2)
+    (pid,) = {answer["pid"] for answer in answers(grid, [order(grid, "s0")])[0].values()}
+    for child in grid._children:
+        child.connection.close()  # as the end of this process would
+        child.is_gone = True
+    assert os.waitpid(pid, 0)[0] == pid
+    assert returned == {}
