@@ -39,6 +39,7 @@ def speak(network, request_of):
         document = json.loads(raw)
         assert "statement" in document, document
         spoken.append(document)
+        request_of(agent, "run.finished", {"run": network.run})
         return document["statement"], blobs["update"], (len(raw), len(blobs["update"]))
 
     return speak
@@ -92,13 +93,14 @@ def test_what_a_site_says_before_the_round_does_not_depend_on_rows(network):
     """Acceptance and undelivered are the same whether a row is there or not."""
     network.sign()
     agent = network.agents["alpha"]
-    answers = []
+    answers, sizes = [], []
+    changing = {"run", "start", "signature", "site_log_root", "site_log_size"}
     for name, data in {"base": BASE, **NEIGHBOURS}.items():
         agent.home.config.data.write_text(data, encoding="utf-8")
         network.run = "run-" + name.replace(" ", "-")
-        answer = network.propose(only="alpha")["alpha"]
+        acceptance = network.propose(only="alpha")["alpha"]["acceptance"]
         agent.handle("run.finished", b'{"run":"%s"}' % network.run.encode(), {})
-        answers.append(
-            {k: v for k, v in answer["acceptance"].items() if k not in {"run", "start", "signature"}}
-        )
+        answers.append({key: value for key, value in acceptance.items() if key not in changing})
+        sizes.append(acceptance["site_log_size"])
     assert all(answer == answers[0] for answer in answers)
+    assert len(set(np.diff(sizes))) == 1, "nor does what the site enters in a log of its own"
