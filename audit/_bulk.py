@@ -1,21 +1,22 @@
-"""Many rows into one table at once: past SQLAlchemy's own work for each row, by the driver's fastest way.
+"""Many rows into one table at once, and the few statements around them: past SQLAlchemy's own work each time.
 
 SQLite takes many rows in a statement, PostgreSQL takes COPY. Rows are tuples in the order of the table's
-columns, whose values the caller has validated.
+columns, whose values the caller has validated. Other statements are compiled by SQLAlchemy, once.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any
 
-from sqlalchemy import Connection, Integer, LargeBinary, Table
+from sqlalchemy import Connection, Dialect, Executable, Integer, LargeBinary, Table
 
 from audit._postgresql import name_fault
 
+_NONE: Mapping[str, Any] = {}
 _ROWS_AT_ONCE = 64  # sqlite3 gives up and takes back the interpreter's lock once a statement, not once a row
 
 
@@ -42,6 +43,36 @@ def insert_rows(
         if isinstance(error, sqlite3.Error):
             raise  # named where the transaction ends
         raise name_fault(error) from error
+
+
+def run(connection: Connection, statement: Executable, values: Mapping[str, Any] = _NONE) -> Any:
+    """Run a statement that is made once for all calls, and return the driver's cursor."""
+    text, names, fixed = _compiled(connection.dialect.name, statement, connection.dialect)
+    raw: Any = connection.connection.driver_connection
+    driver: Any = connection.dialect.dbapi
+    given = {**fixed, **values} if fixed else values
+    try:
+        return raw.execute(text, given if names is None else [given[name] for name in names])
+    except driver.Error as error:
+        if isinstance(error, sqlite3.Error):
+            raise  # named where the transaction ends
+        raise name_fault(error) from error
+
+
+_texts: dict[tuple[str, Executable], tuple[str, tuple[str, ...] | None, dict[str, Any]]] = {}
+
+
+def _compiled(
+    database: str, statement: Executable, dialect: Dialect
+) -> tuple[str, tuple[str, ...] | None, dict[str, Any]]:
+    """The statement's text, its parameters in their order where they have no names, and those with values."""
+    found = _texts.get((database, statement))
+    if found is None:
+        compiled: Any = statement.compile(dialect=dialect)  # type: ignore[attr-defined] # every clause has it
+        fixed = {name: value for name, value in compiled.params.items() if value is not None}
+        names = tuple(compiled.positiontup) if compiled.positional else None
+        found = _texts[database, statement] = str(compiled), names, fixed
+    return found
 
 
 def _is_unique_violation(error: Exception) -> bool:

@@ -7,12 +7,13 @@ refuses it when one is known, and the batch is written again with the known ones
 from __future__ import annotations
 
 import time
+from functools import cache
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, Engine, bindparam, func, select, update
+from sqlalchemy import Connection, Engine, Select, bindparam, func, or_, select, update
 
 from audit import _store
-from audit._bulk import KnownRowError, insert_rows
+from audit._bulk import KnownRowError, insert_rows, run
 from audit.errors import (
     AuditError,
     EventIdConflictError,
@@ -123,7 +124,7 @@ def _write(engine: Engine, batch: list[AppendRequest], *, look_up: bool) -> list
             if nodes:
                 insert_rows(connection, NODE, nodes)
             moved = {"new_size": edge.size, "new_edge": b"".join(edge.hashes)}
-            changed = connection.execute(_MOVE_HEAD, moved)
+            changed = run(connection, _MOVE_HEAD, moved)
             if changed.rowcount != 1:
                 raise LedgerCorruptError("the log has no head; run fsck")
     size = edge.size
@@ -142,10 +143,15 @@ def _newest_of_guarded(connection: Connection, batch: list[AppendRequest]) -> di
             oldest[types] = min(after, oldest.get(types, after))
     newest = {}
     for types, after in oldest.items():
-        query = select(func.max(LEAF.c.idx)).where(LEAF.c.type.in_(types), LEAF.c.idx > after)
-        found = connection.execute(query).scalar()
+        (found,) = run(connection, _newest_query(types), {"after": after}).fetchone()
         newest[types] = -1 if found is None else int(found)
     return newest
+
+
+@cache
+def _newest_query(types: tuple[str, ...]) -> Select[Any]:
+    one_of = or_(*[LEAF.c.type == type for type in types])
+    return select(func.max(LEAF.c.idx)).where(one_of, LEAF.c.idx > bindparam("after", type_=LEAF.c.idx.type))
 
 
 def _known(connection: Connection, batch: list[AppendRequest]) -> dict[str, tuple[int, bytes]]:
@@ -155,11 +161,12 @@ def _known(connection: Connection, batch: list[AppendRequest]) -> dict[str, tupl
 
 
 def read_edge(connection: Connection) -> CompactRange:
-    row = connection.execute(_HEAD).first()
-    if row is None or type(row.size) is not int or type(row.edge) is not bytes:
+    row = run(connection, _HEAD).fetchone()
+    if row is None or type(row[0]) is not int or type(row[1]) is not bytes:
         raise LedgerCorruptError("the log has no head; run fsck")
-    hashes = [row.edge[i : i + HASH_SIZE] for i in range(0, len(row.edge), HASH_SIZE)]
+    size, edge = row
+    hashes = [edge[i : i + HASH_SIZE] for i in range(0, len(edge), HASH_SIZE)]
     try:
-        return CompactRange(row.size, hashes)
+        return CompactRange(size, hashes)
     except TreeRangeError as error:
         raise LedgerCorruptError(f"the log's head is damaged: {error}; run fsck") from error

@@ -1,7 +1,8 @@
 """One thread that turns queued requests into batches: whatever waits, up to a limit, is committed together.
 
 There is no linger: while one batch is being made durable the next one gathers, so a lone request waits for
-nothing and a crowd shares one commit.
+nothing and a crowd shares one commit. Of an event loop, what one turn of it queues is one batch: the thread
+is woken at the turn's end, not by the first of them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Sequencer(Generic[Request, Result]):
         self._waiting: deque[tuple[Request, _Waiter[Result]]] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._idle = False
+        self._wakes_in: asyncio.AbstractEventLoop | None = None  # that will call `_wake`
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -63,8 +65,9 @@ class Sequencer(Generic[Request, Result]):
         Raises:
             LedgerBusyError, LedgerClosedError: as `submit`.
         """
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._queue((request, future))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+        self._queue((request, future), loop)
         return future
 
     def close(self) -> None:
@@ -76,7 +79,9 @@ class Sequencer(Generic[Request, Result]):
         if thread is not None:
             thread.join()
 
-    def _queue(self, item: tuple[Request, _Waiter[Result]]) -> None:
+    def _queue(
+        self, item: tuple[Request, _Waiter[Result]], loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
         with self._changed:
             if self._closed:
                 raise LedgerClosedError("the ledger is closed")
@@ -86,7 +91,20 @@ class Sequencer(Generic[Request, Result]):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="affidavit-sequencer", daemon=True)
                 self._thread.start()
-            if self._idle:
+            if not self._idle:
+                return
+            if loop is None:
+                self._idle = False
+                self._changed.notify()
+            elif self._wakes_in is not loop:
+                self._wakes_in = loop
+                loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        """At the end of a loop's turn: whatever its coroutines queued in this turn is one batch."""
+        with self._changed:
+            self._wakes_in = None
+            if self._idle and self._waiting:
                 self._idle = False
                 self._changed.notify()
 
@@ -131,7 +149,7 @@ class Sequencer(Generic[Request, Result]):
 def _is_wanted(future: _Waiter[Any]) -> bool:
     if isinstance(future, Future):
         return future.set_running_or_notify_cancel()
-    return not future.cancelled()
+    return not future.done()  # cancelled, or its task has given up
 
 
 def _complete(future: _Waiter[Result], outcome: Result | AuditError) -> None:

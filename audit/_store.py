@@ -64,7 +64,9 @@ def open_engine(location: Location) -> Engine:
         return _open_server(location.url)
     path = location.path
     assert path is not None  # noqa: S101 - the other half of Location
-    engine = create_engine("sqlite://", creator=lambda: connect(path), poolclass=QueuePool)
+    engine = create_engine(
+        "sqlite://", creator=lambda: connect(path), poolclass=QueuePool, pool_use_lifo=True
+    )
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:

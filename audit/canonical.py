@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from audit.errors import CanonicalError, MalformedJsonError, NotCanonicalError
 
@@ -50,6 +50,9 @@ def _is_simple(value: object, depth: int) -> bool:
     if depth >= MAX_DEPTH:
         return False
     if kind is dict:
+        flat: Any = value  # texts by names: a row, as it is committed to
+        if set(map(type, flat.values())) <= _FLAT and set(map(type, flat)) <= {str}:
+            return "".join(flat).isascii()
         for key, item in value.items():  # type: ignore[attr-defined]
             if type(key) is not str or not key.isascii() or not _is_simple(item, depth + 1):
                 return False

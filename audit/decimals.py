@@ -13,6 +13,8 @@ MAX_DIGITS: Final = 400  # more than any double needs, few enough that no text c
 _CANONICAL = re.compile(r"0|-?(?:[1-9][0-9]*|0\.[0-9]*[1-9]|[1-9][0-9]*\.[0-9]*[1-9])")
 _PLAIN = re.compile(r"-?[0-9]+\.[0-9]+")
 _WRITTEN = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_TIE = re.compile(r"-?[0-9]+\.[0-9]{6}5|.*e.*")
+_SMALL: Final = 1e9  # below it half the distance to the next double is far under half a millionth
 _CONTEXT = Context(prec=2 * MAX_DIGITS, rounding=ROUND_HALF_EVEN)
 
 
@@ -58,6 +60,18 @@ def decimal_text(value: int | float | Decimal | str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def float_text(value: float) -> str:
+    """`decimal_text` of a finite float, for where there are many.
+
+    >>> float_text(0.25), float_text(-0.0), float_text(3.0), float_text(1e-05)
+    ('0.25', '0', '3', '0.00001')
+    """
+    text = repr(value)
+    if text[-2:] == ".0":
+        return text[:-2] if value else "0"
+    return decimal_text(value) if "e" in text else text
+
+
 def parse_decimal(text: object) -> Decimal:
     """Read canonical decimal text, and nothing else.
 
@@ -71,6 +85,11 @@ def parse_decimal(text: object) -> Decimal:
 
 def rounded_text(value: float | Decimal, places: int = 6) -> str:
     """Return `value` rounded half to even at `places` decimals, as canonical text."""
+    if places == 6 and type(value) is float and -_SMALL < value < _SMALL and not _TIE.fullmatch(repr(value)):
+        # A format rounds the double itself, not its shortest text. They differ only where that text is a tie:
+        # a tie between the two would be a text as short, and nearer to the double.
+        text = f"{value:.6f}".rstrip("0").rstrip(".")
+        return "0" if text == "-0" else text
     number = Decimal(repr(value)) if isinstance(value, float) else value
     if not number.is_finite():
         raise DecimalError(f"{value!r} is not finite")

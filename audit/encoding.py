@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final, TypeAlias
 
-from audit.decimals import DecimalError, decimal_text, parse_decimal
+from audit.decimals import DecimalError, decimal_text, float_text, parse_decimal
 from audit.errors import AuditError
 
 Row: TypeAlias = Mapping[str, Any]
 
+_EXACT: Final = 2**53  # up to here every whole number is a double
 _BOOLEANS: Final = {"true": 1.0, "1": 1.0, "false": -1.0, "0": -1.0}
 
 
@@ -49,6 +50,7 @@ class RowEncoder:
     def __init__(self, features: Sequence[Mapping[str, Any]]) -> None:
         self._features = [_Feature(feature) for feature in features]
         self._names = frozenset(feature.name for feature in self._features)
+        self._scales = _scales(self._features)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,6 +93,32 @@ class RowEncoder:
             else:
                 problems.append(found)  # type: ignore[arg-type] # what is no tuple is a problem
         return values, problems
+
+    def read_plain(self, row: Row) -> tuple[dict[str, Any], list[float]] | None:
+        """Return what `plain_row` and then `read` give of a row without a problem, in a fifth of the time.
+
+        None: a feature is no linear number, or a value is none within its bounds; the long way says more.
+        """
+        if self._scales is None or row.keys() != self._names:
+            return None
+        plain: dict[str, Any] = {}
+        values: list[float] = []
+        for name, is_whole, lower, upper, span in self._scales:
+            value = row[name]
+            kind = type(value)
+            if kind is float:
+                if not lower <= value <= upper or (is_whole and not value.is_integer()):
+                    return None
+                text = repr(value)
+                plain[name] = float_text(value) if text[-2:] == ".0" or "e" in text else text
+            elif kind is int and -_EXACT <= value <= _EXACT:
+                plain[name], value = str(value), float(value)
+                if not lower <= value <= upper:
+                    return None
+            else:
+                return None
+            values.append(2.0 * (value - lower) / span - 1.0)
+        return plain, values
 
     def check(self, row: Row) -> list[Problem]:
         """Return everything the charter does not allow in the row, out-of-bounds values included."""
@@ -149,6 +177,19 @@ def is_missing(value: object) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
+_Scale: TypeAlias = "tuple[str, bool, float, float, float]"  # name, whole numbers, lower, upper, their span
+
+
+def _scales(features: Sequence[_Feature]) -> tuple[_Scale, ...] | None:
+    """The features' scales where all are numbers without a logarithm, else None."""
+    if any(feature.type in ("boolean", "category") or feature.log for feature in features):
+        return None
+    return tuple(
+        (feature.name, feature.type == "integer", feature.lower, feature.upper, feature.upper - feature.lower)
+        for feature in features
+    )
+
+
 class _Feature:
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self.name: str = spec["name"]
@@ -156,6 +197,7 @@ class _Feature:
         self.unit: str = spec.get("unit", "")
         self.midpoint = spec.get("missing", "refuse") == "midpoint"
         self.size = 1
+        self.log = False
         if self.type == "category":
             self.categories = {category: k for k, category in enumerate(spec["categories"])}
             self.size = len(self.categories)

@@ -152,6 +152,8 @@ _HEX32 = re.compile(r"[0-9a-f]{32}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
 _ONLY_DIGITS = str.maketrans("", "", "-T:Z")
+_NONCE_BYTES: Final = 16
+_ID_BYTES: Final = 7
 _ids_made = itertools.count()
 _ACTOR = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,95}")
 _DIGEST_FIELDS: Final = frozenset([
@@ -208,19 +210,20 @@ class IndexColumns:
 
 def new_entry(body: Body, *, actor: str, time: str, event_id: str | None = None) -> Entry:
     """Return `body` in a fresh envelope with a random nonce (and a new event id, when none is given)."""
+    chance = secrets.token_hex(_NONCE_BYTES + _ID_BYTES)
     return Entry(
-        event_id=event_id or _new_event_id(time),
-        nonce=secrets.token_hex(16),
+        event_id=event_id or _new_event_id(time, chance[2 * _NONCE_BYTES :]),
+        nonce=chance[: 2 * _NONCE_BYTES],
         time=time,
         actor=actor,
         body=body,
     )
 
 
-def _new_event_id(time: str) -> str:
+def _new_event_id(time: str, chance: str) -> str:
     """Ids that begin with the time and a count lie together in an index; 56 bits are random."""
     moment = time.translate(_ONLY_DIGITS)[2:] if _TIME.fullmatch(time) else "0" * 12
-    return f"{moment}{next(_ids_made) & 0xFFFFFF:06x}{secrets.token_hex(7)}"
+    return f"{moment}{next(_ids_made) & 0xFFFFFF:06x}{chance}"
 
 
 def encode_entry(entry: Entry) -> bytes:

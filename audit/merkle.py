@@ -212,6 +212,20 @@ def inclusion_proof_of(leaf_hashes: Sequence[bytes], leaf_index: int) -> list[by
     return inclusion_proof(source_of(leaf_hashes), leaf_index, len(leaf_hashes))
 
 
+def inclusion_proofs_of(leaf_hashes: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]:
+    """Return the root over these leaves, of which there is at least one, and every leaf's inclusion proof."""
+    row, places = list(leaf_hashes), list(range(len(leaf_hashes)))
+    proofs: list[list[bytes]] = [[] for _ in leaf_hashes]
+    while len(row) > 1:
+        for leaf_index, place in enumerate(places):
+            if place ^ 1 < len(row):  # a last node without a sibling goes up as it is
+                proofs[leaf_index].append(row[place ^ 1])
+            places[leaf_index] = place >> 1
+        parents = [hash_node(left, right) for left, right in zip(row[::2], row[1::2], strict=False)]
+        row = parents + row[2 * len(parents) :]
+    return row[0], proofs
+
+
 def consistency_proof_of(leaf_hashes: Sequence[bytes], size1: int) -> list[bytes]:
     return consistency_proof(source_of(leaf_hashes), size1, len(leaf_hashes))
 

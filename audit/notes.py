@@ -40,6 +40,7 @@ class KeyType(IntEnum):
     COSIGNATURE = 0x04
 
 
+@lru_cache(maxsize=256)
 def check_key_name(name: str) -> str:
     """Return `name` if it may name a key.
 

@@ -12,6 +12,7 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring as quoted
 
 from audit.canonical import JsonValue, canonical_bytes, parse_strict
 from audit.checkpoints import Checkpoint
@@ -27,10 +28,8 @@ from audit.keys import SIGNATURE_SIZE, SigningKey
 from audit.merkle import (
     HASH_SIZE,
     hash_leaf,
-    inclusion_proof,
+    inclusion_proofs_of,
     root_from_inclusion_proof,
-    root_of,
-    source_of,
     verify_inclusion,
 )
 from audit.notes import NoteVerifier, check_key_name
@@ -148,8 +147,8 @@ def issue_receipts(
     if not 0 < len(leaves) <= MAX_BATCH:
         raise MalformedReceiptError(f"a batch has 1 to {MAX_BATCH} receipts, not {len(leaves)}")
     promises = [hash_leaf(_promise(origin, *leaf, time, merge_deadline)) for leaf in leaves]
-    signature = key.sign(DOMAIN, _batch(origin, len(leaves), root_of(promises)))
-    get = source_of(promises)
+    root, paths = inclusion_proofs_of(promises)
+    signature = key.sign(DOMAIN, _batch(origin, len(leaves), root))
     return [
         Receipt(
             origin=origin,
@@ -159,10 +158,10 @@ def issue_receipts(
             merge_deadline=merge_deadline,
             batch_index=position,
             batch_size=len(leaves),
-            batch_path=tuple(inclusion_proof(get, position, len(leaves))),
+            batch_path=tuple(path),
             signature=signature,
         )
-        for position, (leaf_index, leaf_hash) in enumerate(leaves)
+        for position, ((leaf_index, leaf_hash), path) in enumerate(zip(leaves, paths, strict=True))
     ]
 
 
@@ -228,15 +227,11 @@ def verify_kept(receipt: Receipt, checkpoint: Checkpoint, inclusion: Sequence[by
 
 
 def _promise(origin: str, leaf_index: int, leaf_hash: bytes, time: str, merge_deadline: str) -> bytes:
-    return canonical_bytes(
-        {
-            "origin": origin,
-            "leaf_index": leaf_index,
-            "leaf_hash": leaf_hash.hex(),
-            "time": time,
-            "merge_deadline": merge_deadline,
-        }
-    )
+    # RFC 8785 by hand: the keys are sorted, and what is no text of ours is quoted by `json` itself
+    return (
+        f'{{"leaf_hash":"{leaf_hash.hex()}","leaf_index":{leaf_index},'
+        f'"merge_deadline":{quoted(merge_deadline)},"origin":{quoted(origin)},"time":{quoted(time)}}}'
+    ).encode()
 
 
 def _batch(origin: str, batch_size: int, root: bytes) -> bytes:

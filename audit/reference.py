@@ -183,6 +183,7 @@ class OodScorer:
         self._widths: tuple[int, ...] = ()
         self._surprise: list[float] = []
         self._limit = EDGE_LIMIT
+        self._limit_exact: Decimal | None = None
         if reference is not None and counts:
             self._widths = reference.widths
             self._learn(counts)
@@ -200,7 +201,9 @@ class OodScorer:
         """Return one encoded row's score."""
         value = self._by_sketch(encoded) if self._widths else self._by_bounds(encoded)
         text = rounded_text(value)
-        return {"basis": self.basis, "out": parse_decimal(text) > parse_decimal(self.limit), "score": text}
+        if self._limit_exact is None:
+            self._limit_exact = parse_decimal(self.limit)
+        return {"basis": self.basis, "out": parse_decimal(text) > self._limit_exact, "score": text}
 
     def differs(self, claimed: object, encoded: Sequence[float]) -> str:
         """Return how a claimed score differs from this one's by more than rounding, or ""."""

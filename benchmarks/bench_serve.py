@@ -1,16 +1,22 @@
 """Answers a CPU-second beside other servers: the same MLP 30-64-64-2, the same row, side by side in one run.
 
-    python benchmarks/bench_serve.py [--seconds 5] [--repeats 2] [--connections 16] [--only NAME …] [--write]
+    python benchmarks/bench_serve.py [--part peers|scale|all] [--seconds 5] [--repeats 2] [--connections 16]
+                                     [--only NAME …] [--write]
 
 Ours is the whole pipeline: an API key, Cedar's decision, the facts for it, metrics, and a durable entry in
 the log before each answer. The others answer bare. Each runs as its users would run it, one worker, in an
 environment of its own under build/ (made here by pip on first use; what cannot be installed is left out, and
 why is said). CPU is that of the server's whole process tree, by /proc; load is `wrk -t1`.
+
+The part `scale` runs ours with one worker and with two, over SQLite and over PostgreSQL, and counts beside
+the server's CPU the database's and the load generator's: on two cores all of them share what two workers
+would need for themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +32,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -62,8 +69,10 @@ def request_body() -> str:
 def environment(name: str) -> Path | str:
     """Return the interpreter of a peer's environment, or why there is none."""
     python = BUILD / f"bench-{name}" / "bin" / "python"
-    if python.exists():
+    whole = python.parent.parent / "whole"  # written last: an installation that broke off is begun again
+    if whole.exists():
         return python
+    shutil.rmtree(python.parent.parent, ignore_errors=True)
     BUILD.mkdir(exist_ok=True)
     made = subprocess.run(
         [sys.executable, "-m", "venv", str(python.parent.parent)], capture_output=True, text=True, check=False
@@ -76,6 +85,7 @@ def environment(name: str) -> Path | str:
     if made.returncode:
         shutil.rmtree(python.parent.parent, ignore_errors=True)
         return (made.stderr.strip().splitlines() or ["pip failed"])[-1][:200]
+    whole.touch()
     return python
 
 
@@ -177,14 +187,16 @@ def lua(folder: Path, path: str, body: str, headers: dict[str, str]) -> Path:
     return script
 
 
-def ours(folder: Path, workers: int) -> tuple[list[str], dict[str, str], dict[str, str], str]:
+def ours(
+    folder: Path, workers: int, database: str | None = None
+) -> tuple[list[str], dict[str, str], dict[str, str], str]:
     from serving_home import MODEL, make_home
 
     from server.journal import utc_now
     from server.keys import KeyStore
 
     if not (folder / "home").exists():
-        make_home(folder / "home")
+        make_home(folder / "home", database)
     store = KeyStore(folder / "home" / "coordinator", utc_now)
     key, _ = store.create(role="consumer")
     store.close()
@@ -237,6 +249,7 @@ def export(path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=("peers", "scale", "all"), default="all")
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--connections", type=int, default=16)
@@ -250,20 +263,36 @@ def main() -> int:
     names = [
         n for n in ("ours", "fastapi", "mlserver", "kserve", "bentoml") if not asked.only or n in asked.only
     ]
-    results: dict[str, Result] = {}
-    skipped: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as base:
-        for repeat in range(asked.repeats):
-            for name in names if repeat % 2 == 0 else names[::-1]:
-                if name not in skipped:
-                    problem = one(name, Path(base), results, asked)
-                    if problem:
-                        skipped[name] = problem
-    text = page(results, skipped, asked)
-    print(text)
-    if asked.write:
-        (ROOT / "docs" / "results" / "serving.md").write_text(text, encoding="utf-8")
+    if asked.part != "scale":
+        results: dict[str, Result] = {}
+        skipped: dict[str, str] = {}
+        with tempfile.TemporaryDirectory() as base:
+            for repeat in range(asked.repeats):
+                for name in names if repeat % 2 == 0 else names[::-1]:
+                    if name not in skipped:
+                        problem = one(name, Path(base), results, asked)
+                        if problem:
+                            skipped[name] = problem
+        show(page(results, skipped, asked), write=asked.write)
+    if asked.part != "peers" and not asked.only:
+        show(scale_page(scale(asked), asked), write=asked.write)
     return 0
+
+
+def show(text: str, *, write: bool) -> None:
+    """Print a part, and put it in place of the page's part with the same heading."""
+    print(text)
+    if not write:
+        return
+    path = ROOT / "docs" / "results" / "serving.md"
+    parts = re.split(r"(?m)^(?=## )", path.read_text(encoding="utf-8"))
+    heading = text.split("\n", 1)[0]
+    at = next((k for k, part in enumerate(parts) if part.startswith(heading + "\n")), None)
+    if at is None:
+        parts.append("\n" + text)
+    else:
+        parts[at] = text + ("\n" if at + 1 < len(parts) else "")
+    path.write_text("".join(parts), encoding="utf-8")
 
 
 def one(name: str, base: Path, results: dict[str, Result], asked: argparse.Namespace) -> str:
@@ -298,6 +327,132 @@ def one(name: str, base: Path, results: dict[str, Result], asked: argparse.Names
     return ""
 
 
+@dataclass
+class Scaled:
+    """One database with so many workers: a CPU-second is one of any process, a second one of the clock."""
+
+    database: str
+    workers: int
+    per_s: list[float] = field(default_factory=list)
+    per_cpu_s: list[float] = field(default_factory=list)  # of the workers' CPU
+    busy: list[tuple[float, ...]] = field(default_factory=list)  # cores: each worker's, database's, load's
+    p99_ms: list[float] = field(default_factory=list)
+    errors: int = 0
+
+
+def scale(asked: argparse.Namespace) -> list[Scaled] | str:
+    """Return what one and two workers do over each database; a text where something cannot run."""
+    found: list[Scaled] = []
+    with tempfile.TemporaryDirectory() as base, postgresql() as server:
+        for database in ("SQLite", "PostgreSQL") if server else ("SQLite",):
+            url = server.new_database() if server and database == "PostgreSQL" else None
+            pair = [Scaled(database, workers) for workers in (1, 2)]
+            for repeat in range(asked.repeats):
+                for each in pair if repeat % 2 == 0 else pair[::-1]:
+                    problem = scaled(each, Path(base) / database, url, server, asked)
+                    if problem:
+                        return f"{database}, {each.workers} workers: {problem}"
+            found += pair
+    return found
+
+
+@contextmanager
+def postgresql() -> Iterator[Any]:
+    """A server of our own where its binaries are installed, as the tests start one, else None."""
+    spec = importlib.util.spec_from_file_location("bench_postgresql", ROOT / "tests" / "postgresql.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.why_not():
+        yield None
+        return
+    with module.running_server() as server:
+        yield server
+
+
+def scaled(each: Scaled, folder: Path, url: str | None, server: Any, asked: argparse.Namespace) -> str:
+    folder.mkdir(exist_ok=True)
+    command, headers, environ, path = ours(folder, each.workers, url)
+    port = str(free_port())
+    address = f"http://127.0.0.1:{port}"
+    body = request_body()
+    with running([port if part == "PORT" else part for part in command], folder, environ) as process:
+        problem = wait_for(address + path, body, headers, process)
+        if problem:
+            return problem
+        script = lua(folder, path, body, headers)
+        wrk(address, script, 4, SCALE_CONNECTIONS)  # until both workers are up and warm
+        own = [process.pid] if each.workers == 1 else workers_of(process.pid)
+        postmaster = int((server.folder / "data" / "postmaster.pid").read_text().split()[0]) if url else 0
+        before = [cpu_s([pid]) for pid in own], cpu_s(tree(postmaster)) if url else 0.0
+        children = os.times()
+        text = wrk(address, script, asked.seconds, SCALE_CONNECTIONS)
+        after = os.times()
+        load = after.children_user + after.children_system - children.children_user - children.children_system
+        spent = [cpu_s([pid]) - begun for pid, begun in zip(own, before[0], strict=True)]
+        of_database = (cpu_s(tree(postmaster)) if url else 0.0) - before[1]
+    count = int(re.search(r"([0-9]+) requests in", text).group(1))
+    failed = re.search(r"Non-2xx or 3xx responses: ([0-9]+)", text)
+    each.errors += int(failed.group(1)) if failed else 0
+    each.per_s.append(count / asked.seconds)
+    each.per_cpu_s.append(count / sum(spent))
+    each.busy.append(tuple(value / asked.seconds for value in (*spent, of_database, load)))
+    each.p99_ms.append(milliseconds(re.search(r"99% +(\S+)", text).group(1)))
+    return ""
+
+
+def workers_of(supervisor: int) -> list[int]:
+    """The processes that answer: of a supervisor's children those that serve, not multiprocessing's own."""
+    found = []
+    for pid in tree(supervisor)[1:]:
+        with suppress(OSError):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+SCALE_CONNECTIONS = 64
+PEERS_HEADING = "# Serving, side by side"
+SCALE_HEADING = "## One worker and two"
+
+
+def scale_page(found: list[Scaled] | str, asked: argparse.Namespace) -> str:
+    if isinstance(found, str):
+        return f"{SCALE_HEADING}\n\nNot measured: {found}\n"
+    lines = [
+        SCALE_HEADING,
+        "",
+        (
+            f"`make bench-serve`, part `scale`: {SCALE_CONNECTIONS} connections, {asked.seconds:g} s, "
+            f"{asked.repeats} repeats in turns; medians. {os.cpu_count()} cores, which workers, database and "
+            f"load generator share; load average at the end: {os.getloadavg()[0]:.1f}."
+        ),
+        "",
+        (
+            "| log in | workers | requests a second | a CPU-second of the workers | cores of each worker | "
+            "of the database | of the load | p99 ms | errors |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        middle = sorted(each.busy, key=lambda busy: busy[:-2])[len(each.busy) // 2]
+        cores = " + ".join(f"{value:.2f}" for value in middle[:-2])
+        lines.append(
+            f"| {each.database} | {each.workers} | {statistics.median(each.per_s):.0f} | "
+            f"{statistics.median(each.per_cpu_s):.0f} | {cores} | {middle[-2]:.2f} | {middle[-1]:.2f} | "
+            f"{statistics.median(each.p99_ms):.1f} | {each.errors} |"
+        )
+    lines.append("")
+    for one_worker, two in zip(found[::2], found[1::2], strict=True):
+        seen = statistics.median(two.per_s) / statistics.median(one_worker.per_s)
+        kept = statistics.median(two.per_cpu_s) / statistics.median(one_worker.per_cpu_s)
+        lines.append(
+            f"* {one_worker.database}: two workers gave {seen:.2f} times the requests of one here. "
+            f"A CPU-second of two gave {kept:.2f} times what one's gives: two free cores would give "
+            f"at most {2 * kept:.2f} times (aim 1.7)."
+        )
+    return "\n".join(lines) + "\n"
+
+
 NAMES = {
     "ours": "Affidavit: key, Cedar, facts, metrics, durable entry",
     "fastapi": "plain FastAPI + pydantic + ONNX Runtime",
@@ -309,7 +464,7 @@ NAMES = {
 
 def page(results: dict[str, Result], skipped: dict[str, str], asked: argparse.Namespace) -> str:
     lines = [
-        "# Serving, side by side",
+        PEERS_HEADING,
         "",
         (
             f"`make bench-serve`: MLP 30-64-64-2, one row a request, {asked.connections} connections, "

@@ -14,18 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import cedarpy
 
 from audit.entries import PolicyApplied
-from audit.principal import ROLES, Decision, Principal, Question
+from audit.principal import ROLES, AttributeValue, Decision, Principal, Question
 from server.errors import PolicyLoadError
 
 _logger = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ class CedarAuthorizer:
         if kind == "Entry":  # each is asked about once
             return _ask(rules, kind, principal, question)
         try:
-            key = (principal, question.action, question.resource, _frozen(question.attributes),
-                   _frozen(question.context))  # fmt: skip
+            key = (principal, question.action, question.resource, _key(question.attributes),
+                   _key(question.context))  # fmt: skip
             found = rules.remembered.get(key)
         except TypeError:  # an attribute of no kind that a question has: Cedar says so
             return _ask(rules, kind, principal, question)
@@ -151,9 +151,46 @@ class CedarAuthorizer:
         return found
 
 
-def _frozen(values: Any) -> tuple[tuple[str, Hashable], ...]:
-    # 1, True and 1.0 are equal in Python and not in Cedar; so the kind is a part of the key
+FrozenAttributes: TypeAlias = "tuple[tuple[str, tuple[type, Any]], ...]"
+
+
+def frozen(values: Mapping[str, Any]) -> FrozenAttributes:
+    """Return attributes as what they are told apart by: 1, True and 1.0 are equal in Python, not in Cedar."""
     return tuple([(name, (type(value), value)) for name, value in values.items()])
+
+
+class SharedAttributes(Mapping[str, AttributeValue]):
+    """Attributes that many questions have in common: frozen and hashed once."""
+
+    __slots__ = ("_hash", "_values", "frozen")
+
+    def __init__(self, values: Mapping[str, AttributeValue]) -> None:
+        self._values, self.frozen = dict(values), frozen(values)
+        try:
+            self._hash: int | None = hash(self.frozen)
+        except TypeError:
+            self._hash = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            raise TypeError("an attribute is of no kind that a question has")
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, SharedAttributes) and self.frozen == other.frozen)
+
+    def __getitem__(self, name: str) -> AttributeValue:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _key(values: Mapping[str, Any]) -> Hashable:
+    return values if type(values) is SharedAttributes else frozen(values)
 
 
 def _ask(rules: _Rules, kind: str, principal: Principal, question: Question) -> Decision:

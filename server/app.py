@@ -40,6 +40,7 @@ from server.alarming import Alarming
 from server.answer_cache import AnswerCache
 from server.batching import Batching
 from server.context import Caller, Context, authorise, context_of
+from server.direct import Direct
 from server.errors import ArtefactError, NotReadyError
 from server.explaining import Explaining
 from server.facts import DecisionFacts
@@ -183,6 +184,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     _service_routes(app)
     openapi.install(app)
     reference.install(app)
+    app.add_middleware(Direct, routes=app.router.routes, state=app.state)
     if tracing is not None:
         app.add_middleware(Traced, tracing=tracing)
     app.add_middleware(Guard, settings=settings, monitoring=monitoring)

@@ -87,8 +87,14 @@ async def principal_of(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None,
 ) -> Principal:
     """Return who asks; errors as `Identities.principal`."""
-    given = None if credentials is None else credentials.credentials
-    principal = await context_of(request).identities.principal(request, given)
+    return await identified(
+        context_of(request), request, None if credentials is None else credentials.credentials
+    )
+
+
+async def identified(context: Context, request: Request, credentials: str | None) -> Principal:
+    """Return who asks by what stands behind `Bearer`, and note it for the request's log line."""
+    principal = await context.identities.principal(request, credentials)
     note_principal(request.scope, principal.id)
     return principal
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -68,8 +68,12 @@ class Explaining:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def annotate(self, answering: Answering) -> Annotation:
-        """Explain every row, or nothing where the request did not ask.
+    def annotate(self, answering: Answering) -> Annotation | Awaitable[Annotation]:
+        """Explain every row, or nothing where the request did not ask; errors as `explain`."""
+        return self.explain(answering) if answering.asked.explain else Annotation()
+
+    async def explain(self, answering: Answering) -> Annotation:
+        """Explain every row.
 
         Raises:
             MalformedRequestError: too many rows to explain at once.
@@ -77,8 +81,6 @@ class Explaining:
             ExplainUnavailableError: see there.
             TooBusyError: it took longer than allowed, or too many are waiting.
         """
-        if not answering.asked.explain:
-            return Annotation()
         if len(answering.encoded) > MAX_ROWS:
             problem = f"{len(answering.encoded)} rows; at most {MAX_ROWS} can be explained in one request"
             raise MalformedRequestError(

@@ -5,12 +5,14 @@ alarms about it, and what the request says of itself.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from audit.principal import AttributeValue, Principal
 from federation.registry import LIVE
+from server.access import FrozenAttributes, SharedAttributes, frozen
 from server.hooks import Facts
 from server.journal import Clock
 from server.rules import RulesInForce
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from server.service import Asked
 
 SECONDS_OF_DAY = 86_400
+_KEPT: Final = 256
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,6 +50,24 @@ class DecisionFacts:
             "over_quota": False,  # `server.service` counts, where there are quotas
         }
         return Facts(resource=resource, context=context)
+
+
+class ModelAttributes:
+    """What the policies may know of a version, made once for all questions in which it is the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[ServedVersion, FrozenAttributes, SharedAttributes]] = {}
+
+    def of(self, served: ServedVersion, more: Mapping[str, AttributeValue]) -> SharedAttributes:
+        """Return the attributes of `served`, and `more`, which the facts add."""
+        added, known = frozen(more), self._known.get(served.version)
+        if known is not None and known[0] is served and known[1] == added:
+            return known[2]
+        if len(self._known) > _KEPT:
+            self._known.clear()
+        made = SharedAttributes({**model_attributes(served), **more})
+        self._known[served.version] = served, added, made
+        return made
 
 
 def model_attributes(served: ServedVersion) -> dict[str, AttributeValue]:

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,9 +18,9 @@ from server.errors import (
     BodyTimeoutError,
     BodyTooLargeError,
     DeadlineError,
-    MalformedRequestError,
     NoSuchRouteError,
     OverloadedError,
+    ServerError,
     TooBusyError,
     render,
 )
@@ -32,6 +34,8 @@ _logger = logging.getLogger(__name__)
 
 _METHODS: Final = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _ALWAYS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+
+_has_control: Final = re.compile(r"[\x00-\x1f\x7f]").search
 
 
 class Guard:
@@ -49,111 +53,116 @@ class Guard:
             return
         marks = Marks.of_headers(scope["headers"])
         scope["affidavit.request_id"], scope["affidavit.trace_id"] = marks.request_id, marks.trace_id
-        with marked(http_request_id=marks.request_id, trace_id=marks.trace_id):
-            await self._counted(scope, receive, send, marks)
+        logged = marks.logged
+        with marked(logged):
+            await self._counted(scope, receive, send, marks, logged)
 
-    async def _counted(self, scope: Scope, receive: Receive, send: Send, marks: Marks) -> None:
-        begun, status = time.perf_counter(), [0]
-        request_id = marks.request_id.encode()
+    async def _counted(
+        self, scope: Scope, receive: Receive, send: Send, marks: Marks, logged: dict[str, str]
+    ) -> None:
+        begun, status = time.perf_counter(), 0
+        own_headers = [(b"x-content-type-options", b"nosniff"), (b"x-request-id", marks.request_id.encode())]
 
-        async def sending(message: Message) -> None:
+        def sending(message: Message) -> Awaitable[None]:
+            nonlocal status
             if message["type"] == "http.response.start":
-                status[0] = int(message["status"])
-                headers = [
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"x-request-id", request_id),
-                    *message.get("headers", []),
-                ]
-                message = {**message, "headers": headers}
-            await send(message)
+                status = int(message["status"])
+                message = {**message, "headers": [*own_headers, *message.get("headers", ())]}
+            return send(message)
 
         entered = False
-        self._monitoring.in_flight.inc()
+        always = scope["path"] in _ALWAYS
+        monitoring = self._monitoring
+        monitoring.in_flight.inc()
         try:
-            if scope["path"] not in _ALWAYS:
+            if not always:
                 self._shedder.enter()
                 entered = True
-            await self._run(scope, receive, sending, status, marks)
+            await self._run(scope, receive, sending, lambda: status, marks)
         except OverloadedError as error:
-            self._monitoring.shed.labels("in_flight").inc()
+            monitoring.shed.labels("in_flight").inc()
             await render(Request(scope), error)(scope, receive, sending)
         finally:
             seconds = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "unknown")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._monitoring.in_flight.dec()
+            monitoring.in_flight.dec()
             if entered:
                 self._shedder.leave(seconds if _tells_load(scope) else None)
-            self._monitoring.requests.labels(method, route, str(status[0])).inc()
-            self._monitoring.seconds.labels(route).observe(seconds)
-            if self._settings.access_log and (status[0] >= 400 or scope["path"] not in _ALWAYS):
+            monitoring.answered(method, route, status, seconds)
+            if self._settings.access_log and (status >= 400 or not always):
                 log_request(
                     method=method,
                     route=route,
-                    status=status[0],
+                    status=status,
                     seconds=seconds,
                     principal=str(scope.get("affidavit.principal", "")),
-                    marks={"http.request.id": marks.request_id, "trace.id": marks.trace_id},
+                    marks=logged,
                 )
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, status: list[int], marks: Marks) -> None:
-        request = Request(scope)
-        if any(ord(char) < 0x20 or char == "\x7f" for char in scope["path"]):
+    async def _run(
+        self, scope: Scope, receive: Receive, send: Send, status: Callable[[], int], marks: Marks
+    ) -> None:
+        if _has_control(scope["path"]):
             # the router's patterns end in $, for which a path and the same path with a newline are one
             odd = NoSuchRouteError("the path holds a control character")
-            await render(request, odd)(scope, receive, send)
+            await render(Request(scope), odd)(scope, receive, send)
             return
+        loop = asyncio.get_running_loop()
+        begun, body = loop.time(), None
         try:
             timeout_s = marks.timeout_s(self._settings.request_timeout_s)
-            until = time.perf_counter() + timeout_s
-            body = await asyncio.wait_for(
-                self._body(request, receive), min(self._settings.body_timeout_s, timeout_s)
-            )
-        except (BodyTooLargeError, MalformedRequestError) as error:
-            await render(request, error)(scope, receive, send)
-            return
-        except TimeoutError:
-            late = BodyTimeoutError(f"the body did not arrive within {self._settings.body_timeout_s:g} s")
-            await render(request, late)(scope, receive, send)
-            return
-        delivered = False
-
-        async def replay() -> Message:
-            nonlocal delivered
-            if delivered:
-                return await receive()
-            delivered = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        try:
-            await asyncio.wait_for(self._app(scope, replay, send), max(0.0, until - time.perf_counter()))
+            async with asyncio.timeout_at(begun + min(self._settings.body_timeout_s, timeout_s)) as patience:
+                body = await self._body(scope, receive)
+                scope["affidavit.body"] = body
+                patience.reschedule(begun + timeout_s)
+                await self._app(scope, _replayed(body, receive), send)
         except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text
             if isinstance(error, TimeoutError):
-                said = f"no answer within {timeout_s:g} s"
-                error = TooBusyError(said) if marks.timeout is None else DeadlineError(said)
-            if status[0]:
+                error = self._late(marks, timeout_s, body is not None)
+            if status():
                 _logger.error("an answer broke off: %s", type(error).__name__)
             else:
-                await render(request, error)(scope, receive, send)
+                await render(Request(scope), error)(scope, receive, send)
 
-    async def _body(self, request: Request, receive: Receive) -> bytes:
+    def _late(self, marks: Marks, timeout_s: float, has_body: bool) -> ServerError:
+        if not has_body:
+            return BodyTimeoutError(f"the body did not arrive within {self._settings.body_timeout_s:g} s")
+        said = f"no answer within {timeout_s:g} s"
+        return TooBusyError(said) if marks.timeout is None else DeadlineError(said)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes
-        declared = request.headers.get("content-length", "")
-        refused = BodyTooLargeError(f"a body may hold {limit} bytes; send fewer rows a request")
-        if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
-            raise refused
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        refused = "a body may hold {} bytes; send fewer rows a request"
+        if declared.isdigit() and int(declared[:20]) > limit:
+            raise BodyTooLargeError(refused.format(limit))
         parts: list[bytes] = []
         size = 0
         while True:
-            message: dict[str, Any] = dict(await receive())
+            message = await receive()
             if message["type"] == "http.disconnect":
                 return b"".join(parts)
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > limit:
-                raise refused
+                raise BodyTooLargeError(refused.format(limit))
             if not message.get("more_body", False):
-                return b"".join(parts)
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body in one piece, then whatever the connection says."""
+    delivered = False
+
+    async def replay() -> Message:
+        nonlocal delivered
+        if delivered:
+            return await receive()
+        delivered = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
 
 
 def _tells_load(scope: Scope) -> bool:

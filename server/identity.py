@@ -21,6 +21,12 @@ from server.proxy_identity import ProxyIdentity
 _KEY: Final = "affidavit_"
 
 
+def bearer_credentials(authorization: str) -> str | None:
+    """Return what follows `Bearer` in the header, as FastAPI's `HTTPBearer` reads it, else None."""
+    scheme, _, credentials = authorization.partition(" ")
+    return credentials.strip() or None if scheme.lower() == "bearer" else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identities:
     """The ways in that this server has."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from audit.entries import Body, IndexColumns, encode_entry, index_columns, new_entry
@@ -29,7 +31,38 @@ def utc_now() -> datetime:
 
 def time_text(moment: datetime) -> str:
     """Return RFC 3339, UTC, whole seconds."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return _second_text(int(moment.timestamp() // 1))
+
+
+@lru_cache(maxsize=64)
+def _second_text(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class _Patience:
+    """Ends the wait for futures of one loop that stay open too long: one timer for all of them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
+        self.loop, self._timeout_s = loop, timeout_s
+        self._waiting: deque[tuple[float, asyncio.Future[Sequenced]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, future: asyncio.Future[Sequenced]) -> None:
+        waiting = self._waiting
+        while waiting and waiting[0][1].done():
+            waiting.popleft()
+        waiting.append((self.loop.time() + self._timeout_s, future))
+        if self._timer is None:
+            self._timer = self.loop.call_later(self._timeout_s, self._look)
+
+    def _look(self) -> None:
+        self._timer, waiting, now = None, self._waiting, self.loop.time()
+        while waiting and (waiting[0][1].done() or waiting[0][0] <= now):
+            _, future = waiting.popleft()
+            if not future.done():
+                future.set_exception(TimeoutError())
+        if waiting:
+            self._timer = self.loop.call_at(waiting[0][0], self._look)
 
 
 class Journal:
@@ -38,6 +71,7 @@ class Journal:
     def __init__(self, ledger: Ledger, clock: Clock, monitoring: Monitoring, *, timeout_s: float) -> None:
         self._ledger, self._clock, self._monitoring = ledger, clock, monitoring
         self._timeout_s = timeout_s
+        self._patience: _Patience | None = None
 
     async def append(
         self, body: Body, *, event_id: str | None = None, guard: Guard | None = None
@@ -54,7 +88,11 @@ class Journal:
             future = self._ledger.append_from_loop(
                 data, event_id=event_id, index_columns=columns, guard=guard
             )
-            sequenced = await asyncio.wait_for(future, self._timeout_s)
+            patience = self._patience
+            if patience is None or patience.loop is not future.get_loop():
+                patience = self._patience = _Patience(future.get_loop(), self._timeout_s)
+            patience.watch(future)
+            sequenced = await future
         except StaleViewError:
             raise
         except (AuditError, OSError, TimeoutError) as error:

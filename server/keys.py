@@ -91,17 +91,19 @@ class KeyStore:
         *,
         cache_s: float = 60.0,
         recheck_s: float = 2.0,
+        patience_s: float = 2.0,
         hasher: PasswordHasher = _HASHER,
     ) -> None:
         if not 0 <= recheck_s <= MAX_RECHECK_S:
             raise ValueError(f"a revocation takes effect within {MAX_RECHECK_S} s, not {recheck_s}")
         self._engine = open_key_engine(home)
         self._clock, self._cache_s, self._recheck_s = clock, cache_s, recheck_s
-        self._hasher = hasher
+        self._hasher, self._patience_s = hasher, patience_s
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
         self._subjects: dict[str, str] = {}
         self._forgotten = 0  # grows whenever a key is forgotten, so that a look-up under way does not keep it
         self._lock = threading.Lock()
+        self._turns: dict[bytes, tuple[threading.Lock, int]] = {}  # key -> who looks it up, and how many wait
         self._verifying = threading.BoundedSemaphore(_VERIFYING_AT_ONCE)
 
     def create(
@@ -239,12 +241,17 @@ class KeyStore:
         recalled = self.recall(text)
         if recalled is not None:
             return recalled
+        digest = hashlib.sha256(text.encode()).digest()
+        with self._turn(digest):  # a crowd with one key costs one look-up
+            return self.recall(text) or self._look_up(text, digest)
+
+    def _look_up(self, text: str, digest: bytes) -> Principal:
         match, forgotten = _KEY.fullmatch(text), self._forgotten
         found = self._row(match.group(1)) if match else None
         if match is None or found is None or not self._stands(found[1]):
             raise UnauthenticatedError(_REFUSED)
         secret_hash, view = found
-        digest, now = hashlib.sha256(text.encode()).digest(), time.monotonic()
+        now = time.monotonic()
         known = self._known.get(digest)
         secret_until = known.secret_until if known is not None else 0.0
         if secret_until <= now:
@@ -354,8 +361,27 @@ class KeyStore:
     def _stands(self, view: KeyView) -> bool:
         return not view.revoked and not (view.expires and view.expires <= _text(self._clock()))
 
+    @contextlib.contextmanager
+    def _turn(self, digest: bytes) -> Iterator[None]:
+        """One caller at a time for each key; TooBusyError: it takes too long."""
+        with self._lock:
+            turn, waiting = self._turns.get(digest, (threading.Lock(), 0))
+            self._turns[digest] = turn, waiting + 1
+        try:
+            if not turn.acquire(timeout=self._patience_s):
+                raise TooBusyError("too many ask with this key while it is checked; try again")
+            try:
+                yield
+            finally:
+                turn.release()
+        finally:
+            with self._lock:
+                turn, waiting = self._turns.pop(digest)
+                if waiting > 1:
+                    self._turns[digest] = turn, waiting - 1
+
     def _verify(self, secret_hash: str, secret: str) -> None:
-        if not self._verifying.acquire(timeout=2):
+        if not self._verifying.acquire(timeout=self._patience_s):
             raise TooBusyError("too many keys are being checked; try again")
         try:
             self._hasher.verify(secret_hash, secret)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 import threading
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
@@ -163,12 +163,13 @@ class LiveModels:
         self.refresh()
         return self.choose(model, version)
 
-    def choose(self, model: str, version: str | None = None, draw: str = "") -> ServedVersion:
+    def choose(self, model: str, version: str | None = None, *, draw: bool = False) -> ServedVersion:
         """Return, in the present view, the version that answers.
 
         Args:
             version: a digest, or an alias: "live", or "candidate" (the newest neither live nor retired).
-            draw: what decides whether a canary's share takes the request, such as its id; empty for never.
+            draw: whether a canary may take its share. By chance alone: were it by the request's id, which the
+                caller may set, then whoever met the canary once could come back to it, or keep away.
 
         Raises:
             ModelNotFoundError, VersionNotFoundError: there is nothing of that name.
@@ -181,7 +182,7 @@ class LiveModels:
             raise ModelNotFoundError(f"no model {model!r} is registered; GET /v1/models lists the names")
         if version is None:
             canary = route.canary
-            if canary is not None and draw and zlib.crc32(draw.encode()) % 100 < canary.share:
+            if canary is not None and draw and secrets.randbelow(100) < canary.share:
                 return canary
             return route.first
         if version == "live":

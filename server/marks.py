@@ -54,6 +54,11 @@ class Marks:
             parent_id="" if trace is None else trace[1],
         )
 
+    @property
+    def logged(self) -> dict[str, str]:
+        """The fields that each of the request's log lines bears."""
+        return {"http.request.id": self.request_id, "trace.id": self.trace_id}
+
     def timeout_s(self, most: float) -> float:
         """Return how long the request may take.
 

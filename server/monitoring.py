@@ -138,12 +138,43 @@ class Monitoring:
             multiprocess_mode="mostrecent",
         )
         self._has_network, self._looking = False, Lock()
+        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._rows: dict[str, Counter] = {}
+        self._scored: dict[tuple[str, str], tuple[Histogram, Counter]] = {}
         self.alarms = Counter(
             "affidavit_alarms",
             "Alarms that this server raised.",
             ("model", "kind"),
             registry=self.registry,
         )
+
+    # What each answer counts, by children looked up once: no label is a caller's word, so they are few.
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request and its time."""
+        found = self._answered.get((method, route, status))
+        if found is None:
+            found = self.requests.labels(method, route, str(status)), self.seconds.labels(route)
+            self._answered[method, route, status] = found
+        found[0].inc()
+        found[1].observe(seconds)
+
+    def predicted(self, model: str, rows: int) -> None:
+        """Count answered rows."""
+        found = self._rows.get(model)
+        if found is None:
+            found = self._rows[model] = self.predicted_rows.labels(model)
+        found.inc(rows)
+
+    def scored(self, model: str, basis: str, score: float, is_out: bool) -> None:
+        """Count how far a row lies from what its model was trained on."""
+        found = self._scored.get((model, basis))
+        if found is None:
+            found = self.ood_score.labels(model, basis), self.ood_rows.labels(model, basis)
+            self._scored[model, basis] = found
+        found[0].observe(score)
+        if is_out:
+            found[1].inc()
 
     def look_at_network(self, home: Path, ledger: Ledger) -> None:
         """Take what the coordinator's network part says of its ends; without one nothing is said.

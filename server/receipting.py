@@ -1,10 +1,14 @@
-"""Receipts for callers: those asked for within a moment share one signature by the log's key."""
+"""Receipts for callers: entries that became durable together share one signature by the log's key.
+
+A batch of the log wakes its requests in one turn of the event loop; what they ask for in that turn is signed
+at its end, without a timer.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 from audit.errors import AuditError
 from audit.ledger import Sequenced
@@ -13,11 +17,9 @@ from audit.signer import Signer
 from server.errors import LedgerUnavailableError
 from server.journal import Clock, time_text
 
-_GATHER_S: Final = 0.001
-
 
 class Receipting:
-    """Gathers for a millisecond, then signs once."""
+    """Gathers for one turn of the loop, then signs once."""
 
     def __init__(self, signer: Signer, clock: Clock, *, merge_delay_s: int) -> None:
         self._signer, self._clock, self._merge_delay_s = signer, clock, merge_delay_s
@@ -33,7 +35,7 @@ class Receipting:
         future: asyncio.Future[dict[str, Any]] = loop.create_future()
         self._waiting.append((sequenced, future))
         if len(self._waiting) == 1:
-            loop.call_later(_GATHER_S, self._sign)
+            loop.call_soon(self._sign)
         return await future
 
     def _sign(self) -> None:

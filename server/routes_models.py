@@ -11,11 +11,12 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import ValidationError
 
-from audit.canonical import parse_strict
 from audit.entries import body_document
 from audit.errors import AuditError
-from server.context import Caller, authorise, context_of
+from audit.principal import Principal
+from server.context import Caller, Context, authorise, context_of
 from server.errors import MalformedRequestError, request_id_of
+from server.fast_json import parse_request, write_json
 from server.live import ServedVersion
 from server.proving import proved
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
@@ -59,8 +60,17 @@ async def predict(
     With `subject`, the entry holds a random pseudonym in place of the person, and the row, the answer, the
     purpose and the salts are kept in the vault, where an officer can export them or erase them for good.
     """
-    context = context_of(request)
-    asked = _parse(await request.body(), max_rows=context.settings.max_rows)
+    body = await answer_predict(
+        context_of(request), await request.body(), principal, name, wait, request_id_of(request)
+    )
+    return Response(body, media_type="application/json")
+
+
+async def answer_predict(
+    context: Context, body: bytes, principal: Principal, name: str, wait: Level, request_id: str
+) -> bytes:
+    """Answer `predict`, by whichever way it came; errors as `PredictService.predict`."""
+    asked = _parse(body, max_rows=context.settings.max_rows)
     answered = await context.predicting.predict(
         principal,
         Asked(
@@ -73,10 +83,10 @@ async def predict(
             legal_basis=asked.legal_basis,
             consent=asked.consent,
             explain=asked.explain,
-            request_id=request_id_of(request),
+            request_id=request_id,
         ),
     )
-    return Response(render_answer(await proved(context, answered, wait)), media_type="application/json")
+    return render_answer(await proved(context, answered, wait))
 
 
 @router.get("", summary="List the models", responses=problems(401, 403))
@@ -183,7 +193,7 @@ def render_answer(answered: Answered) -> bytes:
         "review": _review(answered.review),
         "annotations": dict(answered.annotations),
     }
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    return write_json(document)
 
 
 def _review(decision: str) -> dict[str, Any] | None:
@@ -203,7 +213,7 @@ def numbers(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(body: bytes, *, max_rows: int) -> PredictRequest:
     try:
-        asked = PredictRequest.model_validate(parse_strict(body, allow_floats=True))
+        asked = PredictRequest.model_validate(parse_request(body))
     except AuditError as error:
         raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
     except ValidationError as error:

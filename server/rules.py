@@ -59,6 +59,7 @@ class RulesInForce:
         self._read_to = 0
         self._change: Change | None = None
         self._alarms: dict[str, AlarmRaised] = {}
+        self._drifting: dict[str, int] = {}  # model -> open alarms of kind drift
         self._lock = threading.Lock()
 
     def refresh(self) -> bool:
@@ -108,7 +109,8 @@ class RulesInForce:
         return self._alarms.get(alarm)
 
     def drift_alarms(self, model: str) -> int:
-        return sum(found.kind == "drift" and found.model == model for found in tuple(self._alarms.values()))
+        """How many are open; counted when one comes or goes, because every answer asks."""
+        return self._drifting.get(model, 0)
 
     def fault(self, body: PolicyChanged) -> str:
         """Return why a change would not count after what was read, or an empty text."""
@@ -160,14 +162,24 @@ class RulesInForce:
                     leaf_index=index, leaf_hash=hash_leaf(data).hex(), time=entry.time, body=body
                 )
             case AlarmRaised() as alarm:
-                if alarm.kind == "drift" or len(self._alarms) < MAX_OPEN_ALARMS:  # a flood hides no drift
-                    self._alarms.setdefault(alarm.alarm, alarm)
+                has_room = (
+                    alarm.kind == "drift" or len(self._alarms) < MAX_OPEN_ALARMS
+                )  # a flood hides no drift
+                if has_room and alarm.alarm not in self._alarms:
+                    self._alarms[alarm.alarm] = alarm
+                    self._count(alarm, 1)
             case AlarmClosed() as closed:
-                self._alarms.pop(closed.alarm, None)
+                gone = self._alarms.pop(closed.alarm, None)
+                if gone is not None:
+                    self._count(gone, -1)
             case KeyRevoked() as ended if self._revoked is not None:
                 self._revoked(ended.key_id)
             case _:
                 return
+
+    def _count(self, alarm: AlarmRaised, more: int) -> None:
+        if alarm.kind == "drift":
+            self._drifting[alarm.model] = self._drifting.get(alarm.model, 0) + more
 
 
 def _load_fault(body: PolicyChanged) -> str:

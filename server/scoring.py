@@ -68,9 +68,7 @@ class Scoring:
     def _annotation(self, answering: Answering, scores: Sequence[Ood]) -> Annotation:
         model = answering.served.model
         for score in scores:
-            self._monitoring.ood_score.labels(model, score["basis"]).observe(float(score["score"]))
-            if score["out"]:
-                self._monitoring.ood_rows.labels(model, score["basis"]).inc()
+            self._monitoring.scored(model, score["basis"], float(score["score"]), score["out"])
         return Annotation(shown={"ood": list(scores)}, rows=[{"ood": score} for score in scores])
 
     def _load(self, served: ServedVersion) -> OodScorer:

@@ -23,12 +23,20 @@ from audit.encoding import EncodingError, plain_row
 from audit.entries import Prediction, PredictionDenied, RowCommitment
 from audit.errors import StaleViewError
 from audit.ledger import Guard, Sequenced
-from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, Question, require
+from audit.principal import (
+    AccessDeniedError,
+    AttributeValue,
+    Authorizer,
+    Decision,
+    Principal,
+    Question,
+    require,
+)
 from audit.row_tree import RowTree
 from audit.vault_records import PERSON
 from server.batching import Batching
 from server.errors import MalformedRequestError, RowContractError, TooBusyError
-from server.facts import has_legal_effect, model_attributes
+from server.facts import ModelAttributes, has_legal_effect
 from server.hooks import Answering, Hooks, with_fields
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
@@ -119,6 +127,7 @@ class PredictService:
     sealing: Sealing
     hooks: Hooks = field(default_factory=Hooks)
     batching: Batching = field(default_factory=Batching)
+    attributes: ModelAttributes = field(default_factory=ModelAttributes)
     shadowing: Shadowing | None = None
     quotas: Quotas | None = None
 
@@ -159,15 +168,14 @@ class PredictService:
 
     async def _on_present_view(self, principal: Principal, asked: Asked, taken: Taken) -> Answered:
         guard = self.live.guard
-        served = self.live.choose(asked.model, asked.version, asked.request_id)
+        served = self.live.choose(asked.model, asked.version, draw=True)
         decision = await self._decide(principal, asked, served, guard, taken)
         warm = self.warm.ready(served)
         if warm is None:
             warm = await asyncio.to_thread(self.warm.get, served)
         many = len(asked.rows) > _INLINE_ROWS
         plain, encoded = await asyncio.to_thread(_encode, warm, asked) if many else _encode(warm, asked)
-        site = warm.site_index(asked.site)
-        answers = warm.answers_of(await self.batching.run(warm, encoded, site))
+        answers = await self._answers(warm, encoded, warm.site_index(asked.site))
         answering = Answering(
             principal=principal,
             asked=asked,
@@ -178,40 +186,23 @@ class PredictService:
             answers=answers,
         )
         added = await self.hooks.annotate(answering)
-        body = Prediction(
-            request_id=asked.request_id,
-            model=served.model,
-            version=served.version,
-            charter=served.charter_digest,
-            transition=served.transition,
-            purpose=asked.purpose,
-            principal=principal.id,
-            role=principal.role,
-            site=asked.site or "",
-            policies=decision.policies,
-            policy_set=decision.policy_set,
-            rows=(),
-            legal_basis=asked.legal_basis or "",
-            region=principal.region,
-        )
-        body, outputs = with_fields(body, added.body), added.outputs(answers)
-        sealed = None
+        outputs, sealed = added.outputs(answers), None
         if asked.subject is None:
-            committed, opened = (
-                await asyncio.to_thread(_commit, body, plain, outputs)
-                if many
-                else _commit(body, plain, outputs)
+            commitments, opened = (
+                await asyncio.to_thread(_commit, plain, outputs) if many else _commit(plain, outputs)
             )
-            sequenced = await self.journal.append(committed, guard=guard)
+            body = with_fields(_entry(answering, commitments), added.body)
+            sequenced = await self.journal.append(body, guard=guard)
         else:
+            body = with_fields(_entry(answering, _Commitments()), added.body)
             sequenced, opened, sealed = await self._sealed(body, asked, plain, outputs, guard)
         self.live.confirm(guard, sequenced.leaf_index)
         receipt = await self.receipting.receipt(sequenced)
-        self.monitoring.predicted_rows.labels(served.model).inc(len(answers))
+        self.monitoring.predicted(served.model, len(answers))
         answered = Answered(
             model=served.model,
             version=served.version,
-            answers=tuple(answers),
+            answers=answers,
             decision=decision,
             request_id=asked.request_id,
             leaf_index=sequenced.leaf_index,
@@ -228,6 +219,12 @@ class PredictService:
             for shadow in self.live.shadows(served.model):
                 self.shadowing.ask(shadow, answering, answered.leaf_hash)
         return answered
+
+    async def _answers(
+        self, warm: WarmModel, encoded: Sequence[Sequence[float]], site: int | None
+    ) -> tuple[dict[str, Any], ...]:
+        """What the version says of encoded rows: a function of the three alone, of no request or person."""
+        return tuple(warm.answers_of(await self.batching.run(warm, encoded, site)))
 
     async def _sealed(
         self,
@@ -291,13 +288,13 @@ class PredictService:
         self, principal: Principal, asked: Asked, served: ServedVersion, guard: Guard, taken: Taken
     ) -> Decision:
         found = self.hooks.gather(principal, asked, served)
-        context = {"purpose": asked.purpose, **found.context}
+        context: dict[str, AttributeValue] = {"purpose": asked.purpose, **found.context}
         if not taken.allowed:
             context["over_quota"] = True
         question = Question(
             action="predict",
             resource=served.model,
-            attributes={**model_attributes(served), **found.resource},
+            attributes=self.attributes.of(served, found.resource),
             context=context,
         )
         try:
@@ -330,6 +327,10 @@ class PredictService:
 
 
 def _encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    quick = [warm.encoder.read_plain(row) for row in asked.rows]
+    if None not in quick:
+        read = [found for found in quick if found is not None]
+        return [plain for plain, _ in read], [encoded for _, encoded in read]
     try:
         plain = [plain_row(row) for row in asked.rows]
     except EncodingError as error:
@@ -338,15 +339,47 @@ def _encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[l
     return plain, warm.encode(plain)
 
 
+@dataclass(frozen=True, slots=True)
+class _Commitments:
+    """What an entry holds of its rows: one stands in it, many are leaves of a tree."""
+
+    rows: tuple[RowCommitment, ...] = ()
+    row_count: int = 0
+    rows_root: str = ""
+
+
+def _entry(answering: Answering, rows: _Commitments) -> Prediction:
+    asked, served, decision = answering.asked, answering.served, answering.decision
+    principal = answering.principal
+    return Prediction(
+        request_id=asked.request_id,
+        model=served.model,
+        version=served.version,
+        charter=served.charter_digest,
+        transition=served.transition,
+        purpose=asked.purpose,
+        principal=principal.id,
+        role=principal.role,
+        site=asked.site or "",
+        policies=decision.policies,
+        policy_set=decision.policy_set,
+        rows=rows.rows,
+        row_count=rows.row_count,
+        rows_root=rows.rows_root,
+        legal_basis=asked.legal_basis or "",
+        region=principal.region,
+    )
+
+
 def _commit(
-    body: Prediction, plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
-) -> tuple[Prediction, Opened]:
-    """Return the entry with its commitments, and what opens each row: one stands in it, many in a tree."""
+    plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> tuple[_Commitments, Opened]:
+    """Return the commitments to each row and answer, and what opens them."""
     commitments: list[RowCommitment] = []
     opened: list[dict[str, str]] = []
     salts = secrets.token_bytes(64 * len(plain))
     for number, (row, answer) in enumerate(zip(plain, answers, strict=True)):
-        input_text, output_text = canonical_bytes(dict(row)), canonical_bytes(dict(answer))
+        input_text, output_text = canonical_bytes(row), canonical_bytes(answer)
         input_salt = salts[64 * number : 64 * number + 32]
         output_salt = salts[64 * number + 32 : 64 * number + 64]
         commitments.append(
@@ -364,8 +397,8 @@ def _commit(
             }
         )
     if len(commitments) == 1:
-        return replace(body, rows=tuple(commitments)), tuple(opened)
+        return _Commitments(rows=tuple(commitments)), tuple(opened)
     tree = RowTree(commitments)
     for number, row in enumerate(opened):
         row["row"], row["path"] = str(number), tree.path(number)
-    return replace(body, row_count=len(commitments), rows_root=tree.root), tuple(opened)
+    return _Commitments(row_count=len(commitments), rows_root=tree.root), tuple(opened)

@@ -31,6 +31,7 @@ import uvicorn
 
 from server import logs, metric_files
 from server.settings import Settings
+from server.wire import GatheringProtocol
 
 _logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def run_worker(
         timeout_graceful_shutdown=int(settings.request_timeout_s) + 1,
         server_header=False,
         ws="none",
+        http=GatheringProtocol,
         backlog=1024,
     )
     DrainingServer(config, on_drain, settings.drain_s, beat).run(sockets=[listener])

@@ -8,14 +8,13 @@ size limit as a plain one.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from audit.canonical import parse_strict
 from audit.errors import AuditError
 from server.errors import BodyTooLargeError, MalformedRequestError
+from server.fast_json import parse_request, write_json
 from server.oip.tensors import DATATYPES, MAX_TENSORS, InferAsk, Tensor, TensorError, flat, from_raw, to_raw
 
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
@@ -75,7 +74,7 @@ def read_ask(body: bytes, header_length: str | None) -> InferAsk:
         length = int(header_length[:12])
         body, raw = body[:length], body[length:]
     try:
-        document = parse_strict(body, allow_floats=True)
+        document = parse_request(body)
     except AuditError as error:
         raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
     if not isinstance(document, dict) or not set(document) <= _REQUEST or "inputs" not in document:
@@ -111,7 +110,7 @@ def write_answer(
         else:
             line["data"] = list(tensor.values)
         listed.append(line)
-    document = json.dumps({**head, "outputs": listed}, ensure_ascii=False, separators=(",", ":")).encode()
+    document = write_json({**head, "outputs": listed})
     return (document + b"".join(raws), len(document)) if raws else (document, None)
 
 

@@ -12,6 +12,7 @@ from audit.principal import Principal
 from audit.serving_bodies import LEGAL_BASES
 from server.context import Context
 from server.errors import MalformedRequestError
+from server.fast_json import write_json
 from server.live import ServedVersion
 from server.oip.tensors import InferAsk, Signature, Tensor, TensorError, answer_tensors
 from server.proving import proved
@@ -26,6 +27,8 @@ _is_purpose = re.compile(PURPOSE_PATTERN).fullmatch
 _is_site = re.compile(r"[a-z0-9][a-z0-9-]{0,62}").fullmatch
 _is_version = re.compile(VERSION_PATTERN).fullmatch
 _is_name = re.compile(NAME_PATTERN).fullmatch
+_KEPT: Final = 256
+_signatures: dict[str, Signature] = {}
 _TAKEN: Final = frozenset(
     {"purpose", "site", "subject", "legal_basis", "consent", "explain", "wait", "binary_data_output"}
 )
@@ -54,7 +57,7 @@ async def infer(
     """Answer an inference request; errors as `PredictService.predict`, and MalformedRequestError."""
     chosen = version or None
     served = served_version(context, model, version)
-    signature = Signature.of(served.charter)
+    signature = _signature(served)
     _check_outputs(ask, signature)
     rows = signature.rows(ask.inputs, max_rows=context.settings.max_rows)
     text = _text(ask.parameters, "purpose") or purpose
@@ -76,8 +79,8 @@ async def infer(
     explain = ask.parameters.get("explain", False)
     if type(explain) is not bool:
         raise MalformedRequestError("parameters.explain: is true or false")
-    unknown = sorted(name for name in ask.parameters if name not in _TAKEN)
-    if unknown:
+    if not ask.parameters.keys() <= _TAKEN:
+        unknown = sorted(ask.parameters.keys() - _TAKEN)
         raise MalformedRequestError(f"parameters.{unknown[0][:80]}: is not known; leave it out")
     level = _level(ask.parameters)
     answered = await context.predicting.predict(
@@ -97,7 +100,7 @@ async def infer(
     )
     answered = await proved(context, answered, level)
     if answered.version != served.version:  # a transition came meanwhile, perhaps under another charter
-        signature = Signature.of(context.live.choose(model, answered.version).charter)
+        signature = _signature(context.live.choose(model, answered.version))
     outputs = answer_tensors(signature, answered.answers)
     if ask.outputs:
         outputs = tuple(tensor for tensor in outputs if tensor.name in ask.outputs)
@@ -124,7 +127,7 @@ def served_version(context: Context, model: str, version: str) -> ServedVersion:
 
 def metadata(context: Context, served: ServedVersion) -> dict[str, Any]:
     """Return a model's metadata, as the protocol lays it out."""
-    signature = Signature.of(served.charter)
+    signature = _signature(served)
     listed = [found.version for found in context.live.versions(served.model) if found.is_answering] or [
         served.version
     ]
@@ -133,7 +136,7 @@ def metadata(context: Context, served: ServedVersion) -> dict[str, Any]:
         "versions": listed,
         "platform": PLATFORM,
         "inputs": [_line(kind) for kind in signature.inputs()],
-        "outputs": [_line(kind) for kind in signature.outputs()],
+        "outputs": [_line(kind) for kind in signature.outputs],
         "properties": {
             "columns": json.dumps([name for name, _ in signature.features]),
             "purposes": json.dumps(list(served.purposes)),
@@ -150,6 +153,16 @@ def is_ready(context: Context, served: ServedVersion) -> bool:
     return True
 
 
+def _signature(served: ServedVersion) -> Signature:
+    """The signature of the version's charter, made once for all that bear its digest."""
+    found = _signatures.get(served.charter_digest)
+    if found is None:
+        if len(_signatures) >= _KEPT:
+            _signatures.clear()
+        found = _signatures[served.charter_digest] = Signature.of(served.charter)
+    return found
+
+
 def _line(kind: Any) -> dict[str, Any]:
     return {"name": kind.name, "datatype": kind.datatype, "shape": list(kind.shape)}
 
@@ -164,23 +177,23 @@ def _parameters(answered: Answered) -> dict[str, str | int]:
         "policies": ",".join(answered.decision.policies),
         "policy_set": answered.decision.policy_set,
         "level": answered.level,
-        "receipt": json.dumps(answered.receipt, separators=(",", ":")),
-        "opened": json.dumps(answered.opened, ensure_ascii=False, separators=(",", ":")),
+        "receipt": write_json(answered.receipt).decode(),
+        "opened": write_json(answered.opened).decode(),
     }
     if answered.sealed is not None:
-        shown["sealed"] = json.dumps(answered.sealed, ensure_ascii=False, separators=(",", ":"))
+        shown["sealed"] = write_json(answered.sealed).decode()
     if answered.proof is not None:
         shown["proof"] = answered.proof
     if answered.review:
         shown["review_required"] = True
         shown["review_id"] = answered.review
     if answered.annotations:
-        shown["annotations"] = json.dumps(dict(answered.annotations), ensure_ascii=False)
+        shown["annotations"] = write_json(dict(answered.annotations)).decode()
     return shown
 
 
 def _check_outputs(ask: InferAsk, signature: Signature) -> None:
-    known = [kind.name for kind in signature.outputs()]
+    known = [kind.name for kind in signature.outputs]
     for name in ask.outputs:
         if name not in known:
             raise TensorError(name, f"is no output; the model gives {', '.join(known)}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.context import Caller, authorise, context_of
+from audit.principal import Principal
+from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError, NotReadyError, request_id_of
 from server.oip.codec import HEADER_LENGTH, compressed, decompressed, read_ask, write_answer
 from server.oip.inference import EXTENSIONS, PURPOSE, infer, is_ready, metadata, served_version
@@ -18,6 +20,7 @@ router = APIRouter(prefix="/v2", tags=["inference protocol"])
 
 Model = Annotated[str, Path(max_length=80, description="The model's name.")]
 Version = Annotated[str, Path(max_length=80, description="A version's digest, or `live`, or `candidate`.")]
+_HEADER_LENGTH: Final = HEADER_LENGTH.lower()
 _TENSOR: Final = {
     "type": "object",
     "required": ["name", "shape", "datatype"],
@@ -147,12 +150,35 @@ async def infer_version(request: Request, principal: Caller, model: Model, versi
 
 
 async def _infer(request: Request, principal: Caller, model: str, version: str) -> Response:
-    context, headers = context_of(request), request.headers
-    body = await request.body()
+    body, headers = await answer_infer(
+        context_of(request),
+        request.headers,
+        await request.body(),
+        principal,
+        model,
+        version,
+        request_id_of(request),
+    )
+    return Response(body, headers=headers)
+
+
+async def answer_infer(
+    context: Context,
+    headers: Mapping[str, str],
+    body: bytes,
+    principal: Principal,
+    model: str,
+    version: str,
+    request_id: str,
+) -> tuple[bytes, dict[str, str]]:
+    """Answer `infer`, by whichever way it came: return the body and its headers; errors as `infer`.
+
+    `headers` are the request's, their names in lower case.
+    """
     encoding = headers.get("content-encoding", "")
     if encoding:
         body = decompressed(body, encoding, limit=context.settings.max_body_bytes)
-    ask = read_ask(body, headers.get(HEADER_LENGTH))
+    ask = read_ask(body, headers.get(_HEADER_LENGTH))
     answer = await infer(
         context,
         principal,
@@ -160,14 +186,15 @@ async def _infer(request: Request, principal: Caller, model: str, version: str) 
         version,
         ask,
         purpose=headers.get(PURPOSE, ""),
-        request_id=request_id_of(request),
+        request_id=request_id,
     )
     head: dict[str, Any] = {"model_name": answer.model, "model_version": answer.version}
     if ask.id:
         head["id"] = ask.id
     head["parameters"] = answer.parameters
     data, length = write_answer(head, answer.outputs, ask)
-    sent = {}
+    kind = "application/json" if length is None else "application/octet-stream"
+    sent = {"content-type": kind}
     if length is not None:
         sent[HEADER_LENGTH] = str(length)
     accepted = headers.get("accept-encoding", "")
@@ -175,8 +202,7 @@ async def _infer(request: Request, principal: Caller, model: str, version: str) 
         data, name = compressed(data, accepted)
         if name:
             sent["Content-Encoding"] = name
-    kind = "application/json" if length is None else "application/octet-stream"
-    return Response(data, media_type=kind, headers=sent)
+    return data, sent
 
 
 async def _metadata(request: Request, principal: Caller, model: str, version: str) -> dict[str, Any]:

@@ -7,10 +7,10 @@ model takes one tensor (n) or (n, 1) a feature, by its name. A NaN is a missing 
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -76,9 +76,9 @@ class TensorKind:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Signature:
-    """What one charter's model takes and gives."""
+    """What one charter's model takes and gives; what follows from that is worked out once."""
 
     features: tuple[tuple[str, str], ...]  # name, type
     task: str
@@ -92,7 +92,11 @@ class Signature:
             tuple(charter["label"].get("classes") or ()),
         )
 
-    @property
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.features)
+
+    @cached_property
     def is_matrix(self) -> bool:
         """Whether one matrix may hold a row: every feature is a number, and none is called as it is."""
         return all(kind in ("number", "integer") and name != MATRIX for name, kind in self.features)
@@ -104,6 +108,7 @@ class Signature:
             TensorKind(name=name, datatype=_OF_FEATURE[kind], shape=(-1,)) for name, kind in self.features
         )
 
+    @cached_property
     def outputs(self) -> tuple[TensorKind, ...]:
         label = TensorKind(name="label", datatype="BYTES", shape=(-1,))
         match self.task:
@@ -152,10 +157,9 @@ class Signature:
         if tensor.datatype in ("BYTES", "BOOL"):
             raise TensorError(tensor.name, f"holds {tensor.datatype}; give FP64, FP32 or whole numbers")
         _check_count(tensor.shape[0], max_rows)
-        names = [name for name, _ in self.features]
         values = _numbers(tensor.values)
         return [
-            dict(zip(names, values[start : start + width], strict=True))
+            dict(zip(self.names, values[start : start + width], strict=True))
             for start in range(0, len(values), width)
         ]
 
@@ -176,7 +180,7 @@ def answer_tensors(signature: Signature, answers: Sequence[Mapping[str, Any]]) -
     """Return the answers as the output tensors, numbers as the doubles that their texts name."""
     count = len(answers)
     tensors = []
-    for kind in signature.outputs():
+    for kind in signature.outputs:
         values: list[Any]
         if kind.name == "label":
             values = [answer["label"] for answer in answers]
@@ -246,19 +250,21 @@ def flat(name: str, datatype: str, shape: Sequence[int], data: object) -> list[A
     if not isinstance(data, list):
         raise TensorError(name, "data: give a list of values, nested or flat")
     values: list[Any] = data
-    if any(isinstance(value, list) for value in values):
+    kinds = set(map(type, values))
+    if list in kinds:
         values = []
         _flatten(name, data, values, size, len(shape))
+        kinds = set(map(type, values))
     if len(values) != size:
         raise TensorError(name, f"data has {len(values)} values, its shape {size}")
     if datatype == "BYTES":
-        fits = all(type(value) is str for value in values)
+        fits = kinds <= {str}
     elif datatype == "BOOL":
-        fits = all(type(value) is bool for value in values)
+        fits = kinds <= {bool}
     elif datatype.startswith("FP"):
-        fits = all(type(value) in (float, int) for value in values)
+        fits = kinds <= {float, int}
     elif datatype in _LAYOUT:
-        fits = all(type(value) is int for value in values)
+        fits = kinds <= {int}
     else:
         raise TensorError(name, f"datatype {datatype[:20]!r} is unknown; use one of {sorted(DATATYPES)}")
     if not fits:
@@ -300,7 +306,7 @@ def _texts(name: str, data: bytes | memoryview, size: int) -> list[str]:
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
     """NaN stands for a missing value; a number too large for a double is left for the contract to refuse."""
-    return [None if isinstance(value, float) and math.isnan(value) else value for value in values]
+    return [None if value != value else value for value in values]
 
 
 def _check_count(count: int, max_rows: int) -> None:

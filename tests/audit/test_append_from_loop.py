@@ -180,3 +180,52 @@ def test_no_loop_is_said_at_once() -> None:
         sequencer.submit_from_loop("a")
     sequencer.close()
     assert seen == []
+
+
+def test_what_one_turn_of_a_loop_queues_is_one_batch() -> None:
+    seen: list[list[Any]] = []
+    sequencer: Sequencer[Any, Any] = Sequencer(
+        lambda batch: (seen.append(batch), batch)[1], max_batch=64, max_pending=100
+    )
+
+    async def turn(first: int) -> list[Any]:
+        return await asyncio.gather(*(sequencer.submit_from_loop(first + number) for number in range(20)))
+
+    async def turns() -> None:
+        await sequencer.submit_from_loop(-1)  # the thread is there and waits
+        for first in range(0, 200, 20):
+            while not sequencer._idle:
+                await asyncio.sleep(0.001)
+            assert await turn(first) == list(range(first, first + 20))
+
+    asyncio.run(turns())
+    sequencer.close()
+    assert [len(batch) for batch in seen] == [1] + [20] * 10
+
+
+def test_loop_that_ends_before_its_turn_does_loses_nothing_for_others() -> None:
+    sequencer: Sequencer[Any, Any] = Sequencer(lambda batch: batch, max_batch=64, max_pending=100)
+    sequencer.submit(0).result(20)
+    while not sequencer._idle:
+        threading.Event().wait(0.001)
+
+    async def leaves() -> None:
+        sequencer.submit_from_loop("left")
+
+    gone = asyncio.new_event_loop()
+    gone.call_soon = lambda *_, **__: None  # what it would do next is never done
+    asyncio._set_running_loop(gone)
+    try:
+        leaves().send(None)
+    except StopIteration:
+        pass
+    finally:
+        asyncio._set_running_loop(None)
+        gone.close()
+
+    async def comes() -> Any:
+        return await sequencer.submit_from_loop("came")
+
+    assert asyncio.run(asyncio.wait_for(comes(), 20)) == "came"
+    assert sequencer.submit("thread").result(20) == "thread"
+    sequencer.close()

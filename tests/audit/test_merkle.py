@@ -24,6 +24,7 @@ from audit.merkle import (
     hash_node,
     inclusion_proof,
     inclusion_proof_of,
+    inclusion_proofs_of,
     root_from,
     root_of,
     source_of,
@@ -309,3 +310,11 @@ def test_extending_by_something_else_than_hashes_changes_nothing() -> None:
     with pytest.raises(TreeRangeError):
         edge.extend([hash_leaf(b"b"), b"short"])
     assert (edge.size, edge.hashes) == (3, before)
+
+
+def test_all_proofs_at_once_are_the_definitions() -> None:
+    for size in range(1, 67):
+        leaves = [hash_leaf(bytes([number])) for number in range(size)]
+        root, proofs = inclusion_proofs_of(leaves)
+        assert root == root_of(leaves)
+        assert proofs == [inclusion_proof_of(leaves, number) for number in range(size)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.decimals import DecimalError, decimal_text, parse_decimal, rounded_text
+from audit.decimals import DecimalError, decimal_text, float_text, parse_decimal, rounded_text
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,27 @@ def test_rounding_is_half_to_even_and_never_gives_minus_zero():
     assert rounded_text(-1e-9) == "0"
     with pytest.raises(DecimalError):
         rounded_text(math.nan)
+
+
+NUMBERS = (
+    st.floats(allow_nan=False, allow_infinity=False)
+    | st.floats(-2, 2)
+    | st.integers(-(10**16), 10**16).map(lambda units: units / 10**7)  # ties, and what lies beside them
+)
+
+
+@given(NUMBERS, st.sampled_from([-math.inf, 0, math.inf]))
+def test_quick_rounding_is_the_definitions(value, towards):
+    value = math.nextafter(value, towards) if towards else value
+    exact = Decimal(repr(value))
+    assert rounded_text(value) == rounded_text(exact)  # a Decimal takes the long way
+
+
+@pytest.mark.parametrize("value", [0.0000005, 0.0000015, 0.1234565, 2.0000005, -0.0000005, -0.0000004, 1e9])
+def test_ties_round_to_even_by_their_written_digits(value):
+    assert rounded_text(value) == rounded_text(Decimal(repr(value)))
+
+
+@given(NUMBERS)
+def test_float_text_is_decimal_text(value):
+    assert float_text(value) == decimal_text(value)

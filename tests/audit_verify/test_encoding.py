@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.encoding import EncodingError, check_row, encode_row, input_size, plain_row
+from audit.encoding import EncodingError, RowEncoder, check_row, encode_row, input_size, plain_row
 
 FEATURES = [
     {"name": "age", "type": "integer", "unit": "years", "lower": "0", "upper": "120", "transform": "none",
@@ -97,3 +97,55 @@ def test_a_plain_row_encodes_like_the_row_it_came_from():
     assert encode_row(FEATURES, plain) == encode_row(FEATURES, row)
     with pytest.raises(EncodingError):
         plain_row({"age": object()})
+
+
+SCALES = [
+    {"name": "age", "type": "integer", "unit": "years", "lower": "0", "upper": "120", "transform": "none",
+     "missing": "refuse"},
+    {"name": "dose", "type": "number", "unit": "mg", "lower": "-0.1", "upper": "100.7", "transform": "none",
+     "missing": "midpoint"},
+]  # fmt: skip
+CELLS = (
+    st.floats(allow_nan=True, allow_infinity=True)
+    | st.floats(-1, 121)
+    | st.integers(-1, 121)
+    | st.integers(-(2**70), 2**70)
+    | st.sampled_from([None, "", "60", "x", True, False, -0.0, 1e-7, 60.5, 100.7, -0.1, 0, 120])
+)
+
+
+@given(st.fixed_dictionaries({"age": CELLS, "dose": CELLS}))
+def test_quick_reading_is_the_long_ones_or_none(row):
+    encoder = RowEncoder(SCALES)
+    quick = encoder.read_plain(row)
+    if quick is None:
+        return
+    plain = plain_row(row)
+    assert (quick[0], (quick[1], [])) == (plain, encoder.read(plain))
+    assert [type(value) for value in quick[1]] == [float, float]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"age": 60},
+        {"age": 60, "dose": 1.0, "more": 1},
+        {"age": 60.5, "dose": 1.0},
+        {"age": 60, "dose": math.nan},
+        {"age": 60, "dose": math.inf},
+        {"age": 60, "dose": 100.8},
+        {"age": True, "dose": 1.0},
+        {"age": "60", "dose": 1.0},
+        {"age": 2**60, "dose": 1.0},
+    ],
+)
+def test_quick_reading_leaves_what_is_odd_to_the_long_one(row):
+    assert RowEncoder(SCALES).read_plain(row) is None
+
+
+def test_charter_with_categories_or_logarithms_is_read_the_long_way():
+    assert RowEncoder(FEATURES).read_plain({"age": 60, "dose": 10.0, "smoker": 1, "stage": 3}) is None
+
+
+def test_the_quick_way_is_taken_where_it_can_be():
+    assert RowEncoder(SCALES).read_plain({"age": 60, "dose": 50.3}) is not None

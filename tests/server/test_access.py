@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from audit.principal import ACTIONS, ROLES, Principal, Question
-from server.access import CedarAuthorizer, PolicyText, read_policies, shipped_policies
+from server.access import CedarAuthorizer, PolicyText, SharedAttributes, read_policies, shipped_policies
 from server.errors import PolicyLoadError
 
 MEMBERS = {"node", "officer", "scientist", "operator"}
@@ -255,3 +255,37 @@ def test_shipped_hash_is_argon2id_with_owasps_cost(tmp_path, lab):
     store.create(role="consumer")
     store.close()
     assert b"$argon2id$v=19$m=19456,t=2,p=1$" in (tmp_path / "keys.db").read_bytes()
+
+
+def test_shared_attributes_are_told_apart_by_kind_and_decide_as_plain_ones():
+    kinds = [SharedAttributes({"a": value}) for value in (1, True, "1")]
+    assert len(dict.fromkeys(kinds, 0)) == 3
+    assert SharedAttributes({"a": 1}) == SharedAttributes({"a": 1})
+    assert hash(SharedAttributes({"a": 1})) == hash(SharedAttributes({"a": 1}))
+    assert SharedAttributes({"a": 1}) != {"a": 1}
+    with pytest.raises(TypeError):
+        hash(SharedAttributes({"a": [1]}))
+
+
+@pytest.mark.parametrize("purpose", ["triage", "marketing"])
+def test_authoriser_remembers_shared_questions_as_it_does_others(purpose):
+    authorizer = CedarAuthorizer(shipped_policies())
+    principal = Principal(id="p-1", role="consumer", site="", region="", models=(), method="key")
+    attributes = {
+        "name": "toy", "purposes": ("triage",), "state": "live", "epsilon_micro": 1, "epsilon_limit_micro": 2,
+        "regions": (), "max_age_days": 0, "legal_basis_required": False, "legal_effect": False, "age_days": 0,
+        "drift_alarms": 0,
+    }  # fmt: skip
+    context = {"purpose": purpose, "legal_basis": "", "consent": False, "over_quota": False}
+    asked = [
+        Question(action="predict", resource="toy", attributes=kind(attributes), context=context)
+        for kind in (dict, SharedAttributes, SharedAttributes)
+    ]
+    decisions = [authorizer.decide(principal, question) for question in asked]
+    assert len(set(decisions)) == 1
+    assert decisions[0].allowed is (purpose == "triage")
+    odd = Question(
+        action="predict", resource="toy", attributes=SharedAttributes({**attributes, "epsilon_micro": True}),
+        context=context,
+    )  # fmt: skip
+    assert not authorizer.decide(principal, odd).allowed

@@ -261,3 +261,68 @@ def test_region_and_models_of_a_key_are_in_its_entry_and_decide(client, lab, as_
     asked = {"purpose": "triage", "rows": [row]}
     reply = client.post(PREDICT, headers={"Authorization": f"Bearer {made['key']}"}, json=asked)
     assert (reply.status_code, reply.json()["policies"]) == (403, ["key-not-for-this-model"])
+
+
+class Counted:
+    """A hasher that says how often it was asked, and takes its time."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def verify(self, secret_hash: str, secret: str) -> bool:
+        self.asked += 1
+        time.sleep(0.05)
+        return CHEAP.verify(secret_hash, secret)
+
+    def hash(self, secret: str) -> str:
+        return CHEAP.hash(secret)
+
+
+def crowd(store, texts):
+    """Ask with all of them at once; return what each is told."""
+    told: list[object] = [None] * len(texts)
+
+    def ask(place: int) -> None:
+        try:
+            told[place] = store.authenticate(texts[place]).role
+        except (UnauthenticatedError, TooBusyError) as error:
+            told[place] = error.code
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return told
+
+
+def test_crowd_with_one_key_that_nobody_remembers_costs_one_check(tmp_path):
+    hasher = Counted()
+    store = KeyStore(tmp_path, Clock(), hasher=hasher)
+    text, _ = store.create(role="consumer")
+    assert crowd(store, [text] * 24) == ["consumer"] * 24
+    assert hasher.asked == 1
+    assert store._turns == {}
+    store.close()
+
+
+def test_crowd_with_a_wrong_secret_gets_nothing_from_a_right_one(tmp_path):
+    hasher = Counted()
+    store = KeyStore(tmp_path, Clock(), hasher=hasher)
+    text, _ = store.create(role="consumer")
+    wrong = text[:-4] + ("aaaa" if text[-4:] != "aaaa" else "bbbb")
+    told = crowd(store, [text, wrong] * 6)
+    assert told == ["consumer", "access.unauthenticated"] * 6
+    assert store._turns == {}
+    store.close()
+
+
+def test_key_that_takes_too_long_to_check_is_told_so_and_not_let_in(tmp_path):
+    hasher = Counted()
+    store = KeyStore(tmp_path, Clock(), hasher=hasher, patience_s=0.1)
+    text, _ = store.create(role="consumer")
+    wrong = text[:-4] + ("aaaa" if text[-4:] != "aaaa" else "bbbb")
+    told = crowd(store, [wrong] * 12)
+    assert set(told) == {"access.unauthenticated", "server.busy"}
+    assert store._turns == {}
+    store.close()

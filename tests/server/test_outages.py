@@ -207,6 +207,7 @@ def test_disk_that_takes_no_more_ends_the_answers_until_it_does(on_sqlite):
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_database_that_is_gone_ends_the_answers_until_it_is_back(on_postgresql, mode):
     lab, database, workers = on_postgresql.lab, on_postgresql.database, on_postgresql.server.workers()
+    on_postgresql.until(200, lab.key("consumer"))  # both: one that still starts would end without a database
     with on_postgresql.load() as load:
         while len(load.told.answers) < 20:
             time.sleep(0.01)

@@ -187,6 +187,14 @@ def test_canary_answers_its_share(client, lab, as_role, row):
     assert {ask(client, as_role("consumer"), row).json()["version"] for _ in range(9)} == {lab.version}
 
 
+def test_caller_cannot_choose_the_version_by_a_request_id(client, lab, as_role, row):
+    other = second(lab)
+    trial(lab, other, "approved", "canary", share=50)
+    headers = {**as_role("consumer"), "X-Request-ID": "ab" * 16}
+    got = [ask(client, headers, row).json()["version"] for _ in range(40)]
+    assert {other, lab.version} == set(got), "an id that met the canary once does not meet it always"
+
+
 @pytest.mark.parametrize(("state", "share"), [("canary", 0), ("canary", 100), ("canary", -1), ("shadow", 5)])
 def test_share_that_fits_no_state_does_not_count(client, lab, as_role, row, state, share):
     other = second(lab)
