@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final
 
-from audit._codec import ODD, reader_of, writer_of
 from audit.access_bodies import (
     AccessDenied,
     AuditRead,
@@ -19,8 +16,9 @@ from audit.access_bodies import (
     SubjectErased,
     SubjectExported,
 )
+from audit.cost_bodies import SiteEpsilon, unpack_costs
 from audit.membership import MEMBERSHIP_TYPES, MembershipBody
-from audit.packing import PackingError, pack_text, unpack_digests, unpack_text
+from audit.packing import unpack_digests, unpack_text
 from audit.round_bodies import ROUND_TYPES, Metric, RoundBody
 from audit.runtime_bodies import PredictionShadowed, VersionExported
 from audit.secure_bodies import RoundOpened
@@ -250,22 +248,6 @@ class GateResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SiteEpsilon:
-    """What a run cost one site's population, and what that population has spent in all."""
-
-    site: str
-    population: str
-    events: int
-    run_epsilon: str
-    run_epsilon_rdp: str
-    lifetime_epsilon: str
-    delta: str
-    accountant: str
-    relation: str
-    unit: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class VersionRegistered:
     version: str  # digest of the weights file
     model: str
@@ -279,42 +261,12 @@ class VersionRegistered:
     packed: str = ""  # the costs of more sites than an entry can name as they stand: `audit.packing`
 
     def __post_init__(self) -> None:
-        _unpack_costs(self.epsilons, self.packed)
+        unpack_costs(self.epsilons, self.packed)
 
     @property
     def costs(self) -> tuple[SiteEpsilon, ...]:
         """What the run cost each site, in the order of their names."""
-        return _unpack_costs(self.epsilons, self.packed)
-
-
-def pack_costs(costs: tuple[SiteEpsilon, ...]) -> tuple[tuple[SiteEpsilon, ...], str]:
-    """Return (costs, "") where they are few enough for an entry, else ((), packed)."""
-    plain, packed = pack_text(_costs_text(costs))
-    return (costs, "") if plain else ((), packed)
-
-
-def _unpack_costs(plain: tuple[SiteEpsilon, ...], packed: str) -> tuple[SiteEpsilon, ...]:
-    if not packed:
-        return plain
-    if plain:
-        raise PackingError("packed costs stand alone")
-    return _read_costs(packed)
-
-
-@lru_cache(maxsize=4)
-def _read_costs(packed: str) -> tuple[SiteEpsilon, ...]:
-    text = unpack_text("", packed)
-    try:
-        found = tuple(reader_of(SiteEpsilon)(item) for item in json.loads(text))
-        if _costs_text(found) == text:
-            return found
-    except (*ODD, RecursionError) as error:
-        raise PackingError(f"packed costs cannot be read: {error!r}") from error
-    raise PackingError("packed costs are not in canonical form")
-
-
-def _costs_text(costs: tuple[SiteEpsilon, ...]) -> str:
-    return f"[{','.join(map(writer_of(SiteEpsilon, frozenset()), costs))}]"
+        return unpack_costs(self.epsilons, self.packed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

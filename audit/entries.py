@@ -57,7 +57,6 @@ from audit.bodies import (
     RunFailed,
     RunStarted,
     SiteEnrolled,
-    SiteEpsilon,
     SiteRefused,
     SiteStatement,
     SiteUndelivered,
@@ -65,6 +64,7 @@ from audit.bodies import (
     VersionTransition,
 )
 from audit.canonical import canonical_bytes, parse_canonical
+from audit.cost_bodies import SiteEpsilon
 from audit.errors import AuditError
 from audit.refusal_codes import REFUSAL_CODES, RUN_FAILURE_CODES
 from audit.round_bodies import Metric

@@ -10,7 +10,7 @@ file of figures beside it, so that one page can come from several sittings on on
     simulate  100 virtual sites: ours with statements and ledger, Flower's Ray simulation of the same step,
               Ray with a client that does nothing, a plain loop
     thousand  1,000 virtual sites with a small network of one hidden layer
-    memory    peak memory after 10, 100 and 300 rounds, each in a process of its own
+    memory    most memory held at a round's end, of 10, 100 and 300 rounds, each in a process of its own
     large     rounds of a model of 10 million parameters, in one process
     huge      the same with 100 million: some 8 GiB
 
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import federation_network
-from federation_costs import OFFLINE, Laps, children_mib, peak_mib
+from federation_costs import OFFLINE, Laps, children_mib, peak_mib, resident_mib
 from federation_page import ROWS, SITES, page
 
 HERE: Final = Path(__file__).resolve().parent
@@ -83,12 +83,14 @@ def simulate_ours(sites: int, rounds: int, **options: Any) -> dict[str, Any]:
 
     laps, begun, forked = Laps(), time.time(), 0
     ready: list[float] = []
+    resident: list[int] = []
 
     def watch(event: Any) -> None:
         if event.kind == "accepted":
             ready.append(time.time() - begun)
         if event.kind == "round":
             laps.mark()
+            resident.append(resident_mib())
             if event.round in (1, rounds - 1):
                 nonlocal forked
                 forked = max(forked, children_mib())
@@ -103,6 +105,7 @@ def simulate_ours(sites: int, rounds: int, **options: Any) -> dict[str, Any]:
         "wall": wall,
         "cpu": cpu,
         "peak_mib": peak_mib() + forked,
+        "rounds_mib": max(resident),
         "parameters": parameters,
         "setup": round(ready[0], 1),
     }
@@ -223,7 +226,7 @@ def part_thousand() -> dict[str, Any]:
 
 
 def part_memory() -> dict[str, Any]:
-    return {str(rounds): apart("simulate_long", rounds)["peak_mib"] for rounds in (10, 100, 300)}
+    return {str(rounds): apart("simulate_long", rounds)["rounds_mib"] for rounds in (10, 100, 300)}
 
 
 def simulate_long(rounds: int) -> dict[str, Any]:

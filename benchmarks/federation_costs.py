@@ -44,6 +44,12 @@ def peak_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
+def resident_mib() -> int:
+    """What this process holds now."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
 def children_mib() -> int:
     """What this process's own children hold now; a page that several share is divided among them."""
     total = 0

@@ -117,7 +117,10 @@ def _memory(found: dict[str, Any]) -> list[str]:
     return [
         "## Memory against the number of rounds (5 virtual sites)",
         "",
-        "| rounds | peak MiB |",
+        "The most that is held at a round's end. What planning leaves in the allocator (the certificate of",
+        "the whole plan) is in it, and is larger for a longer plan.",
+        "",
+        "| rounds | MiB |",
         "|---|---|",
         *[f"| {rounds} | {found[rounds]} |" for rounds in ("10", "100", "300")],
         "",

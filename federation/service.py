@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from audit.bodies import pack_costs
+from audit.cost_bodies import pack_costs
 from audit.entries import (
     RunCompleted,
     RunStarted,

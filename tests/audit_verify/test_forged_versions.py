@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from audit.bodies import pack_costs
+from audit.cost_bodies import pack_costs
 from audit.entries import (
     ZERO_DIGEST,
     decode_entry,

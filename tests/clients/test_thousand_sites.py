@@ -8,7 +8,8 @@ import zlib
 
 import pytest
 
-from audit.bodies import GateResult, SiteEpsilon, VersionRegistered, pack_costs
+from audit.bodies import GateResult, VersionRegistered
+from audit.cost_bodies import SiteEpsilon, pack_costs
 from audit.entries import decode_entry, encode_entry, new_entry
 from audit.packing import PackingError
 from audit.verify import verify_evidence
@@ -66,7 +67,7 @@ def pack(text):
 
 
 def texts():
-    from audit.bodies import _costs_text
+    from audit.cost_bodies import _costs_text
 
     many = costs(400, alike=True)
     right = _costs_text(many)
