@@ -36,8 +36,6 @@ from audit.access_bodies import (
     SubjectExported,
 )
 from audit.bodies import (
-    REFUSAL_CODES,
-    RUN_FAILURE_CODES,
     TYPE_OF,
     TYPES,
     ZERO_DIGEST,
@@ -68,6 +66,7 @@ from audit.bodies import (
 from audit.canonical import canonical_bytes, parse_canonical
 from audit.cost_bodies import SiteEpsilon
 from audit.errors import AuditError
+from audit.refusal_codes import REFUSAL_CODES, RUN_FAILURE_CODES
 from audit.round_bodies import Metric
 
 __all__ = [
