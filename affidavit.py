@@ -54,6 +54,7 @@ Site engineer: your rows stay with you
   site bundle approve | withdraw FILE
                           which Flower bundles the relay may run
   site launcher FOLDER    the flwr-clientapp that confines them, for the SuperNode's PATH
+  site predict ROWS       answers here, with the layers that never left this site
   site log export FILE    the site's own story, to compare with the federation's
   site follow NAME        begin to witness a log, under the policy you compared with the others
   site witness NAME       check that the log only grew, and cosign it

@@ -175,13 +175,14 @@ def ray_launch(agents: Mapping[str, Agent]) -> Launch:
 
 def _local_launch(agents: Mapping[str, Agent], charter: Charter) -> Launch:
     """Choose: many virtual sites on several cores, one site at a time of a large model, or threads."""
+    from federation.forked_grid import may_fork
     from federation.grid import MANY_NODES
 
     if charter.dimension > LARGE_MODEL:
         return inprocess_launch(agents, workers=1)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     virtual = all(isinstance(agent.home, VirtualHome) for agent in agents.values())
-    if virtual and cores > 1 and len(agents) > MANY_NODES:
+    if virtual and cores > 1 and len(agents) > MANY_NODES and may_fork():
         return forked_launch(agents, processes=min(cores, MOST_PROCESSES))
     return inprocess_launch(agents)
 

@@ -8,6 +8,7 @@ process: for simulations of many sites. Messages travel pickled, between two hal
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import logging
@@ -16,6 +17,7 @@ import pickle
 import queue
 import selectors
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +34,17 @@ _logger = logging.getLogger(__name__)
 
 _CLIENT_APP_CRASHED: Final = 8  # Flower's error code for a process that went away with a message
 _LEAVE_S: Final = 60.0
+
+
+def may_fork() -> bool:
+    """Whether a copy of this process would work: not beside threads that Python did not start.
+
+    Those of gRPC, say, leave locks held in the copy that nobody there will ever release.
+    """
+    if sys.platform != "linux":
+        return False
+    by_python = _thread._count() + 1  # this one too; `threading` does not know of all of them
+    return len(os.listdir("/proc/self/task")) <= by_python
 
 
 @dataclass(slots=True)

@@ -216,7 +216,7 @@ def _unpack(source: Path, target: Path) -> list[str]:
                 parts = PurePosixPath(member.name).parts
                 if member.name not in names or not member.isreg() or ".." in parts or total > _MAX_BYTES:
                     raise BackupError(f"{source}: holds {member.name!r}, which no backup of ours does")
-                archive.extract(member, target, filter="data")
+                _extract(archive, member, target)
                 if _digest(target / member.name) != digests[member.name]:
                     raise BackupError(f"{source}: {member.name} is altered; use another backup")
                 names.discard(member.name)
@@ -227,3 +227,15 @@ def _unpack(source: Path, target: Path) -> list[str]:
             return list(manifest["files"])
     except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackupError(f"{source}: cannot be read as a backup ({error})") from error
+
+
+def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    """Write a checked member, for nobody but us to change; `filter="data"` needs Python 3.11.4."""
+    path = target / member.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = archive.extractfile(member)
+    if source is None:
+        raise BackupError(f"{member.name}: is no file")
+    mode = (member.mode & 0o755) | 0o600
+    with source, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        shutil.copyfileobj(source, file)

@@ -38,6 +38,7 @@ def test_served_prediction_is_proved_to_a_stranger_offline(own, tmp_path):
         told = json.loads(ask(server.url, text, "/v1/models/own/predict", QUESTION))
         answer.write_text(json.dumps(told))
         assert run_command("log", "policy", "--url", server.url, "--out", policy).code == 0
+        ask(server.url, text, f"/v1/receipts/{told['entry']['id']}?wait=checkpointed")
         for site in ("alpha", "beta"):
             assert own.run("site", "witness", site, "--url", server.url).code == 0
         proof = ask(server.url, text, f"/v1/receipts/{told['entry']['id']}?wait=witnessed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -11,7 +12,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from federation.forked_grid import ForkedGrid
+from federation.forked_grid import ForkedGrid, may_fork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulations fork on Linux alone")
 
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulations for
 @pytest.fixture
 def forked():
     """Make a grid whose nodes count their messages; yields (make, what was handed back)."""
+    if not may_fork():
+        pytest.skip("threads of gRPC or others run in this process; the file runs in one of its own instead")
     counts, returned, grids = {}, {}, []
     app = ClientApp()
 
@@ -139,3 +142,28 @@ def test_children_end_when_their_parent_is_gone(forked):
         child.is_gone = True
     assert os.waitpid(pid, 0)[0] == pid
     assert returned == {}
+
+
+BESIDE_GRPC = """
+import grpc
+from federation.forked_grid import may_fork
+assert may_fork()
+server = grpc.server(__import__("concurrent.futures").futures.ThreadPoolExecutor(1))
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+grpc.channel_ready_future(grpc.insecure_channel(f"127.0.0.1:{port}")).result(timeout=20)
+assert not may_fork()
+"""
+
+
+def test_a_process_with_threads_of_grpc_is_not_forked():
+    subprocess.run([sys.executable, "-c", BESIDE_GRPC], check=True, timeout=60)
+
+
+def test_all_of_this_runs_in_a_process_of_its_own_where_it_cannot_here():
+    if may_fork():
+        return  # it did
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
