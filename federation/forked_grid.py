@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from flwr.app import Error, Message
@@ -34,17 +35,27 @@ _logger = logging.getLogger(__name__)
 
 _CLIENT_APP_CRASHED: Final = 8  # Flower's error code for a process that went away with a message
 _LEAVE_S: Final = 60.0
+_SAFE: Final = "jemalloc_bg_thd"
 
 
 def may_fork() -> bool:
     """Whether a copy of this process would work: not beside threads that Python did not start.
 
-    Those of gRPC, say, leave locks held in the copy that nobody there will ever release.
+    Those of gRPC, say, leave locks held in the copy that nobody there will ever release. jemalloc's, which
+    comes with pyarrow, lets go of its own before each fork.
     """
     if sys.platform != "linux":
         return False
     by_python = _thread._count() + 1  # this one too; `threading` does not know of all of them
-    return len(os.listdir("/proc/self/task")) <= by_python
+    tasks = [_name_of(task) for task in os.listdir("/proc/self/task")]
+    return len([name for name in tasks if name != _SAFE]) <= by_python
+
+
+def _name_of(task: str) -> str:
+    try:
+        return Path("/proc/self/task", task, "comm").read_text().strip()
+    except OSError:
+        return _SAFE  # it has ended since
 
 
 @dataclass(slots=True)

@@ -145,8 +145,9 @@ def test_children_end_when_their_parent_is_gone(forked):
 
 
 BESIDE_GRPC = """
-import grpc
+import grpc, pandas, torch
 from federation.forked_grid import may_fork
+pandas.DataFrame({"site": ["a"]}).to_parquet("/dev/null")  # pyarrow's allocator has a thread of its own
 assert may_fork()
 server = grpc.server(__import__("concurrent.futures").futures.ThreadPoolExecutor(1))
 port = server.add_insecure_port("127.0.0.1:0")
