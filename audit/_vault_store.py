@@ -1,8 +1,9 @@
 """The vault's database: how it is created, opened, locked, and made to forget.
 
 Deleted rows are overwritten (`secure_delete`), and `scrub` rewrites the file and empties the WAL. On
-PostgreSQL `scrub` rewrites the tables and overwrites the write-ahead log (`audit._vault_wal`); what its
-archive and standbys still hold is under the master key, which is not in the database.
+PostgreSQL `scrub` rewrites the tables, sees that the planner remembers nothing of them
+(`audit._vault_statistics`), and overwrites the write-ahead log (`audit._vault_wal`). What the archive of that
+and standbys still hold is under the master key, which is not in the database.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, event, insert, inspect, select
 
-from audit import _store, _vault_wal
+from audit import _store, _vault_statistics, _vault_wal
 from audit.errors import AuditError, LedgerBusyError
 from audit.location import Location
 from audit.vault_tables import (
@@ -109,6 +110,8 @@ def create(location: Location, origin: str, key_check: bytes) -> None:
                 if inspect(connection).has_table(VAULT_HEAD.name):
                     raise VaultMissingError(str(location), "holds a vault already")
             migrate(connection)
+            if location.url is not None:
+                _vault_statistics.forbid(connection)
             connection.execute(insert(VAULT_HEAD), row)
     except BaseException:
         engine.dispose()
@@ -180,7 +183,8 @@ def _scrub_server(location: Location) -> str:
             connection.exec_driver_sql("SET statement_timeout = 0")
             for name in _TABLES:
                 connection.exec_driver_sql(f"VACUUM (FULL) {name}")
-            return _vault_wal.empty(connection)
+            left = _vault_statistics.drop(connection), _vault_wal.empty(connection)
+            return "; ".join(filter(None, left))
     finally:
         engine.dispose()
 

@@ -252,13 +252,15 @@ def test_raw_scan_of_a_postgresql_data_directory_finds_nothing_of_the_erased(
 ) -> None:
     server = postgresql_server
     data = server.folder / "data"
-    with Vault.create(server.new_schema(), tmp_path / "vault.key", ORIGIN) as vault:
+    url = server.new_schema()
+    with Vault.create(url, tmp_path / "vault.key", ORIGIN) as vault:
         for number in range(60):
             put(vault, f"person-number-{number % 6}", number)
         server.execute("SELECT pg_switch_wal()")
         server.execute("CHECKPOINT")  # so that the rows lie in a segment that waits to be reused, too
         for number in range(60, 120):
             put(vault, f"person-number-{number % 6}", number)
+        server.execute("ANALYZE", url)  # as the server itself does now and then
         names = [f"person-number-{number}" for number in range(3)]
         before = traces(vault, [*names, "person-number-5"])
         gone = [trace for name in names for trace in before[name]]
@@ -278,6 +280,36 @@ def test_raw_scan_of_a_postgresql_data_directory_finds_nothing_of_the_erased(
 
 def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_statistics_of_an_older_vault_are_forgotten_by_whoever_may(
+    postgresql_server: Any, tmp_path: Path
+) -> None:
+    server = postgresql_server
+    url = server.new_schema()
+    schema = url.rpartition("%3D")[2]
+    server.execute("CREATE ROLE keeper LOGIN")
+    server.execute(f'GRANT ALL ON SCHEMA "{schema}" TO keeper')
+    server.execute("GRANT pg_checkpoint TO keeper")
+    server.execute("GRANT EXECUTE ON FUNCTION pg_switch_wal(), pg_ls_waldir() TO keeper")
+    with Vault.create(url.replace("//affidavit@", "//keeper@"), tmp_path / "vault.key", ORIGIN) as vault:
+        for column in ("wrapped_key", "lookup", "sealed_id"):  # as before columns had no statistics
+            server.execute(f"ALTER TABLE vault_subject ALTER COLUMN {column} SET STATISTICS -1", url)
+        for number in range(30):
+            put(vault, f"person-{number % 10}", number)
+        server.execute("ANALYZE", url)
+        wrapped = traces(vault, ["person-1"])["person-1"][2]
+        erase(vault, "person-1")
+        refused = vault.scrub()
+        assert not refused
+        assert "database's owner" in refused.left
+        assert scan(files_in(server.folder / "data"), [wrapped]), "as it says"
+        with Vault.open(url, tmp_path / "vault.key", ORIGIN) as owners:
+            assert owners.scrub()
+        assert scan(files_in(server.folder / "data"), [wrapped]) == []
+        server.execute("ANALYZE", url)
+        kept = server.execute("SELECT tablename FROM pg_stats WHERE schemaname = current_schema()", url)
+        assert {name for (name,) in kept} <= {"vault_migration"}
 
 
 def test_scrub_says_what_a_replication_slot_keeps(postgresql_server: Any, tmp_path: Path) -> None:
