@@ -20,7 +20,7 @@ from federation.charter import Charter
 from federation.service import Launch, RunConfig
 
 if TYPE_CHECKING:
-    from federation.grid import Fault
+    from federation.grid import Fault, InProcessGrid
 
 LARGE_MODEL: Final = 1_000_000  # parameters; one site at a time computes from here on, for memory's sake
 RAY_STARTS_S: Final = 120.0
@@ -37,11 +37,8 @@ def inprocess_launch(
     """
 
     def launch(config: RunConfig) -> None:
-        from flwr.app import Context, RecordDict
-
         from clients.client_app import app as client_app
         from federation.grid import MANY_NODES, InProcessGrid
-        from federation.server_app import app as server_app
 
         with (
             _one_thread_each(len(agents) > MANY_NODES),
@@ -54,16 +51,23 @@ def inprocess_launch(
                 workers=workers,
             ) as grid,
         ):
-            context = Context(
-                run_id=grid.run.run_id,
-                node_id=0,
-                node_config={},
-                state=RecordDict(),
-                run_config=dict(config),
-            )
-            server_app(grid=grid, context=context)
+            _serve(grid, config)
 
     return launch
+
+
+def _serve(grid: InProcessGrid, config: RunConfig) -> None:
+    """Run Flower's ServerApp over a grid of ours until the run is over."""
+    from flwr.app import Context, RecordDict
+
+    from federation.server_app import app
+
+    app(
+        grid=grid,
+        context=Context(
+            run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config)
+        ),
+    )
 
 
 @contextmanager
@@ -91,11 +95,8 @@ def forked_launch(agents: Mapping[str, Agent], *, processes: int) -> Launch:
         return _memory(homes[site]).state()
 
     def launch(config: RunConfig) -> None:
-        from flwr.app import Context, RecordDict
-
         from clients.client_app import app as client_app
         from federation.forked_grid import ForkedGrid
-        from federation.server_app import app as server_app
 
         with (
             _one_thread_each(True),
@@ -109,14 +110,7 @@ def forked_launch(agents: Mapping[str, Agent], *, processes: int) -> Launch:
                 run_config=config,
             ) as grid,
         ):
-            context = Context(
-                run_id=grid.run.run_id,
-                node_id=0,
-                node_config={},
-                state=RecordDict(),
-                run_config=dict(config),
-            )
-            server_app(grid=grid, context=context)
+            _serve(grid, config)
 
     return launch
 

@@ -14,6 +14,8 @@ from audit.decimals import decimal_text, parse_decimal
 from audit.entries import (
     ZERO_DIGEST,
     MechanismEvent,
+    RoundAbandoned,
+    RoundCompleted,
     RunAccepted,
     SiteEpsilon,
     SiteStatement,
@@ -268,18 +270,13 @@ def _unanswered(chain: Chain) -> list[str]:
     """Return where a site of this run may have answered, and no release of that round is in the file."""
     asked = chain.rounds[0].statements[0].body.participants
     unknown = [f"{site} in round 1" for site in sorted(set(chain.accepted) - set(asked))]
-    for found in chain.rounds:
-        body = found.leaf.body
+    ended: list[RoundCompleted | RoundAbandoned] = [found.leaf.body for found in chain.rounds]
+    ended += [lost.leaf.body for lost in chain.lost]
+    for body in ended:
         for site in body.missing:
             history = chain.histories.get(site, ())
             if not any((event.run, event.round) == (body.run, body.round) for event in history):
                 unknown.append(f"{site} in round {body.round}")
-    for lost in chain.lost:
-        gone = lost.leaf.body
-        for site in gone.missing:
-            history = chain.histories.get(site, ())
-            if not any((event.run, event.round) == (gone.run, gone.round) for event in history):
-                unknown.append(f"{site} in round {gone.round}")
     if chain.evaluated is not None:
         unknown += [f"{site} in the evaluation" for site in chain.evaluated.body.missing]
     if chain.sketched is not None:
