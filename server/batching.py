@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -36,8 +36,11 @@ class _Gathering:
 class Batching:
     """Runs models for the requests of one event loop."""
 
-    def __init__(self, cache: AnswerCache | None = None) -> None:
+    def __init__(
+        self, cache: AnswerCache | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._cache = cache
+        self._clock = clock
         self._cost_s: dict[int, float] = {}  # by model in memory: seconds of a run of one row, smoothed
         self._gathering: dict[tuple[int, int | None], _Gathering] = {}
         self.in_flight = 0  # requests between arrival and answer
@@ -71,19 +74,22 @@ class Batching:
         return await future
 
     def _alone(self, warm: WarmModel, encoded: Rows, site: int | None) -> Outputs:
-        begun = time.perf_counter()
+        begun = self._clock()
         outputs = warm.forward(encoded, site)
-        taken_s = (time.perf_counter() - begun) / max(len(encoded), 1)
+        self._learn(warm, (self._clock() - begun) / max(len(encoded), 1))
+        return outputs
+
+    def _learn(self, warm: WarmModel, taken_s: float) -> None:
         before = self._cost_s.get(id(warm), taken_s)
         if len(self._cost_s) > 256:
             self._cost_s.clear()
         self._cost_s[id(warm)] = before + _SMOOTH * (taken_s - before)
-        return outputs
 
     def _together(self, key: tuple[int, int | None], gathering: _Gathering) -> None:
         if self._gathering.get(key) is gathering:
             del self._gathering[key]
         rows = [row for encoded, _ in gathering.waiting for row in encoded]
+        begun = self._clock()
         try:
             outputs = gathering.warm.forward(rows, gathering.site)
         except Exception as error:  # noqa: BLE001 - each of those who share the run hears of it
@@ -91,6 +97,10 @@ class Batching:
                 if not future.done():
                     future.set_exception(error)
             return
+        taken_s = self._clock() - begun
+        if taken_s < self._cost_s.get(id(gathering.warm), 0.0):
+            # All of them took less than one was thought to: a hiccup must not have the model shared for ever.
+            self._learn(gathering.warm, taken_s)
         self.shared_runs += len(gathering.waiting) > 1
         start = 0
         for encoded, future in gathering.waiting:

@@ -256,12 +256,51 @@ def test_rows_that_arrive_together_share_a_run_and_a_lone_row_has_its_own():
     asyncio.run(main())
 
 
+class Ticking:
+    """A clock that a model moves."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+class Timed:
+    """A model whose run takes what the test says, by that clock."""
+
+    def __init__(self, clock, *takes_s):
+        self.clock = clock
+        self.takes_s = list(takes_s)
+
+    def forward(self, rows, site):
+        self.clock.now_s += self.takes_s.pop(0) if len(self.takes_s) > 1 else self.takes_s[0]
+        return [[0.0]] * len(rows)
+
+
 def test_cheap_model_is_never_kept_waiting():
     async def main():
-        batching = Batching()
+        clock = Ticking()
+        batching = Batching(clock=clock)
         batching.in_flight = 20
-        cheap = type("Cheap", (), {"forward": staticmethod(lambda rows, site: [[0.0]] * len(rows))})()
+        cheap = Timed(clock, WORTH_S / 2)
         await asyncio.gather(*(batching.run(cheap, [[1.0]], None) for _ in range(20)))
         assert batching.shared_runs == 0
+
+    asyncio.run(main())
+
+
+def test_one_hiccup_does_not_have_a_cheap_model_shared_for_ever():
+    async def main():
+        clock = Ticking()
+        batching = Batching(clock=clock)
+        batching.in_flight = 20
+        cheap = Timed(clock, 10 * WORTH_S, WORTH_S / 10)
+        for _ in range(40):
+            await asyncio.gather(*(batching.run(cheap, [[1.0]], None) for _ in range(4)))
+        shared = batching.shared_runs
+        assert shared > 0
+        await asyncio.gather(*(batching.run(cheap, [[1.0]], None) for _ in range(20)))
+        assert batching.shared_runs == shared
 
     asyncio.run(main())
