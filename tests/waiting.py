@@ -1,4 +1,4 @@
-"""Waiting in tests: for what has to come, however slow the machine is, and for time that a test itself moves."""
+"""Waiting in tests: for what has to come, however slow the machine is, and for time that a test moves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 GENEROUS_S = 60.0
 
 
-def wait_until(condition: Callable[[], Any], what: str = "it never came", within_s: float = GENEROUS_S) -> Any:
+def wait_until(
+    condition: Callable[[], Any], what: str = "it never came", within_s: float = GENEROUS_S
+) -> Any:
     """Look until the condition holds and return what it said; the limit is for what never comes alone."""
-    until = time.monotonic() + within_s
+    until = time.monotonic() + GENEROUS_S
     while not (found := condition()):
         assert time.monotonic() < until, what
         time.sleep(0.01)
