@@ -30,7 +30,7 @@ from audit.errors import (
     LedgerWriteError,
 )
 from audit.location import Location
-from audit.tables import APPLICATION_ID, HEAD, METADATA, MIGRATION, REVISION, SCHEMA_VERSION
+from audit.tables import APPLICATION_ID, HEAD, MIGRATION, REVISION, SCHEMA_VERSION, schema
 
 BUSY_TIMEOUT_S = 20.0
 
@@ -99,7 +99,7 @@ def create(location: Location, origin: str) -> None:
 
 
 def create_tables(connection: Connection, origin: str) -> None:
-    METADATA.create_all(connection, checkfirst=False)
+    schema().create_all(connection, checkfirst=False)
     row = {"id": 1, "schema_version": SCHEMA_VERSION, "origin": origin, "size": 0, "edge": b""}
     connection.execute(insert(HEAD), row)
     connection.execute(insert(MIGRATION), {"version_num": REVISION})

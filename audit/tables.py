@@ -11,6 +11,7 @@ right edge. Every column but `leaf.body` and the notes is derived, and `audit.fs
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -35,28 +36,23 @@ TILE_WIDTH: Final = 1 << TILE_HEIGHT
 # 64 bits on both databases; text compares byte by byte on both.
 WHOLE: Final[Any] = BigInteger().with_variant(Integer(), "sqlite")
 TEXT: Final[Any] = String().with_variant(String(collation="C"), "postgresql")
-_NUMBERED: Final = {"autoincrement": False}
 
 
 _OPTIONAL: Final = ("model", "version", "run", "site", "principal", "subject")
 
 
-def _index_where_set(name: str) -> Index:
-    """An index without the entries that leave the column empty: most do, and each would cost an append."""
-    where = text(f"{name} IS NOT NULL")
-    return Index(f"ix_leaf_{name}", name, sqlite_where=where, postgresql_where=where)
-
-
-METADATA: Final = MetaData()
+_METADATA: Final = MetaData()
 """Its own: a ledger shares no schema with another role's store."""
 
 
 def _whole(name: str, *, key: bool = False, optional: bool = False) -> Column[Any]:
-    return Column(name, WHOLE, primary_key=key, nullable=optional, **(_NUMBERED if key else {}))
+    return Column(name, WHOLE, primary_key=key, nullable=optional, autoincrement=False if key else "auto")
 
 
-def _text(name: str, *, optional: bool = False, **options: bool) -> Column[Any]:
-    return Column(name, TEXT, nullable=optional, **options)
+def _text(
+    name: str, *, key: bool = False, optional: bool = False, unique: bool = False, index: bool = False
+) -> Column[Any]:
+    return Column(name, TEXT, primary_key=key, nullable=optional, unique=unique or None, index=index or None)
 
 
 def _bytes(name: str) -> Column[Any]:
@@ -65,7 +61,7 @@ def _bytes(name: str) -> Column[Any]:
 
 LEAF: Final = Table(
     "leaf",
-    METADATA,
+    _METADATA,
     _whole("idx", key=True),
     _text("event_id", unique=True),
     _bytes("leaf_hash"),
@@ -80,12 +76,11 @@ LEAF: Final = Table(
     _whole("round", optional=True),
     _text("principal", optional=True),
     _text("subject", optional=True),
-    *(_index_where_set(name) for name in _OPTIONAL),
 )
-NODE: Final = Table("node", METADATA, _whole("level", key=True), _whole("idx", key=True), _bytes("hash"))
+NODE: Final = Table("node", _METADATA, _whole("level", key=True), _whole("idx", key=True), _bytes("hash"))
 HEAD: Final = Table(
     "head",
-    METADATA,
+    _METADATA,
     _whole("id", key=True),  # always 1
     _whole("schema_version"),
     _text("origin"),
@@ -94,15 +89,15 @@ HEAD: Final = Table(
 )
 CHECKPOINT: Final = Table(
     "checkpoint",
-    METADATA,
+    _METADATA,
     _whole("tree_size", key=True),
     _bytes("note"),
     _bytes("note_hash"),  # SHA-256 of the note, for fsck
 )
 LEASE: Final = Table(
     "lease",
-    METADATA,
-    _text("name", primary_key=True),
+    _METADATA,
+    _text("name", key=True),
     _text("owner"),  # empty: nobody's
     _whole("token"),  # grows with every change of owner, and refuses what an old owner does
     _whole("expires_ms"),  # POSIX milliseconds, by the clock that the lease was taken with
@@ -110,7 +105,19 @@ LEASE: Final = Table(
 )
 MIGRATION: Final = Table(  # where Alembic keeps the revision; exactly as Alembic itself makes it
     "ledger_migration",
-    METADATA,
+    _METADATA,
     Column("version_num", String(32), nullable=False),
     PrimaryKeyConstraint("version_num", name="ledger_migration_pkc"),
 )
+
+
+@cache
+def schema() -> MetaData:
+    """Return the tables with all their indexes: what a log's database is made of and compared with.
+
+    Reading and writing do without the indexes that have a condition, for which both databases' dialects load.
+    """
+    for name in _OPTIONAL:  # most entries leave such a column empty, and each would cost an append
+        where = text(f"{name} IS NOT NULL")
+        Index(f"ix_leaf_{name}", LEAF.c[name], sqlite_where=where, postgresql_where=where)
+    return _METADATA
