@@ -1,5 +1,4 @@
-"""The write-ahead log is copied back beside the writer: it stays short, and no fault there loses an entry.
-"""
+"""The write-ahead log is copied back beside the writer: it stays short, and no fault there loses an entry."""
 
 from __future__ import annotations
 
