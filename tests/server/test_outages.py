@@ -222,6 +222,9 @@ def test_database_that_is_gone_ends_the_answers_until_it_is_back(on_postgresql, 
         assert len(load.told.answers) <= at, "an answer without a database"
         assert load.told.shed > shed
         assert not on_postgresql.server.is_ready()
+        with closing(on_postgresql.connect()) as connection:  # a restart would not bring the database back
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().status == 200
         database.start()
         until = time.monotonic() + 30
         while len(load.told.answers) < at + 20:
