@@ -58,13 +58,13 @@ def agent(
 
     Exit codes: 0 stopped, 1 the home is incomplete or another agent runs, 2 wrong usage.
     """
-    import logging
     import threading
 
+    from audit import log_lines
     from clients.agent_process import serve, stopped_by_signals
 
     place = _site(home, name)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    log_lines.configure(log_lines.form_of(), "WARNING")
 
     def ready(found: dict[str, Any]) -> None:
         emit(found, f"agent of {found['site']} answers on {found['socket']}", as_json=as_json)

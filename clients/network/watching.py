@@ -13,6 +13,7 @@ from typing import Final
 
 import httpx
 
+from audit import log_lines
 from audit.errors import WitnessConflictError
 from clients.errors import LinkError
 from clients.home import SiteHome
@@ -52,7 +53,7 @@ def watch(home: SiteHome, stop: threading.Event, *, every_s: float = EVERY_S) ->
 
 
 def main() -> None:
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_lines.configure(log_lines.form_of(), "INFO")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

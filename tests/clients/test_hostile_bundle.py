@@ -23,6 +23,7 @@ import pytest
 
 from audit.canonical import canonical_bytes
 from audit.entries import SiteRefused, SiteStatement
+from audit.log_lines import FIELDS
 from audit.site_bodies import RequestRefused
 from clients.agent_place import running
 from clients.confinement import landlock_abi
@@ -205,6 +206,9 @@ class agent_process:  # noqa: N801 - used as a statement
         self.process.send_signal(signal.SIGTERM)
         _, errors = self.process.communicate(timeout=30)
         assert self.process.returncode == 0, errors
+        lines = [json.loads(line) for line in errors.splitlines()]
+        assert lines, "what the bundle asked for is on the site's own console"
+        assert all(set(line) <= FIELDS and line["log.level"] == "warning" for line in lines), errors
 
 
 @pytest.mark.parametrize(
