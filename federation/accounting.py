@@ -30,6 +30,7 @@ _COARSE_BEYOND: Final = 50.0  # past this epsilon a fine grid costs seconds and 
 _MOST_NOISE: Final = 1e5
 _MOST_EPSILON: Final = 100.0
 _LEAST_NOISE: Final = 0.05
+_MOST_GRID_BITS: Final = 36
 _CLOSE: Final = 1.0005
 _STEPS: Final = 40
 _ANSWERS: Final = 1024  # deltas that a loss distribution remembers: every site asks the same
@@ -78,6 +79,7 @@ class PlanCost:
     sites: tuple[SiteCost, ...]
     warnings: tuple[str, ...]
     suggested_noise_multiplier: Decimal | None  # when the plan does not fit
+    suggested_grid_bits: int | None = None  # when it would with a finer grid and the noise that it has
     whole_site: float | None = None  # what the plan costs a site as a whole, where the charter bounds that
     whole_site_fits: bool = True
     alone: float | None = None  # what it costs where all others collude, where sites share the noise
@@ -207,10 +209,9 @@ def plan_cost(charter: Charter) -> PlanCost:
     whole = None
     if charter.site_level is not None:
         whole = recompute(list(map(site_level, events)), delta).value
-    fits = Decimal(total.pld_text) <= privacy.epsilon if math.isfinite(total.pld) else False
-    suggestion = None
-    if not fits:
-        suggestion = noise_for(charter)
+    fits = _meets(total.pld, privacy.epsilon)
+    suggestion = None if fits else noise_for(charter)
+    finer = None if math.isfinite(total.pld) else _finer_grid(charter)
     return PlanCost(
         charter=charter.digest,
         event=event,
@@ -220,6 +221,7 @@ def plan_cost(charter: Charter) -> PlanCost:
         ),
         warnings=tuple(warnings_of(charter)),
         suggested_noise_multiplier=suggestion,
+        suggested_grid_bits=finer,
         whole_site=whole,
         whole_site_fits=whole is None or whole <= float(_promised(charter)),
         alone=None if charter.secure is None else recompute(list(map(alone, events)), delta).value,
@@ -244,11 +246,43 @@ def check_fits(charter: Charter) -> None:
             noise="(a larger one), or a smaller site_level.max_update_norm",
         )
     if not cost.fits:
+        total, bits = cost.sites[0].spent, cost.suggested_grid_bits
         raise PlanDoesNotFitError(
-            planned=cost.sites[0].spent.pld_text,
+            planned=total.pld_text if math.isfinite(total.pld) else _unbounded(charter, total),
             allowed=str(charter.privacy.epsilon),
-            noise=str(cost.suggested_noise_multiplier),
+            noise=f"{cost.suggested_noise_multiplier}" + ("" if bits is None else f", or grid_bits: {bits}"),
         )
+
+
+def _unbounded(charter: Charter, total: Spent) -> str:
+    """Say why there is no number: RDP's is a bound too, but not of the accountant that the sites agree on."""
+    rdp = f"; RDP gives {total.rdp_text}, and does not count" if math.isfinite(total.rdp) else ""
+    return (
+        f"that the charter's accountant ({charter.privacy.accountant}) cannot bound: the step to noise in "
+        f"whole numbers, at grid_bits {charter.privacy.grid_bits}, uses up delta {charter.privacy.delta}{rdp}"
+    )
+
+
+def _finer_grid(charter: Charter) -> int | None:
+    """Return the least grid_bits with which the plan fits with the noise that it has, if any does."""
+    privacy = charter.privacy
+    if charter.secure is not None:  # masked sums have no room for it
+        return None
+    from federation._charter_checks import check_charter
+
+    for bits in range(privacy.grid_bits + 1, _MOST_GRID_BITS + 1):
+        finer = charter.model_copy(update={"privacy": privacy.model_copy(update={"grid_bits": bits})})
+        if any(problem.path == "privacy.grid_bits" for problem in check_charter(finer)):
+            return None
+        events = planned_events(finer)
+        if pld_epsilon(events, float(privacy.delta), grid=PLANNING_GRID) <= float(privacy.epsilon):
+            return bits if _meets(pld_epsilon(events, float(privacy.delta)), privacy.epsilon) else None
+    return None
+
+
+def _meets(epsilon: float, allowed: Decimal | float) -> bool:
+    """Whether the epsilon, rounded up as a certificate states it, is within what is allowed."""
+    return math.isfinite(epsilon) and Decimal(ceil_text(epsilon)) <= Decimal(str(allowed))
 
 
 def noise_for(charter: Charter) -> Decimal:
@@ -304,7 +338,8 @@ def calibrate_noise(
         )
         events = [*([event] * rounds), *besides]
         if sample_rate == 1 and grid == PLANNING_GRID:
-            return recompute(events, float(delta)).value
+            bound = recompute(events, float(delta))
+            return bound.value if bound.exact else math.inf  # a certificate would not bear the other bound
         return pld_epsilon(events, float(delta), grid=grid)
 
     low, high, above, below = 0.0, 1.0, math.inf, 0.0
@@ -322,7 +357,8 @@ def calibrate_noise(
     ):  # epsilon falls almost like a power of the noise: aim between the ends, then a hair above
         if low == 0.0 or high <= low * _CLOSE:
             break
-        aim = low * (high / low) ** (math.log(above / target) / math.log(above / below))
+        share = 0.5 if math.isinf(above) else math.log(above / target) / math.log(above / below)
+        aim = low * (high / low) ** share
         for guess in (aim * _CLOSE**0.5, aim / _CLOSE**0.5):
             middle = min(max(guess, low * _CLOSE**0.4), high / _CLOSE**0.4)
             found = cost(Decimal(middle), PLANNING_GRID)
@@ -330,7 +366,7 @@ def calibrate_noise(
                 (middle, found, high, below) if found > target else (low, above, middle, found)
             )
     chosen = _four_digits(Decimal(high))
-    while Decimal(ceil_text(cost(chosen, CERTIFICATE_GRID))) > Decimal(str(epsilon)):
+    while not _meets(cost(chosen, CERTIFICATE_GRID), epsilon):
         chosen = _four_digits(chosen * Decimal("1.0002"))
     return chosen
 
@@ -428,5 +464,10 @@ def plan_report(charter: Charter) -> str:
             "",
             f"does not fit: write noise_multiplier: {cost.suggested_noise_multiplier}, or fewer rounds",
         ]
+        total = cost.sites[0].spent
+        if not math.isfinite(total.pld):
+            lines.append(f"  the plan costs an epsilon {_unbounded(charter, total)}")
+    if cost.suggested_grid_bits is not None:
+        lines.append(f"  or keep the noise, and write grid_bits: {cost.suggested_grid_bits}")
     lines += ["", *[f"warning: {text}" for text in cost.warnings]] if cost.warnings else []
     return "\n".join(lines) + "\n"

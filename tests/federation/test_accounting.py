@@ -5,6 +5,7 @@ what.
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 
 import pytest
@@ -14,13 +15,14 @@ from federation.accounting import (
     LifetimeFilter,
     calibrate_noise,
     ceil_text,
+    check_fits,
     plan_cost,
     plan_report,
     pld_epsilon,
     spent,
 )
 from federation.charter import Charter
-from federation.errors import AccountingError
+from federation.errors import AccountingError, PlanDoesNotFitError
 from federation.mechanism import planned_event, release_event, sensitivity_grid
 
 FINE = 30  # grid bits: rounding then adds nothing to these values
@@ -210,3 +212,66 @@ def test_planned_sensitivity_is_the_sites_own(relation, precision):
     for bits, dimension in ((8, 1), (20, 31), (24, 38_282), (33, 1_000_000)):
         terms = {"grid_bits": bits, "dimension": dimension, "relation": relation, "precision": precision}
         assert sensitivity_grid(**terms) == grid.sensitivity_grid(**terms)
+
+
+# where the step to whole numbers uses up delta
+
+
+@pytest.fixture
+def coarse(charter_text):
+    """300 rounds whose epsilon is so large that a grid of 18 bits uses up delta 10^-6: PLD has no number."""
+
+    def make(epsilon=15, bits=18, noise=8):
+        text = charter_text.replace("rounds: 3", "rounds: 300").replace("epsilon: 3", f"epsilon: {epsilon}")
+        text = text.replace("noise_multiplier: 3", f"noise_multiplier: {noise}")
+        return Charter.parse(text.replace("delta: 1e-5", f"delta: 1e-6\n  grid_bits: {bits}"))
+
+    return make
+
+
+def test_plan_that_the_charters_accountant_cannot_bound_is_refused_and_says_why(coarse):
+    """RDP's 12.98 is a bound below the charter's 15, and counts for nothing: the sites agreed on PLD."""
+    with pytest.raises(PlanDoesNotFitError) as caught:
+        check_fits(coarse())
+    said = str(caught.value)
+    assert caught.value.code == "federation.plan_does_not_fit"
+    assert "the charter's accountant (pld) cannot bound" in said
+    assert "at grid_bits 18, uses up delta" in said
+    assert "RDP gives 12.98" in said
+    assert "does not count" in said
+    assert re.search(r"noise_multiplier: [\d.]+, or grid_bits: (19|20)$", said)
+
+
+def test_what_is_suggested_instead_fits(coarse):
+    charter = coarse()
+    cost = plan_cost(charter)
+    assert math.isinf(cost.sites[0].spent.pld)
+    finer = coarse(bits=cost.suggested_grid_bits)
+    check_fits(finer)
+    assert math.isinf(plan_cost(coarse(bits=cost.suggested_grid_bits - 1)).sites[0].spent.pld)
+    check_fits(coarse(noise=cost.suggested_noise_multiplier))
+    assert cost.suggested_noise_multiplier > 8
+    report = plan_report(charter)
+    assert f"grid_bits: {cost.suggested_grid_bits}" in report
+    assert "cannot bound" in report
+
+
+def test_no_grid_is_suggested_that_would_not_help(coarse):
+    """Whatever the grid, these rounds cost more than 12."""
+    cost = plan_cost(coarse(epsilon=12))
+    assert cost.suggested_grid_bits is None
+    assert not cost.fits
+    with pytest.raises(PlanDoesNotFitError, match=r"RDP gives 12\.98") as caught:
+        check_fits(coarse(epsilon=12))
+    assert "grid_bits:" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rate", [1, "0.25"])
+def test_noise_is_found_where_less_of_it_has_no_number(rate):
+    """The search passes through noise for which PLD knows no bound, and never returns such."""
+    found = calibrate_noise(epsilon=13, delta=1e-7, rounds=200, sample_rate=Decimal(rate), grid_bits=14)
+    one = release_event(
+        noise_multiplier=found, sample_rate=Decimal(rate), local_steps=1, dimension=1000, grid_bits=14,
+        relation="add_remove", unit="row",
+    )  # fmt: skip
+    assert pld_epsilon([one] * 200, 1e-7) <= 13
