@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -19,6 +20,7 @@ import selectors
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,19 +38,48 @@ _logger = logging.getLogger(__name__)
 _CLIENT_APP_CRASHED: Final = 8  # Flower's error code for a process that went away with a message
 _LEAVE_S: Final = 60.0
 _SAFE: Final = "jemalloc_bg_thd"
+_HARD: Final = 2  # omp_pause_hard
+_POOLS: Final = (("openblas", "blas_thread_shutdown_", ()), ("libgomp", "omp_pause_resource_all", (_HARD,)))
 
 
 def may_fork() -> bool:
     """Whether a copy of this process would work: not beside threads that Python did not start.
 
     Those of gRPC, say, leave locks held in the copy that nobody there will ever release. jemalloc's, which
-    comes with pyarrow, lets go of its own before each fork.
+    comes with pyarrow, lets go of its own before each fork. Those of numpy's and torch's pools are asked to
+    end: a pool starts again when it is next needed.
     """
     if sys.platform != "linux":
         return False
-    by_python = _thread._count() + 1  # this one too; `threading` does not know of all of them
-    tasks = [_name_of(task) for task in os.listdir("/proc/self/task")]
-    return len([name for name in tasks if name != _SAFE]) <= by_python
+    if not _has_foreign_threads():
+        return True
+    _end_pools()
+    return not _has_foreign_threads(wait_s=0.1)  # a thread is seen for a moment after it ended
+
+
+def _has_foreign_threads(*, wait_s: float = 0.0) -> bool:
+    until = time.monotonic() + wait_s
+    while True:
+        by_python = _thread._count() + 1  # this one too; `threading` does not know of all of them
+        tasks = [_name_of(task) for task in os.listdir("/proc/self/task")]
+        if len([name for name in tasks if name != _SAFE]) <= by_python:
+            return False
+        if time.monotonic() >= until:
+            return True
+        time.sleep(0.002)
+
+
+def _end_pools() -> None:
+    """Let the pools end that OpenBLAS has from numpy's import on, and libgomp from torch's first large product.
+
+    OpenBLAS's is the function that it calls itself before a fork; OpenMP's is in its standard since 5.0.
+    """
+    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    for path in sorted(mapped):
+        for library, function, arguments in _POOLS:
+            if library in path.rpartition("/")[2]:
+                with contextlib.suppress(OSError, AttributeError):  # replaced on disk, or built without it
+                    getattr(ctypes.CDLL(path), function)(*arguments)
 
 
 def _name_of(task: str) -> str:
