@@ -37,6 +37,7 @@ _logger = logging.getLogger(__name__)
 
 _CLIENT_APP_CRASHED: Final = 8  # Flower's error code for a process that went away with a message
 _LEAVE_S: Final = 60.0
+_AT_ONCE: Final = 8  # messages
 _SAFE: Final = "jemalloc_bg_thd"
 _HARD: Final = 2  # omp_pause_hard
 _POOLS: Final = (("openblas", "blas_thread_shutdown_", ()), ("libgomp", "omp_pause_resource_all", (_HARD,)))
@@ -70,7 +71,7 @@ def _has_foreign_threads(*, wait_s: float = 0.0) -> bool:
 
 
 def _end_pools() -> None:
-    """Let the pools end that OpenBLAS has from numpy's import on, and libgomp from torch's first large product.
+    """Let the pools end: OpenBLAS's, there from numpy's import on, and libgomp's, from torch's first product.
 
     OpenBLAS's is the function that it calls itself before a fork; OpenMP's is in its standard since 5.0.
     """
@@ -145,11 +146,12 @@ class ForkedGrid(InProcessGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = list(super().push_messages(messages))
-        for child in self._children:
-            if child.outbox:
-                batch, child.outbox = child.outbox, []
-                child.open |= {message.metadata.message_id: message for message in batch}
-                self._send(child, batch)
+        while any(child.outbox for child in self._children):  # in turns, so that all begin soon
+            for child in self._children:
+                batch, child.outbox = child.outbox[:_AT_ONCE], child.outbox[_AT_ONCE:]
+                if batch:
+                    child.open |= {message.metadata.message_id: message for message in batch}
+                    self._send(child, batch)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
