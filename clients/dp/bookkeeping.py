@@ -124,8 +124,10 @@ class ClippedGradient:
             return found
         places: dict[tuple[int, torch.dtype], list[int]] = {}
         for place, (inputs, targets) in enumerate(sets):
-            if inputs.dim() == 2 and 0 < len(inputs) <= self._chunk_rows and targets.dim() == 1:
-                self._check_shapes(inputs, targets, None)
+            is_known = (
+                inputs.dim() == 2 and (inputs.shape[1],) == self._row_shape and inputs.dtype == self.dtype
+            )
+            if is_known and 0 < len(inputs) <= self._chunk_rows and targets.shape == (len(inputs),):
                 rows = -(-len(inputs) // _LEAST_ROWS) * _LEAST_ROWS
                 places.setdefault((rows, targets.dtype), []).append(place)
         for (rows, _), fitting in places.items():
@@ -146,7 +148,7 @@ class ClippedGradient:
         square_norms, _ = way.square_norms(inputs.flatten(0, 1), targets.flatten())
         with torch.no_grad():
             square_norms = square_norms.view(len(sets), rows)
-            good = (torch.isfinite(square_norms) & torch.isfinite(inputs).all(2)).all(1).tolist()
+            good = torch.isfinite(square_norms.sum(1) + inputs.sum((1, 2))).tolist()
             factors = (self.max_grad_norm * square_norms.rsqrt_()).clamp_(max=1.0) * live
             sums = way.stacked(factors)
         return [total if usable else None for total, usable in zip(sums, good, strict=True)]
