@@ -38,6 +38,7 @@ _logger = logging.getLogger(__name__)
 _CLIENT_APP_CRASHED: Final = 8  # Flower's error code for a process that went away with a message
 _LEAVE_S: Final = 60.0
 _AT_ONCE: Final = 8  # messages
+_TOGETHER, _TOGETHER_S = 4, 0.02  # replies, where they come quickly: each time the parent wakes costs a child
 _SAFE: Final = "jemalloc_bg_thd"
 _HARD: Final = 2  # omp_pause_hard
 _POOLS: Final = (("openblas", "blas_thread_shutdown_", ()), ("libgomp", "omp_pause_resource_all", (_HARD,)))
@@ -185,14 +186,15 @@ class ForkedGrid(InProcessGrid):
 
     def _receive(self, child: _Child) -> None:
         try:
-            reply = pickle.loads(child.connection.recv_bytes())  # noqa: S301 - of a copy of this process
+            replies = pickle.loads(child.connection.recv_bytes())  # noqa: S301 - of a copy of this process
         except (EOFError, OSError):
             self._lose(child)
             return
-        asked = child.open.pop(reply.metadata.reply_to_message_id, None)
-        if asked is not None:
-            node = self._nodes[asked.metadata.dst_node_id]
-            self._deliver(node.site, reply, self._store)
+        for reply in replies:
+            asked = child.open.pop(reply.metadata.reply_to_message_id, None)
+            if asked is not None:
+                node = self._nodes[asked.metadata.dst_node_id]
+                self._deliver(node.site, reply, self._store)
 
     def _lose(self, child: _Child) -> None:
         """Say of everything that a child had, and is given from now on, that its process is gone."""
@@ -254,11 +256,17 @@ class ForkedGrid(InProcessGrid):
 
         threading.Thread(target=read, name="grid-reader", daemon=True).start()
         while not is_over.is_set():
-            for message in inbox.get():
+            replies: list[Message] = []
+            messages, began = inbox.get(), 0.0
+            for number, message in enumerate(messages, start=1):
                 if is_over.is_set():
                     break  # messages still queued are dropped
-                reply = self._reply(self._nodes[message.metadata.dst_node_id], message)
-                connection.send_bytes(pickle.dumps(reply, pickle.HIGHEST_PROTOCOL))
+                began = time.monotonic() if not replies else began
+                replies.append(self._reply(self._nodes[message.metadata.dst_node_id], message))
+                is_due = len(replies) >= _TOGETHER or time.monotonic() - began >= _TOGETHER_S
+                if is_due or number == len(messages):
+                    connection.send_bytes(pickle.dumps(replies, pickle.HIGHEST_PROTOCOL))
+                    replies = []
         if not parent_is_gone.is_set():
             states = {site: self._leaving(site) for site in sites}
             connection.send_bytes(pickle.dumps(states, pickle.HIGHEST_PROTOCOL))
