@@ -115,8 +115,11 @@ class Admission:
         self._decisions.check_not_withdrawn(run)
 
     def check_participants(self, names: Sequence[str], terms: Terms) -> None:
-        allowed = set(names) <= set(terms.sites) and list(names) == sorted(set(names))
-        if not allowed or self.home.name not in names or len(names) < terms.minimum_sites:
+        if (
+            not _are_of(tuple(names), tuple(terms.sites))
+            or self.home.name not in names
+            or len(names) < terms.minimum_sites
+        ):
             raise RefusedError(
                 "participants_not_allowed",
                 f"participants {list(names)[:20]} must be sorted, of the charter, include this site, "
@@ -202,6 +205,12 @@ class Admission:
         reservation = Reservation(run.run, population, canonical, planned, acceptance, False)
         self._ledger.reserve(reservation)
         return reservation
+
+
+@lru_cache(maxsize=8)
+def _are_of(names: tuple[str, ...], sites: tuple[str, ...]) -> bool:
+    """Whether names are sorted, each once, and all of these sites: asked once for all sites of a process."""
+    return set(names) <= set(sites) and list(names) == sorted(set(names))
 
 
 def within_whole_site(

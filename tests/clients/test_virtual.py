@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import tracemalloc
+from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from audit.checkpoints import parse_checkpoint_note
 from audit.entries import RoundCompleted, SiteEnrolled, SiteStatement, event_hash
 from audit.notes import parse_note
 from audit.packing import (
@@ -21,12 +23,14 @@ from audit.packing import (
 )
 from audit.principal import LocalOwner, Principal
 from audit.tlog_policy import Policy
+from audit.tlog_proof import TlogProof
 from audit.verify import verify_evidence
 from clients import simulation
 from clients.errors import HomeError, LedgerBehindError, OdometerError, RefusedError
 from clients.high_water import Head
-from clients.history import OpenedNotes
+from clients.history import History, OpenedNotes
 from clients.ledger import SiteLedger
+from clients.requests import LoggedEntry
 from clients.simulated_launch import inprocess_launch
 from clients.simulation import simulate
 from clients.trainer import Workshop
@@ -363,3 +367,29 @@ def test_sites_that_are_prepared_for_together_still_make_noise_of_their_own(tmp_
     federation.close()
     assert len(updates) == len(set(updates)) == 12
     assert taken == [False] * 4 + [True] * 8
+
+
+def test_an_entry_that_all_sites_are_shown_is_proved_once_and_no_other_is_taken_for_it(hundred):
+    log = hundred.federation.coordinator
+    note = log.ledger.latest_checkpoint()
+    size = parse_checkpoint_note(note).tree_size
+    index = max(stored.leaf_index for stored, _ in log.bodies(RoundCompleted))
+    leaf = log.ledger.entry(index)
+    hashes = tuple(log.ledger.inclusion_proof(index, size))
+    notes = OpenedNotes(hundred.federation.homes["s000"].policy())
+    history = History(notes, (), lambda: datetime.now(UTC))
+    proof = TlogProof(leaf_index=index, hashes=hashes, checkpoint_note=note)
+    shown = LoggedEntry(leaf=leaf, proof=proof)
+    first = history.witnessed(shown)
+    assert History(notes, (), lambda: datetime.now(UTC)).witnessed(shown) is first
+    for other in (
+        LoggedEntry(leaf=leaf, proof=dataclasses.replace(proof, leaf_index=index - 1)),
+        LoggedEntry(leaf=leaf, proof=dataclasses.replace(proof, hashes=hashes[::-1])),
+        LoggedEntry(leaf=leaf.replace(b'"round":3', b'"round":2'), proof=proof),
+        LoggedEntry(leaf=leaf, proof=dataclasses.replace(proof, checkpoint_note=b"x")),
+    ):
+        with pytest.raises(RefusedError) as caught:
+            history.witnessed(other)
+        assert caught.value.refusal == "unwitnessed_history"
+        assert history.witnessed(shown) == first
+    assert OpenedNotes(hundred.federation.homes["s001"].policy()).shown is None  # nobody else's is believed
