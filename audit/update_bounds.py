@@ -45,7 +45,7 @@ class UpdateTerms:
     sigma_grid: int
     dimension: int  # coordinates that get noise
     released: int  # coordinates that leave the site
-    local_steps: int
+    local_steps: int  # noised sums behind an update: 1 where the whole update gets noise once
     local_learning_rate: Fraction
 
     @classmethod
@@ -67,7 +67,7 @@ class UpdateTerms:
             sigma_grid=math.ceil(_fraction(privacy["noise_multiplier"]) * sensitivity),
             dimension=dimension,
             released=released,
-            local_steps=plan["local_steps"],
+            local_steps=1 if privacy["unit"] == "site" else plan["local_steps"],
             local_learning_rate=_fraction(plan["local_learning_rate"]),
         )
 

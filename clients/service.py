@@ -20,6 +20,7 @@ from audit.entries import SiteStatement, decode_entry
 from audit.epsilon import recompute, whole_site_epsilon
 from audit.errors import AuditError, WitnessError, WitnessProofError
 from audit.merkle import NodeSource
+from audit.units import of_people
 from clients.accusations import keep_accusation
 from clients.errors import DataProblem, LinkError
 from clients.home import SiteHome
@@ -126,7 +127,7 @@ def review(home: SiteHome, charter: str) -> Review:
     finally:
         ledger.close()
     planned = terms.planned
-    after = recompute((*committed, *planned), float(lifetime.delta)).value
+    after = recompute(of_people((*committed, *planned)), float(lifetime.delta)).value
     return Review(
         charter=terms.digest,
         releases=len(planned),
@@ -186,8 +187,8 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
         releases=len(events),
         undelivered=len(ledger.undelivered(population.pseudonym)),
         open_runs=tuple(item.run for item in ledger.open_reservations(population.pseudonym)),
-        lifetime_epsilon=recompute(events, float(lifetime.delta)).value if events else 0.0,
-        committed_epsilon=recompute(committed, float(lifetime.delta)).value if committed else 0.0,
+        lifetime_epsilon=recompute(of_people(events), float(lifetime.delta)).value if events else 0.0,
+        committed_epsilon=recompute(of_people(committed), float(lifetime.delta)).value if committed else 0.0,
         cap_epsilon=format(lifetime.epsilon, "f"),
         cap_delta=format(lifetime.delta, "f"),
         whole_site_epsilon=whole if math.isfinite(whole) else None,

@@ -325,5 +325,8 @@ def _shown(found: SiteReview) -> str:
     ]
     if found.counts_on:
         rows.insert(11, ["counts on", found.counts_on])
+    if found.row_epsilon is not None:
+        covered = f"epsilon {epsilon_text(found.row_epsilon)}, replace one; its site's protection and none of its own"
+        rows.insert(11, ["a row", covered])
     rows += [["data file", str(problem)] for problem in found.problems[:20]]
     return table("", ("", ""), rows)

@@ -8,6 +8,7 @@ person's own key.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,6 +155,9 @@ def check_charter(
         document["epsilon_alone"] = cost.alone
     if cost.whole_site is not None:
         document["epsilon_whole_site"] = cost.whole_site
+    if cost.row is not None:
+        document["unit"] = "site"
+        document["epsilon_row_of_site"] = cost.row if math.isfinite(cost.row) else None
     emit(document, plan_report(loaded).rstrip(), as_json=as_json)
     if not cost.fits:
         raise typer.Exit(1)

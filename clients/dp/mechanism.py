@@ -249,15 +249,19 @@ class Mechanism:
         return release
 
     def _noisy_sum(self, inputs: Tensor, targets: Tensor) -> NDArray[np.int64]:
-        chosen = sample_rows(self._coins, rows=len(inputs), sample_rate=self.terms.sample_rate)
-        if chosen is not None:
-            index = torch.from_numpy(chosen)
-            inputs, targets = inputs[index], targets[index]
-        total = self._to_grid(self._bounded(self._gradient(inputs, targets)))
+        total = self._to_grid(self._contribution(inputs, targets))
         self._record("inside.sum", total)
         noise = self._noise.discrete_gaussian(self.share_grid, self.dimension)
         self._record("inside.noise", noise)
         return total + noise
+
+    def _contribution(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what the noise has to hide: the sum of clipped gradients of the rows that coins choose."""
+        chosen = sample_rows(self._coins, rows=len(inputs), sample_rate=self.terms.sample_rate)
+        if chosen is not None:
+            index = torch.from_numpy(chosen)
+            inputs, targets = inputs[index], targets[index]
+        return self._bounded(self._gradient(inputs, targets))
 
     def _local_steps(self, inputs: Tensor, targets: Tensor, base: Tensor) -> NDArray[np.int64]:
         terms = self.terms
