@@ -32,9 +32,7 @@ class AggregationPlan:
     """What a charter fixes about aggregation."""
 
     strategy: str
-    is_gradient: (
-        bool  # sites release sums of gradients (one step, a row's or subject's unit), not differences
-    )
+    is_gradient: bool  # one noised step a round: sums of gradients are released, not differences of weights
     learning_rate: float
     beta1: float
     beta2: float

@@ -99,6 +99,18 @@ class UpdateTerms:
         return min(self.nominal_rows, math.ceil(mean) + spread + _T // 3 + 1)
 
 
+def longest_sum(*, grid_bits: int, precision: str, dimension: int, shares: Sequence[int]) -> int:
+    """Return the length, in grid units, that no sum of whole updates has, one for each share of noise.
+
+    Each update is clipped to 2**grid_bits units before it is rounded; `shares` are the widths of the noise
+    that their sites drew. Where the unit is the site this holds whatever the rows are, so a longer sum
+    proves that somebody sent what was not clipped, or more noise than it said, and not who.
+    """
+    clipped = math.ceil((1 << grid_bits) * (1 + GRID_SLACK[precision])) + _root(dimension)
+    tail = (_root(dimension) + _ROOT_2T) ** 2
+    return len(shares) * clipped + math.isqrt(sum(share * share for share in shares) * tail) + 1
+
+
 def square_norm(values: Sequence[int]) -> int:
     """Return the squared length of an update, exactly."""
     return sum(value * value for value in values)

@@ -187,6 +187,11 @@ def counts_on(terms: Terms, delta: float) -> str:
     )
 
 
+def row_of_site_text(epsilon: float) -> str:
+    """Say what covers one row where the unit is the site."""
+    return f"epsilon {epsilon_text(epsilon)}, replace one: its site's protection and none of its own"
+
+
 def latest_word(log: SiteLog, proposal: Proposal) -> SiteDecided | None:
     """Return what people last said about exactly this proposal."""
     unsigned = (proposal.digest, "" if proposal.run is None else proposal.run.run)

@@ -78,8 +78,10 @@ class Review:
 
     charter: str
     releases: int
-    charter_epsilon: float
-    lifetime_after: float
+    charter_epsilon: float  # for one of `unit`
+    unit: str
+    row_epsilon: float | None  # for one row as a part of the site, where the unit is the site
+    lifetime_after: float  # for a row or subject
     fits: bool
     counts_on: str  # whose shares of the noise epsilon relies on; empty where a site adds the whole
     problems: tuple[DataProblem, ...]
@@ -114,6 +116,7 @@ def review(home: SiteHome, charter: str) -> Review:
     Raises:
         RefusedError: the charter is malformed, or not for this site.
     """
+    from clients.decisions import run_cost
     from clients.ledger import SiteLedger
     from clients.loader import inspect_file
     from clients.reviewing import counts_on
@@ -132,6 +135,8 @@ def review(home: SiteHome, charter: str) -> Review:
         charter=terms.digest,
         releases=len(planned),
         charter_epsilon=recompute(planned, float(lifetime.delta)).value,
+        unit=terms.event.unit,
+        row_epsilon=run_cost(terms, float(lifetime.delta)) if terms.by_site else None,
         lifetime_after=after,
         fits=after <= float(lifetime.epsilon),
         counts_on=counts_on(terms, float(lifetime.delta)),

@@ -87,7 +87,6 @@ def _numbers(secure: SecureTerms) -> Iterator[Problem]:
 
 
 def _excluded(charter: Charter) -> Iterator[Problem]:
-    plan = charter.plan
     if charter.noised_steps > 1:
         yield Problem(
             path="plan.local_steps",

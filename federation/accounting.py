@@ -401,8 +401,9 @@ def _site_unit_lines(charter: Charter, cost: PlanCost) -> list[str]:
     privacy = charter.privacy
     neighbour = "replaced by any others" if privacy.relation == "replace_one" else "replaced by nothing"
     return [
-        f"the unit is a whole site, all its rows {neighbour}; every round counts in full (q = 1): who took",
-        f"  part is in the log. Its update is clipped to {privacy.max_update_norm} and sites count alike",
+        f"the unit is a whole site, all its rows {neighbour}",
+        "  every round counts in full (q = 1): who took part is in the log",
+        f"  no step clips a row; an update is clipped to {privacy.max_update_norm}, and every site counts once",
         f"  a row has its site's protection and none of its own: epsilon {_shown(cost.row)}, replace one",
     ]
 
@@ -425,11 +426,7 @@ def plan_report(charter: Charter) -> str:
     cost, privacy = plan_cost(charter), charter.privacy
     event = cost.event
     sampling = "every row, every round" if event.sampling == "full" else f"Poisson, q = {event.sample_rate}"
-    steps = (
-        f"{charter.plan.local_steps} local step(s) without noise"
-        if privacy.by_site
-        else f"{event.steps} step(s)"
-    )
+    steps = f"{charter.plan.local_steps if privacy.by_site else event.steps} step(s)"
     noise = event.sigma_grid / event.sensitivity_grid
     lines = [
         f"charter {charter.name}  {cost.charter}",

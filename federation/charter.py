@@ -349,7 +349,7 @@ class Charter(_Part):
 
     @property
     def noised_steps(self) -> int:
-        """How many noised sums a release is made of: local steps, or one where the whole update gets noise."""
+        """How many noised sums make a release: the local steps, or one where the whole update gets noise."""
         return 1 if self.privacy.by_site else self.plan.local_steps
 
     @property

@@ -102,7 +102,7 @@ def plain_training(
         with torch.no_grad():
             for value, sum_, first in zip(parameters, total, base, strict=True):
                 pull = training.proximal * (value - first)
-                value -= training.learning_rate * (sum_ / len(inputs) + pull)
+                value.sub_(training.learning_rate * (sum_ / len(inputs) + pull))
     return torch.cat([value.detach().flatten() for value in parameters]).to(torch.float64)
 
 
