@@ -403,7 +403,7 @@ def _site_unit_lines(charter: Charter, cost: PlanCost) -> list[str]:
     return [
         f"the unit is a whole site, all its rows {neighbour}",
         "  every round counts in full (q = 1): who took part is in the log",
-        f"  no step clips a row; an update is clipped to {privacy.max_update_norm}, and every site counts once",
+        f"  no step clips a row; an update is clipped to {privacy.max_update_norm}; every site counts once",
         f"  a row has its site's protection and none of its own: epsilon {_shown(cost.row)}, replace one",
     ]
 

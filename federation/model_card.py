@@ -136,8 +136,8 @@ def _elements(charter: Charter) -> Iterator[Block]:
     yield Paragraph(
         f"{charter.model.family}, {charter.dimension} parameters, layers from a closed "
         "set; no code travels with a model. Trained across the sites' own data, which stay there; what "
-        f"leaves a site is {_leaves(charter)}. The charter fixes data contract, model, plan, privacy and gates "
-        "before the first round, and every site signed it."
+        f"leaves a site is {_leaves(charter)}. The charter fixes data contract, model, plan, privacy and "
+        "gates before the first round, and every site signed it."
     )
 
 
@@ -224,11 +224,11 @@ def _privacy(version: Version, charter: Charter) -> Iterator[Block]:
     )
     if privacy.by_site:
         neighbour = "any others" if privacy.relation == "replace_one" else "nothing"
+        row = epsilon_text(plan_cost(charter).row or 0)
         yield Paragraph(
-            f"The unit is a whole site, all its rows replaced by {neighbour}; every round counts in full, since "
-            "the log shows who took part. Nothing is clipped or noised for a row: **a row has its site's "
-            f"protection and none of its own**, epsilon {epsilon_text(plan_cost(charter).row or 0)} for a run, "
-            "relation replace_one."
+            f"The unit is a whole site, all its rows replaced by {neighbour}; every round counts in full, "
+            "since the log shows who took part. Nothing is clipped or noised for a row: **a row has its "
+            f"site's protection and none of its own**, epsilon {row} for a run, relation replace_one."
         )
     secure = charter.secure
     if secure is not None:
