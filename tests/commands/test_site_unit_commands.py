@@ -128,5 +128,5 @@ def test_the_whole_way_to_evidence_that_verifies(charter: Path) -> None:
         "train", "--charter", charter, *sites, "--author", homes / "scientists" / "curie",
         "--public-set", folder / "public.csv", "--home", homes, "--json",
     )  # fmt: skip
-    assert (again.code, again.json["error"]["code"]) == (1, "federation.preparation")
+    assert (again.code, again.json["error"]["code"]) == (1, "federation.run_failed")
     assert done("site", "status", "alpha", "--home", homes)["releases"] == 2
