@@ -24,7 +24,6 @@ CHANGES = (
     ("unit: row", "unit: site"),
     ("relation: add_remove", "relation: replace_one"),
     ("max_grad_norm: 1", "max_update_norm: 1"),
-    ("epsilon: 5", "epsilon: 12"),
     ("nominal_rows: 20, weight: 1", "nominal_rows: 1"),
     ("learning_rate: 2", "learning_rate: 1, local_steps: 3, local_learning_rate: 0.5"),
 )
@@ -145,7 +144,7 @@ HOSTILE = {
     "rows as weights": (lambda d: d["sites"][0].update(nominal_rows=20, weight="20"), "bad_request"),
     "both units": (lambda d: d["privacy"].update(max_grad_norm="1"), "bad_request"),
     "too fine a share": (lambda d: d["privacy"].update(noise_multiplier="0.0000001"), "bad_request"),
-    "less noise": (lambda d: d["privacy"].update(noise_multiplier="0.4"), "charter_not_approved"),
+    "less noise": (lambda d: d["privacy"].update(noise_multiplier="0.9"), "charter_not_approved"),
     "more rounds": (lambda d: d["plan"].update(rounds=40), "charter_not_approved"),
     "spare rounds": (lambda d: d["plan"].update(spare_rounds=40), "charter_not_approved"),
 }  # fmt: skip
