@@ -12,7 +12,9 @@ from federation.errors import Problem
 if TYPE_CHECKING:
     from federation.charter import Charter, Privacy
 
-_USEFUL: Final = 1.0  # noise on a round's mean, in lengths of the longest update
+_USEFUL: Final = (
+    3.0  # noise on a round's mean, in lengths of the longest update: docs/results/site_unit_utility.md
+)
 
 
 def check_norm(privacy: Privacy) -> Iterator[Problem]:
@@ -79,7 +81,7 @@ def noise_on_mean(charter: Charter) -> float:
     """Return how long the noise on a round's mean is, in lengths of the longest update, at the fewest sites.
 
     One site's update is at most `max_update_norm` long, and so is the mean: above 1 the noise is longer than
-    anything the sites can say in a round.
+    anything the sites can say in one round, and what a run of some rounds averages out is about 3 times that.
     """
     from federation.mechanism import planned_event
 
@@ -90,7 +92,7 @@ def noise_on_mean(charter: Charter) -> float:
 
 
 def sites_for(charter: Charter) -> int:
-    """Return how many sites would bring the noise on the mean down to the longest update."""
+    """Return how many sites would bring the noise on the mean down to what rounds average out."""
     return math.ceil(noise_on_mean(charter) * charter.minimum_sites / _USEFUL)
 
 
@@ -107,8 +109,8 @@ def site_unit_warnings(charter: Charter) -> list[str]:
         said.append(
             f"the noise on a round's mean is {found:.1f} times as long as the longest update, with "
             f"{charter.minimum_sites} sites and {charter.dimension} parameters; about {sites_for(charter)} "
-            "sites bring it to 1. With few sites a unit of one site gives a model of little use: consider "
-            "unit: row with site_level beside it"
+            f"sites bring it to {_USEFUL:g}. Few sites that are each a unit learn little together: consider "
+            "unit: row, with site_level beside it"
         )
     if privacy.relation == "zero_out":
         said.append(

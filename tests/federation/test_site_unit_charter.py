@@ -216,7 +216,7 @@ def test_few_sites_are_warned_with_figures() -> None:
     charter = checked(WIDE)
     (warning,) = [text for text in plan_cost(charter).warnings if "times as long" in text]
     assert f"{noise_on_mean(charter):.1f} times as long as the longest update, with 5 sites" in warning
-    assert f"about {sites_for(charter)} sites bring it to 1" in warning
+    assert f"about {sites_for(charter)} sites bring it to 3" in warning
     event = planned_event(charter)
     exact = event.share_grid * math.sqrt(5 * charter.dimension) / 5 / 2**20
     assert noise_on_mean(charter) == pytest.approx(exact)
