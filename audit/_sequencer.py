@@ -1,8 +1,10 @@
 """One thread that turns queued requests into batches: whatever waits, up to a limit, is committed together.
 
-There is no linger: while one batch is being made durable the next one gathers, so a lone request waits for
+There is no timer: while one batch is being made durable the next one gathers, so a lone request waits for
 nothing and a crowd shares one commit. Of an event loop, what one turn of it queues is one batch: the thread
-is woken at the turn's end, not by the first of them.
+is woken at the turn's end, not by the first of them. Those whose entries shared a commit come back together
+too: as long as fewer than half of as many wait, and turn after turn of the loop brings more, the batch stays
+open; after a few empty turns, some microseconds each, it goes with what it has.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ _Waiter: TypeAlias = "Future[Result] | asyncio.Future[Result]"
 _Settled: TypeAlias = "tuple[asyncio.Future[Result], Result | AuditError]"
 
 _RETRY_AFTER_S = 0.5
+_EMPTY_TURNS = 4
 
 
 class Sequencer(Generic[Request, Result]):
@@ -43,8 +46,10 @@ class Sequencer(Generic[Request, Result]):
         self._max_batch, self._max_pending = max_batch, max_pending
         self._waiting: deque[tuple[Request, _Waiter[Result]]] = deque()
         self._changed = threading.Condition(threading.Lock())
-        self._idle = False
+        self._idle = self._called = False  # whether the thread waits; whether it is told to go on
         self._wakes_in: asyncio.AbstractEventLoop | None = None  # that will call `_wake`
+        self._crowd = 0  # size of the last batch of a loop
+        self._seen = self._empty_turns = 0  # of the batch that gathers: how many, and turns without another
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -94,34 +99,69 @@ class Sequencer(Generic[Request, Result]):
             if not self._idle:
                 return
             if loop is None:
-                self._idle = False
-                self._changed.notify()
+                self._call()
             elif self._wakes_in is not loop:
                 self._wakes_in = loop
-                loop.call_soon(self._wake)
+                loop.call_soon(self._wake, loop)
 
-    def _wake(self) -> None:
-        """At the end of a loop's turn: whatever its coroutines queued in this turn is one batch."""
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """At the end of a turn of `loop`: whatever its coroutines queued in this turn is one batch."""
         with self._changed:
+            if self._wakes_in is not loop:
+                return  # another loop does it
+            count = len(self._waiting)
+            self._empty_turns = 0 if count > self._seen else self._empty_turns + 1
+            self._seen = count
+            if self._idle and count and self._is_few(count) and self._empty_turns < _EMPTY_TURNS:
+                loop.call_soon(self._wake, loop)
+                return
             self._wakes_in = None
-            if self._idle and self._waiting:
-                self._idle = False
-                self._changed.notify()
+            if self._idle and count:
+                self._call()
+
+    def _is_few(self, count: int) -> bool:
+        """Whether most of those who shared the last batch are not back yet."""
+        return 2 * count < self._crowd
+
+    def _call(self) -> None:
+        self._idle, self._called = False, True
+        self._changed.notify()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._closed:
-                    self._idle = True
+                while not self._closed and not (
+                    self._waiting and (self._called or not self._is_left_to_loop())
+                ):
+                    self._idle, self._called = True, False
                     self._changed.wait()
-                self._idle = False
+                self._idle = self._called = False
                 if not self._waiting:
                     return
                 count = min(len(self._waiting), self._max_batch)
                 taken = [self._waiting.popleft() for _ in range(count)]
+                self._seen = self._empty_turns = 0
+                self._crowd = 0 if isinstance(taken[0][1], Future) else count
             batch = [pair for pair in taken if _is_wanted(pair[1])]
             if batch:
                 self._settle(batch)
+
+    def _is_left_to_loop(self) -> bool:
+        """Whether the loop, whose coroutines hear of the last batch only now, is to say when to go on."""
+        if not self._is_few(len(self._waiting)):
+            return False
+        loop: asyncio.AbstractEventLoop | None = None
+        for _, future in self._waiting:
+            if isinstance(future, Future):
+                return False  # a thread waits for it
+            loop = future.get_loop()
+        if self._wakes_in is None and loop is not None:
+            try:
+                loop.call_soon_threadsafe(self._wake, loop)
+            except RuntimeError:  # it was closed; nobody waits for these any more
+                return False
+            self._wakes_in = loop
+        return True
 
     def _settle(self, batch: list[tuple[Request, _Waiter[Result]]]) -> None:
         outcomes: list[Result | AuditError]

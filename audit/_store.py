@@ -10,6 +10,9 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,8 @@ _DISK_REFUSES = (
 )  # fmt: skip
 _LOCK_HEAD = select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update()
 _WAL_PAGES = 4000  # 16 MiB; at SQLite's 1000 every second full batch would also sync the database file
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.005  # between two tries for another process's write lock
+_turns: weakref.WeakKeyDictionary[Engine, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
@@ -70,8 +75,11 @@ def open_engine(location: Location) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get(_WRITE)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        if connection.get_execution_options().get(_WRITE):
+            raw: Any = connection.connection.driver_connection
+            _begin_writing(raw)
+        else:
+            connection.exec_driver_sql("BEGIN")
 
     return engine
 
@@ -121,10 +129,43 @@ def reading(engine: Engine) -> Iterator[Connection]:
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the write lock from its first moment, durable when the block ends."""
-    with translated(), engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
-        if engine.dialect.name != "sqlite":
+    options = {_WRITE: True}
+    if engine.dialect.name != "sqlite":
+        with translated(), engine.connect().execution_options(**options) as connection, connection.begin():
             connection.execute(_LOCK_HEAD)
-        yield connection
+            yield connection
+        return
+    turn = _turns.setdefault(engine, threading.Lock())
+    if not turn.acquire(timeout=BUSY_TIMEOUT_S):
+        raise LedgerBusyError(retry_after_s=1.0, pending=0)
+    try:
+        with translated(), engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
+    finally:
+        turn.release()
+
+
+def _begin_writing(raw: sqlite3.Connection) -> None:
+    """Take the file's write lock.
+
+    SQLite's own wait for it sleeps up to a tenth of a second at a time; a write takes a few thousandths.
+    Threads of one process wait for each other before they come here.
+    """
+    until, pause_s = time.monotonic() + BUSY_TIMEOUT_S, _SHORTEST_PAUSE_S
+    raw.execute("PRAGMA busy_timeout=0")
+    try:
+        while True:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                is_held = (getattr(error, "sqlite_errorname", "") or "").startswith("SQLITE_BUSY")
+                if not is_held or time.monotonic() >= until:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+    finally:
+        raw.execute(f"PRAGMA busy_timeout={round(1000 * BUSY_TIMEOUT_S)}")
 
 
 def blob(value: object, where: str) -> bytes:

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import re
-import secrets
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
@@ -64,6 +63,7 @@ from audit.bodies import (
     VersionTransition,
 )
 from audit.canonical import canonical_bytes, parse_canonical
+from audit.chance import hex_text
 from audit.cost_bodies import SiteEpsilon
 from audit.errors import AuditError
 from audit.refusal_codes import REFUSAL_CODES, RUN_FAILURE_CODES
@@ -210,7 +210,7 @@ class IndexColumns:
 
 def new_entry(body: Body, *, actor: str, time: str, event_id: str | None = None) -> Entry:
     """Return `body` in a fresh envelope with a random nonce (and a new event id, when none is given)."""
-    chance = secrets.token_hex(_NONCE_BYTES + _ID_BYTES)
+    chance = hex_text(_NONCE_BYTES + _ID_BYTES)
     return Entry(
         event_id=event_id or _new_event_id(time, chance[2 * _NONCE_BYTES :]),
         nonce=chance[: 2 * _NONCE_BYTES],

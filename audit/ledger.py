@@ -29,6 +29,7 @@ from audit._search import matching
 from audit._sequencer import Sequencer
 from audit._store import blob
 from audit._tiles import TileReader
+from audit._wal_backfill import WalBackfill
 from audit.checkpoints import Checkpoint
 from audit.entries import MAX_ENTRY_BYTES, IndexColumns
 from audit.errors import (
@@ -131,6 +132,7 @@ class Ledger:
     def close(self) -> None:
         """Finish what was queued, then let go of the file. Safe to call twice."""
         self._sequencer.close()
+        self._backfill.close()
         self._engine.dispose()
 
     def __enter__(self) -> Ledger:
@@ -391,8 +393,15 @@ class Ledger:
         engine = self._engine
         self._tiles = TileReader(engine)
         self._checkpoints = CheckpointStore(engine, self.origin, self.root_at)
+        self._backfill = backfill = WalBackfill(engine)
+
+        def commit(batch: list[AppendRequest]) -> list[Sequenced | AuditError]:
+            outcomes = commit_batch(engine, batch)
+            backfill.committed()
+            return outcomes
+
         self._sequencer: Sequencer[AppendRequest, Sequenced] = Sequencer(
-            lambda batch: commit_batch(engine, batch), max_batch=MAX_BATCH, max_pending=MAX_PENDING
+            commit, max_batch=MAX_BATCH, max_pending=MAX_PENDING
         )
 
     def _restart_in_child(self) -> None:

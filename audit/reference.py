@@ -180,6 +180,7 @@ class OodScorer:
     ) -> None:
         """`counts`: of the paid sketch, with its terms; without them the declared bounds are all there is."""
         self._features = tuple(features)
+        self._are_numbers = bool(features) and all(f["type"] in ("number", "integer") for f in features)
         self._widths: tuple[int, ...] = ()
         self._surprise: list[float] = []
         self._limit = EDGE_LIMIT
@@ -240,6 +241,8 @@ class OodScorer:
         return math.fsum(found) / len(found) if found else 0.0
 
     def _by_bounds(self, encoded: Sequence[float]) -> float:
+        if self._are_numbers and min(encoded) > -EDGE and max(encoded) < EDGE:
+            return 0.0
         place, numbers, edges = 0, 0, 0
         for feature in self._features:
             if feature["type"] in ("number", "integer"):

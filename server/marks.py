@@ -9,13 +9,13 @@ in seconds and can only shorten the server's own limit.
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from starlette.types import Scope
 
+from audit.chance import hex_text
 from server.errors import MalformedRequestError
 
 REQUEST_ID: Final = b"x-request-id"
@@ -45,7 +45,7 @@ class Marks:
         for name, value in headers:
             if name in (REQUEST_ID, TRACEPARENT, TIMEOUT):
                 given.setdefault(name, value.decode("latin-1").strip())
-        request_id = parse_request_id(given.get(REQUEST_ID, "")) or secrets.token_hex(16)
+        request_id = parse_request_id(given.get(REQUEST_ID, "")) or hex_text(16)
         trace = parse_trace(given.get(TRACEPARENT, ""))
         return cls(
             request_id=request_id,

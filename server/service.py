@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from audit import chance
 from audit.canonical import canonical_bytes
 from audit.commitments import commit
 from audit.disclosure import CONTEXT, new_part
-from audit.encoding import EncodingError, plain_row
+from audit.encoding import EncodingError, PlainRow, plain_row
 from audit.entries import Prediction, PredictionDenied, RowCommitment
 from audit.errors import StaleViewError
 from audit.ledger import Guard, Sequenced
@@ -377,11 +378,10 @@ def _commit(
     """Return the commitments to each row and answer, and what opens them."""
     commitments: list[RowCommitment] = []
     opened: list[dict[str, str]] = []
-    salts = secrets.token_bytes(64 * len(plain))
-    for number, (row, answer) in enumerate(zip(plain, answers, strict=True)):
-        input_text, output_text = canonical_bytes(row), canonical_bytes(answer)
-        input_salt = salts[64 * number : 64 * number + 32]
-        output_salt = salts[64 * number + 32 : 64 * number + 64]
+    for row, answer in zip(plain, answers, strict=True):
+        input_text = row.canonical() if type(row) is PlainRow else canonical_bytes(row)
+        output_text = canonical_bytes(answer)
+        input_salt, output_salt = chance.piece(), chance.piece()
         commitments.append(
             RowCommitment(
                 input=commit("input", input_salt, input_text),

@@ -229,3 +229,118 @@ def test_loop_that_ends_before_its_turn_does_loses_nothing_for_others() -> None:
     assert asyncio.run(asyncio.wait_for(comes(), 20)) == "came"
     assert sequencer.submit("thread").result(20) == "thread"
     sequencer.close()
+
+
+def gated() -> tuple[Sequencer[Any, Any], list[list[Any]], threading.Semaphore]:
+    """A sequencer that commits a batch for each release of the semaphore."""
+    seen: list[list[Any]] = []
+    gate = threading.Semaphore(0)
+
+    def commit(batch: list[Any]) -> list[Any]:
+        seen.append(batch)
+        assert gate.acquire(timeout=20)
+        return batch
+
+    return Sequencer(commit, max_batch=64, max_pending=100), seen, gate
+
+
+async def crowd_of_eight(
+    sequencer: Sequencer[Any, Any], seen: list[list[Any]], gate: threading.Semaphore, *, come_back: bool
+) -> None:
+    """Eight share a commit; a ninth comes during it; the eight come back as soon as they hear, or not."""
+
+    async def one(number: int) -> None:
+        await sequencer.submit_from_loop(number)
+        if come_back:
+            await sequencer.submit_from_loop(number + 100)
+
+    gate.release()
+    await sequencer.submit_from_loop("first")  # the thread is there and waits
+    while not sequencer._idle:
+        await asyncio.sleep(0.001)
+    eight = [asyncio.create_task(one(number)) for number in range(8)]
+    while len(seen) < 2:
+        await asyncio.sleep(0.001)
+    straggler = sequencer.submit_from_loop("straggler")
+    for _ in range(8):
+        gate.release()
+    await asyncio.wait_for(asyncio.gather(straggler, *eight), 20)
+
+
+def test_who_comes_during_a_crowds_commit_shares_the_crowds_next_one() -> None:
+    sequencer, seen, gate = gated()
+    asyncio.run(crowd_of_eight(sequencer, seen, gate, come_back=True))
+    sequencer.close()
+    assert [len(batch) for batch in seen] == [1, 8, 9]
+    assert seen[2][0] == "straggler"  # in the order in which they came
+
+
+def test_crowd_that_does_not_come_back_keeps_nobody_waiting() -> None:
+    sequencer, seen, gate = gated()
+    asyncio.run(crowd_of_eight(sequencer, seen, gate, come_back=False))
+    sequencer.close()
+    assert [len(batch) for batch in seen] == [1, 8, 1]
+
+
+def test_thread_waits_for_no_crowd_of_a_loop() -> None:
+    sequencer, seen, gate = gated()
+
+    async def ask() -> None:
+        gate.release()
+        await sequencer.submit_from_loop("first")
+        eight = [sequencer.submit_from_loop(number) for number in range(8)]
+        while len(seen) < 2:
+            await asyncio.sleep(0.001)
+        thread = sequencer.submit("thread")
+        for _ in range(8):
+            gate.release()
+        assert thread.result(20) == "thread"  # the loop stands still meanwhile
+        await asyncio.gather(*eight)
+
+    asyncio.run(ask())
+    sequencer.close()
+    assert [len(batch) for batch in seen] == [1, 8, 1]
+
+
+def test_what_is_left_to_a_loop_that_ends_is_written_by_whoever_comes_next() -> None:
+    sequencer, seen, gate = gated()
+
+    async def leaves() -> None:
+        gate.release()
+        await sequencer.submit_from_loop("first")
+        for number in range(8):
+            sequencer.submit_from_loop(number)
+        while len(seen) < 2:
+            await asyncio.sleep(0.001)
+        sequencer.submit_from_loop("straggler")
+
+    asyncio.run(leaves())
+    for _ in range(8):
+        gate.release()
+
+    async def comes() -> Any:
+        return await sequencer.submit_from_loop("came")
+
+    assert asyncio.run(asyncio.wait_for(comes(), 20)) == "came"
+    sequencer.close()
+    assert [request for batch in seen for request in batch] == ["first", *range(8), "straggler", "came"]
+
+
+def test_close_writes_what_was_left_to_a_loop() -> None:
+    sequencer, seen, gate = gated()
+
+    async def ask() -> None:
+        gate.release()
+        await sequencer.submit_from_loop("first")
+        eight = [sequencer.submit_from_loop(number) for number in range(8)]
+        while len(seen) < 2:
+            await asyncio.sleep(0.001)
+        straggler = sequencer.submit_from_loop("straggler")
+        for _ in range(8):
+            gate.release()
+        sequencer.close()  # blocks the loop, which therefore calls nobody
+        assert await straggler == "straggler"
+        await asyncio.gather(*eight)
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+    assert [len(batch) for batch in seen] == [1, 8, 1]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from audit.canonical import canonical_bytes
 from audit.encoding import EncodingError, RowEncoder, check_row, encode_row, input_size, plain_row
 
 FEATURES = [
@@ -122,6 +123,7 @@ def test_quick_reading_is_the_long_ones_or_none(row):
         return
     plain = plain_row(row)
     assert (quick[0], (quick[1], [])) == (plain, encoder.read(plain))
+    assert quick[0].canonical() == canonical_bytes(plain)
     assert [type(value) for value in quick[1]] == [float, float]
 
 
@@ -149,3 +151,26 @@ def test_charter_with_categories_or_logarithms_is_read_the_long_way():
 
 def test_the_quick_way_is_taken_where_it_can_be():
     assert RowEncoder(SCALES).read_plain({"age": 60, "dose": 50.3}) is not None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["b", "a", "B", "a b", "1"],
+        ["100%", "%s", "%(x)s", "%%"],
+        ['a "quoted" name', "back\\slash", "tab\tname", "new\nline", "del\x7f"],
+        ["größe", "ä", "z", "\ud7ff", "\U0001f600", "\ufb01"],
+        ["only"],
+    ],
+)
+def test_quick_rows_are_committed_to_as_the_long_ways_are_whatever_their_features_are_called(names):
+    features = [
+        {"name": name, "type": "number", "unit": "", "lower": "-9", "upper": "9", "transform": "none",
+         "missing": "refuse"}
+        for name in names
+    ]  # fmt: skip
+    row = dict(zip(names, [1.5, -0.0, 3, -2.0, 1e-7, 0.25], strict=False))
+    plain, _ = RowEncoder(features).read_plain(row)
+    assert plain == plain_row(row)
+    assert plain.canonical() == canonical_bytes(plain_row(row))
+    assert canonical_bytes(plain) == plain.canonical()

@@ -152,6 +152,18 @@ def test_without_a_paid_sketch_the_bounds_are_the_basis():
     assert plain.score(encoder.encode(edge)) == {"basis": "bounds", "out": True, "score": "1"}
 
 
+@pytest.mark.parametrize("highest", [0.0, 0.9499999, 0.95, 1.0])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_score_by_bounds_counts_the_edges_whether_there_are_any_or_not(highest, sign):
+    features = [
+        {"name": f"x{k}", "type": "number", "lower": "-1", "upper": "1", "unit": "", "missing": "refuse"}
+        for k in range(4)
+    ]
+    found = OodScorer(features).score([0.0, sign * highest, 0.5, -0.5])
+    edges = 1 if highest >= 0.95 else 0
+    assert found == {"basis": "bounds", "out": False, "score": "0.25" if edges else "0"}
+
+
 def test_a_claimed_score_is_compared_with_the_sketch(run, scorer):
     encoded = RowEncoder(run.charter.document["features"]).encode({"x": 0, "ward": "north", "fever": False})
     right = scorer.score(encoded)
