@@ -8,9 +8,11 @@ load with the first of them. In Python: `affidavit.Charter`, `affidavit.simulate
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["Charter", "__version__", "describe", "main", "simulate", "verify"]  # noqa: F822 - by __getattr__
 
 _PACKAGES: Final = ("audit", "federation", "clients", "server")
+_LAST_PACKAGE_OF: Final = {  # the last one that adds to what begins with a word; others need all
+    "db": "audit",
+    "init": "federation", "log": "federation", "models": "federation",
+    "charter": "clients", "demo": "clients", "identity": "clients", "runs": "clients", "train": "clients",
+}  # fmt: skip
 _NAMES: Final = {
     "Charter": ("federation.charter", "Charter"),
     "describe": ("federation.describe", "describe"),
@@ -138,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return verify_main(given[1:])
     try:
-        application = _command()
+        application = _command(given[0])
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in _PACKAGES:
             raise
@@ -179,32 +186,75 @@ def _run(application: click.Command, given: list[str]) -> int:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "affidavit"
+        message = error.format_message().partition(" Did you mean")[
+            0
+        ]  # typer's own, which leaves `verify` out
+        message += _meant(message, context)
         if "--json" in given:
-            document = {"error": {"code": "command.usage", "message": error.format_message()}}
-            typer.echo(json.dumps(document))
-        print(f"error command.usage: {error.format_message()} (see {path} --help)", file=sys.stderr)
+            typer.echo(json.dumps({"error": {"code": "command.usage", "message": message}}))
+        print(f"error command.usage: {message} (see {path} --help)", file=sys.stderr)
         return 2
     return outcome if isinstance(outcome, int) else 0
 
 
+def _meant(message: str, context: click.Context | None) -> str:
+    """Return what to add where a command is misspelt: the names that look like it."""
+    import difflib
+
+    import click
+
+    found = re.match(r"No such command '([^']*)'", message)
+    if found is None or context is None or not isinstance(context.command, click.Group):
+        return ""
+    word, names = found.group(1), list(context.command.list_commands(context))
+    if context.parent is None:
+        names.append("verify")
+        groups = {name: context.command.get_command(context, name) for name in names}
+        inner = [f"{name} {word}" for name, group in groups.items() if word in getattr(group, "commands", ())]
+    else:
+        inner = []
+    meant = (difflib.get_close_matches(word.lower(), names) + inner)[:3]
+    return f" Did you mean {' or '.join(map(repr, meant))}?" if meant else ""
+
+
 @cache
-def _command() -> click.Command:
+def _command(word: str) -> click.Command:
+    """Return the command, or as much of it as its first word needs: a roll-back builds no hundred others."""
     import typer
 
+    packages = _PACKAGES[: _PACKAGES.index(_LAST_PACKAGE_OF.get(word, _PACKAGES[-1])) + 1]
+    application = build_application(packages)
+    part = copy.copy(application)
+    part.registered_commands = [found for found in application.registered_commands if found.name == word]
+    part.registered_groups = [
+        found
+        for found in application.registered_groups
+        if found.typer_instance is not None and found.typer_instance.info.name == word
+    ]
+    if part.registered_commands or part.registered_groups:
+        return typer.main.get_group(part)
     return typer.main.get_command(build_application())
 
 
+def build_application(packages: Sequence[str] = _PACKAGES) -> typer.Typer:
+    """Compose the command from the four packages, or from the first of them."""
+    for package in packages:
+        _register(package)
+    return _application()
+
+
 @cache
-def build_application() -> typer.Typer:
-    """Compose the command from the four packages."""
+def _application() -> typer.Typer:
     import typer
 
-    application = typer.Typer(
+    return typer.Typer(
         name="affidavit", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
     )
-    for package in _PACKAGES:
-        importlib.import_module(f"{package}.commands").register(application)
-    return application
+
+
+@cache
+def _register(package: str) -> None:
+    importlib.import_module(f"{package}.commands").register(_application())
 
 
 def shadowed_package() -> tuple[str, str] | None:

@@ -19,10 +19,10 @@ from audit import _store
 from audit._fsck_rows import HEAD_ROWS, NODE_ROWS, NOTE_ROWS, REVISION_ROWS, FoundError, Text, leaf_rows
 from audit.errors import AuditError
 from audit.location import Location
-from audit.tables import HEAD, LedgerTable
+from audit.tables import HEAD, schema
 
 _FETCH: Final = 1000
-_TABLES: Final = tuple(sorted(LedgerTable.metadata.tables))
+_TABLES: Final = tuple(sorted(schema().tables))
 _OURS: Final = "ARRAY(SELECT to_regclass(name)::oid FROM unnest(CAST(:tables AS text[])) AS name)"
 
 
@@ -69,7 +69,7 @@ class ServerRows:
             raise FoundError("schema", "head", "the database holds no Affidavit log")
         dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
         for name in _TABLES:
-            table = LedgerTable.metadata.tables[name]
+            table = schema().tables[name]
             if not inspector.has_table(name):
                 raise FoundError("schema", name, "is missing; an older log needs `affidavit db upgrade`")
             expected = {
@@ -154,7 +154,7 @@ class ServerRows:
 
     def _compare_indices(self) -> None:
         for table_name in _TABLES:
-            table = LedgerTable.metadata.tables[table_name]
+            table = schema().tables[table_name]
             key = " || ',' || ".join(f'"{column.name}"::text' for column in table.primary_key)
             names = [index.columns.keys()[0] for index in table.indexes]
             names += [column.name for column in table.columns if column.unique]

@@ -13,7 +13,7 @@ from sqlalchemy import create_engine
 
 from audit import _store
 from audit._fsck_rows import HEAD_ROWS, NODE_ROWS, NOTE_ROWS, REVISION_ROWS, FoundError, Text, leaf_rows
-from audit.tables import APPLICATION_ID, LEAF, SCHEMA_VERSION, LedgerTable
+from audit.tables import APPLICATION_ID, LEAF, SCHEMA_VERSION, schema
 
 _SINCE_2: Final = (b"lease", b"ledger_migration")  # tables that a log of the first release lacks
 _SINCE_3: Final = "subject"  # the column of `leaf` that came with schema 3
@@ -106,7 +106,7 @@ def _expected_schema(version: int) -> _Schema:
     engine = create_engine("sqlite://")
     try:
         with engine.begin() as connection:
-            LedgerTable.metadata.create_all(connection)
+            schema().create_all(connection)
             if version < 4:
                 for index in LEAF.indexes:
                     whole = f"CREATE INDEX {index.name} ON leaf ({index.columns.keys()[0]})"

@@ -33,7 +33,7 @@ from audit.errors import (
     LedgerWriteError,
 )
 from audit.location import Location
-from audit.tables import APPLICATION_ID, HEAD, MIGRATION, REVISION, SCHEMA_VERSION, LedgerTable
+from audit.tables import APPLICATION_ID, HEAD, MIGRATION, REVISION, SCHEMA_VERSION, schema
 
 BUSY_TIMEOUT_S = 20.0
 
@@ -107,7 +107,7 @@ def create(location: Location, origin: str) -> None:
 
 
 def create_tables(connection: Connection, origin: str) -> None:
-    LedgerTable.metadata.create_all(connection, checkfirst=False)
+    schema().create_all(connection, checkfirst=False)
     row = {"id": 1, "schema_version": SCHEMA_VERSION, "origin": origin, "size": 0, "edge": b""}
     connection.execute(insert(HEAD), row)
     connection.execute(insert(MIGRATION), {"version_num": REVISION})

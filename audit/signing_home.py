@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from audit.errors import AuditError, LocationError, PolicyFileError, SignerMissingError
 from audit.ledger import Ledger
@@ -18,7 +18,9 @@ from audit.location import CONFIG, read_secret
 from audit.publisher import Publisher
 from audit.signer import Signer
 from audit.tlog_policy import Policy
-from audit.watchers import Watchers
+
+if TYPE_CHECKING:
+    from audit.watchers import Watchers
 
 POLICY_FILE: Final = "policy.txt"
 PASSPHRASE: Final = "AFFIDAVIT_SIGNER_PASSPHRASE"  # noqa: S105 - the name of a variable
@@ -60,6 +62,8 @@ def watchers_of(home: Path, origin: str) -> Watchers | None:
         return None
     except (OSError, UnicodeDecodeError, AuditError) as error:
         raise PolicyFileError(f"{path}: {error}; correct it, or remove it to ask no witness") from error
+    from audit.watchers import Watchers  # only who has witnesses speaks HTTP
+
     return Watchers(policy, origin)
 
 

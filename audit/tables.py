@@ -1,4 +1,7 @@
-"""The ledger's tables. SQLModel does not validate table rows, so callers validate first.
+"""The ledger's tables. Nothing validates a row here, so callers validate first.
+
+They are tables and no mapped classes: nothing above makes objects of rows, and what maps them would be half
+of the start of each command that opens a log.
 
 `leaf` is level 0 of the tree; `node` holds one row per 256 leaves, at levels 8, 16 and so on; `head` is the
 right edge. Every column but `leaf.body` and the notes is derived, and `audit.fsck` derives all of them again.
@@ -8,7 +11,8 @@ right edge. Every column but `leaf.body` and the notes is derived, and `audit.fs
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from functools import cache
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -16,13 +20,12 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
+    MetaData,
     PrimaryKeyConstraint,
     String,
     Table,
     text,
 )
-from sqlalchemy.orm import registry
-from sqlmodel import AutoString, Field, SQLModel
 
 SCHEMA_VERSION: Final = 4
 REVISION: Final = "0004"  # the migration that leads to this schema
@@ -32,87 +35,89 @@ TILE_WIDTH: Final = 1 << TILE_HEIGHT
 
 # 64 bits on both databases; text compares byte by byte on both.
 WHOLE: Final[Any] = BigInteger().with_variant(Integer(), "sqlite")
-TEXT: Final[Any] = AutoString().with_variant(String(collation="C"), "postgresql")
-_NUMBERED: Final = {"autoincrement": False}
+TEXT: Final[Any] = String().with_variant(String(collation="C"), "postgresql")
 
 
 _OPTIONAL: Final = ("model", "version", "run", "site", "principal", "subject")
 
 
-def _index_where_set(name: str) -> Index:
-    """An index without the entries that leave the column empty: most do, and each would cost an append."""
-    where = text(f"{name} IS NOT NULL")
-    return Index(f"ix_leaf_{name}", name, sqlite_where=where, postgresql_where=where)
+_METADATA: Final = MetaData()
+"""Its own: a ledger shares no schema with another role's store."""
 
 
-class LedgerTable(SQLModel, registry=registry()):
-    """Base with metadata of its own: a ledger shares no schema with another role's store."""
+def _whole(name: str, *, key: bool = False, optional: bool = False) -> Column[Any]:
+    return Column(name, WHOLE, primary_key=key, nullable=optional, autoincrement=False if key else "auto")
 
 
-class Leaf(LedgerTable, table=True):
-    __tablename__ = "leaf"
-    __table_args__ = tuple(_index_where_set(name) for name in _OPTIONAL)
-
-    idx: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)
-    event_id: str = Field(unique=True, sa_type=TEXT)
-    leaf_hash: bytes = Field(sa_type=LargeBinary)
-    body: bytes = Field(sa_type=LargeBinary)
-    type: str = Field(index=True, sa_type=TEXT)
-    actor: str = Field(index=True, sa_type=TEXT)
-    time: str = Field(index=True, sa_type=TEXT)
-    model: str | None = Field(default=None, sa_type=TEXT)
-    version: str | None = Field(default=None, sa_type=TEXT)
-    run: str | None = Field(default=None, sa_type=TEXT)
-    site: str | None = Field(default=None, sa_type=TEXT)
-    round: int | None = Field(default=None, sa_type=WHOLE)
-    principal: str | None = Field(default=None, sa_type=TEXT)
-    subject: str | None = Field(default=None, sa_type=TEXT)
+def _text(
+    name: str, *, key: bool = False, optional: bool = False, unique: bool = False, index: bool = False
+) -> Column[Any]:
+    return Column(name, TEXT, primary_key=key, nullable=optional, unique=unique or None, index=index or None)
 
 
-class Node(LedgerTable, table=True):
-    __tablename__ = "node"
-
-    level: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)
-    idx: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)
-    hash: bytes = Field(sa_type=LargeBinary)
+def _bytes(name: str) -> Column[Any]:
+    return Column(name, LargeBinary, nullable=False)
 
 
-class Head(LedgerTable, table=True):
-    __tablename__ = "head"
-
-    id: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)  # always 1
-    schema_version: int = Field(sa_type=WHOLE)
-    origin: str = Field(sa_type=TEXT)
-    size: int = Field(sa_type=WHOLE)
-    edge: bytes = Field(sa_type=LargeBinary)  # the hashes of `CompactRange`, 32 bytes each
-
-
-class StoredCheckpoint(LedgerTable, table=True):
-    __tablename__ = "checkpoint"
-
-    tree_size: int = Field(primary_key=True, sa_type=WHOLE, sa_column_kwargs=_NUMBERED)
-    note: bytes = Field(sa_type=LargeBinary)
-    note_hash: bytes = Field(sa_type=LargeBinary)  # SHA-256 of the note, for fsck
-
-
-class StoredLease(LedgerTable, table=True):
-    __tablename__ = "lease"
-
-    name: str = Field(primary_key=True, sa_type=TEXT)
-    owner: str = Field(sa_type=TEXT)  # empty: nobody's
-    token: int = Field(sa_type=WHOLE)  # grows with every change of owner, and refuses what an old owner does
-    expires_ms: int = Field(sa_type=WHOLE)  # POSIX milliseconds, by the clock that the lease was taken with
-    published_ms: int = Field(sa_type=WHOLE)  # when a checkpoint was last announced; 0: never
-
-
-LEAF = cast(Table, Leaf.__table__)  # type: ignore[attr-defined]
-NODE = cast(Table, Node.__table__)  # type: ignore[attr-defined]
-HEAD = cast(Table, Head.__table__)  # type: ignore[attr-defined]
-CHECKPOINT = cast(Table, StoredCheckpoint.__table__)  # type: ignore[attr-defined]
-LEASE = cast(Table, StoredLease.__table__)  # type: ignore[attr-defined]
-MIGRATION = Table(  # where Alembic keeps the revision; exactly as Alembic itself makes it
+LEAF: Final = Table(
+    "leaf",
+    _METADATA,
+    _whole("idx", key=True),
+    _text("event_id", unique=True),
+    _bytes("leaf_hash"),
+    _bytes("body"),
+    _text("type", index=True),
+    _text("actor", index=True),
+    _text("time", index=True),
+    _text("model", optional=True),
+    _text("version", optional=True),
+    _text("run", optional=True),
+    _text("site", optional=True),
+    _whole("round", optional=True),
+    _text("principal", optional=True),
+    _text("subject", optional=True),
+)
+NODE: Final = Table("node", _METADATA, _whole("level", key=True), _whole("idx", key=True), _bytes("hash"))
+HEAD: Final = Table(
+    "head",
+    _METADATA,
+    _whole("id", key=True),  # always 1
+    _whole("schema_version"),
+    _text("origin"),
+    _whole("size"),
+    _bytes("edge"),  # the hashes of `CompactRange`, 32 bytes each
+)
+CHECKPOINT: Final = Table(
+    "checkpoint",
+    _METADATA,
+    _whole("tree_size", key=True),
+    _bytes("note"),
+    _bytes("note_hash"),  # SHA-256 of the note, for fsck
+)
+LEASE: Final = Table(
+    "lease",
+    _METADATA,
+    _text("name", key=True),
+    _text("owner"),  # empty: nobody's
+    _whole("token"),  # grows with every change of owner, and refuses what an old owner does
+    _whole("expires_ms"),  # POSIX milliseconds, by the clock that the lease was taken with
+    _whole("published_ms"),  # when a checkpoint was last announced; 0: never
+)
+MIGRATION: Final = Table(  # where Alembic keeps the revision; exactly as Alembic itself makes it
     "ledger_migration",
-    LedgerTable.metadata,
+    _METADATA,
     Column("version_num", String(32), nullable=False),
     PrimaryKeyConstraint("version_num", name="ledger_migration_pkc"),
 )
+
+
+@cache
+def schema() -> MetaData:
+    """Return the tables with all their indexes: what a log's database is made of and compared with.
+
+    Reading and writing do without the indexes that have a condition, for which both databases' dialects load.
+    """
+    for name in _OPTIONAL:  # most entries leave such a column empty, and each would cost an append
+        where = text(f"{name} IS NOT NULL")
+        Index(f"ix_leaf_{name}", LEAF.c[name], sqlite_where=where, postgresql_where=where)
+    return _METADATA

@@ -50,10 +50,13 @@ class Asking:
         trouble_s: float,
         pause_s: float = FIRST_PAUSE_S,
         look_s: float = LOOK_AT_NODES_S,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`trouble_s`: for how long a site that reports trouble is asked again, first after `pause_s`;
         `look_s`: how often to see which nodes came back.
         """
+        self._monotonic, self._sleep = monotonic, sleep
         self._pause_s, self._look_s = pause_s, look_s
         self._grid, self._site_of, self._is_trouble = grid, site_of, is_trouble
         self._poll_s, self._timeout_s, self._trouble_s = poll_s, timeout_s, trouble_s
@@ -69,7 +72,7 @@ class Asking:
             for site, message in messages.items()
         }
         self._push([(self._open[site], message) for site, message in messages.items()])
-        began = looked = time.monotonic()
+        began = looked = self._monotonic()
         half = began + self._timeout_s / 2
         while self._open:
             found = list(self._grid.pull_messages(self._ids)) if self._ids else []
@@ -79,7 +82,7 @@ class Asking:
                 if site in self._open and self._is_answer(self._open[site], reply, began):
                     del self._open[site]
                     yield site, reply
-            now = time.monotonic()
+            now = self._monotonic()
             if now >= began + self._timeout_s:
                 break
             if now >= half:
@@ -90,7 +93,7 @@ class Asking:
                 self._hurry(self._came_back(), now)
             self._push_due(now)
             if not found:
-                time.sleep(self._poll_s)
+                self._sleep(self._poll_s)
         for question in list(self._open.values()):
             if question.trouble is not None:
                 yield question.site, question.trouble
@@ -99,7 +102,7 @@ class Asking:
         if not self._is_trouble(reply):
             return True
         question.trouble = reply
-        now = time.monotonic()
+        now = self._monotonic()
         question.due = now + question.pause_s
         question.pause_s = min(2 * question.pause_s, _LONGEST_PAUSE_S)
         return question.due >= began + min(self._trouble_s, self._timeout_s)
@@ -125,7 +128,7 @@ class Asking:
             if name:
                 self._ids.add(name)
             else:  # not taken: the node is not known at the moment
-                question.due = time.monotonic() + question.pause_s
+                question.due = self._monotonic() + question.pause_s
                 question.pause_s = min(2 * question.pause_s, _LONGEST_PAUSE_S)
 
     def _came_back(self) -> list[_Question]:

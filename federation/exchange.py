@@ -8,6 +8,7 @@ answers it with the same bytes, so a lost message costs nothing.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,8 +88,17 @@ def read_answer(site: str, reply: Message) -> Answer:
 class Exchange:
     """Asks several sites at once and waits no longer than it must."""
 
-    def __init__(self, grid: Grid, *, poll_s: float = 0.01, discovery_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        poll_s: float = 0.01,
+        discovery_s: float = 30.0,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._grid, self._poll_s, self._discovery_s = grid, poll_s, discovery_s
+        self._monotonic, self._sleep = monotonic, sleep
         self._nodes: dict[str, int] = {}
         self._sites: dict[int, str] = {}
 
@@ -104,9 +114,9 @@ class Exchange:
             The hello answers by the name the node claims; the caller checks the claim.
         """
         missing, found = set(wanted), dict[str, Answer]()
-        deadline, looked = time.monotonic() + self._discovery_s, 0.0
+        deadline, looked = self._monotonic() + self._discovery_s, -math.inf
         asked, ids = dict[int, float](), set[str]()
-        while missing and (now := time.monotonic()) < deadline:
+        while missing and (now := self._monotonic()) < deadline:
             if now - looked >= min(LOOK_S, self._discovery_s / 4):
                 looked = now
                 due = [
@@ -129,7 +139,7 @@ class Exchange:
                     found[name] = answer
                     missing.discard(name)
             if missing and not replies:
-                time.sleep(self._poll_s)
+                self._sleep(self._poll_s)
         return found
 
     def ask(
@@ -192,6 +202,8 @@ class Exchange:
             poll_s=self._poll_s,
             timeout_s=timeout_s,
             trouble_s=min(timeout_s, trouble_s),
+            monotonic=self._monotonic,
+            sleep=self._sleep,
         )
         for site, reply in asking.ask(first, lambda site: self.message(site, requests[site], group_id)):
             on_reply(site)

@@ -30,7 +30,6 @@ from federation import registry
 from federation.charter import Charter
 from federation.errors import HomeError, NotFoundError, ResumeError
 from federation.progress import RunEvent
-from federation.resume import RunPast
 from federation.run_hold import is_held
 
 State = Literal["running", "completed", "failed", "stopped"]
@@ -181,6 +180,8 @@ def prepared(home: Path, prefix: str = "") -> list[RunView]:
 def _tell_resumable(ledger: Ledger, view: RunView) -> None:
     """Say what going on with a run takes that nobody carries out."""
     try:
+        from federation.resume import RunPast  # brings Flower, which no list of runs needs
+
         past = RunPast.read(ledger, view.run)
         charter = Charter.from_canonical(registry.charter_text(ledger, view.charter)[0])
     except (ResumeError, NotFoundError) as error:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from audit.charter_view import read_charter
 from audit.cost_bodies import pack_costs
 from audit.entries import (
     RunCompleted,
@@ -24,12 +25,8 @@ from audit.entries import (
     signing_payload,
 )
 from audit.keys import SigningKey
-from audit.models import weights_of_file
 from audit.principal import Authorizer, Principal, Question, require
 from federation import registry
-from federation.accounting import check_fits
-from federation.charter import Charter
-from federation.code_digest import aggregation_code
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import (
     GateNotPassedError,
@@ -37,14 +34,14 @@ from federation.errors import (
     RunFailedError,
     TransitionError,
 )
-from federation.exporting import export
 from federation.progress import Listener, listening
 from federation.registry import APPROVED, CANARY, CANDIDATE, LIVE, RETIRED, SHADOW, Version
 
 if TYPE_CHECKING:
+    from federation.charter import Charter
     from federation.evaluation import PublicData
 
-# What brings numpy or Flower is imported where it is used: no roll-back waits for them.
+# What a roll-back does without is imported where it is used: it must not wait for numpy, Flower or pydantic.
 
 RunConfig = Mapping[str, str]
 Launch = Callable[[RunConfig], None]
@@ -122,6 +119,8 @@ def start_run(
         AccessDeniedError: the authoriser said no.
         PlanDoesNotFitError: the plan costs more than the charter's epsilon; nothing was spent.
     """
+    from federation.accounting import check_fits
+    from federation.code_digest import aggregation_code
     from federation.flat import initial_vector, model_pieces
 
     charter, model = request.charter, request.model or request.charter.name
@@ -236,6 +235,8 @@ def register(
         NotFoundError: no such completed run.
         PublicSetError: the public set is not here.
     """
+    from audit.models import weights_of_file
+    from federation.exporting import export
     from federation.gates import epsilons, judge
 
     ledger = coordinator.ledger
@@ -289,7 +290,8 @@ def approve(
     require(authorizer, principal, Question(action="models.approve", resource=version.model))
     if request.to_state not in (APPROVED, LIVE):
         raise TransitionError(f"approve to {APPROVED} or {LIVE}, not to {request.to_state!r}")
-    charter = _check_officer(coordinator, version, officer)
+    _check_officer(coordinator, version, officer)
+    charter = charter_of(coordinator, version.registered.charter)
     failed = failed_gates(charter, version.registered.gates, version.registered.costs)
     if failed:
         raise GateNotPassedError(version.digest, failed)
@@ -384,6 +386,8 @@ def retire(
 
 def charter_of(coordinator: Coordinator, digest: str) -> Charter:
     """Return a published charter from the log's own bytes; NotFoundError when it is not there."""
+    from federation.charter import Charter
+
     text, _ = registry.charter_text(coordinator.ledger, digest)
     return Charter.from_canonical(text)
 
@@ -436,10 +440,9 @@ def _move(
     coordinator.append(body, f"officer:{officer.verify_key.fingerprint}")
 
 
-def _check_officer(coordinator: Coordinator, version: Version, officer: SigningKey) -> Charter:
-    charter = charter_of(coordinator, version.registered.charter)
-    _, charter_author = registry.charter_text(coordinator.ledger, version.registered.charter)
-    if officer.text not in {known.key for known in charter.officers}:
+def _check_officer(coordinator: Coordinator, version: Version, officer: SigningKey) -> None:
+    text, charter_author = registry.charter_text(coordinator.ledger, version.registered.charter)
+    if officer.text not in read_charter(text.encode()).officers:  # as the verifier reads it
         raise OfficerError(
             f"{officer.text} is not one of the charter's officers; an officer's own key must sign"
         )
@@ -447,7 +450,6 @@ def _check_officer(coordinator: Coordinator, version: Version, officer: SigningK
         raise OfficerError(
             "whoever trained the version or drew up its charter cannot approve it; ask another officer"
         )
-    return charter
 
 
 def _sign(key: SigningKey, body: RunStarted | VersionTransition) -> str:

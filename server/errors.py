@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Final
-
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from typing import TYPE_CHECKING, Any, Final
 
 from audit.errors import AuditError
 from audit.principal import AccessDeniedError
 from federation.errors import FederationError
+
+if TYPE_CHECKING:  # commands raise these errors too, and serve nobody
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
 
 _logger = logging.getLogger(__name__)
 
@@ -292,6 +291,8 @@ def problem(
     status: int, code: str, detail: str, *, request_id: str, retry_after_s: int = 1, **extra: Any
 ) -> JSONResponse:
     """Build a problem document; `code` is stable, `detail` is for people."""
+    from fastapi.responses import JSONResponse
+
     document = {
         "type": f"urn:affidavit:problem:{code}",
         "title": TITLES.get(status, "Error"),
@@ -313,6 +314,8 @@ def _protocol_error(
     status: int, code: str, detail: str, extra: dict[str, Any], retry_after_s: int
 ) -> JSONResponse:
     """The Open Inference Protocol's own form: {"error": text}; the code and the entry stand in headers."""
+    from fastapi.responses import JSONResponse
+
     headers = {"Cache-Control": "no-store", "Affidavit-Code": code}
     if status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="affidavit"'
@@ -356,6 +359,8 @@ def render(request: Request, error: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Register the handlers, so that no answer of the application is anything but a problem document."""
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
         return render(request, error)

@@ -93,12 +93,13 @@ class KeyStore:
         recheck_s: float = 2.0,
         patience_s: float = 2.0,
         hasher: PasswordHasher = _HASHER,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0 <= recheck_s <= MAX_RECHECK_S:
             raise ValueError(f"a revocation takes effect within {MAX_RECHECK_S} s, not {recheck_s}")
         self._engine = open_key_engine(home)
         self._clock, self._cache_s, self._recheck_s = clock, cache_s, recheck_s
-        self._hasher, self._patience_s = hasher, patience_s
+        self._hasher, self._patience_s, self._monotonic = hasher, patience_s, monotonic
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
         self._subjects: dict[str, str] = {}
         self._forgotten = 0  # grows whenever a key is forgotten, so that a look-up under way does not keep it
@@ -225,7 +226,7 @@ class KeyStore:
     def recall(self, text: str) -> Principal | None:
         """Return a remembered key's principal, touching no database; None when it must be looked up."""
         known = self._known.get(hashlib.sha256(text.encode()).digest())
-        if known is None or known.row_until <= time.monotonic():
+        if known is None or known.row_until <= self._monotonic():
             return None
         if known.expires and known.expires <= _text(self._clock()):
             return None
@@ -251,7 +252,7 @@ class KeyStore:
         if match is None or found is None or not self._stands(found[1]):
             raise UnauthenticatedError(_REFUSED)
         secret_hash, view = found
-        now = time.monotonic()
+        now = self._monotonic()
         known = self._known.get(digest)
         secret_until = known.secret_until if known is not None else 0.0
         if secret_until <= now:

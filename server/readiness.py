@@ -1,7 +1,7 @@
 """Whether this process should get requests: started, the log readable and signed, live models
 loaded, not draining.
 
-`/healthz` says that the process lives and can read its log; `/readyz` (and the protocol's
+`/healthz` says that the process lives, and asks nobody else; `/readyz` (and the protocol's
 `/v2/health/ready`) that it should be sent requests. When it is told to stop it turns unready first, waits
 for balancers to notice (`drain_s`), and then finishes what it has.
 """

@@ -41,6 +41,7 @@ _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 15.0
 _GIVE_UP_AFTER: Final = 6  # starts of which none was ever ready
 _TURN_S: Final = 0.1
+_SLEPT_S: Final = 1.0  # a turn of the supervisor that takes longer was not its own: the machine stood still
 _STARTING: Final = b"s"
 _READY: Final = b"r"
 _START_S: Final = 600.0  # until a worker is ready
@@ -180,14 +181,16 @@ class Supervisor:
         listener: socket.socket,
         log_level: str,
         target: Callable[..., None] = _spawned,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._listener, self._log_level = settings, listener, log_level
-        self._target = target
+        self._target, self._monotonic = target, monotonic
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[int, _Worker] = {}  # by slot
         self._due: dict[int, float] = dict.fromkeys(range(settings.workers), 0.0)  # slot -> start then
         self._young_deaths: dict[int, int] = dict.fromkeys(self._due, 0)  # slot -> in a row
         self._was_ready = False
+        self._looked = monotonic()
         self._stopping = threading.Event()
 
     def run(self) -> int:
@@ -196,7 +199,7 @@ class Supervisor:
             signal.signal(number, self._stop)
         folder = metric_files.folder_of()
         while not self._stopping.is_set() and not self._is_hopeless():
-            now = time.monotonic()
+            now = self._monotonic()
             for slot, due in list(self._due.items()):
                 if due <= now:
                     self._start(slot)
@@ -222,7 +225,7 @@ class Supervisor:
             args=(self._settings, self._listener, self._log_level, os.getpid(), its_end),
             name="affidavit-worker",
         )
-        now = time.monotonic()
+        now = self._monotonic()
         try:
             process.start()
         except OSError as error:  # no memory, no room for another process: it may pass
@@ -240,14 +243,21 @@ class Supervisor:
         if not said:  # the other end is gone; its process ends too
             worker.pulse.close()
             return
-        worker.heard = time.monotonic()
+        worker.heard = self._monotonic()
         if worker.ready is None and _READY in said:
             worker.ready, self._was_ready = worker.heard, True
 
     def _look(self) -> None:
-        """Count who has lived; kill who fell silent, or does not become ready."""
-        now = time.monotonic()
+        """Count who has lived; kill who fell silent, or does not become ready.
+
+        Silence is counted while this process runs: where it was stopped itself, its workers probably were
+        too, and what they said meanwhile is not read yet.
+        """
+        now = self._monotonic()
+        slept_s, self._looked = now - self._looked, now
         for slot, worker in self._workers.items():
+            if slept_s > _SLEPT_S:
+                worker.heard, worker.begun = min(worker.heard + slept_s, now), worker.begun + slept_s
             if worker.ready is not None and now - worker.ready > _YOUNG_S:
                 self._young_deaths[slot] = 0
             silent_s = now - worker.heard
@@ -259,7 +269,7 @@ class Supervisor:
 
     def _bury(self, slot: int, folder: Path | None) -> None:
         worker = self._workers.pop(slot)
-        process, now = worker.process, time.monotonic()
+        process, now = worker.process, self._monotonic()
         process.join()
         worker.pulse.close()
         _logger.error(
@@ -276,13 +286,13 @@ class Supervisor:
 
     def _end(self) -> None:
         limit_s = self._settings.drain_s + self._settings.request_timeout_s + _LATE_S
-        until = time.monotonic() + limit_s
+        until = self._monotonic() + limit_s
         processes = [worker.process for worker in self._workers.values()]
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
         for process in processes:
-            process.join(max(until - time.monotonic(), 0.1))
+            process.join(max(until - self._monotonic(), 0.1))
             if process.is_alive():
                 _logger.error("worker %s does not end; it is killed", process.pid)
                 process.kill()

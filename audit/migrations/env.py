@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from alembic import context
 
-from audit.tables import MIGRATION, LedgerTable
+from audit.tables import MIGRATION, schema
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=LedgerTable.metadata,
+    target_metadata=schema(),
     version_table=MIGRATION.name,
 )
 with context.begin_transaction():

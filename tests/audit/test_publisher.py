@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +15,10 @@ from audit.checkpoints import Checkpoint, add_signatures, cosign, parse_checkpoi
 from audit.errors import LeaseLostError, SignerBusyError, SignerError, SignerRewriteError, SignerRollbackError
 from audit.ledger import Ledger
 from audit.notes import NoteSigner, open_note
-from audit.publisher import Publisher
+from audit.publisher import LEASE, Publisher
 from audit.signer import Signer, publish
 from audit.tlog_policy import Policy
+from tests.waiting import lapse, took_at_best
 
 Place = Path | str
 
@@ -46,10 +47,12 @@ def size_of(note: bytes | None) -> int:
 
 
 def test_lease_has_one_owner_until_it_ends(log: Ledger) -> None:
-    first, second = (log.lease("x", owner, ttl_s=0.4) for owner in ("a", "b"))
+    first, second = (log.lease("x", owner, ttl_s=400) for owner in ("a", "b"))
     assert (first.acquire(), second.acquire(), first.acquire()) == (True, False, True)
     assert (first.token, second.token) == (1, 0)
-    time.sleep(0.5)
+    lapse(log, "x", 390)
+    assert not second.acquire()
+    lapse(log, "x", 10)
     assert (second.acquire(), first.acquire()) == (True, False)
     assert second.token == 2
     first.release()  # it is not his to give back
@@ -81,10 +84,12 @@ def test_checkpoint_is_published_when_the_log_grows_and_again_when_it_idles(
     log: Ledger, signer: Signer, log_tools: SimpleNamespace
 ) -> None:
     said: list[int] = []
-    publisher = Publisher(log, signer, republish_s=0.3, announce=lambda note: said.append(size_of(note)))
+    publisher = Publisher(log, signer, republish_s=300, announce=lambda note: said.append(size_of(note)))
     assert size_of(publisher.step()) == 5
     assert publisher.step() is None
-    time.sleep(0.35)
+    lapse(log, LEASE, 200)
+    assert publisher.step() is None
+    lapse(log, LEASE, 100)
     assert size_of(publisher.step()) == 5
     log_tools.fill(log, range(5, 8))
     assert size_of(publisher.step()) == 8
@@ -103,11 +108,14 @@ def test_waiting_callers_hear_within_a_second_that_their_entry_is_checkpointed(
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        for number in range(5, 8):
+        numbers = itertools.count(5)
+
+        def wait() -> None:
+            number = next(numbers)
             placed = log_tools.fill(log, range(number, number + 1))[0]
-            begun = time.monotonic()
-            assert size_of(log.wait_checkpointed(placed.leaf_index, 5)) > placed.leaf_index
-            assert time.monotonic() - begun < 1
+            assert size_of(log.wait_checkpointed(placed.leaf_index, 60)) > placed.leaf_index
+
+        assert took_at_best(wait, 1.0) < 1.0
     finally:
         stop.set()
         thread.join()
@@ -127,7 +135,7 @@ def test_waiting_for_witnesses_needs_the_policy_quorum(
     with pytest.raises(TimeoutError, match="witnessed"):
         log.wait_witnessed(4, accept, timeout_s=0.2)
     log.store_checkpoint(add_signatures(note, [cosign(note, witness, 1_000)]))
-    assert accept(log.wait_witnessed(4, accept, timeout_s=1))
+    assert accept(log.wait_witnessed(4, accept, timeout_s=60))
     with pytest.raises(TimeoutError, match="checkpointed"):
         log.wait_checkpointed(5, timeout_s=0.1)
 
@@ -136,13 +144,13 @@ def test_second_publisher_waits_for_the_first_and_takes_over_after_its_end(
     log: Ledger, signer: Signer, log_tools: SimpleNamespace, tmp_path: Path
 ) -> None:
     other = copied(signer, tmp_path / "other")
-    first, second = Publisher(log, signer, ttl_s=0.5), Publisher(log, other, ttl_s=0.5)
+    first, second = Publisher(log, signer, ttl_s=500), Publisher(log, other, ttl_s=500)
     assert size_of(first.step()) == 5
     assert second.step() is None
     log_tools.fill(log, range(5, 9))
     with pytest.raises(SignerBusyError):
         second.publish(timeout_s=0.1)
-    time.sleep(0.6)  # the first one is dead
+    lapse(log, LEASE, 500)  # the first one is dead
     assert size_of(second.step()) == 9
     assert other.state().checkpoint.tree_size == 9
     assert first.step() is None
@@ -155,9 +163,9 @@ def test_second_publisher_waits_for_the_first_and_takes_over_after_its_end(
 def test_old_holder_that_wakes_up_stores_nothing(
     log: Ledger, signer: Signer, log_tools: SimpleNamespace, tmp_path: Path
 ) -> None:
-    first = Publisher(log, signer, ttl_s=0.1)
+    first = Publisher(log, signer, ttl_s=100)
     first.step()
-    time.sleep(0.2)
+    lapse(log, LEASE, 100)
     second = Publisher(log, copied(signer, tmp_path / "other"), ttl_s=30)
     second.step()
     log_tools.fill(log, range(5, 7))

@@ -27,7 +27,7 @@ from audit.tables import (
     MIGRATION,
     NODE,
     SCHEMA_VERSION,
-    LedgerTable,
+    schema,
 )
 from audit.tlog_proof import TlogProof
 from audit.upgrade import migrate, upgrade
@@ -127,10 +127,8 @@ def test_migrated_sqlite_schema_is_the_created_one_but_for_white_space(
 
 
 def test_every_table_of_the_schema_is_made_by_a_migration() -> None:
-    assert set(LedgerTable.metadata.tables) == {
-        table.name for table in (LEAF, NODE, HEAD, CHECKPOINT, LEASE, MIGRATION)
-    }
-    texts = [str(CreateTable(table)) for table in LedgerTable.metadata.tables.values()]
+    assert set(schema().tables) == {table.name for table in (LEAF, NODE, HEAD, CHECKPOINT, LEASE, MIGRATION)}
+    texts = [str(CreateTable(table)) for table in schema().tables.values()]
     texts += [str(CreateIndex(index)) for index in LEAF.indexes]
     assert len(texts) == 15
 

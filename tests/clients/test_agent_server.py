@@ -19,6 +19,7 @@ import pytest
 from clients.agent_server import AgentServer, Buckets, Limits, Peer
 from clients.errors import LinkError
 from clients.socket_link import SocketLink
+from tests.waiting import wait_until
 
 KNOCK = """
 import contextlib, json, os, socket, sys
@@ -38,7 +39,7 @@ class Echo:
     def handle(self, kind, header, blobs):
         self.heard.append(kind)
         if self.wait is not None:
-            assert self.wait.wait(20)
+            assert self.wait.wait(60)
         return b'{"heard":1}', {}
 
 
@@ -173,12 +174,12 @@ def test_who_floods_is_turned_away_before_the_agent_hears_it(serve):
 
 
 def test_who_dawdles_is_hung_up_on_and_others_are_served_meanwhile(serve, tmp_path):
-    _, link, refusals = serve(Echo(), limits=Limits(head_timeout_s=0.3))
+    _, link, refusals = serve(Echo(), limits=Limits(head_timeout_s=3))  # of which the honest one needs little
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect(str(tmp_path / "alpha.sock"))
         slow.sendall(b'{"kind"')
         assert code(link) == "answered"
-        slow.settimeout(10)
+        slow.settimeout(60)
         assert slow.recv(10) == b""
     assert ("connect", "bad_request") in refusals
 
@@ -189,7 +190,7 @@ def test_a_body_that_trickles_is_hung_up_on(serve, tmp_path):
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect(str(tmp_path / "alpha.sock"))
         slow.sendall(b'{"kind":"round","header":1000,"blobs":{}}\nx')
-        slow.settimeout(10)
+        slow.settimeout(60)
         assert slow.recv(10) == b""
     assert (agent.heard, refusals) == ([], [("round", "bad_request")])
 
@@ -210,13 +211,11 @@ def test_more_connections_than_allowed_are_told_so(serve):
     threads = [threading.Thread(target=code, args=(link,)) for _ in range(2)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 10
-    while len(agent.heard) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(agent.heard) == 2)
     assert code(link) == "rate_limited"
     wait.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert refusals == [("connect", "rate_limited")]
 
 
@@ -230,8 +229,8 @@ def test_closing_lets_a_request_finish(serve):
     while not agent.heard:
         time.sleep(0.01)
     threading.Timer(0.2, wait.set).start()
-    server.close(timeout_s=10)
-    asking.join(10)
+    server.close(timeout_s=60)
+    asking.join(60)
     assert answers == ["answered"]
 
 

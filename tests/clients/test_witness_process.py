@@ -26,6 +26,7 @@ from audit.witness_request import MAX_REQUEST_BYTES, AddCheckpoint
 from clients.home import SiteHome
 from clients.witness_server import impatient_protocol
 from federation.trust import federation_policy
+from tests.waiting import wait_until
 
 LEAVES = [hash_leaf(b"%d" % i) for i in range(30)]
 
@@ -57,7 +58,7 @@ def process(tmp_path_factory):
             env=os.environ,
         )  # fmt: skip
         try:
-            until = time.monotonic() + 20
+            until = time.monotonic() + 120
             while time.monotonic() < until and running.poll() is None:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
@@ -65,7 +66,7 @@ def process(tmp_path_factory):
             yield SimpleNamespace(port=port, url=f"http://127.0.0.1:{port}/w", log=log, home=home, vkey=vkey)
         finally:
             running.terminate()
-            running.wait(10)
+            running.wait(60)
 
 
 def prove(old: int, new: int) -> list[bytes]:
@@ -75,7 +76,7 @@ def prove(old: int, new: int) -> list[bytes]:
 def post(process, body: bytes, path: str = "/add-checkpoint") -> tuple[int, bytes]:
     request = urllib.request.Request(process.url + path, data=body)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -118,9 +119,10 @@ def test_callers_who_never_finish_keep_nobody_out(process):
     try:
         for connection in slow:
             connection.sendall(head)
-        begun = time.monotonic()
         assert post(process, b"\n\n\n")[0] == 400
-        assert time.monotonic() - begun < 3
+        slow[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):  # answered while they were there, not when they had been cut off
+            slow[-1].recv(1)
     finally:
         for connection in slow:
             connection.close()
@@ -147,22 +149,19 @@ def test_head_that_never_ends_is_cut_off_so_that_no_crowd_can_stay():
         slow = [socket.create_connection(address, 5) for _ in range(8)]
         for number, connection in enumerate(slow):
             connection.sendall(b"GET / HTTP/1.1\r\nHo" if number % 2 else b"G")
-        deadline = time.monotonic() + 5
-        while ask(address) != 204 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert ask(address) == 204
+        wait_until(lambda: ask(address) == 204)
         for connection in slow:
-            connection.settimeout(5)
+            connection.settimeout(60)
             assert connection.recv(100) == b"", "the server hung up"
             connection.close()
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
 
 
 def ask(address) -> int:
     try:
-        with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/", timeout=60) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -400,3 +402,65 @@ def test_port_in_use_is_named(own):
         result = own.run("serve", "--port", str(taken.getsockname()[1]))
     assert result.code == 1
     assert "in use" in result.err
+
+
+def shape(command: Any) -> Any:
+    inner = {name: shape(found) for name, found in getattr(command, "commands", {}).items()}
+    return command.help, [(p.name, p.opts, p.type.name, p.required) for p in command.params], inner
+
+
+@pytest.mark.parametrize("word", sorted(typer.main.get_command(affidavit.build_application()).commands))
+def test_command_that_is_built_for_one_word_is_the_same_as_among_all(word):
+    """In a process of its own, where nothing else was registered before, it builds no other."""
+    whole = typer.main.get_command(affidavit.build_application())
+    part = affidavit._command(word)
+    assert list(part.commands) == [word]
+    assert shape(part.commands[word]) == shape(whole.commands[word])
+
+
+def test_first_words_need_no_package_behind_the_one_that_is_noted(repository):
+    """What is registered only with a later package would be missing where a word loads fewer."""
+    code = (
+        "import sys, affidavit, typer; last = sys.argv[1];"
+        "found = affidavit._PACKAGES[: affidavit._PACKAGES.index(last) + 1];"
+        "words = [w for w, p in affidavit._LAST_PACKAGE_OF.items() if p == last];"
+        "part = typer.main.get_group(affidavit.build_application(found)).commands;"
+        "names = lambda c: sorted(getattr(c, 'commands', ()));"
+        "before = {w: names(part[w]) for w in words};"
+        "whole = typer.main.get_command(affidavit.build_application()).commands;"
+        "assert before == {w: names(whole[w]) for w in words}, before"
+    )
+    for package in sorted(set(affidavit._LAST_PACKAGE_OF.values())):
+        subprocess.run([sys.executable, "-c", code, package], cwd=repository, check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["modles", "list"], "'models'"),
+        (["verfy", "x.zip"], "'verify'"),
+        (["models", "rolback", "toy"], "'rollback'"),
+        (["rollback", "toy"], "'models rollback'"),
+        (["site", "log", "exprot"], "'export'"),
+        (["Models"], "'models'"),
+    ],
+    ids=" ".join,
+)
+def test_misspelt_command_is_told_what_was_meant_once(capsys, given, meant):
+    assert affidavit.main(given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error command.usage: No such command")
+    assert f"Did you mean {meant}" in line
+    assert line.count("Did you mean") == 1
+
+
+@pytest.mark.parametrize("given", [["xyzzy"], ["models", "xyzzy"], ["\N{SNOWMAN}"], [""]], ids=repr)
+def test_what_looks_like_no_command_is_not_guessed(capsys, given):
+    assert affidavit.main(given) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+def test_guess_is_in_the_document_too(capsys):
+    assert affidavit.main(["models", "lst", "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["error"]["message"] == "No such command 'lst'. Did you mean 'list'?"

@@ -44,10 +44,13 @@ from audit.weights import encode_update
 from federation import registry, service
 from federation.charter import Charter
 from federation.coordinator import Coordinator
+from federation.exchange import Exchange
 from federation.grid import InProcessGrid
 from federation.mechanism import planned_event, planned_events
 from federation.progress import RunEvent
 from federation.server_app import app as server_app
+from federation.server_app import carry_out
+from tests.waiting import Moved
 
 ORIGIN = "example.org/log"
 CHARTER = """\
@@ -265,6 +268,7 @@ class Federation:
     charter: Charter
     principal: Principal = field(default_factory=lambda: Principal(id="p", role="scientist"))
     owner: LocalOwner = field(default_factory=LocalOwner)
+    waited: Moved = field(default_factory=Moved)  # the time in runs where somebody is missing
 
     def train(
         self,
@@ -290,11 +294,20 @@ class Federation:
         fault: Any = None,
         connected: tuple[str, ...] = ("north", "south", "west"),
     ) -> None:
-        with InProcessGrid(self.client_app(), {name: {} for name in connected}, fault=fault) as grid:
-            server_app(
-                grid=grid,
-                context=Context(0, 0, {}, RecordDict(), {**config, "poll-s": 0.002, "discovery-s": 0.5}),
+        """Through Flower's ServerApp; where somebody is missing, in time that passes by waiting alone."""
+        nodes = {name: {} for name in connected}
+        if fault is None and len(nodes) == len(self.sites):
+            with InProcessGrid(self.client_app(), nodes) as grid:
+                server_app(grid=grid, context=Context(0, 0, {}, RecordDict(), {**config, "poll-s": 0.002}))
+            return
+        with (
+            Coordinator.open(config["home"]) as coordinator,
+            InProcessGrid(self.client_app(), nodes, fault=fault, workers=0) as grid,
+        ):
+            exchange = Exchange(
+                grid, poll_s=0.01, discovery_s=5, monotonic=self.waited, sleep=self.waited.forward
             )
+            carry_out(grid, coordinator, config["run"], exchange=exchange)
 
     def resume(self, run: str) -> None:
         """Start the ServerApp of a prepared run once more."""

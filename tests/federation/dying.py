@@ -26,7 +26,7 @@ from federation.server_app import carry_out
 from tests.federation.conftest import FakeSite
 
 ALL = ("north", "south", "west")
-HOLD_S = 0.4
+HOLD_S = 5.0
 
 
 class CrashError(BaseException):
@@ -125,8 +125,9 @@ def go(
     ledger = federation.coordinator.ledger
     here = None if until is None else lambda: until(RunPast.read(ledger, run))
     home = Dying(federation.coordinator, steps, here)
-    with InProcessGrid(federation.client_app(), {name: {} for name in connected}, fault=fault) as grid:
-        exchange = Exchange(grid, poll_s=0.001, discovery_s=5.0 if connected == ALL else 1.0)
+    nodes, waited = {name: {} for name in connected}, federation.waited
+    with InProcessGrid(federation.client_app(), nodes, fault=fault, workers=0) as grid:
+        exchange = Exchange(grid, poll_s=0.01, discovery_s=5.0, monotonic=waited, sleep=waited.forward)
         carry_out(grid, home, run, exchange=exchange, hold_s=hold_s, principal=principal)
     return home.left
 

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from federation.forked_grid import ForkedGrid, may_fork
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="simulations fork on Linux alone")
 
@@ -31,6 +33,8 @@ def forked():
         counts[site] = counts.get(site, 0) + 1
         if order.get("raise"):
             raise ValueError("patient 17 is the cause")
+        if order.get("touch"):
+            Path(order["touch"]).touch()
         if order.get("die"):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(order.get("sleep") or 0)
@@ -59,7 +63,7 @@ def order(grid, site, **what):
     return Message(RecordDict({"order": ConfigRecord(what)}), node, "query")
 
 
-def answers(grid, messages, timeout=20):
+def answers(grid, messages, timeout=60):
     replies = list(grid.send_and_receive(messages, timeout=timeout))
     return {r.content["answer"]["site"]: r.content["answer"] for r in replies if r.has_content()}, replies
 
@@ -98,7 +102,7 @@ def test_a_child_that_is_killed_answers_with_errors_and_holds_nobody_up(forked):
         _, (reply,) = answers(grid, [order(grid, "s2")])
         assert reply.error.code == 8
         assert answers(grid, [order(grid, "s3")])[0]["s3"]["count"] == 1
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 50, "nobody waited for the time-out"
     assert returned == {"s1": 1, "s3": 1}
 
 
@@ -109,17 +113,17 @@ def test_large_messages_both_ways_do_not_wait_for_each_other(forked):
         ids = []
         for _ in range(8):  # far more than a pipe holds, pushed while answers of a megabyte wait to be read
             ids += grid.push_messages([order(grid, "s0", size=1 << 20, filler=filler)])
-        waiting, until = set(ids), time.monotonic() + 20
+        waiting, until = set(ids), time.monotonic() + 60
         while waiting and time.monotonic() < until:
             waiting -= {reply.metadata.reply_to_message_id for reply in grid.pull_messages(waiting)}
         assert not waiting
 
 
-def test_replies_nobody_waits_for_do_not_hide_the_state(forked):
+def test_replies_nobody_waits_for_do_not_hide_the_state(forked, tmp_path):
     make, returned = forked
     with make(2) as grid:
-        grid.push_messages([order(grid, "s0", size=1 << 20) for _ in range(4)])
-        time.sleep(0.2)
+        grid.push_messages([order(grid, "s0", size=1 << 20, touch=str(tmp_path / "t")) for _ in range(4)])
+        wait_until((tmp_path / "t").exists)
     assert set(returned) == {"s0", "s1"}
     assert returned["s0"] >= 1
 
@@ -127,10 +131,10 @@ def test_replies_nobody_waits_for_do_not_hide_the_state(forked):
 def test_closing_drops_what_is_queued(forked):
     make, returned = forked
     with make(1, processes=1) as grid:
-        grid.push_messages([order(grid, "s0", sleep=0.2) for _ in range(50)])
+        grid.push_messages([order(grid, "s0", sleep=1) for _ in range(60)])
         began = time.monotonic()
-    assert time.monotonic() - began < 5
-    assert returned["s0"] < 50
+    assert time.monotonic() - began < 40
+    assert returned["s0"] < 60
 
 
 def test_children_end_when_their_parent_is_gone(forked):
@@ -165,6 +169,6 @@ def test_all_of_this_runs_in_a_process_of_its_own_where_it_cannot_here():
     if may_fork():
         return  # it did
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout

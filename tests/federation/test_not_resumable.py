@@ -18,7 +18,7 @@ from audit.round_bodies import RunResumed
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import ResumeError, RunHeldError
 from federation.resume import RunPast, prepared_run
-from federation.run_hold import RunHold, is_held
+from federation.run_hold import RunHold, is_held, lease_name
 from tests.federation.dying import (
     ALL,
     HOLD_S,
@@ -31,6 +31,7 @@ from tests.federation.dying import (
     measured,
     prepared,
 )
+from tests.waiting import lapse
 
 
 @pytest.fixture
@@ -87,6 +88,7 @@ def test_a_holder_that_slept_is_told_that_another_went_on(strict):
     run = prepared(strict)
     asleep = RunHold(strict.coordinator.ledger, run, ttl_s=HOLD_S)
     asleep._take()  # and no thread prolongs it, as in a process that does not run
+    lapse(strict.coordinator.ledger, lease_name(run), HOLD_S)
     with (
         RunHold(strict.coordinator.ledger, run, ttl_s=HOLD_S),
         pytest.raises(RunHeldError, match="took it over"),
@@ -99,11 +101,12 @@ def test_a_holder_that_slept_does_not_take_back_what_another_has_finished(strict
     ledger, run = strict.coordinator.ledger, prepared(strict)
     asleep = RunHold(ledger, run, ttl_s=HOLD_S)
     asleep._take()
+    lapse(ledger, lease_name(run), HOLD_S)
     with RunHold(ledger, run, ttl_s=HOLD_S):
         pass
     keeper = threading.Thread(target=asleep._keep)
     keeper.start()
-    keeper.join(10 * HOLD_S)
+    keeper.join(60)
     try:
         assert not keeper.is_alive()
         assert not is_held(ledger, run)

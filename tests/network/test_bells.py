@@ -16,9 +16,15 @@ from clients.network.supernode import HELD_S, Pace, quicken
 from federation.network.bell import Bell, ring, with_sleep
 from federation.network.ringing import GATEWAY, RingingGrid, bells_folder, with_bells
 from server.network.holding import PullHold
+from tests.waiting import took_at_best
 
 EMPTY = PullMessagesResponse().SerializeToString()
 FULL = PullMessagesResponse(messages_list=[Message()]).SerializeToString()
+
+
+def soon(play):
+    """Run it to its end, which is far from any time for which something may be held."""
+    return asyncio.run(asyncio.wait_for(play, 60))
 
 
 async def never():
@@ -64,26 +70,23 @@ def hold_of(folder, **options):
 
 def test_a_question_waits_only_after_an_empty_answer_and_until_it_rings(folder):
     async def play():
-        hold = hold_of(folder, hold_s=5.0)
+        hold = hold_of(folder, hold_s=500)
         try:
             begun = time.monotonic()
             assert await hold.wait("a", never)  # the first is passed on at once
             hold.answered("a", hold.rings, FULL)
             assert await hold.wait("a", never)  # after a message there may be another
             hold.answered("a", hold.rings, EMPTY)
-            assert time.monotonic() - begun < 1
             asyncio.get_running_loop().call_later(0.05, ring, folder / "bells" / GATEWAY)
             assert await hold.wait("a", never)
-            assert 0.04 < time.monotonic() - begun < 3
+            assert time.monotonic() - begun > 0.04
             before = hold.rings
             hold.answered("a", before - 1, EMPTY)  # it rang while SuperLink was being asked
-            begun = time.monotonic()
             assert await hold.wait("a", never)
-            assert time.monotonic() - begun < 1
         finally:
             hold.stop()
 
-    asyncio.run(play())
+    soon(play())
 
 
 def test_a_lost_ring_costs_the_hold_and_no_more(folder):
@@ -92,10 +95,10 @@ def test_a_lost_ring_costs_the_hold_and_no_more(folder):
         hold.answered("a", hold.rings, EMPTY)
         begun = time.monotonic()
         assert await hold.wait("a", never)
-        assert 0.09 < time.monotonic() - begun < 2
+        assert time.monotonic() - begun > 0.09
         hold.stop()
 
-    asyncio.run(play())
+    soon(play())
 
 
 def test_nothing_is_pulled_for_a_node_that_hung_up(folder):
@@ -103,41 +106,37 @@ def test_nothing_is_pulled_for_a_node_that_hung_up(folder):
         await asyncio.sleep(0.02)
 
     async def play():
-        hold = hold_of(folder, hold_s=5.0)
+        hold = hold_of(folder, hold_s=500)
         hold.answered("a", hold.rings, EMPTY)
         assert not await hold.wait("a", gone)
         hold.stop()
 
-    asyncio.run(play())
+    soon(play())
 
 
 def test_who_floods_the_hold_is_passed_on(folder):
     async def play():
-        hold = hold_of(folder, hold_s=5.0, most=1)
+        hold = hold_of(folder, hold_s=500, most=1)
         for node in ("a", "b"):
             hold.answered(node, hold.rings, EMPTY)
         first = asyncio.ensure_future(hold.wait("a", never))
         await asyncio.sleep(0)
-        begun = time.monotonic()
         assert await hold.wait("b", never)
-        assert time.monotonic() - begun < 1
         hold.stop()
         assert await first
 
-    asyncio.run(play())
+    soon(play())
 
 
 @pytest.mark.parametrize("content", [b"\xff\xff", FULL])
 def test_an_answer_that_is_not_plainly_empty_holds_nobody(folder, content):
     async def play():
-        hold = hold_of(folder, hold_s=5.0)
+        hold = hold_of(folder, hold_s=500)
         hold.answered("a", hold.rings, content)
-        begun = time.monotonic()
         assert await hold.wait("a", never)
-        assert time.monotonic() - begun < 1
         hold.stop()
 
-    asyncio.run(play())
+    soon(play())
 
 
 def test_a_run_is_told_when_a_reply_is_whole_and_not_before(folder):
@@ -178,12 +177,14 @@ def test_a_sent_message_rings_the_gateway_and_a_ring_brings_the_reply(folder):
         assert isinstance(heard, RingingGrid)
         assert heard.push_messages(["question"]) == ["id"]
         assert gateway.wait(0)
-        grid.answers = [[], ["reply"]]
         (own,) = (path for path in bells_folder(folder).iterdir() if path.name.startswith("run-"))
-        threading.Timer(0.05, ring, (own,)).start()
-        begun = time.monotonic()
-        assert list(heard.pull_messages(["id"])) == ["reply"]
-        assert time.monotonic() - begun < 0.9
+
+        def rung():
+            grid.answers = [[], ["reply"]]
+            threading.Timer(0.05, ring, (own,)).start()
+            assert list(heard.pull_messages(["id"])) == ["reply"]
+
+        assert took_at_best(rung, 0.9) < 0.9, "it did not wait until it looks anyway"
     assert not own.exists()
 
 

@@ -22,7 +22,7 @@ def spec(digest: str | None = DIGEST) -> SimpleNamespace:
 
 
 def settled(executor: ForkExecutor) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while executor._forks:
         assert time.monotonic() < until
         executor.reconcile()

@@ -14,7 +14,7 @@ from clients.network.starting import Watched
 from federation.network.errors import ProcessError
 from federation.network.supervisor import Part, Supervisor
 
-STAY = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+STAY = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 
 
 class Play:
@@ -31,11 +31,11 @@ class Play:
 
     def __exit__(self, *_: object) -> None:
         self.supervisor.stop()
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
     def until(self, *event: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while event not in self.events:
             assert time.monotonic() < deadline, self.events
             time.sleep(0.02)
@@ -72,7 +72,7 @@ def test_what_dies_is_started_again(tmp_path):
         Part(name="frail", command=[sys.executable, "-S", "-c", "raise SystemExit(3)"], backoff_s=(0.05, 0.1))
     ]
     with Play(parts, tmp_path) as play:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while play.events.count(("started", "frail")) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.02)

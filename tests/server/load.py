@@ -74,7 +74,7 @@ def served(home: Path, *options: str, environ: dict[str, str] | None = None):
         line = process.stdout.readline()
         assert line, (home.parent / "serve.err").read_text()[-2000:]
         running = Served(process, json.loads(line)["url"])
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while not running.is_ready():
             assert time.monotonic() < until, "never ready"
             time.sleep(0.1)

@@ -4,13 +4,16 @@ way.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import threading
 
 import pytest
 from starlette.testclient import TestClient
 
 from server.app import create_app
+from tests.waiting import LeapingLoop
 
 PREDICT = "/v1/models/toy/predict"
 INFER = "/v2/models/toy/infer"
@@ -198,21 +201,21 @@ def test_fault_of_ours_is_500_by_both_ways_and_tells_nothing(client, lab, as_rol
 
 
 def test_deadline_ends_the_quick_way_too(lab, as_role, row):
-    with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
-        context = client.app.state.context
+    app = create_app(lab.settings(request_timeout_s=90), clock=lab.clock)
+    with TestClient(app, backend_options={"loop_factory": LeapingLoop}) as client:
+        sequencer = client.app.state.context.coordinator.ledger._sequencer
+        loop, told = client.portal.call(asyncio.get_running_loop), threading.Event()
         reply = client.post(PREDICT, headers=as_role("consumer"), json=rows(row))
-        context.coordinator.ledger._sequencer._commit = _slow(context.coordinator.ledger._sequencer._commit)
-        headers = {**as_role("consumer"), "X-Request-Timeout": "0.2"}
+        commit = sequencer._commit
+
+        def late_commit(batch):
+            loop.leap(41)
+            assert told.wait(60)
+            return commit(batch)
+
+        sequencer._commit = late_commit
+        headers = {**as_role("consumer"), "X-Request-Timeout": "40"}
         late = client.post(PREDICT, headers=headers, json=rows(row))
+        told.set()
     assert reply.status_code == 200
     assert (late.status_code, late.json()["code"]) == (504, "request.deadline")
-
-
-def _slow(commit):
-    import time
-
-    def slow(batch):
-        time.sleep(0.6)
-        return commit(batch)
-
-    return slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from audit.errors import LedgerWriteError
 from server.errors import LedgerUnavailableError
 from server.journal import Journal, time_text, utc_now
 from server.monitoring import Monitoring
+from tests.waiting import GENEROUS_S, LeapingLoop
 
 
 def denied(number: int) -> AccessDenied:
@@ -24,13 +24,31 @@ def denied(number: int) -> AccessDenied:
 
 @pytest.fixture
 def held(lab):
-    """The lab's ledger, whose commits wait for the event."""
-    ledger, gate = lab.coordinator.ledger, threading.Event()
+    """The lab's ledger, whose commits wait for the event, and how many are in a commit or through it."""
+    ledger, gate, reached = lab.coordinator.ledger, threading.Event(), []
     commit = ledger._sequencer._commit
-    ledger._sequencer._commit = lambda batch: (gate.wait(20), commit(batch))[1]
-    yield ledger, gate
+
+    def held_commit(batch):
+        reached.extend(batch)
+        assert gate.wait(GENEROUS_S)
+        return commit(batch)
+
+    ledger._sequencer._commit = held_commit
+    yield ledger, gate, reached
     gate.set()
     ledger._sequencer._commit = commit
+
+
+def run_leaping(play):
+    """Run the coroutine in a loop whose time the test moves."""
+    with asyncio.Runner(loop_factory=LeapingLoop) as runner:
+        return runner.run(play)
+
+
+async def committing(reached):
+    """Return when the first entry is with the database."""
+    while not reached:
+        await asyncio.sleep(0.001)
 
 
 def journal_of(ledger, timeout_s):
@@ -45,19 +63,23 @@ async def outcome(journal, number):
 
 
 def test_wait_for_a_stuck_log_ends_for_everybody_in_time(lab, held):
-    ledger, gate = held
-    journal = journal_of(ledger, 0.3)
+    ledger, gate, reached = held
+    journal = journal_of(ledger, 1000)
 
     async def crowd():
+        loop = asyncio.get_running_loop()
         first = asyncio.create_task(outcome(journal, 0))
-        await asyncio.sleep(0.15)
-        begun = time.monotonic()
-        told = await asyncio.gather(first, *(outcome(journal, number) for number in range(1, 9)))
-        return told, time.monotonic() - begun
+        await committing(reached)
+        loop.leap(500)
+        others = [asyncio.create_task(outcome(journal, number)) for number in range(1, 9)]
+        await asyncio.sleep(0)
+        loop.leap(600)
+        told = [await first]
+        assert not any(other.done() for other in others), "each has its own time"
+        loop.leap(500)
+        return told + await asyncio.gather(*others)
 
-    told, took_s = asyncio.run(crowd())
-    assert told == ["audit.ledger_unavailable"] * 9
-    assert 0.25 <= took_s < 5
+    assert run_leaping(crowd()) == ["audit.ledger_unavailable"] * 9
     size = ledger.tree_size
     gate.set()
     ledger.append_wait(b"{}", event_id="later", index_columns=_columns())
@@ -67,18 +89,22 @@ def test_wait_for_a_stuck_log_ends_for_everybody_in_time(lab, held):
 
 
 def test_answers_in_time_are_answers_though_others_were_late(lab, held):
-    ledger, gate = held
-    journal = journal_of(ledger, 1.0)
+    ledger, gate, reached = held
+    journal = journal_of(ledger, 1000)
 
     async def early_and_late():
+        loop = asyncio.get_running_loop()
         late = asyncio.create_task(outcome(journal, 0))
-        await asyncio.sleep(0.6)
+        await committing(reached)
+        loop.leap(600)
         timely = asyncio.create_task(outcome(journal, 1))
+        await asyncio.sleep(0)
+        loop.leap(500)
         told = await late
         gate.set()
         return told, await timely
 
-    told, index = asyncio.run(early_and_late())
+    told, index = run_leaping(early_and_late())
     assert told == "audit.ledger_unavailable"
     assert isinstance(index, int)
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import httpx
 import pytest
@@ -26,6 +25,7 @@ from server.errors import MalformedRequestError, OverloadedError
 from server.marks import Marks, parse_request_id, parse_trace
 from server.monitoring import Monitoring
 from server.shedding import FLOOR, Shedder
+from tests.waiting import LeapingLoop, wait_until
 
 HEX = "0f4bd1f2f0a54a0c9d3f0d6f0a1b2c3d"
 UUID = "0f4bd1f2-f0a5-4a0c-9d3f-0d6f0a1b2c3d"
@@ -94,8 +94,8 @@ def test_a_deadline_only_shortens():
     assert Marks(request_id=HEX, trace_id=HEX, timeout=None).timeout_s(30.0) == 30.0
 
 
-def slow_down(app, seconds):
-    """Make every answer take so long, before its entry."""
+def slow_down(app, wait):
+    """Make every answer wait for `wait()` before its entry."""
     predicting = app.state.context.predicting
     live = predicting.hooks
 
@@ -103,7 +103,7 @@ def slow_down(app, seconds):
         async def annotate(self, answering):
             from server.hooks import Annotation
 
-            await asyncio.sleep(seconds)
+            await wait()
             return Annotation()
 
     from dataclasses import replace
@@ -115,9 +115,14 @@ def slow_down(app, seconds):
 
 def test_an_answer_after_the_deadline_is_none(lab, as_role, row):
     app = create_app(lab.settings(), clock=lab.clock)
-    with TestClient(app) as client:
-        slow_down(app, 0.3)
-        headers = {**as_role("consumer"), "X-Request-Timeout": "0.05"}
+
+    async def longer_than_asked():
+        asyncio.get_running_loop().leap(21)
+        await asyncio.Event().wait()
+
+    with TestClient(app, backend_options={"loop_factory": LeapingLoop}) as client:
+        slow_down(app, longer_than_asked)
+        headers = {**as_role("consumer"), "X-Request-Timeout": "20"}
         reply = ask(client, headers, row)
         assert (reply.status_code, reply.json()["code"]) == (504, "request.deadline")
         bad = ask(client, {**as_role("consumer"), "X-Request-Timeout": "soon"}, row)
@@ -252,6 +257,7 @@ def test_above_the_limit_nobody_is_taken_and_waiting_for_witnesses_is_no_load():
 def test_a_full_server_sheds_answers_health_and_logs_what_it_answered(lab, as_role, row):
     app = create_app(lab.settings(max_in_flight=4), clock=lab.clock)
     headers = as_role("consumer")
+    shed_all = asyncio.Event()
 
     async def storm():
         transport = httpx.ASGITransport(app=app)
@@ -259,10 +265,15 @@ def test_a_full_server_sheds_answers_health_and_logs_what_it_answered(lab, as_ro
             body = {"purpose": "triage", "rows": [row]}
             asked = [client.post("/v1/models/toy/predict", headers=headers, json=body) for _ in range(24)]
             health = client.get("/healthz")
-            return await asyncio.gather(*asked, health)
+            asked = [asyncio.create_task(each) for each in (*asked, health)]
+            async with asyncio.timeout(60):
+                while sum(each.done() for each in asked) < 21:
+                    await asyncio.sleep(0.001)
+            shed_all.set()
+            return await asyncio.gather(*asked)
 
     with TestClient(app) as running:
-        slow_down(app, 0.2)
+        slow_down(app, shed_all.wait)
         *replies, health = running.portal.call(storm)
         metrics = running.get("/metrics", headers=as_role("operator")).text
     assert health.status_code == 200
@@ -408,7 +419,7 @@ def test_a_stop_under_load_loses_no_answer_and_acknowledges_none_without_entry(l
         ids, broken, stop = [], [], threading.Event()
 
         def load():
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
                 while not stop.is_set():
                     try:
                         reply = ask(client, as_role("consumer"), row)
@@ -421,14 +432,12 @@ def test_a_stop_under_load_loses_no_answer_and_acknowledges_none_without_entry(l
         threads = [threading.Thread(target=load) for _ in range(8)]
         for thread in threads:
             thread.start()
-        until = time.monotonic() + 20
-        while len(ids) < 40 and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: len(ids) >= 40)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
         stop.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     finally:
         process.kill()
         process.wait()

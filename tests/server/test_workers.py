@@ -16,15 +16,16 @@ from server.settings import Settings
 from server.workers import Supervisor
 from tests.server import worker_targets
 from tests.server.load import Load, check_log, served
+from tests.waiting import Moved
 
 
 @contextmanager
-def supervising(tmp_path, target, **changed):
+def supervising(tmp_path, target, monotonic=time.monotonic, **changed):
     """Yield (supervisor, run): `run(until)` runs it in this thread until the condition holds."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     settings = Settings.model_validate({"coordinator_home": tmp_path, "workers": 1, **changed})
     with closing(socket.socket()) as listener:
-        supervisor = Supervisor(settings, listener, "error", target)
+        supervisor = Supervisor(settings, listener, "error", target, monotonic)
 
         def run(until):
             seen = []
@@ -94,26 +95,18 @@ def _is_alive(folder):
 
 
 def test_back_off_of_a_slot_is_bounded_and_killed_workers_start_at_once(tmp_path):
+    now = Moved(1_000.0)
     supervisor = Supervisor(
-        Settings.model_validate({"coordinator_home": tmp_path}), socket.socket(), "error", worker_targets.dies
-    )
-
-    class Dead:
-        pid, sentinel = None, 0
-
-        def __init__(self, exitcode):
-            self.exitcode = exitcode
-
-        def join(self):
-            pass
+        Settings.model_validate({"coordinator_home": tmp_path}),
+        socket.socket(), "error", worker_targets.dies, now,
+    )  # fmt: skip
 
     def pause(exitcode):
         pulse, other = supervisor._context.Pipe(duplex=False)
         other.close()
-        now = time.monotonic()
-        supervisor._workers[0] = workers._Worker(Dead(exitcode), pulse, now, now)
+        supervisor._workers[0] = workers._Worker(Process(exitcode), pulse, now(), now())
         supervisor._bury(0, None)
-        return supervisor._due.pop(0) - now
+        return supervisor._due.pop(0) - now()
 
     supervisor._due.clear()
     assert [pause(-signal.SIGKILL) < 0.3 for _ in range(50)] == [True] * 50
@@ -124,8 +117,61 @@ def test_back_off_of_a_slot_is_bounded_and_killed_workers_start_at_once(tmp_path
     supervisor._listener.close()
 
 
+class Process:
+    """A worker's process as the supervisor sees it."""
+
+    pid, sentinel = None, 0
+
+    def __init__(self, exitcode=None):
+        self.exitcode, self.killed = exitcode, 0
+
+    def join(self):
+        pass
+
+    def is_alive(self):
+        return True
+
+    def kill(self):
+        self.killed += 1
+
+
+def test_time_in_which_the_supervisor_itself_stood_still_is_no_silence_of_its_workers(tmp_path):
+    now, silence_s = Moved(1_000.0), 15.0
+    settings = Settings.model_validate({"coordinator_home": tmp_path, "worker_silence_s": silence_s})
+    with closing(socket.socket()) as listener:
+        supervisor = Supervisor(settings, listener, "error", worker_targets.dies, now)
+        pulse, other = supervisor._context.Pipe(duplex=False)
+        with pulse, other:
+            process = Process()
+            supervisor._workers[0] = workers._Worker(process, pulse, now(), now())
+            for pause_s in (600.0, 3.0, 60.0):  # a machine that is moved to another host, a debugger
+                now.forward(pause_s)
+                supervisor._look()
+                now.forward(0.1)
+                supervisor._look()
+            assert process.killed == 0
+            for _ in range(20):  # turns of its own, without a word
+                now.forward(0.8)
+                supervisor._look()
+            assert process.killed > 0
+            seen = process.killed
+            os.write(other.fileno(), b"r")
+            supervisor._hear(supervisor._workers[0])
+            supervisor._look()
+            assert process.killed == seen
+
+
 def test_silent_worker_is_killed_and_replaced(tmp_path, hasty):
-    with supervising(tmp_path, worker_targets.freezes, worker_silence_s=4) as run:
+    ahead_s = 0.0
+
+    def hurried():
+        """The time, which hurries while the first worker is frozen; the second has what it needs to start."""
+        nonlocal ahead_s
+        if (tmp_path / "frozen").exists() and starts(tmp_path) == 1:
+            ahead_s += 0.3
+        return time.monotonic() + ahead_s
+
+    with supervising(tmp_path, worker_targets.freezes, hurried, worker_silence_s=30) as run:
         assert run(lambda: (tmp_path / "second").exists()) == (0, True)
     assert starts(tmp_path) == 2
 

@@ -34,6 +34,7 @@ def freezes(settings, listener, log_level, parent, pulse):
     folder, number = _noted(log_level, settings)
     if number == 0:
         os.write(pulse.fileno(), b"r")
+        (folder / "frozen").touch()
         time.sleep(600)
     while os.getppid() == parent:
         os.write(pulse.fileno(), b"r")
