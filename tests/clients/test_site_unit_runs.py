@@ -379,6 +379,7 @@ def judged(done: Carried, version: Any) -> Any:
     return verify_evidence(data, policy_text=next(iter(done.federation.homes.values())).policy().format())
 
 
+@pytest.mark.slow  # three runs after each other, and what each is accounted to
 def test_runs_of_rows_and_of_sites_stand_on_one_odometer(carry_out: Any) -> None:
     """First rows: nothing bounds a site over its life then, and nobody claims it. Later rows count both."""
     rows = ROWS.replace("noise_multiplier: 1", "noise_multiplier: 3")
