@@ -20,6 +20,7 @@ from audit.entries import (
     SiteStatement,
     SiteUndelivered,
     decode_entry,
+    decode_entry_of,
     decode_signature,
     signing_payload,
 )
@@ -84,8 +85,8 @@ class History:
         self._notes, self._statement_keys, self._clock = notes, tuple(statement_keys), clock
         self._proved: SiteStatement | None = None  # the last one: it is asked about twice
 
-    def witnessed(self, logged: LoggedEntry) -> WitnessedEntry:
-        """Prove an entry.
+    def witnessed(self, logged: LoggedEntry, kept: Body | None = None) -> WitnessedEntry:
+        """Prove an entry; `kept` is a body that it may be about, which is then not read again.
 
         Raises:
             RefusedError: unwitnessed_history; bad proof, another log, or fewer witnesses than the quorum.
@@ -95,7 +96,8 @@ class History:
             accepted = verify_tlog_proof(
                 logged.proof, leaf_hash=leaf_hash, policy=self._notes, now=int(self._clock().timestamp())
             )
-            entry = _decoded(logged.leaf)
+            entry = None if kept is None else decode_entry_of(logged.leaf, kept)
+            entry = entry or _decoded(logged.leaf)
         except AuditError as error:
             raise RefusedError("unwitnessed_history", f"{error.code}: {error}") from error
         if not accepted.quorum.satisfied:
@@ -149,7 +151,7 @@ class History:
         Raises:
             RefusedError: unwitnessed_history; it is no statement, or this site never signed it.
         """
-        found = self.witnessed(logged)
+        found = self.witnessed(logged, kept)
         if isinstance(found.body, SiteStatement):
             statement, in_round = found.body, True
         elif isinstance(found.body, SiteUndelivered):

@@ -21,6 +21,8 @@ from clients.terms import Terms
 from federation.flat import Integers, Vector, model_vector
 from federation.torch_models import build_model
 
+Rows = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, as the mechanism takes them
+
 
 class Workshop(threading.local):
     """What rounds are computed with, kept warm: the charter's mechanism and the last base model, a thread.
@@ -33,6 +35,8 @@ class Workshop(threading.local):
         self._mechanisms: dict[tuple[str, int | None], Mechanism] = {}
         self._base: tuple[str, bytes, Vector] | None = None
         self._loaded: tuple[Mechanism, Vector] | None = None
+        self._last: list[Rows] = []  # of those who released from the base model before the loaded one
+        self._now: list[Rows] = []  # and from the loaded one
 
     def mechanism(self, terms: Terms) -> Mechanism:
         """Return the charter's mechanism, made at the first call."""
@@ -62,13 +66,25 @@ class Workshop(threading.local):
     def load(self, mechanism: Mechanism, weights: Vector) -> None:
         """Set the mechanism's base model to what `base` returned; a release leaves it as it was."""
         if self._loaded is None or self._loaded[0] is not mechanism or self._loaded[1] is not weights:
+            is_known = self._loaded is not None and self._loaded[0] is mechanism
+            self._last, self._now = (self._now if is_known else []), []
             self._loaded = None
             mechanism.load(torch.tensor(weights, dtype=torch.float64))
             self._loaded = (mechanism, weights)
 
+    def join(self, mechanism: Mechanism, rows: Rows) -> None:
+        """Say that these rows are released next from what `load` set.
+
+        The first to say so has the sums made in one pass for all that released from the base model before:
+        they are asked next. Each site's is made of its own rows, and taken by its own release alone.
+        """
+        if not self._now and len(self._last) > 1:
+            mechanism.prepare(self._last)
+        self._now.append(rows)
+
     def load_other(self, mechanism: Mechanism, weights: Sequence[float]) -> None:
         """Set it to other weights, which nobody else starts from."""
-        self._loaded = None
+        self._loaded, self._last, self._now = None, [], []
         mechanism.load(torch.tensor(weights, dtype=torch.float64))
 
 
@@ -79,6 +95,7 @@ class Trainer:
         self._path, self._local = path, local_layers
         self._workshop = workshop or Workshop()
         self._data: tuple[tuple[str, int, int], TrainingData] | None = None
+        self._rows: tuple[TrainingData, Rows] | None = None
 
     def check_file(self, terms: Terms) -> None:
         """Read the file as a round would.
@@ -123,7 +140,10 @@ class Trainer:
             self._workshop.load_other(mechanism, start)
         else:
             self._workshop.load(mechanism, weights)
-        release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
+        rows = self._rows_of(data, terms)
+        if kept is None:
+            self._workshop.join(mechanism, rows)
+        release = mechanism.release(*rows)
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
         share = event.share_grid or event.sigma_grid
@@ -146,6 +166,12 @@ class Trainer:
     def forget_round(self, run: str, server_round: int) -> None:
         """Take a round that was abandoned out of what this site keeps for itself."""
         self._local.drop(run, server_round)
+
+    def _rows_of(self, data: TrainingData, terms: Terms) -> Rows:
+        """Return the same two tensors for the same data."""
+        if self._rows is None or self._rows[0] is not data:
+            self._rows = (data, (torch.from_numpy(data.inputs), targets_of(data, terms)))
+        return self._rows[1]
 
     def _load(self, terms: Terms) -> TrainingData:
         try:

@@ -10,6 +10,7 @@ refusal would tell of the rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +69,22 @@ class SiteMechanism(Mechanism):
         super().__init__(model, terms, loss, random=random, recorder=recorder)
         self._training, self._loss = training, loss
 
-    def _contribution(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def prepare(self, sets: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Prepare nothing: what can be made for several sites in one pass are sums of gradients."""
+        self._prepared.clear()
+
+    def _sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the difference of weights that the site's own training makes."""
         base = self._weights()
         try:
             trained = plain_training(self._model, self._loss, inputs, targets, self._training)
         finally:
             self._set(base)
-        return drawn_in(trained - base, float(self.terms.max_grad_norm))
+        return trained - base
+
+    def _bounded(self, total: Tensor) -> Tensor:
+        """Return the whole update, at most the unit's bound long, whatever it is."""
+        return drawn_in(total, float(self.terms.max_grad_norm))
 
 
 def plain_training(

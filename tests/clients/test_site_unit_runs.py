@@ -293,13 +293,15 @@ class Unclipped(SiteMechanism):
 
     times = 1.0
 
-    def _contribution(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
         base = self._weights()
-        moved = plain_training(self._model, "binary_cross_entropy", inputs, targets, LocalTraining(
-            steps=1, learning_rate=1.0
-        )) - base  # fmt: skip
+        step = LocalTraining(steps=1, learning_rate=1.0)
+        moved = plain_training(self._model, "binary_cross_entropy", inputs, targets, step) - base
         self._set(base)
         return moved / moved.norm() * (self.times * float(self.terms.max_grad_norm))
+
+    def _bounded(self, total: Tensor) -> Tensor:
+        return total
 
 
 class Liar(Workshop):

@@ -155,6 +155,23 @@ def test_a_release_leaves_the_model_as_it_was_and_draws_anew() -> None:
     assert (one.update != two.update).any()
 
 
+def test_sums_of_gradients_prepared_for_many_are_never_what_a_site_sends() -> None:
+    """Virtual sites have their clipped sums made in one pass; a whole update is trained at each."""
+    seen: dict[str, Any] = {}
+    made, sets = mechanism(seen), [rows(20, seed) for seed in range(3)]
+    made.prepare(sets)
+    for x, y in sets:
+        made.release(x, y)
+        assert np.array_equal(seen["inside.sum"], sent(x, y))
+
+
+def test_whatever_is_summed_is_drawn_in_before_the_noise() -> None:
+    """The bound is the last thing before the grid, so no other way to the sum gets round it."""
+    made = mechanism(seen := {})
+    made._noised(torch.full((INPUTS + 1,), 1e6, dtype=torch.float64))
+    assert length(seen["inside.sum"]) <= made.sensitivity_grid / 2
+
+
 def test_the_pull_keeps_an_update_shorter() -> None:
     x, y = rows(50)
     assert length(sent(x, y, rate=0.1, steps=20, proximal=5.0)) < length(sent(x, y, rate=0.1, steps=20))
