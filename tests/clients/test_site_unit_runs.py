@@ -164,6 +164,18 @@ def test_the_same_recipe_without_noise_learns() -> None:
         made.close()
 
 
+def test_virtual_sites_of_one_process_are_units_too() -> None:
+    made = simulate(CHARTER, SITES, homes="memory")
+    try:
+        carried = Carried(made.federation, made.charter, None, made.id)
+        report = carried.report()
+        assert report.step(EPSILON).word is Word.PROVED, report.text()
+        assert report.step(REPLAY).word is Word.PROVED
+        assert {body.event.unit for body in carried.bodies(SiteStatement)} == {"site"}
+    finally:
+        made.close()
+
+
 # what leaves a site
 
 
