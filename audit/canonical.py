@@ -18,6 +18,7 @@ JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping
 
 MAX_INTEGER = 2**53 - 1
 MAX_DEPTH = 32
+MAX_BYTES = 1 << 24  # that are parsed unless a caller says otherwise
 _FLAT = {str, bool, type(None)}
 _encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -130,7 +131,7 @@ def format_number(value: float) -> str:
     return f"{sign}{head}e{'+' if point > 0 else '-'}{abs(point - 1)}"
 
 
-def parse_strict(data: bytes, *, allow_floats: bool = False, max_bytes: int = 1 << 24) -> JsonValue:
+def parse_strict(data: bytes, *, allow_floats: bool = False, max_bytes: int = MAX_BYTES) -> JsonValue:
     """Parse UTF-8 JSON, refusing everything two parsers could read differently.
 
     Raises:
@@ -164,6 +165,55 @@ def parse_canonical(data: bytes, *, allow_floats: bool = False) -> JsonValue:
     if canonical_bytes(value) != data:
         raise NotCanonicalError("the bytes are JSON, but not in RFC 8785 form")
     return value
+
+
+def canonical_object(members: Mapping[str, bytes]) -> bytes:
+    """Return the RFC 8785 form of an object whose members' values are in that form already."""
+    keys = sorted(members, key=_utf16)
+    return b"{%b}" % b",".join([b"%b:%b" % (canonical_bytes(key), members[key]) for key in keys])
+
+
+class AlikeObjects:
+    """Reads canonical objects that differ in one member as `parse_canonical` does, the rest of them once.
+
+    An object's canonical form is that of its members in the order of their keys. So bytes that begin and end
+    as those of the last object read, with the canonical form of one value in between, are the canonical form
+    of that object with another value in that place. Whatever does not is read as a whole. What two results
+    share is not to be changed. Thread-safe.
+    """
+
+    def __init__(self, name: str) -> None:
+        """`name`: the member that differs."""
+        self._name = name
+        self._last: tuple[bytes, bytes, dict[str, JsonValue]] = (b"", b"", {})
+
+    def parse(self, data: bytes) -> JsonValue:
+        """Return what `parse_canonical(data)` returns; raises what it raises."""
+        before, after, members = self._last
+        end = len(data) - len(after)
+        if (
+            members
+            and len(before) < end <= MAX_BYTES - len(after)
+            and data.startswith(before)
+            and data.endswith(after)
+        ):
+            middle = data[len(before) : end]
+            if middle.count(b"[") + middle.count(b"{") < MAX_DEPTH:
+                try:
+                    return {**members, self._name: parse_canonical(middle)}
+                except (MalformedJsonError, NotCanonicalError):
+                    pass  # read as a whole, it may be another object; or the error names the right place
+        value = parse_canonical(data)
+        if type(value) is dict and self._name in value:
+            self._last = self._split(data, value)
+        return value
+
+    def _split(self, data: bytes, value: dict[str, JsonValue]) -> tuple[bytes, bytes, dict[str, JsonValue]]:
+        own = _utf16(self._name)
+        first = {key: item for key, item in value.items() if _utf16(key) < own}
+        before = canonical_bytes(first)[:-1] + (b"," if first else b"") + canonical_bytes(self._name) + b":"
+        after = data[len(before) + len(canonical_bytes(value[self._name])) :]
+        return before, after, value
 
 
 def _object_without_duplicates(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:

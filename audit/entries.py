@@ -144,6 +144,8 @@ class EntryError(AuditError):
 
 _HASHED: Final = ("population", "sequence", "previous_event", "run", "round", "charter", "event")
 _NOT_HASHED: Final = frozenset(field.name for field in dataclasses.fields(SiteStatement)) - {*_HASHED}
+_HASHED_KEPT: Final = 256
+_hashed: dict[int, tuple[SiteStatement, str]] = {}  # by identity: an odometer asks for the same one again
 _hints: dict[type[Any], dict[str, Any]] = {}
 _defaults: dict[type[Any], dict[str, Any]] = {}
 _columns_in: dict[type[Any], tuple[str, ...]] = {}
@@ -186,9 +188,10 @@ class Entry:
     def _repr_html_(self) -> str:
         from html import escape  # the verifier does without
 
-        head = [("time", self.time), ("actor", self.actor)]
-        rows = head + [(name, _shown(value)) for name, value in _plain(self.body).items()]
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        parts = [("time", self.time), ("actor", self.actor), *_plain(self.body).items()]
+        rows = [(name, v if isinstance(v, str) else canonical_bytes(v).decode()) for name, v in parts]
+        line = "<tr><th>{}</th><td>{}</td></tr>".format
+        cells = "".join(line(escape(n), escape(t[:120] + "…" * (len(t) > 120))) for n, t in rows)
         return f"<table><caption>Entry {escape(self.type)}</caption>{cells}</table>"
 
 
@@ -393,11 +396,19 @@ def decode_signature(text: str, *, field: str = "signature") -> bytes:
 
 def event_hash(statement: SiteStatement) -> str:
     """Return the hash that the population's next event must name as `previous_event`."""
-    try:
-        data = writer_of(SiteStatement, _DIGEST_FIELDS, _NOT_HASHED)(statement).encode()
-    except ODD:
-        data = canonical_bytes({name: _plain(getattr(statement, name)) for name in _HASHED})
-    return hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest()
+    known = _hashed.get(id(statement))
+    if known is None or known[0] is not statement:
+        try:
+            data = writer_of(SiteStatement, _DIGEST_FIELDS, _NOT_HASHED)(statement).encode()
+        except ODD:
+            data = canonical_bytes({name: _plain(getattr(statement, name)) for name in _HASHED})
+        if len(_hashed) >= _HASHED_KEPT:
+            _hashed.clear()
+        _hashed[id(statement)] = known = (
+            statement,
+            hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest(),
+        )
+    return known[1]
 
 
 def run_digest(started: RunStarted) -> str:
@@ -446,11 +457,6 @@ def _later(kind: type[Any]) -> dict[str, Any]:
         found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
         _defaults[kind] = found
     return found
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else canonical_bytes(value).decode()
-    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def _plain(value: Any) -> Any:

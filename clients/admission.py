@@ -115,8 +115,11 @@ class Admission:
         self._decisions.check_not_withdrawn(run)
 
     def check_participants(self, names: Sequence[str], terms: Terms) -> None:
-        allowed = set(names) <= set(terms.sites) and list(names) == sorted(set(names))
-        if not allowed or self.home.name not in names or len(names) < terms.minimum_sites:
+        if (
+            not _are_of(tuple(names), tuple(terms.sites))
+            or self.home.name not in names
+            or len(names) < terms.minimum_sites
+        ):
             raise RefusedError(
                 "participants_not_allowed",
                 f"participants {list(names)[:20]} must be sorted, of the charter, include this site, "
@@ -204,6 +207,12 @@ class Admission:
         return reservation
 
 
+@lru_cache(maxsize=8)
+def _are_of(names: tuple[str, ...], sites: tuple[str, ...]) -> bool:
+    """Whether names are sorted, each once, and all of these sites: asked once for all sites of a process."""
+    return set(names) <= set(sites) and list(names) == sorted(set(names))
+
+
 def within_whole_site(
     lifetime: LifetimeBudget, committed: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]
 ) -> bool:
@@ -214,7 +223,11 @@ def within_whole_site(
 
 def _whole_site_text(lifetime: LifetimeBudget) -> str:
     cap = lifetime.whole_site_epsilon
-    return "" if cap is None else f", or of {cap} for all its rows together (which needs site_level)"
+    return (
+        ""
+        if cap is None
+        else f", or of {cap} for all its rows together (which needs site_level, or unit: site)"
+    )
 
 
 def check_promise(terms: Terms) -> None:

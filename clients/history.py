@@ -25,6 +25,7 @@ from audit.entries import (
 )
 from audit.errors import AuditError
 from audit.keys import VerifyKey
+from audit.known_leaf import decode_entry_of
 from audit.merkle import hash_leaf
 from audit.tlog_policy import AcceptedCheckpoint, Policy
 from audit.tlog_proof import verify_tlog_proof
@@ -55,6 +56,7 @@ class OpenedNotes:
         self._policy = policy
         self._accepted: OrderedDict[bytes, AcceptedCheckpoint] = OrderedDict()
         self._lock = threading.Lock()
+        self.shown: tuple[LoggedEntry, WitnessedEntry] | None = None  # proved under this policy, last of all
 
     def open(self, note: bytes, *, now: int) -> AcceptedCheckpoint:
         """As `Policy.open`; only what has its quorum is remembered."""
@@ -84,18 +86,22 @@ class History:
         self._notes, self._statement_keys, self._clock = notes, tuple(statement_keys), clock
         self._proved: SiteStatement | None = None  # the last one: it is asked about twice
 
-    def witnessed(self, logged: LoggedEntry) -> WitnessedEntry:
-        """Prove an entry.
+    def witnessed(self, logged: LoggedEntry, kept: Body | None = None) -> WitnessedEntry:
+        """Prove an entry; `kept` is a body that it may be about, which is then not read again.
 
         Raises:
             RefusedError: unwitnessed_history; bad proof, another log, or fewer witnesses than the quorum.
         """
+        shown = self._notes.shown
+        if shown is not None and shown[0].leaf is logged.leaf and shown[0].proof is logged.proof:
+            return shown[1]
         leaf_hash = hash_leaf(logged.leaf)
         try:
             accepted = verify_tlog_proof(
                 logged.proof, leaf_hash=leaf_hash, policy=self._notes, now=int(self._clock().timestamp())
             )
-            entry = _decoded(logged.leaf)
+            entry = None if kept is None else decode_entry_of(logged.leaf, kept)
+            entry = entry or _decoded(logged.leaf)
         except AuditError as error:
             raise RefusedError("unwitnessed_history", f"{error.code}: {error}") from error
         if not accepted.quorum.satisfied:
@@ -104,7 +110,10 @@ class History:
                 "unwitnessed_history",
                 f"{quorum.have} of {quorum.need} witnesses cosigned; missing {', '.join(quorum.missing)}",
             )
-        return WitnessedEntry(entry.body, leaf_hash.hex(), logged.proof.leaf_index)
+        found = WitnessedEntry(entry.body, leaf_hash.hex(), logged.proof.leaf_index)
+        if kept is None:  # else it is one site's own
+            self._notes.shown = (logged, found)
+        return found
 
     def round_ended(
         self, logged: LoggedEntry | None, *, run: str, numbers: range
@@ -149,7 +158,7 @@ class History:
         Raises:
             RefusedError: unwitnessed_history; it is no statement, or this site never signed it.
         """
-        found = self.witnessed(logged)
+        found = self.witnessed(logged, kept)
         if isinstance(found.body, SiteStatement):
             statement, in_round = found.body, True
         elif isinstance(found.body, SiteUndelivered):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
-from audit.canonical import JsonValue, parse_canonical
+from audit.canonical import AlikeObjects, JsonValue, parse_canonical
 from audit.entries import RunStarted, parse_body
 from audit.errors import AuditError
 from audit.keys import parse_public_key
@@ -26,6 +26,7 @@ T = TypeVar("T")
 _RUN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,95}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 MAX_PROOF_CHARS: Final = 1 << 19
+_rounds = AlikeObjects("own_statement")  # of a round, sites are shown the same but for this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,10 @@ class FinishedRequest:
 
 
 def parse_header(
-    header: bytes, required: frozenset[str], optional: frozenset[str] = frozenset()
+    header: bytes,
+    required: frozenset[str],
+    optional: frozenset[str] = frozenset(),
+    parse: Callable[[bytes], JsonValue] = parse_canonical,
 ) -> dict[str, Any]:
     """Read a header with all of `required`, none but those and `optional`.
 
@@ -85,7 +89,7 @@ def parse_header(
         RefusedError: bad_request; anything else.
     """
     try:
-        document = parse_canonical(header)
+        document = parse(header)
     except AuditError as error:
         raise _bad(f"the header is not canonical JSON: {error}") from error
     if not isinstance(document, dict) or not required <= set(document) <= required | optional:
@@ -126,6 +130,7 @@ def parse_round(header: bytes, blobs: Mapping[str, bytes]) -> RoundRequest:
         header,
         frozenset({"run", "round", "charter", "participants", "previous_round", "own_statement"}),
         frozenset({"shares"}),
+        _rounds.parse,
     )
     if set(blobs) != {"base_model"}:
         raise _bad("a round comes with the one blob base_model")
@@ -213,9 +218,17 @@ def _entry(value: JsonValue) -> LoggedEntry | None:
     if not isinstance(proof, str) or len(proof) > MAX_PROOF_CHARS:
         raise _bad("proof: is the text of a tlog-proof")
     try:
-        return LoggedEntry(leaf=_base64(value["entry"], "entry"), proof=_proof(proof))
+        leaf = value["entry"]
+        leaf = _leaf(leaf) if isinstance(leaf, str) else _base64(leaf, "entry")
+        return LoggedEntry(leaf=leaf, proof=_proof(proof))
     except (AuditError, UnicodeEncodeError) as error:
         raise _bad(f"proof: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _leaf(text: str) -> bytes:
+    """As `_base64`, once for a round's entry, which each site of this process is shown."""
+    return _base64(text, "entry")
 
 
 @lru_cache(maxsize=4)

@@ -176,7 +176,10 @@ def _local_launch(agents: Mapping[str, Agent], charter: Charter) -> Launch:
         return inprocess_launch(agents, workers=1)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     virtual = all(isinstance(agent.home, VirtualHome) for agent in agents.values())
-    if virtual and cores > 1 and len(agents) > MANY_NODES and may_fork():
+    many = virtual and cores > 1 and len(agents) > MANY_NODES
+    with _one_thread_each(many):  # torch's pool of another size has threads of its own, which end here
+        can_fork = many and may_fork()
+    if can_fork:
         return forked_launch(agents, processes=min(cores, MOST_PROCESSES))
     return inprocess_launch(agents)
 

@@ -11,6 +11,7 @@ import torch
 from audit.errors import AuditError
 from audit.reference import Reference
 from clients.dp.mechanism import Mechanism, MechanismTerms
+from clients.dp.site_update import LocalTraining, SiteMechanism
 from clients.errors import DataFileError, RefusedError
 from clients.evaluation import noisy_counts
 from clients.loader import TrainingData, load_evaluation_data, load_training_data
@@ -19,6 +20,8 @@ from clients.sketching import noisy_sketch
 from clients.terms import Terms
 from federation.flat import Integers, Vector, model_vector
 from federation.torch_models import build_model
+
+Rows = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, as the mechanism takes them
 
 
 class Workshop(threading.local):
@@ -32,6 +35,8 @@ class Workshop(threading.local):
         self._mechanisms: dict[tuple[str, int | None], Mechanism] = {}
         self._base: tuple[str, bytes, Vector] | None = None
         self._loaded: tuple[Mechanism, Vector] | None = None
+        self._last: list[Rows] = []  # of those who released from the base model before the loaded one
+        self._now: list[Rows] = []  # and from the loaded one
 
     def mechanism(self, terms: Terms) -> Mechanism:
         """Return the charter's mechanism, made at the first call."""
@@ -41,7 +46,11 @@ class Workshop(threading.local):
             model = build_model(
                 [dict(layer) for layer in terms.layers], precision=terms.precision, site=terms.site_index
             )
-            self._mechanisms[key] = Mechanism(model, mechanism_terms(terms), terms.loss)
+            self._mechanisms[key] = (
+                SiteMechanism(model, mechanism_terms(terms), terms.loss, local_training(terms))
+                if terms.by_site
+                else Mechanism(model, mechanism_terms(terms), terms.loss)
+            )
         return self._mechanisms[key]
 
     def base(self, terms: Terms, base_model: bytes) -> Vector:
@@ -57,13 +66,25 @@ class Workshop(threading.local):
     def load(self, mechanism: Mechanism, weights: Vector) -> None:
         """Set the mechanism's base model to what `base` returned; a release leaves it as it was."""
         if self._loaded is None or self._loaded[0] is not mechanism or self._loaded[1] is not weights:
+            is_known = self._loaded is not None and self._loaded[0] is mechanism
+            self._last, self._now = (self._now if is_known else []), []
             self._loaded = None
             mechanism.load(torch.tensor(weights, dtype=torch.float64))
             self._loaded = (mechanism, weights)
 
+    def join(self, mechanism: Mechanism, rows: Rows) -> None:
+        """Say that these rows are released next from what `load` set.
+
+        The first to say so has the sums made in one pass for all that released from the base model before:
+        they are asked next. Each site's is made of its own rows, and taken by its own release alone.
+        """
+        if not self._now and len(self._last) > 1:
+            mechanism.prepare(self._last)
+        self._now.append(rows)
+
     def load_other(self, mechanism: Mechanism, weights: Sequence[float]) -> None:
         """Set it to other weights, which nobody else starts from."""
-        self._loaded = None
+        self._loaded, self._last, self._now = None, [], []
         mechanism.load(torch.tensor(weights, dtype=torch.float64))
 
 
@@ -74,6 +95,7 @@ class Trainer:
         self._path, self._local = path, local_layers
         self._workshop = workshop or Workshop()
         self._data: tuple[tuple[str, int, int], TrainingData] | None = None
+        self._rows: tuple[TrainingData, Rows] | None = None
 
     def check_file(self, terms: Terms) -> None:
         """Read the file as a round would.
@@ -118,7 +140,10 @@ class Trainer:
             self._workshop.load_other(mechanism, start)
         else:
             self._workshop.load(mechanism, weights)
-        release = mechanism.release(torch.from_numpy(data.inputs), targets_of(data, terms))
+        rows = self._rows_of(data, terms)
+        if kept is None:
+            self._workshop.join(mechanism, rows)
+        release = mechanism.release(*rows)
         event = terms.event
         made = (release.sigma_grid, release.sensitivity_grid, release.dimension, release.steps)
         share = event.share_grid or event.sigma_grid
@@ -142,6 +167,12 @@ class Trainer:
         """Take a round that was abandoned out of what this site keeps for itself."""
         self._local.drop(run, server_round)
 
+    def _rows_of(self, data: TrainingData, terms: Terms) -> Rows:
+        """Return the same two tensors for the same data."""
+        if self._rows is None or self._rows[0] is not data:
+            self._rows = (data, (torch.from_numpy(data.inputs), targets_of(data, terms)))
+        return self._rows[1]
+
     def _load(self, terms: Terms) -> TrainingData:
         try:
             found = self._path.stat()
@@ -155,7 +186,7 @@ class Trainer:
 
 def mechanism_terms(terms: Terms) -> MechanismTerms:
     """Return the mechanism's constants; each follows from the charter, none from the data."""
-    local = terms.local_steps > 1
+    local = terms.local_steps > 1 and not terms.by_site  # a site's own steps get noise once, together
     return MechanismTerms(
         max_grad_norm=terms.max_grad_norm,
         noise_multiplier=terms.noise_multiplier,
@@ -164,13 +195,20 @@ def mechanism_terms(terms: Terms) -> MechanismTerms:
         grid_bits=terms.event.grid_bits,
         precision=terms.precision,
         rows_per_unit=terms.max_rows_per_subject,
-        local_steps=terms.local_steps,
+        local_steps=terms.event.steps,
         local_learning_rate=terms.local_learning_rate if local else None,
-        proximal=terms.proximal,
+        proximal=terms.proximal if local else 0,
         normaliser=terms.normaliser if local else None,
         sharers=0 if terms.secure is None else terms.secure.sharers,
         summed_sites=1 if terms.secure is None else terms.secure.sites,
         max_update_norm=terms.max_update_norm,
+    )
+
+
+def local_training(terms: Terms) -> LocalTraining:
+    """Return how a site trains before its whole update is bounded, where the site is the unit."""
+    return LocalTraining(
+        steps=terms.local_steps, learning_rate=terms.local_learning_rate, proximal=terms.proximal
     )
 
 

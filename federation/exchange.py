@@ -17,7 +17,7 @@ from typing import Any, Final
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from audit.canonical import JsonValue, canonical_bytes, parse_strict
+from audit.canonical import JsonValue, canonical_bytes, canonical_object, parse_strict
 from audit.errors import AuditError
 from federation.asking import TROUBLE, Asking
 from federation.pieces import PiecesError, blob_records, read_blobs
@@ -30,6 +30,11 @@ MAX_HEADER_BYTES: Final = 4 << 20
 _CODE_BYTES: Final = 256  # an answer that holds a code and nothing else
 
 
+def members_written(header: Mapping[str, JsonValue], *names: str) -> dict[str, bytes]:
+    """Return the canonical bytes of members that every site is told alike: `Request.written`, made once."""
+    return {name: canonical_bytes(header[name]) for name in names}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One message to one site."""
@@ -38,11 +43,22 @@ class Request:
     header: Mapping[str, JsonValue]
     blobs: Mapping[str, bytes] = field(default_factory=dict)
     records: Mapping[str, ConfigRecord] | None = None  # the blobs ready to travel, made once for all sites
+    written: Mapping[str, bytes] = field(default_factory=dict)  # members of the header, as canonical bytes
 
     def message(self, node_id: int, group_id: str) -> Message:
+        header = (
+            canonical_bytes(self.header)
+            if not self.written
+            else canonical_object(
+                {
+                    name: self.written[name] if name in self.written else canonical_bytes(value)
+                    for name, value in self.header.items()
+                }
+            )
+        )
         content = RecordDict(
             {
-                "header": ConfigRecord({"kind": self.kind, "header": canonical_bytes(self.header)}),
+                "header": ConfigRecord({"kind": self.kind, "header": header}),
                 **(blob_records(self.blobs) if self.records is None else self.records),
             }
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,6 +59,11 @@ def model_bytes(layers: Sequence[Layer], flat: Vector) -> bytes:
 
 def update_vector(data: bytes) -> Integers:
     """Return the integers of an update file, read-only, not copied; errors as there."""
+    count = (len(data) - 8 - int.from_bytes(data[:8], "little")) // 8
+    if count > 0:
+        head = _update_head(count)
+        if data.startswith(head) and len(data) == len(head) + 8 * count:  # the one form there is
+            return np.frombuffer(data, dtype="<i8", offset=len(head))
     parts = read_parts("I64", data)
     if len(parts) != 1 or parts[0][0] != "update" or len(parts[0][1]) != 1:
         raise WeightsError('an update file holds one tensor, "update", of one axis')
@@ -70,7 +76,12 @@ def update_bytes(values: Integers | Sequence[int]) -> bytes:
     if not isinstance(values, np.ndarray):
         return encode_update(values)
     body = np.ascontiguousarray(values, dtype="<i8").data.cast("B")
-    return b"".join([file_header("I64", [("update", (len(values),))]), body])
+    return b"".join([_update_head(len(values)), body])
+
+
+@lru_cache(maxsize=8)
+def _update_head(count: int) -> bytes:
+    return file_header("I64", [("update", (count,))])
 
 
 def average_vectors(models: Sequence[Vector]) -> Vector:

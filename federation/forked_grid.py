@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -19,6 +20,7 @@ import selectors
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -35,20 +37,51 @@ _logger = logging.getLogger(__name__)
 
 _CLIENT_APP_CRASHED: Final = 8  # Flower's error code for a process that went away with a message
 _LEAVE_S: Final = 60.0
+_AT_ONCE: Final = 8  # messages
+_TOGETHER, _TOGETHER_S = 4, 0.02  # replies, where they come quickly: each time the parent wakes costs a child
 _SAFE: Final = "jemalloc_bg_thd"
+_HARD: Final = 2  # omp_pause_hard
+_POOLS: Final = (("openblas", "blas_thread_shutdown_", ()), ("libgomp", "omp_pause_resource_all", (_HARD,)))
 
 
 def may_fork() -> bool:
     """Whether a copy of this process would work: not beside threads that Python did not start.
 
     Those of gRPC, say, leave locks held in the copy that nobody there will ever release. jemalloc's, which
-    comes with pyarrow, lets go of its own before each fork.
+    comes with pyarrow, lets go of its own before each fork. Those of numpy's and torch's pools are asked to
+    end: a pool starts again when it is next needed.
     """
     if sys.platform != "linux":
         return False
-    by_python = _thread._count() + 1  # this one too; `threading` does not know of all of them
-    tasks = [_name_of(task) for task in os.listdir("/proc/self/task")]
-    return len([name for name in tasks if name != _SAFE]) <= by_python
+    if not _has_foreign_threads():
+        return True
+    _end_pools()
+    return not _has_foreign_threads(wait_s=0.1)  # a thread is seen for a moment after it ended
+
+
+def _has_foreign_threads(*, wait_s: float = 0.0) -> bool:
+    until = time.monotonic() + wait_s
+    while True:
+        by_python = _thread._count() + 1  # this one too; `threading` does not know of all of them
+        tasks = [_name_of(task) for task in os.listdir("/proc/self/task")]
+        if len([name for name in tasks if name != _SAFE]) <= by_python:
+            return False
+        if time.monotonic() >= until:
+            return True
+        time.sleep(0.002)
+
+
+def _end_pools() -> None:
+    """Let the pools end: OpenBLAS's, there from numpy's import on, and libgomp's, from torch's first product.
+
+    OpenBLAS's is the function that it calls itself before a fork; OpenMP's is in its standard since 5.0.
+    """
+    mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    for path in sorted(mapped):
+        for library, function, arguments in _POOLS:
+            if library in path.rpartition("/")[2]:
+                with contextlib.suppress(OSError, AttributeError):  # replaced on disk, or built without it
+                    getattr(ctypes.CDLL(path), function)(*arguments)
 
 
 def _name_of(task: str) -> str:
@@ -114,11 +147,12 @@ class ForkedGrid(InProcessGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = list(super().push_messages(messages))
-        for child in self._children:
-            if child.outbox:
-                batch, child.outbox = child.outbox, []
-                child.open |= {message.metadata.message_id: message for message in batch}
-                self._send(child, batch)
+        while any(child.outbox for child in self._children):  # in turns, so that all begin soon
+            for child in self._children:
+                batch, child.outbox = child.outbox[:_AT_ONCE], child.outbox[_AT_ONCE:]
+                if batch:
+                    child.open |= {message.metadata.message_id: message for message in batch}
+                    self._send(child, batch)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -152,14 +186,15 @@ class ForkedGrid(InProcessGrid):
 
     def _receive(self, child: _Child) -> None:
         try:
-            reply = pickle.loads(child.connection.recv_bytes())  # noqa: S301 - of a copy of this process
+            replies = pickle.loads(child.connection.recv_bytes())  # noqa: S301 - of a copy of this process
         except (EOFError, OSError):
             self._lose(child)
             return
-        asked = child.open.pop(reply.metadata.reply_to_message_id, None)
-        if asked is not None:
-            node = self._nodes[asked.metadata.dst_node_id]
-            self._deliver(node.site, reply, self._store)
+        for reply in replies:
+            asked = child.open.pop(reply.metadata.reply_to_message_id, None)
+            if asked is not None:
+                node = self._nodes[asked.metadata.dst_node_id]
+                self._deliver(node.site, reply, self._store)
 
     def _lose(self, child: _Child) -> None:
         """Say of everything that a child had, and is given from now on, that its process is gone."""
@@ -221,11 +256,17 @@ class ForkedGrid(InProcessGrid):
 
         threading.Thread(target=read, name="grid-reader", daemon=True).start()
         while not is_over.is_set():
-            for message in inbox.get():
+            replies: list[Message] = []
+            messages, began = inbox.get(), 0.0
+            for number, message in enumerate(messages, start=1):
                 if is_over.is_set():
                     break  # messages still queued are dropped
-                reply = self._reply(self._nodes[message.metadata.dst_node_id], message)
-                connection.send_bytes(pickle.dumps(reply, pickle.HIGHEST_PROTOCOL))
+                began = time.monotonic() if not replies else began
+                replies.append(self._reply(self._nodes[message.metadata.dst_node_id], message))
+                is_due = len(replies) >= _TOGETHER or time.monotonic() - began >= _TOGETHER_S
+                if is_due or number == len(messages):
+                    connection.send_bytes(pickle.dumps(replies, pickle.HIGHEST_PROTOCOL))
+                    replies = []
         if not parent_is_gone.is_set():
             states = {site: self._leaving(site) for site in sites}
             connection.send_bytes(pickle.dumps(states, pickle.HIGHEST_PROTOCOL))

@@ -45,7 +45,7 @@ from federation.errors import (
     RunFailedError,
 )
 from federation.evaluation import PublicData, metrics_of
-from federation.exchange import Exchange, Request
+from federation.exchange import Exchange, Request, members_written
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
@@ -242,7 +242,9 @@ class RoundLoop:
         elif state.opened is not None:
             terms = dataclasses.replace(terms, roster=state.opened.roster)
         records = blob_records({"base_model": state.base_model})
-        requests = {site: replace(request, records=records) for site, request in requests.items()}
+        told = self._request(number, "", state).header
+        alike = {} if masked is not None else members_written(told, "participants", "previous_round")
+        requests = {site: replace(r, records=records, written=alike) for site, r in requests.items()}
         opening = (lambda _: total) if total is not None else None
         strategy.open_round(
             terms,

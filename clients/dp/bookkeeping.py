@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -29,6 +29,8 @@ CHUNK_ROWS = 1024
 _LEAST_ROWS = 64
 """Fewest rows in a pass. Matrix libraries take other kernels for a handful of rows, which round otherwise:
 the gradients of three rows would change when a fourth leaves, and weights can be chosen to magnify that."""
+
+_STACKED_ROWS, _STACKED_NUMBERS = 1 << 13, 1 << 21  # rows, and numbers in their sums, of one pass for many
 
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.MultiheadAttention, nn.RNNBase)
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.float64: "float64", torch.float32: "float32"}
@@ -109,6 +111,47 @@ class ClippedGradient:
             rows = slice(start, start + self._chunk_rows)
             self._add(inputs[rows], targets[rows], None if mask is None else mask[rows])
         return self._flat.clone()
+
+    def of_many(self, sets: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        """Return what a call with each (inputs, targets) would, in one pass; None where it takes a call.
+
+        A row's gradient is a function of that row and the weights, and a sum one of its own set: nothing of
+        another set enters. Sets are filled up to a multiple of `_LEAST_ROWS`, so that one more row does not
+        change the pass. Only chains of Linear layers, that were checked, and sets that fit a pass.
+        """
+        found: list[Tensor | None] = [None] * len(sets)
+        if not (self._checked and isinstance(self._pass, ChainPass) and self._pass.can_stack):
+            return found
+        places: dict[tuple[int, torch.dtype], list[int]] = {}
+        for place, (inputs, targets) in enumerate(sets):
+            is_known = (
+                inputs.dim() == 2 and (inputs.shape[1],) == self._row_shape and inputs.dtype == self.dtype
+            )
+            if is_known and 0 < len(inputs) <= self._chunk_rows and targets.shape == (len(inputs),):
+                rows = -(-len(inputs) // _LEAST_ROWS) * _LEAST_ROWS
+                places.setdefault((rows, targets.dtype), []).append(place)
+        for (rows, _), fitting in places.items():
+            most = max(1, min(_STACKED_ROWS // rows, _STACKED_NUMBERS // self.dimension))
+            for start in range(0, len(fitting), most):
+                taken = fitting[start : start + most]
+                sums = self._stacked(self._pass, [sets[place] for place in taken], rows)
+                for place, total in zip(taken, sums, strict=True):
+                    found[place] = total
+        return found
+
+    def _stacked(self, way: ChainPass, sets: list[tuple[Tensor, Tensor]], rows: int) -> list[Tensor | None]:
+        first = sets[0]
+        inputs = first[0].new_zeros(len(sets), rows, first[0].shape[1])
+        targets, live = first[1].new_zeros(len(sets), rows), first[0].new_zeros(len(sets), rows)
+        for place, (x, y) in enumerate(sets):
+            inputs[place, : len(x)], targets[place, : len(x)], live[place, : len(x)] = x, y, 1.0
+        square_norms, _ = way.square_norms(inputs.flatten(0, 1), targets.flatten())
+        with torch.no_grad():
+            square_norms = square_norms.view(len(sets), rows)
+            good = torch.isfinite(square_norms.sum(1) + inputs.sum((1, 2))).tolist()
+            factors = (self.max_grad_norm * square_norms.rsqrt_()).clamp_(max=1.0) * live
+            sums = way.stacked(factors)
+        return [total if usable else None for total, usable in zip(sums, good, strict=True)]
 
     def check(self, like: Tensor) -> None:
         """Compare with the definition on made-up rows of `like`'s shape and type; its values are not read.

@@ -89,3 +89,24 @@ class ChainPass:
         for link in self._links:
             if link.book is not None:
                 link.book.accumulate(factors)
+
+    @property
+    def can_stack(self) -> bool:
+        """Whether `stacked` knows every trainable layer."""
+        return all(link.book is None or isinstance(link.book, LinearBook) for link in self._links)
+
+    def stacked(self, factors: Tensor) -> Tensor:
+        """Return the weighted sums of several sets of rows that went through `square_norms` as one.
+
+        Args:
+            factors: shape (sets, rows of each).
+
+        Returns:
+            Shape (sets, dimension), each row laid out as the layers' views are.
+        """
+        books = [link.book for link in self._links if isinstance(link.book, LinearBook)]
+        dimension = sum(view.numel() for book in books for view in book.views.values())
+        sums = factors.new_zeros(len(factors), dimension)
+        for book in books:
+            book.stacked(factors, sums)
+        return sums

@@ -123,6 +123,18 @@ class LinearBook(_MatrixBook):
             _side_by_side([_positions(x) for x, _ in calls]), _side_by_side([_positions(g) for _, g in calls])
         )
 
+    def stacked(self, factors: Tensor, sums: Tensor) -> None:
+        """In place of `accumulate`: write the sum of each set of rows into its line of `sums`, where `views`
+        has its slices. `factors`: shape (sets, rows of each); a product of its own for each set.
+        """
+        if self._flat is None:
+            raise AssertionError("rows of one position were taken first")
+        x, g = (part.view(*factors.shape, -1) for part in self._flat)
+        _slice_of(sums, self.views["weight"]).copy_(torch.bmm((g * factors[:, :, None]).mT, x).flatten(1))
+        if self.bias is not None:
+            _slice_of(sums, self.views["bias"]).copy_(torch.bmm(factors[:, None], g)[:, 0])
+        self._flat = self._bias_gradients = None
+
 
 class ConvBook(_MatrixBook):
     """Conv1d and Conv2d, groups = 1, zero padding: a linear map of unfolded patches, T = output pixels."""
@@ -349,6 +361,11 @@ def refuse_in_place(model: nn.Module) -> None:
 
 def _side_by_side(calls: list[Tensor]) -> Tensor:
     return calls[0] if len(calls) == 1 else torch.cat(calls, dim=1)
+
+
+def _slice_of(sums: Tensor, view: Tensor) -> Tensor:
+    start = int(view.storage_offset())
+    return sums[:, start : start + view.numel()]
 
 
 def _positions(x: Tensor) -> Tensor:

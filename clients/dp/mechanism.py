@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -145,6 +146,17 @@ class Release:
     site_sensitivity_grid: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What one release to come is made of; used once, by the process that drew the noise."""
+
+    process: int
+    inputs: Tensor
+    targets: Tensor
+    total: Tensor
+    noise: NDArray[np.int64]
+
+
 class Mechanism:
     """Noised releases of one model at one site.
 
@@ -186,6 +198,7 @@ class Mechanism:
         random = SecureRandom() if random is None else random
         self._coins, self._noise = random.child("coins"), random.child("noise")
         self._recorder = recorder
+        self._prepared: dict[int, _Prepared] = {}
 
     def load(self, weights: Tensor | NDArray[np.float64]) -> None:
         """Set the base model from a flat vector in `parameters()` order.
@@ -196,7 +209,25 @@ class Mechanism:
         flat = torch.as_tensor(weights).to(self._dtype)
         if flat.shape != (self.dimension,):
             raise ShapeError("weights", tuple(flat.shape), (self.dimension,))
+        self._prepared.clear()
         self._set(flat)
+
+    def prepare(self, sets: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make the sums of clipped gradients of several releases from the loaded weights in one pass.
+
+        `release` of the very same two tensors then takes its sum from here, once, with noise of its own that
+        was drawn for it under a new key. Where rows are sampled, or stepped more than once, or the model or
+        the rows do not allow it, nothing is prepared. A copy of this process takes nothing of it.
+        """
+        self._prepared.clear()
+        if self.terms.sample_rate != 1 or self.terms.local_steps != 1:
+            return
+        converted = [(inputs.to(self._dtype), targets) for inputs, targets in sets]
+        for (inputs, targets), total in zip(sets, self._gradient.of_many(converted), strict=True):
+            if total is not None:
+                self._noise.refresh()
+                noise = self._noise.discrete_gaussian(self.share_grid, self.dimension)
+                self._prepared[id(inputs)] = _Prepared(os.getpid(), inputs, targets, total, noise)
 
     def check(self, row_shape: tuple[int, ...]) -> None:
         """Refuse a model that cannot be trained privately, before there is any data; or `release` does.
@@ -219,16 +250,21 @@ class Mechanism:
             UnsupportedModelError: first call, see `bookkeeping`; data play no part.
         """
         terms = self.terms
+        prepared = self._take_prepared(inputs, targets)
         if terms.sample_rate != 1:  # else no coin is tossed
             self._coins.refresh()
-        self._noise.refresh()
+        if prepared is None:
+            self._noise.refresh()
         inputs = inputs.to(self._dtype) if inputs.is_floating_point() else inputs
         self._record("terms", terms)
         self._record("row_shape", tuple(inputs.shape[1:]))
         if self._recorder is not None:
             self._record("base", self._weights())
         if terms.local_steps == 1:
-            update = self._noisy_sum(inputs, targets)
+            if prepared is None:
+                update = self._noised(self._sum(inputs, targets))
+            else:
+                update = self._noised(prepared.total, prepared.noise)
         else:
             update = self._local_steps(inputs, targets, self._weights())
         release = Release(
@@ -248,14 +284,24 @@ class Mechanism:
         self._record("release", release)
         return release
 
-    def _noisy_sum(self, inputs: Tensor, targets: Tensor) -> NDArray[np.int64]:
+    def _take_prepared(self, inputs: Tensor, targets: Tensor) -> _Prepared | None:
+        found = self._prepared.pop(id(inputs), None)
+        is_of_these = found is not None and found.inputs is inputs and found.targets is targets
+        return found if found is not None and is_of_these and found.process == os.getpid() else None
+
+    def _sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what `_bounded` bounds and noise then hides: the chosen rows' clipped gradients, summed."""
         chosen = sample_rows(self._coins, rows=len(inputs), sample_rate=self.terms.sample_rate)
         if chosen is not None:
             index = torch.from_numpy(chosen)
             inputs, targets = inputs[index], targets[index]
-        total = self._to_grid(self._bounded(self._gradient(inputs, targets)))
+        return self._gradient(inputs, targets)
+
+    def _noised(self, gradients: Tensor, noise: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        total = self._to_grid(self._bounded(gradients))
         self._record("inside.sum", total)
-        noise = self._noise.discrete_gaussian(self.share_grid, self.dimension)
+        if noise is None:
+            noise = self._noise.discrete_gaussian(self.share_grid, self.dimension)
         self._record("inside.noise", noise)
         return total + noise
 
@@ -271,7 +317,7 @@ class Mechanism:
         weights = base.clone()
         try:
             for _ in range(terms.local_steps):
-                noisy = torch.from_numpy(self._noisy_sum(inputs, targets))
+                noisy = torch.from_numpy(self._noised(self._sum(inputs, targets)))
                 moved = factor * noisy.to(torch.float64)
                 # the pull is a function of earlier noisy sums and of the base model: it reads no row
                 weights -= moved + pull * (weights - base) if pull else moved

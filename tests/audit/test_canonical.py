@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audit.canonical import (
+    MAX_BYTES,
     MAX_DEPTH,
     MAX_INTEGER,
+    AlikeObjects,
     canonical_bytes,
+    canonical_object,
     format_number,
     parse_canonical,
     parse_strict,
@@ -166,3 +170,67 @@ def test_keys_sort_by_utf16_units_not_code_points() -> None:
 def test_size_cap_is_enforced() -> None:
     with pytest.raises(AuditError, match="over the cap"):
         parse_strict(b'"aaaaaaaaaa"', max_bytes=8)
+
+
+def same_outcome(reader: AlikeObjects, data: bytes) -> None:
+    """A reader says of any bytes exactly what `parse_canonical` says."""
+    try:
+        expected = parse_canonical(data)
+    except AuditError as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            reader.parse(data)
+    else:
+        found = reader.parse(data)
+        assert canonical_bytes(found) == data
+        assert found == expected
+
+
+@given(
+    st.dictionaries(TEXT, NARROW, max_size=4),
+    st.lists(st.tuples(NARROW, st.binary(max_size=3), st.integers(0, 60)), min_size=1, max_size=6),
+)
+def test_objects_alike_are_read_as_each_alone(
+    shared: dict[str, object], others: list[tuple[object, bytes, int]]
+) -> None:
+    reader = AlikeObjects("own")
+    for own, damage, place in others:
+        data = canonical_bytes({**shared, "own": own})
+        same_outcome(reader, data)
+        same_outcome(reader, data[:place] + damage + data[place + len(damage) :])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a":1,"own":2,"z":3}',  # as the first, again
+        b'{"a":1,"own":2,"b":5,"z":3}',  # another member, in the wrong place
+        b'{"a":1,"own":2,"own":4,"z":3}',
+        b'{"a":1,"own":,"z":3}',
+        b'{"a":1,"own": 2,"z":3}',
+        b'{"a":1,"own":"\\u0041","z":3}',
+        b'{"a":1,"own":{"own":2,"z":3},"z":3}',
+        b'{"a":1,"own":2},{"own":2,"z":3}',
+        b'{"a":1,"own":2,"z":4}',
+        b'{"a":1,"own":\xff,"z":3}',
+        b'{"a":1,"own":1.5,"z":3}',
+        b'{"a":1,"own":"x","y":"q","z":3}',  # canonical, and another object
+        b'{"a":1,"own":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b',"z":3}',
+        b'{"a":1,"own":' + b"[" * (MAX_DEPTH - 1) + b"]" * (MAX_DEPTH - 1) + b',"z":3}',
+        b'{"a":1,"own":"' + b"x" * MAX_BYTES + b'","z":3}',
+        b'{"a":1,"own":',
+        b',"z":3}',
+        b"",
+    ],
+    ids=lambda data: repr(data[:30]),
+)
+def test_a_reader_of_alike_objects_takes_nothing_for_granted(data: bytes) -> None:
+    reader = AlikeObjects("own")
+    assert reader.parse(b'{"a":1,"own":"first","z":3}') == {"a": 1, "own": "first", "z": 3}
+    same_outcome(reader, data)
+    same_outcome(reader, b'{"a":1,"own":null,"z":3}')
+
+
+@given(st.dictionaries(TEXT, VALUES, max_size=5))
+def test_an_object_made_of_written_members_is_canonical(value: dict[str, object]) -> None:
+    members = {name: canonical_bytes(item) for name, item in value.items()}  # type: ignore[arg-type]
+    assert canonical_object(members) == canonical_bytes(value)  # type: ignore[arg-type]

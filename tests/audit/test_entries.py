@@ -33,6 +33,7 @@ from audit.entries import (
     parse_body,
     signing_payload,
 )
+from audit.known_leaf import decode_entry_of
 
 EVENT = MechanismEvent(
     mechanism="discrete_gaussian",
@@ -295,3 +296,55 @@ def test_an_empty_list_of_a_later_field_is_left_out():
     assert "models" not in document
     with pytest.raises(EntryError, match="left out"):
         parse_body(KeyCreated, {**document, "models": []})
+
+
+def test_the_leaf_of_a_body_at_hand_is_what_it_is_when_read_whole(leaf: bytes) -> None:
+    found = decode_entry_of(leaf, STATEMENT)
+    assert found == decode_entry(leaf)
+    assert found is not None
+    assert found.body is STATEMENT
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["body", "round"], 4),
+        (["body", "signature"], "c2ln"),
+        (["type"], "site.undelivered"),
+        (["v"], 2),
+        (["actor"], "Site:north"),
+        (["actor"], "site:n\u00f6rth"),
+        (["nonce"], "f" * 31),
+        (["event_id"], "F" * 32),
+        (["time"], "2026-01-02T03:04:05"),
+        (["more"], 1),
+    ],
+)
+def test_any_other_leaf_is_not_taken_for_it(leaf: bytes, path: list[str], value: object) -> None:
+    assert decode_entry_of(edited(leaf, path, value), STATEMENT) is None
+
+
+def test_bytes_around_a_body_at_hand_are_read_strictly(leaf: bytes) -> None:
+    body = body_bytes(STATEMENT)
+    for damaged in (
+        leaf + b" ",
+        b" " + leaf,
+        leaf[:-1],
+        leaf.replace(b'","nonce', b'", "nonce'),
+        leaf.replace(b'"actor":"site:north"', b'"actor":"site:\\u006eorth"'),
+        leaf.replace(body, body + b"," + body),
+        body,
+        b"",
+        leaf.replace(b'"body"', b'"boby"'),
+    ):
+        assert decode_entry_of(damaged, STATEMENT) is None
+        with pytest.raises(EntryError):
+            decode_entry(damaged)
+
+
+def test_an_event_hash_is_of_the_very_statement_however_many_there_were() -> None:
+    many = [replace(STATEMENT, sequence=number) for number in range(1, 600)]
+    first = [event_hash(statement) for statement in many]
+    assert len(set(first)) == len(many)
+    assert [event_hash(replace(statement)) for statement in many] == first
+    assert [event_hash(statement) for statement in many] == first

@@ -6,8 +6,11 @@ import math
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from audit.weights import WeightsError, decode_update, decode_weights, encode_update, encode_weights
+from federation.flat import update_vector
 
 TENSORS = {"0.weight": ((2, 3), [1.0, -2.5, 3.0, 0.0, -0.0, 1e-300]), "0.bias": ((2,), [0.1, 0.2])}
 
@@ -106,3 +109,19 @@ def test_a_model_file_is_no_update_and_an_update_no_model_file():
         decode_update(encode_weights(TENSORS))
     with pytest.raises(WeightsError):
         decode_weights(encode_update([1, 2]))
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=12), st.data())
+def test_an_update_read_as_a_vector_is_the_update(values: list[int], data: st.DataObject) -> None:
+    """And what is refused when it is read number by number is refused."""
+    whole = encode_update(values)
+    assert update_vector(whole).tolist() == values
+    place = data.draw(st.integers(0, len(whole)))
+    damaged = whole[:place] + data.draw(st.binary(max_size=9)) + whole[place + data.draw(st.integers(0, 9)) :]
+    try:
+        expected = decode_update(damaged)
+    except WeightsError:
+        with pytest.raises(WeightsError):
+            update_vector(damaged)
+    else:
+        assert update_vector(damaged).tolist() == expected

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import tracemalloc
+from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from audit.checkpoints import parse_checkpoint_note
 from audit.entries import RoundCompleted, SiteEnrolled, SiteStatement, event_hash
 from audit.notes import parse_note
 from audit.packing import (
@@ -19,14 +21,21 @@ from audit.packing import (
     unpack_digests,
     unpack_text,
 )
+from audit.principal import LocalOwner, Principal
 from audit.tlog_policy import Policy
+from audit.tlog_proof import TlogProof
 from audit.verify import verify_evidence
+from clients import simulation
 from clients.errors import HomeError, LedgerBehindError, OdometerError, RefusedError
 from clients.high_water import Head
+from clients.history import History, OpenedNotes
 from clients.ledger import SiteLedger
+from clients.requests import LoggedEntry
+from clients.simulated_launch import inprocess_launch
 from clients.simulation import simulate
 from clients.trainer import Workshop
 from clients.virtual import VIRTUAL_OPERATOR, VirtualHome, VirtualLedger
+from federation.service import TrainRequest, train
 from federation.trust import MAX_VOICES, asked_to_cosign, chosen_voices, federation_policy
 
 CHARTER = """
@@ -274,7 +283,10 @@ class Loads:
     """A mechanism that only notes what was loaded."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.prepared = [], []
+
+    def prepare(self, sets):
+        self.prepared.append(list(sets))
 
     def load(self, weights):
         if not np.isfinite(weights.numpy()).all():
@@ -299,3 +311,85 @@ def test_a_warm_mechanism_starts_from_the_weights_that_it_is_given():
     workshop.load(one, second)  # what failed in the middle is not trusted
     assert one.seen[-1] == [1, 2]
     assert len(one.seen) == 6
+
+
+def test_those_who_released_from_the_last_model_are_prepared_for_together():
+    workshop, one, two = Workshop(), Loads(), Loads()
+    rows = [(object(), object()) for _ in range(4)]
+
+    def round_of(mechanism, *sites):
+        workshop.load(mechanism, np.array([1.0, 2.0]))
+        for site in sites:
+            workshop.join(mechanism, rows[site])
+
+    round_of(one, 0, 1, 2)
+    assert one.prepared == []  # who comes is not known yet
+    round_of(one, 2, 1)
+    assert one.prepared == [[rows[0], rows[1], rows[2]]]
+    round_of(one, 1, 3)
+    assert one.prepared[1:] == [[rows[2], rows[1]]]
+    round_of(two, 1)
+    round_of(one, 0)  # another mechanism came in between: others' rows mean nothing to it
+    workshop.load_other(one, [1.0, 2.0])
+    round_of(one, 0)
+    round_of(one, 0)  # one site alone has no company
+    assert len(one.prepared) == 2
+    assert two.prepared == []
+
+
+class Watched(Workshop):
+    """Notes of each release whether it was prepared for."""
+
+    def __init__(self, taken):
+        super().__init__()
+        self.taken = taken
+
+    def join(self, mechanism, rows):
+        super().join(mechanism, rows)
+        self.taken.append(id(rows[0]) in mechanism._prepared)
+
+
+def test_sites_that_are_prepared_for_together_still_make_noise_of_their_own(tmp_path):
+    """Sites with the same rows, one after the other: no update comes twice, and later rounds are prepared."""
+    sites = {name: frame(20, 7) for name in "abcd"}
+    federation, charter = simulation._set_up(CHARTER, sites, None, tmp_path, "1000", "memory")
+    simulation.join_all(federation.homes, federation.coordinator)
+    workshop = Watched(taken := [])
+    notes = OpenedNotes(federation.homes["a"].policy())
+    agents = {name: home.agent(workshop, notes) for name, home in federation.homes.items()}
+    author = federation.scientist
+    person = Principal(id="p", role="scientist", key=author.public)
+    train(
+        federation.coordinator, person, LocalOwner(), TrainRequest(charter=charter), author.key,
+        inprocess_launch(agents, workers=0),
+    )  # fmt: skip
+    updates = [body.update for _, body in federation.coordinator.bodies(SiteStatement)]
+    federation.close()
+    assert len(updates) == len(set(updates)) == 12
+    assert taken == [False] * 4 + [True] * 8
+
+
+def test_an_entry_that_all_sites_are_shown_is_proved_once_and_no_other_is_taken_for_it(hundred):
+    log = hundred.federation.coordinator
+    note = log.ledger.latest_checkpoint()
+    size = parse_checkpoint_note(note).tree_size
+    index = max(stored.leaf_index for stored, _ in log.bodies(RoundCompleted))
+    leaf = log.ledger.entry(index)
+    hashes = tuple(log.ledger.inclusion_proof(index, size))
+    notes = OpenedNotes(hundred.federation.homes["s000"].policy())
+    history = History(notes, (), lambda: datetime.now(UTC))
+    proof = TlogProof(leaf_index=index, hashes=hashes, checkpoint_note=note)
+    shown = LoggedEntry(leaf=leaf, proof=proof)
+    first = history.witnessed(shown)
+    assert History(notes, (), lambda: datetime.now(UTC)).witnessed(shown) is first
+    for other in (
+        LoggedEntry(leaf=leaf, proof=dataclasses.replace(proof, leaf_index=index - 1)),
+        LoggedEntry(leaf=leaf, proof=dataclasses.replace(proof, hashes=hashes[::-1])),
+        LoggedEntry(leaf=leaf.replace(b'"round":3', b'"round":2'), proof=proof),
+        LoggedEntry(leaf=leaf, proof=dataclasses.replace(proof, checkpoint_note=b"x")),
+    ):
+        with pytest.raises(RefusedError) as caught:
+            history.witnessed(other)
+        assert caught.value.refusal == "unwitnessed_history"
+        assert history.witnessed(shown) == first
+    assert OpenedNotes(hundred.federation.homes["s001"].policy()).shown is None  # nobody else's is believed

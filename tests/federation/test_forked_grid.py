@@ -165,6 +165,41 @@ def test_a_process_with_threads_of_grpc_is_not_forked():
     subprocess.run([sys.executable, "-c", BESIDE_GRPC], check=True, timeout=60)
 
 
+BESIDE_POOLS = """
+import os, numpy, torch
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from federation.forked_grid import ForkedGrid, may_fork
+
+big = numpy.ones((500, 500))
+expected = big @ big, torch.from_numpy(big) @ torch.from_numpy(big)
+threads = len(os.listdir("/proc/self/task"))
+assert threads > 1, "no pool was started: the test shows nothing"
+assert may_fork()
+assert len(os.listdir("/proc/self/task")) < threads
+app = ClientApp()
+
+@app.query()
+def query(message, context):
+    torch.set_num_threads(1)
+    assert (big @ big == expected[0]).all() and (torch.from_numpy(big) @ torch.from_numpy(big) == 500).all()
+    return Message(RecordDict(), reply_to=message)
+
+with ForkedGrid(app, {"a": {}, "b": {}}, processes=2, leaving=str, returned=lambda *_: None) as grid:
+    asked = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+    assert (big @ big == expected[0]).all()  # the pools start again here
+    assert (torch.from_numpy(big) @ torch.from_numpy(big) == expected[1]).all()
+    replies = grid.send_and_receive(asked, timeout=20)
+    assert [reply.has_content() for reply in replies] == [True, True]
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="pools of threads need a second core")
+def test_pools_of_numpy_and_torch_end_and_start_again():
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    subprocess.run([sys.executable, "-c", BESIDE_POOLS], check=True, timeout=60, env=environment)
+
+
 def test_all_of_this_runs_in_a_process_of_its_own_where_it_cannot_here():
     if may_fork():
         return  # it did

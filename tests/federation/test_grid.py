@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from audit.canonical import canonical_bytes
 from federation.errors import FederationError
 from federation.exchange import Exchange, Request, read_answer
 from federation.grid import MANY_NODES, InProcessGrid
@@ -180,3 +181,10 @@ def test_many_nodes_share_a_few_threads_and_each_answers_in_order():
         ]
         assert len(list(grid.send_and_receive(messages, timeout=60))) == len(messages)
     assert set(map(tuple, seen.values())) == {(0, 1, 2)}
+
+
+def test_a_header_of_written_members_travels_as_the_header_itself():
+    header = {"z": [1, {"b": "x"}], "a": {"y": None}, "m": "text"}
+    plain = Request(kind="hello", header=header).message(7, "")
+    written = Request(kind="hello", header=header, written={"z": canonical_bytes(header["z"])}).message(7, "")
+    assert written.content["header"]["header"] == plain.content["header"]["header"] == canonical_bytes(header)

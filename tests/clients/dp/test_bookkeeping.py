@@ -362,3 +362,50 @@ def test_arguments_that_do_not_fit_are_named():
     ]:
         with pytest.raises(ShapeError, match=field):
             engine(*bad)
+
+
+def many_sets(rng, sizes, width=6, classes=3):
+    return [
+        (torch.randn(rows, width, generator=rng).double(), torch.randint(0, classes, (rows,), generator=rng))
+        for rows in sizes
+    ]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sums_of_many_are_those_of_each_alone(rng, bias):
+    model = nn.Sequential(nn.Linear(6, 8, bias=bias), nn.Tanh(), nn.Linear(8, 3, bias=bias)).double()
+    engine = ClippedGradient(model, 0.3, "cross_entropy")
+    sets = many_sets(rng, [1, 40, 64, 65, 200, 3, 1024])
+    alone = [engine(*rows) for rows in sets]
+    found = engine.of_many(sets)
+    for one, other in zip(alone, found, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
+    assert torch.equal(engine(*sets[1]), alone[1])  # and a call is as it was
+
+
+def test_a_set_with_an_unusable_row_is_left_to_a_call_and_spoils_no_other(rng):
+    engine = ClippedGradient(nn.Linear(6, 3).double(), 0.3, "cross_entropy")
+    sets = many_sets(rng, [5, 5, 5, 5])
+    engine(*sets[0])
+    sets[1][0][2, 3], sets[2][1][4], sets[3][0][0, 0] = math.nan, 7, math.inf
+    first, *others = engine.of_many(sets)
+    assert torch.allclose(first, engine(*sets[0]), rtol=0, atol=1e-12)
+    assert others == [None, None, None]
+
+
+def test_what_does_not_fit_one_pass_is_left_to_calls(rng):
+    fresh = ClippedGradient(nn.Linear(6, 3).double(), 0.3, "cross_entropy")
+    sets = many_sets(rng, [5, 7])
+    assert fresh.of_many(sets) == [None, None]  # not compared with the definition yet
+    fresh(*sets[0])
+    odd = [
+        (sets[0][0][:0], sets[0][1][:0]),
+        (sets[0][0].float(), sets[0][1]),
+        (sets[0][0][:, :4], sets[0][1]),
+        (sets[0][0], sets[0][1][:4]),
+        many_sets(rng, [1025])[0],
+    ]
+    assert fresh.of_many(odd) == [None] * 5
+    normed = ClippedGradient(nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3)).double(), 0.3, "cross_entropy")
+    normed(*sets[0])
+    assert normed.of_many(sets) == [None, None]

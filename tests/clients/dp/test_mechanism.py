@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import warnings
 
 import numpy as np
 import pytest
@@ -362,3 +364,76 @@ def test_a_model_that_mixes_rows_is_refused_before_any_data():
 def test_double_inputs_serve_a_single_precision_mechanism(data):
     release = Mechanism(small_model(), terms(precision="float32"), "cross_entropy").release(*data)
     assert release.sensitivity_grid > 2**24 * (1 + 2**-8)
+
+
+def prepared(data, count=3, **changes):
+    """A mechanism that has released once, and `count` sites' rows."""
+    tape = Tape()
+    mechanism = Mechanism(small_model(), terms(**changes), "cross_entropy", recorder=tape)
+    mechanism.release(*data)
+    return mechanism, tape, [(data[0][i:].clone(), data[1][i:].clone()) for i in range(count)]
+
+
+def test_a_prepared_release_is_of_its_own_rows_with_noise_of_its_own(data):
+    mechanism, tape, sites = prepared(data, noise_multiplier=2.0)
+    mechanism.prepare(sites)
+    found = [mechanism.release(*rows) for rows in sites]
+    sums, noises = tape.inside("sum")[1:], tape.inside("noise")[1:]
+    assert len({noise.tobytes() for noise in noises}) == len(sites)
+    for rows, release, total, noise in zip(sites, found, sums, noises, strict=True):
+        np.testing.assert_array_equal(release.update, total + noise)
+        assert np.abs(total - mechanism._to_grid(mechanism._gradient(*rows))).max() <= 1
+    again = mechanism.release(*sites[0])  # what was prepared is used up
+    assert not np.array_equal(again.update, found[0].update)
+    assert len({tape.inside("noise")[-1].tobytes(), *(noise.tobytes() for noise in noises)}) == 4
+
+
+def test_noise_that_was_prepared_is_what_was_declared(noise_alarms):
+    model = nn.Linear(40, 5, bias=False).double()
+    mechanism = Mechanism(model, terms(), "cross_entropy")
+    sites = [(torch.zeros(4, 40).double(), torch.zeros(4, dtype=torch.int64)) for _ in range(30)]
+    mechanism.release(*sites[0])
+    mechanism.prepare(sites)
+    assert len(mechanism._prepared) == len(sites)
+    updates = np.stack([mechanism.release(*rows).update for rows in sites])
+    assert not mechanism._prepared
+    assert not noise_alarms(updates, mechanism.sigma_grid).any
+
+
+def test_other_rows_or_weights_take_nothing_that_was_prepared(data):
+    mechanism, tape, sites = prepared(data)
+    mechanism.prepare(sites)
+    held = [item.noise for item in mechanism._prepared.values()]
+    mechanism.release(sites[0][0].clone(), sites[0][1])
+    mechanism.release(sites[1][0], sites[1][1].clone())
+    mechanism.load(mechanism._weights() + 1)
+    mechanism.release(*sites[2])
+    assert not {noise.tobytes() for noise in held} & {noise.tobytes() for noise in tape.inside("noise")}
+    expected = mechanism._to_grid(mechanism._gradient(*sites[2]))
+    np.testing.assert_array_equal(tape.inside("sum")[-1], expected)
+
+
+@pytest.mark.parametrize("changes", [{"sample_rate": 0.5}, LOCAL])
+def test_nothing_is_prepared_where_rows_are_sampled_or_steps_follow_each_other(data, changes):
+    mechanism, _, sites = prepared(data, **changes)
+    mechanism.prepare(sites)
+    assert not mechanism._prepared
+
+
+def test_a_copy_of_the_process_takes_nothing_that_was_prepared(data):
+    mechanism, _, sites = prepared(data)
+    mechanism.prepare(sites)
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os.write(writing, mechanism.release(*sites[0]).update.tobytes())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = np.frombuffer(os.read(reading, 1 << 16), dtype=np.int64)
+    ours = mechanism.release(*sites[0]).update
+    for descriptor in (reading, writing):
+        os.close(descriptor)
+    assert theirs.shape == ours.shape
+    assert not np.array_equal(theirs, ours)

@@ -48,6 +48,34 @@ def test_leaving_one_row_out_moves_the_sum_by_one_clip_even_when_logits_are_roun
         assert float(moved.norm()) <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("rows", "others"), [(2, 1), (40, 49), (64, 7), (65, 1), (128, 30), (129, 2)])
+def test_leaving_one_row_out_moves_the_sum_by_one_clip_in_one_pass_with_other_sites(
+    kind: str, rows: int, others: int
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(6):
+        row = torch.rand(30, generator=generator, dtype=torch.float64) * 2 - 1
+        model = MODELS[kind]().double()
+        make_hostile(model, row, generator)
+        engine = ClippedGradient(model, 1.0, "cross_entropy", self_check=False)
+        inputs, targets = row.expand(rows, 30).contiguous(), torch.zeros(rows, dtype=torch.int64)
+        engine(inputs, targets)  # the first call says what a row is
+        company = [
+            (torch.rand(40, 30, generator=generator, dtype=torch.float64), torch.ones(40, dtype=torch.int64))
+            for _ in range(others)
+        ]
+        whole, *rest = engine.of_many([(inputs, targets), *company])
+        less, *rest_again = engine.of_many([(inputs[1:], targets[1:]), *company])
+        assert whole is not None
+        assert less is not None
+        assert float((whole - less).norm()) <= 1 + 1e-6
+        for one, again in zip(rest, rest_again, strict=True):
+            assert one is not None
+            assert again is not None
+            assert torch.equal(one, again)  # nothing of one site is in another's sum
+
+
 @pytest.mark.parametrize("rows", [1, 3, 63, 64, 1027])
 def test_filling_up_a_pass_adds_nothing(rows: int) -> None:
     generator = torch.Generator().manual_seed(5)
