@@ -99,6 +99,7 @@ bench-log: $(STAMP)  ## the log beside a commit an entry, pymerkle and Go's judg
 results: $(STAMP)  ## utility, robustness, gains by site, the log's speed, written to docs/results (long)
 	@$(BIN)/python benchmarks/results_utility.py
 	@$(BIN)/python benchmarks/results_secure.py
+	@$(BIN)/python benchmarks/results_site_unit.py
 	@$(BIN)/python benchmarks/results_robustness.py
 	@$(BIN)/python benchmarks/results_personal.py
 	@$(BIN)/python benchmarks/bench_log.py --write

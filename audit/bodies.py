@@ -152,7 +152,7 @@ class MechanismEvent:
     dimension: int
     grid_bits: int
     relation: str  # "add_remove" | "zero_out" | "replace_one"
-    unit: str  # "row" | "subject"
+    unit: str  # "row" | "subject" | "site": whose contribution sensitivity_grid bounds
     # where sites share the noise: each draws `share_grid`, and any `sharers` of them make sigma_grid together
     share_grid: int = 0
     sharers: int = 0

@@ -1,4 +1,7 @@
-"""What a charter says of masked updates, shared noise and whole sites, read strictly from its JSON values."""
+"""What a charter says of masked updates, shared noise and whole sites, read strictly from its JSON values.
+
+A whole site is protected beside its rows (`site_level`), or it is the unit itself (`privacy.unit: site`).
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,8 @@ def masked_terms(
         CharterMaskingError: says which key, and why.
     """
     secure = _secure(charter)
+    if charter["privacy"]["unit"] == "site":
+        _check_site_unit(charter, secure)
     if "site_level" not in charter:
         return secure, None
     part = _block(charter, "site_level", {"max_update_norm", "epsilon"})
@@ -67,11 +72,34 @@ def _secure(charter: Mapping[str, Any]) -> SecureTerms | None:
     if terms is None or terms.sites < 3 or 2 * tolerated >= terms.sites or terms.least < terms.sharers:
         raise CharterMaskingError(f"secure_aggregation.tolerated: {tolerated} does not fit the sites")
     plan, model, rule = charter["plan"], charter["model"], AggregationRule.of_charter(charter)
-    if plan["local_steps"] != 1 or model.get("local_layers") or rule.name != "mean" or rule.norm_bound:
+    steps = 1 if charter["privacy"]["unit"] == "site" else plan["local_steps"]  # noised ones
+    if steps != 1 or model.get("local_layers") or rule.name != "mean" or rule.norm_bound:
         raise CharterMaskingError("secure_aggregation needs one step, shared layers, a mean without a bound")
     if any(site["weight"] != str(site["nominal_rows"]) for site in charter["sites"]):
         raise CharterMaskingError("secure_aggregation needs every site's weight to be its nominal_rows")
     return terms
+
+
+def _check_site_unit(charter: Mapping[str, Any], secure: SecureTerms | None) -> None:
+    """Hold a charter whose unit is the site to what makes that true.
+
+    Raises:
+        CharterMaskingError: an update would be in the clear, participation would count as hidden, something
+            besides the update would leave a site, or a site's number of rows would show.
+    """
+    privacy = charter["privacy"]
+    if secure is None:
+        raise CharterMaskingError(
+            "unit site needs secure_aggregation: the sites' own noise, in the sum alone"
+        )
+    if privacy["relation"] not in ("zero_out", "replace_one"):
+        raise CharterMaskingError("unit site: who takes part is in the log; zero_out or replace_one")
+    if privacy["sample_rate"] != "1" or privacy["subject_id"] or privacy["max_rows_per_subject"] != 1:
+        raise CharterMaskingError("unit site: sample_rate is 1, and no column names a subject")
+    if not {"site_level", "evaluation", "reference"}.isdisjoint(charter):
+        raise CharterMaskingError("unit site excludes site_level and every release of counts")
+    if any(site["nominal_rows"] != 1 for site in charter["sites"]):
+        raise CharterMaskingError("unit site: every site counts once, so its nominal_rows is 1")
 
 
 def _block(charter: Mapping[str, Any], name: str, fields: set[str]) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from audit.layers import check_layers, check_local_layers, dimension, output_sha
 from audit.metrics import METRICS_OF_TASK
 from audit.models import outputs_of
 from audit.private_evaluation import METRIC, SOURCE, Evaluation
-from audit.replay import STRATEGIES, AggregationPlan
+from audit.replay import STRATEGIES, AggregationPlan, norm_text
 from audit.robust import RULES, AggregationRule, check_rule
 from audit.secure_round import SecureTerms
 from audit.shared_noise import check_shares
@@ -52,7 +52,7 @@ class CharterPrivacy:
     epsilon: Decimal
     delta: Decimal
     sample_rate: str
-    max_grad_norm: str
+    norm: str  # max_grad_norm of a row or subject, max_update_norm of a site
     noise_multiplier: Decimal
     accountant: str
     grid_bits: int
@@ -116,7 +116,7 @@ class CharterView:
         """Return what is wrong with a release's event under this charter, or None.
 
         The noise must be at least the charter's multiple of a sensitivity that is at least one clipped
-        gradient (two, under replace-one) on the charter's grid with what floats and rounding add to it;
+        gradient or update (two, under replace-one) on the charter's grid with what floats and rounding add;
         everything else must be as agreed.
         """
         privacy = self.privacy
@@ -124,7 +124,7 @@ class CharterView:
             "mechanism": "discrete_gaussian",
             "sampling": "full" if privacy.sample_rate == "1" else "poisson",
             "sample_rate": privacy.sample_rate,
-            "steps": self.local_steps,
+            "steps": 1 if privacy.unit == "site" else self.local_steps,
             "dimension": self.dimension,
             "grid_bits": privacy.grid_bits,
             "relation": privacy.relation,
@@ -172,7 +172,7 @@ def read_charter(canonical: bytes) -> CharterView:
         raise CharterFormError("affidavit", "is not a version this release reads")
     task = top.choice("task", tuple(METRICS_OF_TASK))
     plan = CharterPart(top.value["plan"], "plan", fields=_PLAN, optional=("proximal", "spare_rounds"))
-    privacy = CharterPart(top.value["privacy"], "privacy", fields=_PRIVACY)
+    privacy = _privacy_part(top)
     sites = tuple(_site(value, f"sites[{i}]") for i, value in enumerate(top.items("sites")))
     names = [site.name for site in sites]
     if not names or names != sorted(set(names)):
@@ -199,12 +199,12 @@ def read_charter(canonical: bytes) -> CharterView:
     aggregation = AggregationPlan.of_charter(top.value)
     released = sum(stop - start for start, stop in aggregation.spans) or size
     terms = CharterPrivacy(
-        unit=privacy.choice("unit", ("row", "subject")),
+        unit=privacy.choice("unit", ("row", "subject", "site")),
         relation=privacy.choice("relation", RELATIONS),
         epsilon=privacy.decimal("epsilon"),
         delta=privacy.decimal("delta"),
         sample_rate=privacy.text("sample_rate"),
-        max_grad_norm=privacy.text("max_grad_norm"),
+        norm=norm_text(privacy.value),
         noise_multiplier=privacy.decimal("noise_multiplier"),
         accountant=privacy.text("accountant"),
         grid_bits=privacy.count("grid_bits", least=1),
@@ -272,6 +272,17 @@ _PRIVACY: Final = (
 )  # fmt: skip
 
 
+def _privacy_part(top: CharterPart) -> CharterPart:
+    value = top.value["privacy"]
+    named = _norm_key(value) if isinstance(value, dict) else "max_grad_norm"
+    fields = tuple(named if key == "max_grad_norm" else key for key in _PRIVACY)
+    return CharterPart(value, "privacy", fields=fields)
+
+
+def _norm_key(privacy: Mapping[str, Any]) -> str:
+    return "max_update_norm" if privacy.get("unit") == "site" else "max_grad_norm"
+
+
 def _check_numbers(plan: CharterPart, privacy: CharterPart) -> None:
     zero, one = Decimal(0), Decimal(1)
     plan.choice("strategy", STRATEGIES)
@@ -285,7 +296,7 @@ def _check_numbers(plan: CharterPart, privacy: CharterPart) -> None:
         if plan.value["local_steps"] == 1 or drawn > one:
             raise plan.fail("proximal", "needs local steps, and at most 1 with the local learning rate")
     plan.count("round_timeout_s", least=1)
-    for key in ("epsilon", "max_grad_norm", "noise_multiplier"):
+    for key in ("epsilon", _norm_key(privacy.value), "noise_multiplier"):
         privacy.decimal(key, above=zero)
     if privacy.decimal("delta", above=zero) >= one:
         raise privacy.fail("delta", "is not below 1")

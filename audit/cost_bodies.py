@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 from audit._codec import ODD, reader_of, writer_of
 from audit.packing import PackingError, pack_text, unpack_text
+
+UNBOUNDED: Final = "none"  # where a release of a population bounds nothing of the unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +22,7 @@ class SiteEpsilon:
     events: int
     run_epsilon: str
     run_epsilon_rdp: str
-    lifetime_epsilon: str
+    lifetime_epsilon: str  # or UNBOUNDED
     delta: str
     accountant: str
     relation: str

@@ -144,6 +144,8 @@ class EntryError(AuditError):
 
 _HASHED: Final = ("population", "sequence", "previous_event", "run", "round", "charter", "event")
 _NOT_HASHED: Final = frozenset(field.name for field in dataclasses.fields(SiteStatement)) - {*_HASHED}
+_HASHED_KEPT: Final = 256
+_hashed: dict[int, tuple[SiteStatement, str]] = {}  # by identity: an odometer asks for the same one again
 _hints: dict[type[Any], dict[str, Any]] = {}
 _defaults: dict[type[Any], dict[str, Any]] = {}
 _columns_in: dict[type[Any], tuple[str, ...]] = {}
@@ -152,10 +154,6 @@ _HEX32 = re.compile(r"[0-9a-f]{32}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
 _ONLY_DIGITS = str.maketrans("", "", "-T:Z")
-_LEAF_HEAD = re.compile(rb'\{"actor":"([ -!#-\[\]-~]*)","body":')
-_LEAF_TAIL = re.compile(
-    rb',"event_id":"([0-9a-f]{32})","nonce":"([0-9a-f]{32})","time":"([0-9TZ:-]*)","type":"([a-z_.]+)","v":1\}'
-)
 _NONCE_BYTES: Final = 16
 _ID_BYTES: Final = 7
 _ids_made = itertools.count()
@@ -190,9 +188,10 @@ class Entry:
     def _repr_html_(self) -> str:
         from html import escape  # the verifier does without
 
-        head = [("time", self.time), ("actor", self.actor)]
-        rows = head + [(name, _shown(value)) for name, value in _plain(self.body).items()]
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        parts = [("time", self.time), ("actor", self.actor), *_plain(self.body).items()]
+        rows = [(name, v if isinstance(v, str) else canonical_bytes(v).decode()) for name, v in parts]
+        line = "<tr><th>{}</th><td>{}</td></tr>".format
+        cells = "".join(line(escape(n), escape(t[:120] + "…" * (len(t) > 120))) for n, t in rows)
         return f"<table><caption>Entry {escape(self.type)}</caption>{cells}</table>"
 
 
@@ -282,24 +281,6 @@ def decode_entry(data: bytes) -> Entry:
     except (*ODD, EntryError):
         pass  # the long way says what is wrong, and where
     return _decode_slowly(data)
-
-
-def decode_entry_of(data: bytes, body: Body) -> Entry | None:
-    """Return what `decode_entry` makes of a leaf that holds exactly `body`; None for any other leaf.
-
-    For whoever has the body already, and asks whether this is its leaf: it is found, not read again.
-    """
-    head, _, tail = data.partition(body_bytes(body))
-    begins, ends = _LEAF_HEAD.fullmatch(head), _LEAF_TAIL.fullmatch(tail)
-    if begins is None or ends is None or len(data) > MAX_ENTRY_BYTES:
-        return None
-    event_id, nonce, time, kind = (part.decode() for part in ends.groups())
-    if kind != TYPE_OF[type(body)]:
-        return None
-    try:
-        return Entry(event_id=event_id, nonce=nonce, time=time, actor=begins[1].decode(), body=body)
-    except EntryError:
-        return None
 
 
 def _read_entry(document: dict[str, Any]) -> Entry:
@@ -413,24 +394,21 @@ def decode_signature(text: str, *, field: str = "signature") -> bytes:
     return raw
 
 
-_HASHED_KEPT: Final = 256
-_hashed: dict[int, tuple[SiteStatement, str]] = {}  # by identity: an odometer asks for the same one again
-
-
 def event_hash(statement: SiteStatement) -> str:
     """Return the hash that the population's next event must name as `previous_event`."""
     known = _hashed.get(id(statement))
-    if known is not None and known[0] is statement:
-        return known[1]
-    try:
-        data = writer_of(SiteStatement, _DIGEST_FIELDS, _NOT_HASHED)(statement).encode()
-    except ODD:
-        data = canonical_bytes({name: _plain(getattr(statement, name)) for name in _HASHED})
-    found = hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest()
-    if len(_hashed) >= _HASHED_KEPT:
-        _hashed.clear()
-    _hashed[id(statement)] = (statement, found)
-    return found
+    if known is None or known[0] is not statement:
+        try:
+            data = writer_of(SiteStatement, _DIGEST_FIELDS, _NOT_HASHED)(statement).encode()
+        except ODD:
+            data = canonical_bytes({name: _plain(getattr(statement, name)) for name in _HASHED})
+        if len(_hashed) >= _HASHED_KEPT:
+            _hashed.clear()
+        _hashed[id(statement)] = known = (
+            statement,
+            hashlib.sha256(b"affidavit/event/v1\x00" + data).hexdigest(),
+        )
+    return known[1]
 
 
 def run_digest(started: RunStarted) -> str:
@@ -479,11 +457,6 @@ def _later(kind: type[Any]) -> dict[str, Any]:
         found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
         _defaults[kind] = found
     return found
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else canonical_bytes(value).decode()
-    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def _plain(value: Any) -> Any:

@@ -376,6 +376,6 @@ def _log_add(a: float, b: float) -> float:
 
 def whole_site_epsilon(events: Sequence[MechanismEvent], delta: float) -> float:
     """Return what releases cost a site as a whole; infinite where one of them bounds nothing of a site."""
-    if any(event.site_sensitivity_grid < 1 for event in events):
+    if any(event.unit != "site" and event.site_sensitivity_grid < 1 for event in events):
         return math.inf
     return recompute([site_level(event) for event in events], delta).value if events else 0.0

@@ -32,16 +32,17 @@ class AggregationPlan:
     """What a charter fixes about aggregation."""
 
     strategy: str
-    is_gradient: bool  # local_steps == 1: sites release sums of gradients, not differences of weights
+    is_gradient: bool  # one noised step a round: sums of gradients are released, not differences of weights
     learning_rate: float
     beta1: float
     beta2: float
     tau: float
-    scale: float  # grid units for one unit of gradient: 2**grid_bits / max_grad_norm
+    scale: float  # grid units for one unit of the norm that bounds a contribution: 2**grid_bits / norm
     sample_rate: float
     average_last: int
     rule: AggregationRule = MEAN
     spans: tuple[tuple[int, int], ...] = ()  # of the flat vector, what sites release; empty: all of it
+    by_site: bool = False  # the unit is the site: each counts once, and the sum is divided by their number
 
     @classmethod
     def of_charter(cls, charter: Any) -> AggregationPlan:
@@ -50,16 +51,17 @@ class AggregationPlan:
         local = model.get("local_layers", ())
         return cls(
             strategy=plan["strategy"],
-            is_gradient=plan["local_steps"] == 1,
+            is_gradient=plan["local_steps"] == 1 and privacy["unit"] != "site",
             learning_rate=float(parse_decimal(plan["learning_rate"])),
             beta1=float(parse_decimal(plan["beta1"])),
             beta2=float(parse_decimal(plan["beta2"])),
             tau=float(parse_decimal(plan["tau"])),
-            scale=grid_scale(privacy["grid_bits"], privacy["max_grad_norm"]),
+            scale=grid_scale(privacy["grid_bits"], norm_text(privacy)),
             sample_rate=float(parse_decimal(privacy["sample_rate"])),
             average_last=plan["average_last"],
             rule=AggregationRule.of_charter(charter),
             spans=shared_spans(model["layers"], local) if local else (),
+            by_site=privacy["unit"] == "site",
         )
 
     def released(self, dimension: int) -> int:
@@ -67,7 +69,12 @@ class AggregationPlan:
         return sum(stop - start for start, stop in self.spans) or dimension
 
     def divisor(self, nominal_rows: int) -> float:
-        """Return what a site's integers are divided by before they are combined."""
+        """Return what a site's integers are divided by before they are combined.
+
+        Where the unit is the site, each has one nominal row, and a masked sum as many as sites in it.
+        """
+        if self.by_site:
+            return self.scale * nominal_rows
         return self.scale * (nominal_rows * self.sample_rate) if self.is_gradient else self.scale
 
 
@@ -79,6 +86,11 @@ class SiteUpdate:
     nominal_rows: int
     weight: float
     values: Sequence[int]
+
+
+def norm_text(privacy: Any) -> str:
+    """Return the norm that one unit's contribution is clipped to, from a charter's canonical terms."""
+    return str(privacy["max_update_norm" if privacy["unit"] == "site" else "max_grad_norm"])
 
 
 def grid_scale(grid_bits: int, max_grad_norm: str) -> float:

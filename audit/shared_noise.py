@@ -96,11 +96,16 @@ def site_sensitivity_grid(
 
 
 def site_level(event: MechanismEvent) -> MechanismEvent:
-    """Return the event as it counts for a whole site.
+    """Return the event as it counts for a whole site whose rows are all replaced by nothing.
+
+    Where the unit is the site already, a replaced site is two bounds away and one that is zeroed out is one.
 
     Raises:
         SharedNoiseError: it does not bound what a site moves.
     """
+    if event.unit == "site":
+        bounds = 2 if event.relation == "replace_one" else 1
+        return replace(event, relation="zero_out", sensitivity_grid=-(-event.sensitivity_grid // bounds))
     if event.site_sensitivity_grid < 1:
         raise SharedNoiseError("event.site_sensitivity_grid: 0, a site's whole contribution is not bounded")
     return replace(

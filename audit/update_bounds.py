@@ -45,7 +45,7 @@ class UpdateTerms:
     sigma_grid: int
     dimension: int  # coordinates that get noise
     released: int  # coordinates that leave the site
-    local_steps: int
+    local_steps: int  # noised sums behind an update: 1 where the whole update gets noise once
     local_learning_rate: Fraction
 
     @classmethod
@@ -67,7 +67,7 @@ class UpdateTerms:
             sigma_grid=math.ceil(_fraction(privacy["noise_multiplier"]) * sensitivity),
             dimension=dimension,
             released=released,
-            local_steps=plan["local_steps"],
+            local_steps=1 if privacy["unit"] == "site" else plan["local_steps"],
             local_learning_rate=_fraction(plan["local_learning_rate"]),
         )
 
@@ -97,6 +97,18 @@ class UpdateTerms:
         mean = self.nominal_rows * self.sample_rate
         spread = math.isqrt(math.ceil(2 * mean * (1 - self.sample_rate) * _T)) + 1
         return min(self.nominal_rows, math.ceil(mean) + spread + _T // 3 + 1)
+
+
+def longest_sum(*, grid_bits: int, precision: str, dimension: int, shares: Sequence[int]) -> int:
+    """Return the length, in grid units, that no sum of whole updates has, one for each share of noise.
+
+    Each update is clipped to 2**grid_bits units before it is rounded; `shares` are the widths of the noise
+    that their sites drew. Where the unit is the site this holds whatever the rows are, so a longer sum
+    proves that somebody sent what was not clipped, or more noise than it said, and not who.
+    """
+    clipped = math.ceil((1 << grid_bits) * (1 + GRID_SLACK[precision])) + _root(dimension)
+    tail = (_root(dimension) + _ROOT_2T) ** 2
+    return len(shares) * clipped + math.isqrt(sum(share * share for share in shares) * tail) + 1
 
 
 def square_norm(values: Sequence[int]) -> int:

@@ -223,7 +223,11 @@ def within_whole_site(
 
 def _whole_site_text(lifetime: LifetimeBudget) -> str:
     cap = lifetime.whole_site_epsilon
-    return "" if cap is None else f", or of {cap} for all its rows together (which needs site_level)"
+    return (
+        ""
+        if cap is None
+        else f", or of {cap} for all its rows together (which needs site_level, or unit: site)"
+    )
 
 
 def check_promise(terms: Terms) -> None:

@@ -38,7 +38,7 @@ def complete_charter(
     Args:
         source: a charter, its file, its YAML text, or the same as a mapping.
         identities: each site's identity key; they replace whatever keys the source has.
-        rows: each site's number of rows to make public, where the source says none.
+        rows: each site's number of rows to make public, where the source says none and the unit is no site.
         officers: used where the source names none.
         public_set: the public file's bytes; its digest goes into the charter.
         public_rows: how many rows that file has.
@@ -48,6 +48,9 @@ def complete_charter(
         AccountingError: no noise gives the epsilon asked for.
     """
     document = read_source(source)
+    terms = document.get("privacy")
+    if isinstance(terms, dict) and terms.get("unit") == "site":
+        rows = dict.fromkeys(identities, 1)  # how many rows a site has is not made public
     given = {str(site.get("name")): site for site in _list(document.get("sites")) if isinstance(site, dict)}
     document["sites"] = [
         {"nominal_rows": rows[name], **given.get(name, {}), "name": name, "identity": identities[name]}
@@ -68,7 +71,7 @@ def complete_charter(
         epsilon=draft.privacy.epsilon,
         delta=draft.privacy.delta,
         rounds=draft.most_rounds,
-        local_steps=draft.plan.local_steps,
+        local_steps=draft.noised_steps,
         sample_rate=draft.privacy.sample_rate,
         relation=draft.privacy.relation,
         dimension=draft.dimension,

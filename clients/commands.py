@@ -357,6 +357,7 @@ def sign_charter(
     usage.
     """
     from audit.epsilon import epsilon_text
+    from clients.reviewing import row_of_site_text
     from clients.service import approve_charter, review
     from federation.charter import Charter
 
@@ -365,8 +366,9 @@ def sign_charter(
     found = review(place, text)
     lines = [
         f"charter   {found.charter}",
-        f"releases  {found.releases}, epsilon {epsilon_text(found.charter_epsilon)}",
+        f"releases  {found.releases}, epsilon {epsilon_text(found.charter_epsilon)} for one {found.unit}",
         f"lifetime  {epsilon_text(found.lifetime_after)} of {place.config.lifetime.epsilon} afterwards",
+        *([f"a row     {row_of_site_text(found.row_epsilon)}"] if found.row_epsilon is not None else []),
         *([f"counts on {found.counts_on}"] if found.counts_on else []),
         *[f"file      {problem}" for problem in found.problems[:20]],
     ]
@@ -386,6 +388,7 @@ def sign_charter(
         "charter": found.charter,
         "site": name,
         "epsilon": found.charter_epsilon,
+        "unit": found.unit,
         "lifetime_after": found.lifetime_after,
         "problems": [str(problem) for problem in found.problems],
     }

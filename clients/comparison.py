@@ -16,10 +16,11 @@ import torch
 from audit.models import initial_weights
 from audit.replay import AggregationPlan, Aggregator, SiteUpdate
 from clients.dp.bookkeeping import ClippedGradient
+from clients.dp.site_update import drawn_in, plain_training
 from clients.loader import load_training_data
 from clients.local_layers import moved_locally, overlaid, shared_values
 from clients.terms import Terms, read_terms
-from clients.trainer import targets_of
+from clients.trainer import local_training, targets_of
 from federation.charter import Charter
 from federation.torch_models import build_model, set_weights
 
@@ -43,7 +44,12 @@ class UnprotectedSite:
             weights = overlaid(terms.spans, weights, self.local)
         set_weights(self._model, weights)
         expected = float(terms.sample_rate)
-        if terms.local_steps == 1:
+        if terms.by_site:
+            trained = plain_training(
+                self._model, terms.loss, self._inputs, self._targets, local_training(terms)
+            )
+            moved = drawn_in(trained - torch.tensor(weights, dtype=torch.float64), terms.max_grad_norm)
+        elif terms.local_steps == 1:
             moved = self._gradient(self._inputs, self._targets) * expected
         else:
             theta = torch.tensor(weights, dtype=torch.float64)

@@ -19,6 +19,7 @@ from audit.entries import (
 )
 from audit.epsilon import recompute
 from audit.site_bodies import SiteDecided
+from audit.units import of_people
 from clients.errors import RefusedError, WaitingError
 from clients.home import SiteHome
 from clients.identity import SiteKeys
@@ -63,8 +64,8 @@ def decision(
 
 
 def run_cost(terms: Terms, delta: float) -> float:
-    """Return what the whole plan costs at the site's delta."""
-    return recompute(terms.planned, delta).value
+    """Return what the whole plan costs one row or subject at the site's delta."""
+    return recompute(of_people(terms.planned), delta).value
 
 
 def year_events(log: Diary, ledger: Odometers, population: str, now: datetime) -> tuple[MechanismEvent, ...]:
@@ -86,7 +87,7 @@ def facts_of(
     year = 0.0
     if home.config.rules.epsilon_per_year is not None:
         events = year_events(log, ledger, home.config.population.pseudonym, now)
-        year = recompute((*events, *planned), delta).value
+        year = recompute(of_people((*events, *planned)), delta).value
     return RunFacts(
         purposes=terms.purposes,
         model=run.model,

@@ -20,12 +20,12 @@ from audit.entries import (
     SiteStatement,
     SiteUndelivered,
     decode_entry,
-    decode_entry_of,
     decode_signature,
     signing_payload,
 )
 from audit.errors import AuditError
 from audit.keys import VerifyKey
+from audit.known_leaf import decode_entry_of
 from audit.merkle import hash_leaf
 from audit.tlog_policy import AcceptedCheckpoint, Policy
 from audit.tlog_proof import verify_tlog_proof

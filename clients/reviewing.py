@@ -25,6 +25,7 @@ from audit.entries import (
 from audit.epsilon import epsilon_text, recompute, whole_site_epsilon
 from audit.shared_noise import alone
 from audit.site_bodies import BundleDecided, SiteDecided
+from audit.units import of_people
 from clients.admission import within_whole_site
 from clients.code_digest import agent_code
 from clients.decisions import decision, facts_of, run_cost, year_events
@@ -69,9 +70,10 @@ class SiteReview:
     relation: str
     promised_epsilon: str
     promised_delta: str
-    run_epsilon: float
+    run_epsilon: float  # for one of `unit`
+    row_epsilon: float | None  # for one row as a part of the site, where the unit is the site
     counts_on: str  # "": this site adds all of its noise itself; else how many honest sites must
-    lifetime_before: float  # spent and reserved
+    lifetime_before: float  # spent and reserved, for a row or subject; as `lifetime_after`
     lifetime_after: float
     lifetime_cap: str
     whole_site: str  # all rows together, now and afterwards; "": the site sets no cap for them
@@ -125,7 +127,8 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
         log = SiteLog.open(home.path, home.name)
         try:
             committed = ledger.committed_events(population)
-            year = recompute((*year_events(log, ledger, population, moment), *planned), delta).value
+            in_year = (*year_events(log, ledger, population, moment), *planned)
+            year = recompute(of_people(in_year), delta).value
             if proposal.run is not None:
                 facts = facts_of(proposal.run, terms, home, log, ledger, moment)
                 broken = tuple(f"{item.rule}: {item.detail}" for item in breaches(rules, facts))
@@ -134,7 +137,7 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
             log.release()
     finally:
         ledger.close()
-    after = recompute((*committed, *planned), delta).value
+    after = recompute(of_people((*committed, *planned)), delta).value
     run = proposal.run
     return SiteReview(
         id=proposal.id,
@@ -153,9 +156,10 @@ def review_proposal(home: SiteHome, proposal: Proposal, *, now: datetime | None 
         relation=terms.event.relation,
         promised_epsilon=format(terms.epsilon, "f"),
         promised_delta=format(terms.delta, "f"),
-        run_epsilon=run_cost(terms, delta),
+        run_epsilon=recompute(planned, delta).value,
+        row_epsilon=run_cost(terms, delta) if terms.by_site else None,
         counts_on=counts_on(terms, delta),
-        lifetime_before=recompute(committed, delta).value if committed else 0.0,
+        lifetime_before=recompute(of_people(committed), delta).value if committed else 0.0,
         lifetime_after=after,
         lifetime_cap=format(lifetime.epsilon, "f"),
         whole_site=_whole_site(lifetime, committed, planned),
@@ -181,6 +185,11 @@ def counts_on(terms: Terms, delta: float) -> str:
         f"{secure.sharers} honest sites of at least {secure.least} in a round, this one among them; if all "
         f"others collude, epsilon is {epsilon_text(by_itself)}"
     )
+
+
+def row_of_site_text(epsilon: float) -> str:
+    """Say what covers one row where the unit is the site."""
+    return f"epsilon {epsilon_text(epsilon)}, replace one: its site's protection and none of its own"
 
 
 def latest_word(log: SiteLog, proposal: Proposal) -> SiteDecided | None:

@@ -20,6 +20,7 @@ from audit.entries import SiteStatement, decode_entry
 from audit.epsilon import recompute, whole_site_epsilon
 from audit.errors import AuditError, WitnessError, WitnessProofError
 from audit.merkle import NodeSource
+from audit.units import of_people
 from clients.accusations import keep_accusation
 from clients.errors import DataProblem, LinkError
 from clients.home import SiteHome
@@ -77,8 +78,10 @@ class Review:
 
     charter: str
     releases: int
-    charter_epsilon: float
-    lifetime_after: float
+    charter_epsilon: float  # for one of `unit`
+    unit: str
+    row_epsilon: float | None  # for one row as a part of the site, where the unit is the site
+    lifetime_after: float  # for a row or subject
     fits: bool
     counts_on: str  # whose shares of the noise epsilon relies on; empty where a site adds the whole
     problems: tuple[DataProblem, ...]
@@ -113,6 +116,7 @@ def review(home: SiteHome, charter: str) -> Review:
     Raises:
         RefusedError: the charter is malformed, or not for this site.
     """
+    from clients.decisions import run_cost
     from clients.ledger import SiteLedger
     from clients.loader import inspect_file
     from clients.reviewing import counts_on
@@ -126,11 +130,13 @@ def review(home: SiteHome, charter: str) -> Review:
     finally:
         ledger.close()
     planned = terms.planned
-    after = recompute((*committed, *planned), float(lifetime.delta)).value
+    after = recompute(of_people((*committed, *planned)), float(lifetime.delta)).value
     return Review(
         charter=terms.digest,
         releases=len(planned),
         charter_epsilon=recompute(planned, float(lifetime.delta)).value,
+        unit=terms.event.unit,
+        row_epsilon=run_cost(terms, float(lifetime.delta)) if terms.by_site else None,
         lifetime_after=after,
         fits=after <= float(lifetime.epsilon),
         counts_on=counts_on(terms, float(lifetime.delta)),
@@ -186,8 +192,8 @@ def status_of(home: SiteHome, ledger: Any) -> SiteStatus:
         releases=len(events),
         undelivered=len(ledger.undelivered(population.pseudonym)),
         open_runs=tuple(item.run for item in ledger.open_reservations(population.pseudonym)),
-        lifetime_epsilon=recompute(events, float(lifetime.delta)).value if events else 0.0,
-        committed_epsilon=recompute(committed, float(lifetime.delta)).value if committed else 0.0,
+        lifetime_epsilon=recompute(of_people(events), float(lifetime.delta)).value if events else 0.0,
+        committed_epsilon=recompute(of_people(committed), float(lifetime.delta)).value if committed else 0.0,
         cap_epsilon=format(lifetime.epsilon, "f"),
         cap_delta=format(lifetime.delta, "f"),
         whole_site_epsilon=whole if math.isfinite(whole) else None,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from audit.cost_bodies import UNBOUNDED
 from audit.entries import Entry
 from audit.epsilon import epsilon_text
 from audit.models import answer_of
@@ -98,7 +99,9 @@ class SimulatedRun:
                 {
                     "site": item.site,
                     "run_epsilon": float(item.run_epsilon),
-                    "lifetime_epsilon": float(item.lifetime_epsilon),
+                    "lifetime_epsilon": float(
+                        "inf" if item.lifetime_epsilon == UNBOUNDED else item.lifetime_epsilon
+                    ),
                     "delta": float(item.delta),
                     "unit": item.unit,
                     "relation": item.relation,

@@ -293,6 +293,7 @@ def predict(
 
 def _shown(found: SiteReview) -> str:
     from audit.epsilon import epsilon_text
+    from clients.reviewing import row_of_site_text
 
     before, after = epsilon_text(found.lifetime_before), epsilon_text(found.lifetime_after)
     left = f"{before} now, {after} afterwards, cap {found.lifetime_cap}"
@@ -325,5 +326,7 @@ def _shown(found: SiteReview) -> str:
     ]
     if found.counts_on:
         rows.insert(11, ["counts on", found.counts_on])
+    if found.row_epsilon is not None:
+        rows.insert(11, ["a row", row_of_site_text(found.row_epsilon)])
     rows += [["data file", str(problem)] for problem in found.problems[:20]]
     return table("", ("", ""), rows)

@@ -21,8 +21,10 @@ from audit.layers import shared_spans
 from audit.models import dimension
 from audit.private_evaluation import Evaluation
 from audit.reference import Reference
+from audit.replay import norm_text
 from audit.secure_round import SecureTerms
 from audit.shared_noise import share_grid, site_sensitivity_grid
+from audit.units import SITE
 from clients.dp.errors import DPError
 from clients.dp.grid import Precision, Relation, check_clip, sensitivity_grid, sigma_grid, sum_limit
 from clients.errors import RefusedError
@@ -57,7 +59,7 @@ class Terms:
     minimum_sites: int
     epsilon: Decimal  # what a run may cost at `delta`, as the charter promises
     delta: Decimal
-    max_grad_norm: float
+    max_grad_norm: float  # C of a row or subject; of a site's whole update where that is the unit
     noise_multiplier: Fraction
     sample_rate: Fraction
     relation: Relation
@@ -88,6 +90,11 @@ class Terms:
     def most_rounds(self) -> int:
         """How many rounds a run may open."""
         return self.rounds + self.spare_rounds
+
+    @property
+    def by_site(self) -> bool:
+        """Whether the unit is this site as a whole: its update is clipped and noised, its rows are not."""
+        return self.event.unit == SITE
 
     @property
     def planned(self) -> tuple[MechanismEvent, ...]:
@@ -172,7 +179,7 @@ def _terms(document: dict[str, Any], digest: str, site: str) -> Terms:
         )
     secure = SecureTerms.of_charter(document)
     whole = document.get("site_level")
-    clip = parse_decimal(privacy["max_grad_norm"])
+    clip = parse_decimal(norm_text(privacy))
     check_clip(clip, rows_per_unit=rows, precision=privacy["precision"])
     return Terms(
         digest=digest,
@@ -234,7 +241,7 @@ def _event(
         mechanism="discrete_gaussian",
         sampling="full" if privacy["sample_rate"] == "1" else "poisson",
         sample_rate=privacy["sample_rate"],
-        steps=int(plan["local_steps"]),
+        steps=1 if privacy["unit"] == SITE else int(plan["local_steps"]),
         sigma_grid=sigma,
         sensitivity_grid=sensitivity,
         dimension=parameters,
@@ -247,7 +254,7 @@ def _event(
         if whole is None
         else site_sensitivity_grid(
             grid_bits=privacy["grid_bits"],
-            max_grad_norm=parse_decimal(privacy["max_grad_norm"]),
+            max_grad_norm=parse_decimal(norm_text(privacy)),
             max_update_norm=parse_decimal(whole["max_update_norm"]),
             dimension=parameters,
             precision=privacy["precision"],

@@ -11,6 +11,7 @@ import torch
 from audit.errors import AuditError
 from audit.reference import Reference
 from clients.dp.mechanism import Mechanism, MechanismTerms
+from clients.dp.site_update import LocalTraining, SiteMechanism
 from clients.errors import DataFileError, RefusedError
 from clients.evaluation import noisy_counts
 from clients.loader import TrainingData, load_evaluation_data, load_training_data
@@ -45,7 +46,11 @@ class Workshop(threading.local):
             model = build_model(
                 [dict(layer) for layer in terms.layers], precision=terms.precision, site=terms.site_index
             )
-            self._mechanisms[key] = Mechanism(model, mechanism_terms(terms), terms.loss)
+            self._mechanisms[key] = (
+                SiteMechanism(model, mechanism_terms(terms), terms.loss, local_training(terms))
+                if terms.by_site
+                else Mechanism(model, mechanism_terms(terms), terms.loss)
+            )
         return self._mechanisms[key]
 
     def base(self, terms: Terms, base_model: bytes) -> Vector:
@@ -181,7 +186,7 @@ class Trainer:
 
 def mechanism_terms(terms: Terms) -> MechanismTerms:
     """Return the mechanism's constants; each follows from the charter, none from the data."""
-    local = terms.local_steps > 1
+    local = terms.local_steps > 1 and not terms.by_site  # a site's own steps get noise once, together
     return MechanismTerms(
         max_grad_norm=terms.max_grad_norm,
         noise_multiplier=terms.noise_multiplier,
@@ -190,13 +195,20 @@ def mechanism_terms(terms: Terms) -> MechanismTerms:
         grid_bits=terms.event.grid_bits,
         precision=terms.precision,
         rows_per_unit=terms.max_rows_per_subject,
-        local_steps=terms.local_steps,
+        local_steps=terms.event.steps,
         local_learning_rate=terms.local_learning_rate if local else None,
-        proximal=terms.proximal,
+        proximal=terms.proximal if local else 0,
         normaliser=terms.normaliser if local else None,
         sharers=0 if terms.secure is None else terms.secure.sharers,
         summed_sites=1 if terms.secure is None else terms.secure.sites,
         max_update_norm=terms.max_update_norm,
+    )
+
+
+def local_training(terms: Terms) -> LocalTraining:
+    """Return how a site trains before its whole update is bounded, where the site is the unit."""
+    return LocalTraining(
+        steps=terms.local_steps, learning_rate=terms.local_learning_rate, proximal=terms.proximal
     )
 
 

@@ -14,6 +14,7 @@ from federation._aggregation_checks import check_aggregation, check_local_traini
 from federation._charter_serving import check_serving
 from federation._evaluation_checks import check_evaluation, check_private_gate
 from federation._secure_checks import check_grid, check_secure
+from federation._site_unit_checks import check_norm, check_site_unit, site_unit_warnings
 from federation.errors import LayerError, Problem
 from federation.families import check_layers
 
@@ -43,6 +44,7 @@ def check_charter(charter: Charter) -> list[Problem]:
         *check_evaluation(charter),
         *check_serving(charter),
         *check_secure(charter),
+        *check_site_unit(charter),
     ]
     found = found or [*_model(charter), *check_local_training(charter)]
     return found or [*check_grid(charter)]
@@ -52,7 +54,9 @@ def warnings_of(charter: Charter) -> list[str]:
     """Return what is allowed and still worth a second look."""
     said = []
     smallest = min(site.nominal_rows for site in charter.sites)
-    if charter.privacy.delta >= Decimal(1) / smallest:
+    if charter.privacy.by_site:
+        said += site_unit_warnings(charter)
+    elif charter.privacy.delta >= Decimal(1) / smallest:
         said.append(
             f"delta {charter.privacy.delta} is not below 1/{smallest} (the smallest site): it permits "
             "publishing a whole row now and then; choose a delta well below 1/n"
@@ -176,6 +180,7 @@ def _plan(charter: Charter) -> Iterator[Problem]:
 
 def _privacy(charter: Charter) -> Iterator[Problem]:
     privacy = charter.privacy
+    yield from check_norm(privacy)
     if privacy.unit == "subject" and not privacy.subject_id:
         yield Problem(
             path="privacy.subject_id",
@@ -200,10 +205,10 @@ def _privacy(charter: Charter) -> Iterator[Problem]:
             message="rows are sampled one by one, which protects no subject who has several",
             fix="write sample_rate: 1, or max_rows_per_subject: 1",
         )
-    if privacy.unit == "row" and (privacy.subject_id or privacy.max_rows_per_subject != 1):
+    if privacy.unit != "subject" and (privacy.subject_id or privacy.max_rows_per_subject != 1):
         yield Problem(
             path="privacy.unit",
-            message="reads row, but subject_id or max_rows_per_subject is given",
+            message=f"reads {privacy.unit}, but subject_id or max_rows_per_subject is given",
             fix="write unit: subject, or remove both",
         )
     if privacy.subject_id and privacy.subject_id in {f.name for f in charter.features}:

@@ -47,7 +47,7 @@ def canonical_document(charter: Charter) -> dict[str, Any]:
             "epsilon": decimal_text(privacy.epsilon),
             "delta": decimal_text(privacy.delta),
             "sample_rate": decimal_text(privacy.sample_rate),
-            "max_grad_norm": decimal_text(privacy.max_grad_norm),
+            "max_update_norm" if privacy.by_site else "max_grad_norm": decimal_text(privacy.norm),
             "noise_multiplier": decimal_text(privacy.noise_multiplier),
             "accountant": privacy.accountant,
             "grid_bits": privacy.grid_bits,

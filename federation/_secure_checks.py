@@ -21,13 +21,18 @@ def check_secure(charter: Charter) -> Iterator[Problem]:
     """Yield what contradicts secure aggregation and site-level terms in a charter of well-formed parts."""
     secure = charter.secure
     if secure is None:
-        if charter.site_level is not None:
-            yield Problem(
-                path="site_level",
-                message="needs noise that the sites share; noise of the coordinator's own would mean that "
-                "everybody trusts the coordinator, and this release does not offer it",
-                fix="add secure_aggregation: {tolerated: …}, or remove it",
-            )
+        for path, asked in (
+            ("site_level", charter.site_level is not None),
+            ("privacy.unit", charter.privacy.by_site),
+        ):
+            if asked:
+                yield Problem(
+                    path=path,
+                    message="needs noise that the sites share; noise of the coordinator's own would mean "
+                    "that everybody trusts the coordinator, and this release does not offer it",
+                    fix="add secure_aggregation: {tolerated: …}, or "
+                    + ("remove it" if path == "site_level" else "write unit: row"),
+                )
         return
     yield from _numbers(secure)
     yield from _excluded(charter)
@@ -82,8 +87,7 @@ def _numbers(secure: SecureTerms) -> Iterator[Problem]:
 
 
 def _excluded(charter: Charter) -> Iterator[Problem]:
-    plan = charter.plan
-    if plan.local_steps > 1:
+    if charter.noised_steps > 1:
         yield Problem(
             path="plan.local_steps",
             message="moves local weights by sums that carry one site's share of the noise alone",

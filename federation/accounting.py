@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from audit.entries import MechanismEvent
 from audit.epsilon import check_event, epsilon_with_discretisation, gaussian_epsilon, rdp_epsilon, recompute
 from audit.shared_noise import alone, site_level
+from audit.units import of_people, row_level
 from federation.errors import AccountingError, PlanDoesNotFitError
 from federation.mechanism import planned_event, planned_events, release_event
 
@@ -81,6 +82,7 @@ class PlanCost:
     whole_site: float | None = None  # what the plan costs a site as a whole, where the charter bounds that
     whole_site_fits: bool = True
     alone: float | None = None  # what it costs where all others collude, where sites share the noise
+    row: float | None = None  # what it costs one row as a part of its site, where the unit is the site
 
     @property
     def fits(self) -> bool:
@@ -223,6 +225,7 @@ def plan_cost(charter: Charter) -> PlanCost:
         whole_site=whole,
         whole_site_fits=whole is None or whole <= float(_promised(charter)),
         alone=None if charter.secure is None else recompute(list(map(alone, events)), delta).value,
+        row=recompute(list(map(row_level, events)), delta).value if privacy.by_site else None,
     )
 
 
@@ -258,7 +261,7 @@ def noise_for(charter: Charter) -> Decimal:
         epsilon=privacy.epsilon,
         delta=privacy.delta,
         rounds=charter.most_rounds,
-        local_steps=charter.plan.local_steps,
+        local_steps=charter.noised_steps,
         sample_rate=privacy.sample_rate,
         relation=privacy.relation,
         dimension=charter.dimension,
@@ -348,6 +351,9 @@ class LifetimeFilter:
     (GDP) filter is, for full batches, and an RDP filter for any mix: both admit a release exactly while the
     guarantee of all events so far, recomputed with it, stays within the cap (Smith and Thakurta 2022;
     Lécuyer 2021).
+
+    The cap is that of one row's or subject's part: a release whose unit is the site counts with what it
+    costs a row in it.
     """
 
     epsilon: Decimal
@@ -355,11 +361,11 @@ class LifetimeFilter:
 
     def spent(self, events: Sequence[MechanismEvent]) -> float:
         """Return the filter's own epsilon of the events."""
-        return _composed(tuple(events), float(self.delta)) if events else 0.0
+        return _composed(tuple(of_people(events)), float(self.delta)) if events else 0.0
 
     def admits(self, events: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
         """Whether the whole plan may run on top of the events already debited."""
-        unit_of([*events, *planned])
+        unit_of(of_people([*events, *planned]))
         return self.spent([*events, *planned]) <= float(self.epsilon)
 
 
@@ -380,12 +386,26 @@ def _trust_lines(charter: Charter, cost: PlanCost) -> list[str]:
         lines.append(f"shared noise: a site draws 1/sqrt({sharers}) of it; {sharers} honest sites make it")
         lines.append(f"  with {least} in a round at most {few} may collude, with all {most} at most {many}")
         lines.append(f"  a site whose partners all collude: epsilon {_shown(cost.alone)}")
+    if charter.privacy.by_site:
+        lines += _site_unit_lines(charter, cost)
     if charter.site_level is not None:
         fits = "yes" if cost.whole_site_fits else "NO"
         allowed = charter.site_level.epsilon
         lines.append(f"a whole site: epsilon {_shown(cost.whole_site)}, allowed {allowed}, fits: {fits}")
         lines.append("  zeroed out, every round counted in full: who took part is in the log")
     return lines
+
+
+def _site_unit_lines(charter: Charter, cost: PlanCost) -> list[str]:
+    """What a unit of one site says, and does not say, of the rows in it."""
+    privacy = charter.privacy
+    neighbour = "replaced by any others" if privacy.relation == "replace_one" else "replaced by nothing"
+    return [
+        f"the unit is a whole site, all its rows {neighbour}",
+        "  every round counts in full (q = 1): who took part is in the log",
+        f"  no step clips a row; an update is clipped to {privacy.max_update_norm}; every site counts once",
+        f"  a row has its site's protection and none of its own: epsilon {_shown(cost.row)}, replace one",
+    ]
 
 
 def _spare_lines(charter: Charter) -> list[str]:
@@ -406,11 +426,12 @@ def plan_report(charter: Charter) -> str:
     cost, privacy = plan_cost(charter), charter.privacy
     event = cost.event
     sampling = "every row, every round" if event.sampling == "full" else f"Poisson, q = {event.sample_rate}"
+    steps = f"{charter.plan.local_steps if privacy.by_site else event.steps} step(s)"
     noise = event.sigma_grid / event.sensitivity_grid
     lines = [
         f"charter {charter.name}  {cost.charter}",
         f"model {charter.model.family}, {charter.dimension} parameters, {len(charter.sites)} sites",
-        f"plan {charter.plan.strategy}, {charter.plan.rounds} rounds of {event.steps} step(s); {sampling}",
+        f"plan {charter.plan.strategy}, {charter.plan.rounds} rounds of {steps}; {sampling}",
         *_spare_lines(charter),
         f"noise {noise:.4g} x sensitivity, unit {event.unit}, {event.relation}, delta {privacy.delta}",
         "",

@@ -135,12 +135,13 @@ class Plan(_Part):
 class Privacy(_Part):
     """The terms. Those without a default are decisions somebody has to take."""
 
-    unit: Literal["row", "subject"]
+    unit: Literal["row", "subject", "site"]
     relation: Literal["add_remove", "zero_out", "replace_one"]
     epsilon: Number = Field(gt=0, le=100)
     delta: Number = Field(gt=0, lt=1)
     sample_rate: Number = Field(default=Decimal("1"), gt=0, le=1)
-    max_grad_norm: Number = Field(gt=0)
+    max_grad_norm: Number | None = Field(default=None, gt=0)  # of a row's or subject's gradient
+    max_update_norm: Number | None = Field(default=None, gt=0)  # of a whole site's update, with unit: site
     noise_multiplier: Number = Field(gt=0)
     accountant: Literal["pld"] = "pld"
     grid_bits: Annotated[int, Field(strict=True, ge=8, le=36)] = 20
@@ -148,9 +149,23 @@ class Privacy(_Part):
     subject_id: str = ""
     max_rows_per_subject: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1
 
+    @property
+    def by_site(self) -> bool:
+        """Whether a site as a whole is what noise protects, and nothing smaller."""
+        return self.unit == "site"
+
+    @property
+    def norm(self) -> Decimal:
+        """What one unit's contribution is clipped to; a charter that was checked has it."""
+        given = self.max_update_norm if self.by_site else self.max_grad_norm
+        return Decimal(0) if given is None else given
+
 
 class Site(_Part):
-    """A member: its identity key, and the public number of rows its weight and normaliser come from."""
+    """A member: its identity key, and the public number of rows its weight and normaliser come from.
+
+    Where the unit is the site, that number is 1: each counts once, and how many rows it has is nobody's.
+    """
 
     name: Name
     identity: PublicKey
@@ -331,6 +346,11 @@ class Charter(_Part):
     def average_last(self) -> int:
         """How many of the last rounds make the version."""
         return self.plan.average_last or max(1, self.plan.rounds // 2)
+
+    @property
+    def noised_steps(self) -> int:
+        """How many noised sums make a release: the local steps, or one where the whole update gets noise."""
+        return 1 if self.privacy.by_site else self.plan.local_steps
 
     @property
     def most_rounds(self) -> int:

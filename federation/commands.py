@@ -8,6 +8,7 @@ person's own key.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,7 @@ def new_charter(
     out: Annotated[Path, typer.Option(help="The new charter.")] = Path("charter.yaml"),
     label: Annotated[str | None, typer.Option(help="The column to predict; else the last one.")] = None,
     task: Annotated[str, typer.Option(help="binary, multiclass or regression.")] = "binary",
+    unit: Annotated[str, typer.Option(help="What noise protects: row, or site (a whole site).")] = "row",
     as_json: AsJson = False,
 ) -> None:
     """Write a charter to fill in: a line for each column of the file.
@@ -109,7 +111,7 @@ def new_charter(
     if out.exists():
         raise CommandError(f"{out}: exists; give --out", code="charter.exists")
     header = read_header(source)
-    text = draft_charter(header, label=label or header[-1], task=task)
+    text = draft_charter(header, label=label or header[-1], task=task, unit=unit)
     out.write_text(text, encoding="utf-8")
     emit(
         {"file": str(out), "columns": header},
@@ -154,6 +156,9 @@ def check_charter(
         document["epsilon_alone"] = cost.alone
     if cost.whole_site is not None:
         document["epsilon_whole_site"] = cost.whole_site
+    if cost.row is not None:
+        document["unit"] = "site"
+        document["epsilon_row_of_site"] = cost.row if math.isfinite(cost.row) else None
     emit(document, plan_report(loaded).rstrip(), as_json=as_json)
     if not cost.fits:
         raise typer.Exit(1)

@@ -30,24 +30,49 @@ features:
 _TAIL: Final = """\
 
 model: {{family: {family}, site_intercept: false}}
-plan: {{strategy: fedavg, rounds: 30, learning_rate: 6, round_timeout_s: 60}}
-
-privacy:
-  unit: row                  # or subject, with subject_id and max_rows_per_subject
-  relation: add_remove       # or zero_out, replace_one
-  epsilon: {placeholder}              # the whole run, for each site's population
-  delta: 1e-5                # well below 1 / rows of the smallest site
-  max_grad_norm: 1
-  noise_multiplier: {placeholder}     # `affidavit charter check` says what epsilon needs
-
-sites:                       # one line a member; nominal_rows is a public number, not a count
-  - {{name: {placeholder}, identity: "{placeholder}", nominal_rows: {placeholder}}}
-
+{terms}
 # public_set: {{digest: 64 hex digits of sha256sum, rows: 100}}
-# secure_aggregation: {{tolerated: 1}}   # the coordinator reads sums alone, the sites share the noise
 gates: []                    # - {{metric: {metric}, source: public_set, margin_over_baseline: 0.1}}
 purposes: [{placeholder}]
 officers: []                 # - {{name: dr-lee, key: "ed25519:..."}}
+"""
+
+
+_ROWS: Final = f"""\
+plan: {{strategy: fedavg, rounds: 30, learning_rate: 6, round_timeout_s: 60}}
+
+privacy:
+  unit: row                  # or subject, with subject_id and max_rows_per_subject; or site, see --unit
+  relation: add_remove       # or zero_out, replace_one
+  epsilon: {PLACEHOLDER}              # the whole run, for each site's population
+  delta: 1e-5                # well below 1 / rows of the smallest site
+  max_grad_norm: 1
+  noise_multiplier: {PLACEHOLDER}     # `affidavit charter check` says what epsilon needs
+
+sites:                       # one line a member; nominal_rows is a public number, not a count
+  - {{name: {PLACEHOLDER}, identity: "{PLACEHOLDER}", nominal_rows: {PLACEHOLDER}}}
+
+# secure_aggregation: {{tolerated: 1}}   # the coordinator reads sums alone, the sites share the noise
+"""
+
+_SITES: Final = f"""\
+plan:                        # local steps are without noise; a site sends what they made of the model
+  {{strategy: fedavg, rounds: 30, learning_rate: 1, local_steps: 5, local_learning_rate: 0.5,
+    round_timeout_s: 60, minimum_sites: {PLACEHOLDER}}}   # all sites but those tolerated, or more
+
+privacy:
+  unit: site                 # a whole site; a row in it has its site's protection and none of its own
+  relation: replace_one      # its rows by any others; or zero_out: by nothing
+  epsilon: {PLACEHOLDER}              # the whole run, for each site
+  delta: {PLACEHOLDER}                # well below 1 / number of sites
+  max_update_norm: {PLACEHOLDER}      # what a site's whole update is clipped to, in units of the weights
+  noise_multiplier: {PLACEHOLDER}     # `affidavit charter check` says what epsilon needs
+
+secure_aggregation: {{tolerated: 1}}   # the coordinator reads sums alone, the sites share the noise
+
+sites:                       # one line a member; every site counts once
+  - {{name: {PLACEHOLDER}, identity: "{PLACEHOLDER}", nominal_rows: 1}}
+
 """
 
 
@@ -76,14 +101,15 @@ def draft_charter(
     task: str = "binary",
     types: Mapping[str, str] | None = None,
     leave_out: Sequence[str] = (),
+    unit: str = "row",
 ) -> str:
     """Return the YAML of a charter for these columns; no value of any row is asked for.
 
     `types` says which columns are not numbers; `leave_out` names columns that are no features, such as
-    identifiers.
+    identifiers. `unit` is row, or site: what noise protects.
 
     Raises:
-        CharterFileError: the label is no column, a column is named twice, or a type is unknown.
+        CharterFileError: the label is no column, a column is named twice, or a type or unit is unknown.
     """
     if label not in columns:
         known = ", ".join(columns[:12])
@@ -94,6 +120,8 @@ def draft_charter(
         raise CharterFileError("a column is named twice; name each column once", source="", line=None)
     if task not in ("binary", "multiclass", "regression"):
         raise CharterFileError(f"task {task!r} is not binary, multiclass or regression", source="", line=None)
+    if unit not in ("row", "site"):
+        raise CharterFileError(f"unit {unit!r} is neither row nor site", source="", line=None)
     lines = []
     for column in columns:
         kind = (types or {}).get(column, "number")
@@ -112,6 +140,7 @@ def draft_charter(
         + f"\nlabel: {{name: {_quoted(label)}, {fields}}}\n"
         + _TAIL.format(
             placeholder=PLACEHOLDER,
+            terms=_SITES if unit == "site" else _ROWS,
             family="linear" if task == "regression" else "logistic_regression",
             metric={"binary": "auc", "multiclass": "accuracy"}.get(task, "r2"),
         )

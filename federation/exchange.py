@@ -30,6 +30,11 @@ MAX_HEADER_BYTES: Final = 4 << 20
 _CODE_BYTES: Final = 256  # an answer that holds a code and nothing else
 
 
+def members_written(header: Mapping[str, JsonValue], *names: str) -> dict[str, bytes]:
+    """Return the canonical bytes of members that every site is told alike: `Request.written`, made once."""
+    return {name: canonical_bytes(header[name]) for name in names}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One message to one site."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import Decimal
 
-from audit.entries import GateResult, SiteEpsilon, SiteStatement
+from audit.cost_bodies import UNBOUNDED
+from audit.entries import GateResult, MechanismEvent, SiteEpsilon, SiteStatement
 from audit.epsilon import needs_rdp
 from audit.metrics import gate_result
 from audit.private_evaluation import SOURCE, private_gate
 from audit.round_bodies import RunEvaluated
+from audit.units import counted_for
 from federation.accounting import spent
 from federation.charter import Charter
 from federation.errors import PublicSetError
@@ -48,7 +50,8 @@ def judge(
 def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) -> tuple[SiteEpsilon, ...]:
     """Return what the run, and each population's whole life in this log, cost: PLD, with RDP beside it.
 
-    Where later runs could follow earlier results and rows were sampled, the lifetime is RDP's alone.
+    Where later runs could follow earlier results and rows were sampled, the lifetime is RDP's alone. It is
+    counted in the charter's unit: of a site that once released what bounds nothing of a whole site, "none".
 
     `statements` are all statements of the log, delivered or not.
     """
@@ -61,7 +64,7 @@ def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) ->
     for site, population in populations:
         lifetime = of_population[site, population]
         in_run = spent([s.event for s in lifetime if s.run == run], float(delta))
-        in_all = spent([s.event for s in lifetime], float(delta))
+        in_all = counted_for([s.event for s in lifetime], in_run.unit)
         found.append(
             SiteEpsilon(
                 site=site,
@@ -69,7 +72,7 @@ def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) ->
                 events=sum(s.run == run for s in lifetime),
                 run_epsilon=in_run.pld_text,
                 run_epsilon_rdp=in_run.rdp_text,
-                lifetime_epsilon=in_all.rdp_text if needs_rdp(lifetime) else in_all.pld_text,
+                lifetime_epsilon=UNBOUNDED if in_all is None else _ever(in_all, delta, needs_rdp(lifetime)),
                 delta=charter.document["privacy"]["delta"],
                 accountant=charter.privacy.accountant,
                 relation=in_run.relation,
@@ -77,6 +80,11 @@ def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) ->
             )
         )
     return tuple(found)
+
+
+def _ever(events: Sequence[MechanismEvent], delta: Decimal, by_rdp: bool) -> str:
+    found = spent(events, float(delta))
+    return found.rdp_text if by_rdp else found.pld_text
 
 
 def failed_gates(charter: Charter, gates: Sequence[GateResult], costs: Sequence[SiteEpsilon]) -> list[str]:

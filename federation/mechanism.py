@@ -27,7 +27,8 @@ def sensitivity_grid(*, grid_bits: int, dimension: int, relation: str, precision
     """Return the bound, in grid units, on the L2 distance of two neighbouring rounded sums.
 
     A subject's rows are each clipped to C / max_rows_per_subject at the site, so a subject moves the sum by
-    no more than one row does where the unit is a row.
+    no more than one row does where the unit is a row. Where the unit is the site, its whole update is what
+    is clipped, and zeros are what a site without rows sends.
     """
     gradients = 2 if relation == "replace_one" else 1
     root = math.isqrt(dimension - 1) + 1
@@ -87,7 +88,7 @@ def planned_event(charter: Charter) -> MechanismEvent:
     return release_event(
         noise_multiplier=privacy.noise_multiplier,
         sample_rate=privacy.sample_rate,
-        local_steps=charter.plan.local_steps,
+        local_steps=charter.noised_steps,
         dimension=charter.dimension,
         grid_bits=privacy.grid_bits,
         relation=privacy.relation,
@@ -98,7 +99,7 @@ def planned_event(charter: Charter) -> MechanismEvent:
         if site is None
         else site_sensitivity_grid(
             grid_bits=privacy.grid_bits,
-            max_grad_norm=privacy.max_grad_norm,
+            max_grad_norm=privacy.norm,
             max_update_norm=site.max_update_norm,
             dimension=charter.dimension,
             precision=privacy.precision,

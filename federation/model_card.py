@@ -136,9 +136,15 @@ def _elements(charter: Charter) -> Iterator[Block]:
     yield Paragraph(
         f"{charter.model.family}, {charter.dimension} parameters, layers from a closed "
         "set; no code travels with a model. Trained across the sites' own data, which stay there; what "
-        "leaves a site is a noised sum. The charter fixes data contract, model, plan, privacy and gates "
-        "before the first round, and every site signed it."
+        f"leaves a site is {_leaves(charter)}. The charter fixes data contract, model, plan, privacy and "
+        "gates before the first round, and every site signed it."
     )
+
+
+def _leaves(charter: Charter) -> str:
+    if charter.privacy.by_site:
+        return "its whole update, clipped, with its share of the noise and under masks"
+    return "a noised sum"
 
 
 def _data(charter: Charter) -> Iterator[Block]:
@@ -180,7 +186,12 @@ def _training(ledger: Ledger, version: Version, charter: Charter) -> Iterator[Bl
     yield _table(
         ("site", "nominal rows (public)", "accepted the run", "statements"),
         [
-            (s.name, str(s.nominal_rows), "yes" if s.name in accepted else NO_EVIDENCE, str(given[s.name]))
+            (
+                s.name,
+                "not told" if charter.privacy.by_site else str(s.nominal_rows),
+                "yes" if s.name in accepted else NO_EVIDENCE,
+                str(given[s.name]),
+            )
             for s in charter.sites
         ],
     )
@@ -211,6 +222,14 @@ def _privacy(version: Version, charter: Charter) -> Iterator[Block]:
         "The last figure composes every run as if all had been fixed ahead; each site's own hard stop is a "
         "filter that needs no such assumption."
     )
+    if privacy.by_site:
+        neighbour = "any others" if privacy.relation == "replace_one" else "nothing"
+        row = epsilon_text(plan_cost(charter).row or 0)
+        yield Paragraph(
+            f"The unit is a whole site, all its rows replaced by {neighbour}; every round counts in full, "
+            "since the log shows who took part. Nothing is clipped or noised for a row: **a row has its "
+            f"site's protection and none of its own**, epsilon {row} for a run, relation replace_one."
+        )
     secure = charter.secure
     if secure is not None:
         yield Paragraph(
@@ -372,14 +391,17 @@ def _alarms(ledger: Ledger, version: Version) -> Iterator[Block]:
     yield _table(("about", "raised", "still open"), rows)
 
 
+_UNITS: Final = {
+    "row": "The unit is one row; a person with several rows, or at several sites, has less protection.",
+    "subject": "The unit is one subject at one site; a person at several sites has less protection.",
+    "site": "The unit is one site; that it takes part is public, and a person at several sites has less "
+    "protection.",
+}
+
+
 def _limits(charter: Charter) -> Iterator[Block]:
-    unit = (
-        "The unit is one row; a person with several rows, or at several sites, has less protection."
-        if charter.privacy.unit == "row"
-        else "The unit is one subject at one site; a person at several sites has less protection."
-    )
     items = [
-        unit,
+        _UNITS[charter.privacy.unit],
         "What a site's data are, and that its code ran as named, is attested by that site alone.",
         "How long an answer took is not covered by epsilon.",
         "Values beyond the declared ranges are clamped in training and refused in use.",

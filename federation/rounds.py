@@ -24,7 +24,6 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from audit.canonical import canonical_bytes
 from audit.entries import (
     RoundCompleted,
     RunCompleted,
@@ -46,7 +45,7 @@ from federation.errors import (
     RunFailedError,
 )
 from federation.evaluation import PublicData, metrics_of
-from federation.exchange import Exchange, Request
+from federation.exchange import Exchange, Request, members_written
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
@@ -243,11 +242,9 @@ class RoundLoop:
         elif state.opened is not None:
             terms = dataclasses.replace(terms, roster=state.opened.roster)
         records = blob_records({"base_model": state.base_model})
-        alike = self._alike(number, state)
-        requests = {
-            site: replace(request, records=records, written={} if masked is not None else alike)
-            for site, request in requests.items()
-        }
+        told = self._request(number, "", state).header
+        alike = {} if masked is not None else members_written(told, "participants", "previous_round")
+        requests = {site: replace(r, records=records, written=alike) for site, r in requests.items()}
         opening = (lambda _: total) if total is not None else None
         strategy.open_round(
             terms,
@@ -395,11 +392,6 @@ class RoundLoop:
             **shown,
         }
         return Request(kind="round", header=header, blobs={"base_model": state.base_model})
-
-    def _alike(self, number: int, state: RunState) -> dict[str, bytes]:
-        """Return the canonical bytes of what `_request` tells every site alike, written once a round."""
-        shown = self._request(number, "", state).header
-        return {name: canonical_bytes(shown[name]) for name in ("participants", "previous_round")}
 
     def _check_spare(self, number: int, lost: Lost, state: RunState) -> None:
         """End the run where the rounds that may still be opened are fewer than those it lacks."""

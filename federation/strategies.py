@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedYogi
 from audit.layers import parameter_specs
 from audit.replay import AggregationPlan, ReplayError
 from audit.secure_round import SecureRoundError
-from audit.update_bounds import UpdateTerms, is_too_long
+from audit.update_bounds import UpdateTerms, is_too_long, longest_sum, square_norm
 from federation.blobs import BlobStore
 from federation.charter import Charter
 from federation.errors import StatementError
@@ -117,6 +117,7 @@ class ProvableAggregation:
         if self._open_sum is not None:
             try:
                 self._total = self._open_sum(self.accepted)
+                self._check_sum()
             except SecureRoundError as error:
                 self.not_opened = error
                 return None, None
@@ -159,6 +160,24 @@ class ProvableAggregation:
             raise StatementError(
                 site, "update", f"is longer than {terms.norm_bound} grid units, as no honest one is"
             )
+
+    def _check_sum(self) -> None:
+        """Lose a round whose sum no clipped updates make, where the unit is the site: one of them was not.
+
+        Raises:
+            SecureRoundError: nobody can tell which, so there is nobody to leave out.
+        """
+        privacy = self.charter.privacy
+        if not privacy.by_site:
+            return
+        most = longest_sum(
+            grid_bits=privacy.grid_bits,
+            precision=privacy.precision,
+            dimension=self.charter.dimension,
+            shares=[found.statement.event.share_grid for found in self.accepted.values()],
+        )
+        if square_norm(self._total) > most**2:
+            raise SecureRoundError("sum", f"is longer than {most} grid units, as no clipped updates make it")
 
     def arrays(self) -> ArrayRecord:
         """Return the current weights by parameter name."""

@@ -66,6 +66,8 @@ def check_aggregation(chain: Chain) -> Outcome:
         said += f"; no update is longer than an honest one can be, {refused} were and are left out"
     if charter.secure is not None:
         said += ", whose masks come off in the sum alone: each round's keys, survivors and shares are signed"
+    if charter.privacy.unit == "site":
+        said += "; no sum is longer than clipped updates and their noise can make it"
     return Outcome(
         word=Word.PROVED,
         detail=f"{len(outputs)} rounds replayed from the sites' updates{said}; every output model is rebuilt "

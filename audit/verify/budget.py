@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from audit.charter_view import CharterView
+from audit.cost_bodies import UNBOUNDED
 from audit.decimals import decimal_text, parse_decimal
 from audit.entries import (
     ZERO_DIGEST,
@@ -34,6 +35,7 @@ from audit.epsilon import (
 )
 from audit.errors import AuditError
 from audit.shared_noise import site_level
+from audit.units import SITE, counted_for, row_level
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need
 from audit.verify.history import LINKS
 from audit.verify.lost_rounds import fewest_in_a_round
@@ -100,11 +102,13 @@ def check_epsilon(chain: Chain) -> Outcome:
         if site not in taking_part:
             continue
         events = [statement.event for statement in history if statement.run == run]
-        lifetime = [statement.event for statement in history]
-        _check_cost(lifetime)
+        lifetime = counted_for([statement.event for statement in history], charter.privacy.unit)
+        _check_cost(events if lifetime is None else lifetime)
         try:
             spent = _spent(events, delta, charter)
-            if needs_rdp(history):
+            if lifetime is None:
+                spent_ever = Spent(math.inf, "a release that bounds nothing of a whole site", True)
+            elif needs_rdp(history):
                 spent_ever = Spent(rdp_epsilon(lifetime, delta), "RDP upper bound", True)
             else:
                 spent_ever = _spent(lifetime, delta, charter)
@@ -126,7 +130,7 @@ def check_epsilon(chain: Chain) -> Outcome:
                 site=site,
                 run_epsilon=_up(spent.value),
                 lifetime_epsilon=_up(spent_ever.value),
-                events=len(lifetime),
+                events=len(history),
                 delta=decimal_text(charter.privacy.delta),
                 unit=charter.privacy.unit,
                 relation=charter.privacy.relation,
@@ -135,11 +139,12 @@ def check_epsilon(chain: Chain) -> Outcome:
             )
         )
     shared, whole = _shared(charter, chain), _whole_sites(chain, charter, run, taking_part, entry)
-    chain.epsilons = (*lines, *whole)
+    rows = _rows_of_sites(chain, charter, run, taking_part)
+    chain.epsilons = (*lines, *whole, *rows)
     caps = _check_site_caps(chain, run)
     most = max(
         lines,
-        key=lambda line: parse_decimal(line.run_epsilon) if line.run_epsilon != "none" else Decimal(10**9),
+        key=lambda line: _number(line.run_epsilon),
     )
     detail = (
         f"at most {most.run_epsilon} for the run (charter: {charter.privacy.epsilon}), one "
@@ -150,6 +155,12 @@ def check_epsilon(chain: Chain) -> Outcome:
     if whole:
         top = max(whole, key=lambda line: parse_decimal(line.run_epsilon))
         detail += f"; a whole site: at most {top.run_epsilon} for the run, {top.method}"
+    if rows:
+        part = max(rows, key=lambda line: _number(line.run_epsilon))
+        detail += (
+            f"; every round in full (q = 1); a row has its site's protection alone: at most "
+            f"{part.run_epsilon} for the run, replace/one"
+        )
     detail += caps
     if attested:
         detail += (
@@ -236,6 +247,38 @@ def _whole_sites(
             )
         )
     return lines
+
+
+def _rows_of_sites(chain: Chain, charter: CharterView, run: str, taking_part: set[str]) -> list[EpsilonLine]:
+    """Return what the run cost one row, where the unit is the site: its site's protection, never more."""
+    if charter.privacy.unit != SITE:
+        return []
+    lines, delta = [], float(charter.privacy.delta)
+    for site in sorted(taking_part):
+        history = chain.histories[site]
+        bound = recompute([row_level(item.event) for item in history if item.run == run], delta)
+        try:
+            ever = _up(recompute([row_level(item.event) for item in history], delta).value)
+        except EpsilonError:  # earlier runs count subjects: what a row spent there nobody bounds
+            ever = UNBOUNDED
+        lines.append(
+            EpsilonLine(
+                site=site,
+                run_epsilon=_up(bound.value),
+                lifetime_epsilon=ever,
+                events=len(history),
+                delta=decimal_text(charter.privacy.delta),
+                unit="row",
+                relation="replace_one",
+                method=bound.method,
+                claimed="",
+            )
+        )
+    return lines
+
+
+def _number(text: str) -> Decimal:
+    return Decimal(10**9) if text == UNBOUNDED else parse_decimal(text)
 
 
 class Spent:
@@ -387,6 +430,8 @@ def _check_terms(
 
 def _check_claim(claim: SiteEpsilon, field: str, spent: Spent, entry: int) -> bool:
     """Return whether the claim is proved; it fails where it is lower than what was spent."""
+    if getattr(claim, field) == UNBOUNDED and field == "lifetime_epsilon":
+        return True  # claims nothing, and so nothing that is too low
     try:
         claimed = float(parse_decimal(getattr(claim, field)))
     except AuditError as error:
@@ -416,5 +461,5 @@ def _check_charter(value: Decimal, site: str, charter: CharterView, entry: int |
 
 def _up(value: float) -> str:
     if not math.isfinite(value):
-        return "none"
+        return UNBOUNDED
     return decimal_text(Decimal(value).quantize(Decimal("0.0001"), rounding=ROUND_CEILING))

@@ -10,6 +10,7 @@ from audit.errors import AuditError
 from audit.replay import SiteUpdate
 from audit.secure_bodies import RoundOpened
 from audit.secure_round import RoundName, SecureRoundError, SecureTerms, Transcript, open_sum
+from audit.update_bounds import longest_sum, square_norm
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Round, expect
 from audit.weights import encode_update
 
@@ -76,8 +77,32 @@ def opened_update(
     except AuditError as error:
         raise FailError("replay.opened", f"round {body.round}: {error}", leaf.index) from error
     expect(leaf.body.total, digest, code="replay.opened", field="total", entry=leaf.index)
+    _check_length(charter, found, total, leaf.index)
     rows = sum(update.nominal_rows for update in updates)
     return SiteUpdate(site="sum", nominal_rows=rows, weight=float(rows), values=total)
+
+
+def _check_length(charter: CharterView, found: Round, total: Sequence[int], entry: int) -> None:
+    """Where the unit is the site, a sum is no longer than its sites' clipped updates and their noise.
+
+    Raises:
+        FailError: it is; which site sent what was not clipped, nobody can tell.
+    """
+    if charter.privacy.unit != "site":
+        return
+    most = longest_sum(
+        grid_bits=charter.privacy.grid_bits,
+        precision=charter.privacy.precision,
+        dimension=charter.dimension,
+        shares=[statement.body.event.share_grid for statement in found.statements],
+    )
+    if square_norm(total) > most**2:
+        raise FailError(
+            "secure.sum_too_long",
+            f"the sum of round {found.leaf.body.round} is longer than {len(found.statements)} clipped "
+            "updates and their noise: a site sent what was not clipped, and nobody can tell which",
+            entry,
+        )
 
 
 def _entry(chain: Chain, found: Round) -> Leaf[RoundOpened]:

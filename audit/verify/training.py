@@ -112,6 +112,9 @@ def check_noise(chain: Chain) -> Outcome:
         need(None, ROUNDS)
     codes = sorted({leaf.body.agent_code for found in chain.rounds for leaf in found.statements})
     sites = sorted({leaf.body.site for found in chain.rounds for leaf in found.statements})
+    clipped = (
+        "each site's whole update was clipped" if charter.privacy.unit == "site" else "rows were clipped"
+    )
     shared = ""
     if charter.secure is not None:
         fewest = fewest_in_a_round(chain, charter.secure)
@@ -122,7 +125,7 @@ def check_noise(chain: Chain) -> Outcome:
         )
     return Outcome(
         word=Word.ATTESTED,
-        detail=f"by the statement keys of {', '.join(sites)}: that rows were clipped and the noise was "
+        detail=f"by the statement keys of {', '.join(sites)}: that {clipped} and the noise was "
         f"drawn, and "
         f"what the rows were; agent code {', '.join(code[:16] + '…' for code in codes[:4])}{shared}",
     )

@@ -290,6 +290,7 @@ class Mechanism:
         return found if found is not None and is_of_these and found.process == os.getpid() else None
 
     def _sum(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what `_bounded` bounds and noise then hides: the chosen rows' clipped gradients, summed."""
         chosen = sample_rows(self._coins, rows=len(inputs), sample_rate=self.terms.sample_rate)
         if chosen is not None:
             index = torch.from_numpy(chosen)

@@ -26,7 +26,6 @@ from audit.entries import (
     body_document,
     columns_of,
     decode_entry,
-    decode_entry_of,
     decode_signature,
     encode_entry,
     event_hash,
@@ -34,6 +33,7 @@ from audit.entries import (
     parse_body,
     signing_payload,
 )
+from audit.known_leaf import decode_entry_of
 
 EVENT = MechanismEvent(
     mechanism="discrete_gaussian",

@@ -4,7 +4,7 @@ import math
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from audit.decimals import DecimalError, decimal_text, float_text, parse_decimal, rounded_text
@@ -86,6 +86,7 @@ NUMBERS = (
 @given(NUMBERS, st.sampled_from([-math.inf, 0, math.inf]))
 def test_quick_rounding_is_the_definitions(value, towards):
     value = math.nextafter(value, towards) if towards else value
+    assume(math.isfinite(value))  # beside the largest float there is none
     exact = Decimal(repr(value))
     assert rounded_text(value) == rounded_text(exact)  # a Decimal takes the long way
 
