@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import federation_network
-from federation_costs import OFFLINE, Laps, children_mib, peak_mib, resident_mib
+from federation_costs import OFFLINE, Laps, Phases, children_mib, peak_mib, resident_mib
 from federation_page import ROWS, SITES, page
 
 HERE: Final = Path(__file__).resolve().parent
@@ -84,16 +85,22 @@ def simulate_ours(sites: int, rounds: int, **options: Any) -> dict[str, Any]:
     laps, begun, forked = Laps(), time.time(), 0
     ready: list[float] = []
     resident: list[int] = []
+    phases, own, since = Phases(), list[float](), 0.0
 
     def watch(event: Any) -> None:
+        phases.mark(event.kind)
         if event.kind == "accepted":
             ready.append(time.time() - begun)
         if event.kind == "round":
+            nonlocal since
+            own.append(time.process_time() - since)
             laps.mark()
             resident.append(resident_mib())
             if event.round in (1, rounds - 1):
                 nonlocal forked
                 forked = max(forked, children_mib())
+            phases.mark("counted")
+            since = time.process_time()
 
     frames = {f"s{i:04d}": frame(i, features=options.get("features", FEATURES)) for i in range(sites)}
     text = charter(rounds, **options)
@@ -104,6 +111,8 @@ def simulate_ours(sites: int, rounds: int, **options: Any) -> dict[str, Any]:
     return {
         "wall": wall,
         "cpu": cpu,
+        "coordinator_cpu": round(statistics.median(own[1:]), 3),
+        **phases.medians(),
         "peak_mib": peak_mib() + forked,
         "rounds_mib": max(resident),
         "parameters": parameters,

@@ -88,3 +88,25 @@ class Laps:
     def medians(self) -> tuple[float, float]:
         """Median (seconds, CPU-seconds) from one round's end to the next; the first round is a warm-up."""
         return median_laps(self._marks)
+
+
+class Phases:
+    """How a simulated round's seconds are shared out, by the events of its run."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, float] = {}
+        self._found: dict[str, list[float]] = {"asking": [], "answers": [], "closing": []}
+
+    def mark(self, kind: str) -> None:
+        """Note an event; "counted" ends what a benchmark itself did at a round's end."""
+        now = time.time()
+        if kind == "round" and "counted" in self._at:
+            at = self._at
+            self._found["asking"].append(at["asked"] - at["counted"])
+            self._found["answers"].append(at["answered"] - at["asked"])
+            self._found["closing"].append(now - at["answered"])
+        self._at[kind] = now
+
+    def medians(self) -> dict[str, float]:
+        """Seconds until the sites are asked, from there to the last answer, from there to the round's end."""
+        return {name: round(statistics.median(times), 3) for name, times in self._found.items()}
