@@ -27,6 +27,7 @@ _Settled: TypeAlias = "tuple[asyncio.Future[Result], Result | AuditError]"
 
 _RETRY_AFTER_S = 0.5
 _EMPTY_TURNS = 4
+_LARGE = 32  # a batch of half as many is worth its commit, however large the last one was
 
 
 class Sequencer(Generic[Request, Result]):
@@ -121,7 +122,7 @@ class Sequencer(Generic[Request, Result]):
 
     def _is_few(self, count: int) -> bool:
         """Whether most of those who shared the last batch are not back yet."""
-        return 2 * count < self._crowd
+        return 2 * count < min(self._crowd, _LARGE)
 
     def _call(self) -> None:
         self._idle, self._called = False, True

@@ -20,7 +20,8 @@ from audit.errors import AuditError
 
 _logger = logging.getLogger(__name__)
 
-COMMITS: Final = 60  # between two turns; at some twenty pages each, well below SQLite's own limit
+COMMITS: Final = 60  # between two turns, where commits are small: at some twenty pages each, 1,200 pages
+_ROWS: Final = 128  # that cost a commit the pages of another one and more
 
 
 class WalBackfill:
@@ -33,11 +34,11 @@ class WalBackfill:
         self._thread: threading.Thread | None = None
         self._has_rest = False
 
-    def committed(self) -> None:
-        """Take note of a commit; the one thread that writes calls this after each."""
+    def committed(self, rows: int = 1) -> None:
+        """Take note of a commit of so many rows; the one thread that writes calls this after each."""
         if not self._is_file:
             return
-        self._since += 1
+        self._since += 1 + rows // _ROWS
         if self._has_rest:
             self._has_rest = False
             self._copy()

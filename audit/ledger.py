@@ -397,7 +397,7 @@ class Ledger:
 
         def commit(batch: list[AppendRequest]) -> list[Sequenced | AuditError]:
             outcomes = commit_batch(engine, batch)
-            backfill.committed()
+            backfill.committed(len(batch))
             return outcomes
 
         self._sequencer: Sequencer[AppendRequest, Sequenced] = Sequencer(
