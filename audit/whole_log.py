@@ -3,7 +3,7 @@
 The file is examined from its bytes (`audit.fsck`), then its newest checkpoint that the policy's log signed
 and a quorum of its witnesses cosigned is looked for. What lies beyond that checkpoint is named: only the
 operator stands behind it. Last, every population's odometer is walked over all its releases in the log.
-Needs SQLModel, unlike the verification of evidence files.
+Needs SQLAlchemy, unlike the verification of evidence files.
 """
 
 from __future__ import annotations
