@@ -33,6 +33,7 @@ _DASH = "\N{EM DASH} ".encode()
 _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 _NO_NAME = re.compile(r"[\s\x00-\x1f+]")  # \s is what str.isspace says
 _VKEY = re.compile(r"([^+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]+={0,2})")
+_TIMESTAMP_SIZE = 8
 
 
 class KeyType(IntEnum):
@@ -117,8 +118,8 @@ class NoteVerifier:
         if self.kind is KeyType.ED25519:
             message, signature, timestamp = text, payload, None
         else:
-            timestamp = int.from_bytes(payload[:8], "big")
-            message, signature = cosigned_bytes(text, timestamp), payload[8:]
+            timestamp = int.from_bytes(payload[:_TIMESTAMP_SIZE], "big")
+            message, signature = cosigned_bytes(text, timestamp), payload[_TIMESTAMP_SIZE:]
         if len(signature) != SIGNATURE_SIZE or (timestamp or 0) > MAX_TIMESTAMP:
             raise BadSignatureError(f"signature by {self.name} has a wrong length or time", key=self.vkey)
         try:
@@ -170,6 +171,12 @@ class SignatureLine:
     name: str
     key_id: bytes  # 4 bytes, a hint
     payload: bytes
+
+    @property
+    def claimed_timestamp(self) -> int | None:
+        """When a line of a cosignature's form says it was made, POSIX seconds; None for any other."""
+        is_cosignature = len(self.payload) == _TIMESTAMP_SIZE + SIGNATURE_SIZE
+        return int.from_bytes(self.payload[:_TIMESTAMP_SIZE], "big") if is_cosignature else None
 
     def format(self) -> bytes:
         encoded = base64.b64encode(self.key_id + self.payload)

@@ -96,7 +96,7 @@ class Publisher:
         self._interval_s = interval_s
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self._meeting: tuple[float, int, bytes] | None = None
+        self._meeting: tuple[float, int] | None = None  # since when, and of how many entries
 
     async def start(self) -> None:
         """Take the first turn, then go on by the timer.
@@ -130,15 +130,37 @@ class Publisher:
     async def meeting(self) -> bytes:
         """Return a checkpoint that stays the same for a while, so that witnesses sign one and not many.
 
-        It comes with the cosignatures that it has by now.
+        It comes with the cosignatures that it has by now, and holds all that was durable when the meeting
+        began. What a witness has just cosigned is the meeting of every worker, whichever began it.
         """
-        now = time.monotonic()
-        if self._meeting is None or now - self._meeting[0] >= _MEETING_S:
+        now, held = time.monotonic(), self._meeting
+        cosigned = await to_thread.run_sync(self._just_cosigned)
+        if cosigned is not None:
+            size = parse_checkpoint_note(cosigned).tree_size
+            if held is None or size > held[1]:
+                held = self._meeting = (now, size)
+        if held is not None and now - held[0] < _MEETING_S:
+            note = await to_thread.run_sync(self._coordinator.ledger.checkpoint_at, held[1])
+            if note is not None:
+                return note
+        try:
+            note = await self.publish()
+        except SignerBusyError:  # who signs is late: witnesses get what there is
             note = await self.current()
-            self._meeting = (now, parse_checkpoint_note(note).tree_size, note)
-            return note
-        _, size, note = self._meeting
-        return await to_thread.run_sync(self._coordinator.ledger.checkpoint_at, size) or note
+        self._meeting = (now, parse_checkpoint_note(note).tree_size)
+        return note
+
+    def _just_cosigned(self) -> bytes | None:
+        """The newest recent checkpoint that a witness signed in these seconds, by that witness's clock."""
+        since, tried = self._clock().timestamp() - _MEETING_S, 0
+
+        def is_over(note: bytes) -> bool:
+            nonlocal tried
+            tried += 1
+            return tried > _RECENT or _cosigned_at(note) >= since
+
+        note = self._coordinator.ledger.latest_checkpoint(is_over)
+        return note if note is not None and _cosigned_at(note) >= since else None
 
     async def cover(self, leaf_index: int) -> None:
         """Sign a checkpoint now, unless one holds `leaf_index` already or the log lacks that entry."""
@@ -233,3 +255,9 @@ class Publisher:
             signature.timestamp is not None and signature.timestamp <= latest.timestamp() + _FUTURE_S
             for signature in signatures
         )
+
+
+def _cosigned_at(note: bytes) -> float:
+    """When the note's last cosignature was made, by its own word; -inf where there is none."""
+    said = [line.claimed_timestamp for line in parse_note(note).signatures]
+    return max((moment for moment in said if moment is not None), default=-math.inf)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from fastapi.testclient import TestClient
 
-from audit.checkpoints import parse_checkpoint_note
+from audit.checkpoints import add_signatures, cosign, parse_checkpoint_note
 from audit.entries import KeyRevoked
+from audit.keys import SigningKey
+from audit.notes import KeyType, NoteSigner
 from server.app import create_app
 from server.errors import CheckpointLateError
 from server.publishing import Backlog
@@ -46,6 +48,34 @@ def test_witnesses_meet_on_one_checkpoint_while_the_log_grows(lab):
         lab.coordinator.ledger.wait_checkpointed(placed.leaf_index, 60)
         assert size_of(client.get("/v1/audit/checkpoint")) > parse_checkpoint_note(met).tree_size
         assert client.get("/v1/audit/checkpoint?meeting=true").content == met
+
+
+def test_what_a_witness_has_just_cosigned_is_where_all_meet_whichever_worker_began_it(lab):
+    """Workers share nothing but the log: each with a meeting of its own would split the witnesses."""
+    key = NoteSigner("north", SigningKey.generate(), KeyType.COSIGNATURE)
+    first = lab.coordinator.publish()
+    lab.coordinator.append(KeyRevoked(key_id="a"), "server")
+    now = int(lab.clock().timestamp())
+    lab.coordinator.ledger.store_checkpoint(add_signatures(first, [cosign(first, key, now - 1)]))
+    app = create_app(lab.settings(publish_interval_s=0.1), clock=lab.clock)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        newest = lab.coordinator.ledger.tree_size
+        wait_until(lambda: size_of(client.get("/v1/audit/checkpoint")) == newest)
+        met = client.get("/v1/audit/checkpoint?meeting=true")
+        assert size_of(met) == parse_checkpoint_note(first).tree_size < newest
+        assert "\u2014 north " in met.text
+
+
+@pytest.mark.parametrize("ago_s", [6, 3600])
+def test_meeting_that_is_over_is_not_begun_again_and_a_new_one_holds_all_that_is_durable(lab, ago_s):
+    key = NoteSigner("north", SigningKey.generate(), KeyType.COSIGNATURE)
+    first = lab.coordinator.publish()
+    then = int(lab.clock().timestamp()) - ago_s
+    lab.coordinator.ledger.store_checkpoint(add_signatures(first, [cosign(first, key, then)]))
+    app = create_app(lab.settings(publish_interval_s=3600), clock=lab.clock)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        placed = lab.coordinator.append(KeyRevoked(key_id="a"), "server")
+        assert size_of(client.get("/v1/audit/checkpoint?meeting=true")) == placed.leaf_index + 1
 
 
 @pytest.mark.parametrize("value", ["maybe", "", "2"])
