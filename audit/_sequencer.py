@@ -3,8 +3,9 @@
 There is no timer: while one batch is being made durable the next one gathers, so a lone request waits for
 nothing and a crowd shares one commit. Of an event loop, what one turn of it queues is one batch: the thread
 is woken at the turn's end, not by the first of them. Those whose entries shared a commit come back together
-too: as long as fewer than half of as many wait, and turn after turn of the loop brings more, the batch stays
-open; after a few empty turns, some microseconds each, it goes with what it has.
+too: as long as fewer than half of as many wait (and fewer than 16, which are worth a commit), and turn after
+turn of the loop brings more, the batch stays open; after a few empty turns, some microseconds each, it goes
+with what it has.
 """
 
 from __future__ import annotations

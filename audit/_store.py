@@ -129,18 +129,28 @@ def reading(engine: Engine) -> Iterator[Connection]:
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the write lock from its first moment, durable when the block ends."""
-    options = {_WRITE: True}
-    if engine.dialect.name != "sqlite":
-        with translated(), engine.connect().execution_options(**options) as connection, connection.begin():
+    with (
+        _turn_of(engine),
+        translated(),
+        engine.connect().execution_options(**{_WRITE: True}) as connection,
+        connection.begin(),
+    ):
+        if engine.dialect.name != "sqlite":
             connection.execute(_LOCK_HEAD)
-            yield connection
+        yield connection
+
+
+@contextlib.contextmanager
+def _turn_of(engine: Engine) -> Iterator[None]:
+    """Among the threads of this process that write to one file; a server orders everybody by itself."""
+    if engine.dialect.name != "sqlite":
+        yield
         return
     turn = _turns.setdefault(engine, threading.Lock())
     if not turn.acquire(timeout=BUSY_TIMEOUT_S):
         raise LedgerBusyError(retry_after_s=1.0, pending=0)
     try:
-        with translated(), engine.connect().execution_options(**options) as connection, connection.begin():
-            yield connection
+        yield
     finally:
         turn.release()
 

@@ -12,16 +12,17 @@ import hmac
 import re
 import secrets
 
+from audit.chance import PIECE, piece
 from audit.errors import CommitmentError
 
-SALT_SIZE = 32
+SALT_SIZE = PIECE
 
 _FIELD = re.compile(r"[a-z][a-z0-9_.]{0,63}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
 def new_salt() -> bytes:
-    return secrets.token_bytes(SALT_SIZE)
+    return piece()  # of `SALT_SIZE` bytes
 
 
 def new_pseudonym() -> str:

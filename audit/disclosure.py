@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,7 +23,7 @@ from typing import Any, Final
 from audit.access_bodies import AuditRead
 from audit.bodies import Body, Prediction
 from audit.canonical import JsonValue, canonical_bytes, parse_canonical
-from audit.commitments import SALT_SIZE, parse_salt
+from audit.commitments import SALT_SIZE, new_salt, parse_salt
 from audit.errors import AuditError, CommitmentError
 from audit.runtime_bodies import PredictionShadowed
 
@@ -108,7 +107,7 @@ def new_part(values: Mapping[str, JsonValue]) -> SealedPart:
     for name in values:
         if not name or len(name) > _MAX_NAME or "\0" in name:
             raise DisclosureError(name, "is no name of a field")
-    return SealedPart(secrets.token_bytes(SALT_SIZE), values)
+    return SealedPart(new_salt(), values)
 
 
 def field_salt(salt: bytes, part: str, name: str) -> bytes:

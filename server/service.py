@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from audit import chance
 from audit.canonical import canonical_bytes
-from audit.commitments import commit
+from audit.commitments import commit, new_salt
 from audit.disclosure import CONTEXT, new_part
 from audit.encoding import EncodingError, PlainRow, plain_row
 from audit.entries import Prediction, PredictionDenied, RowCommitment
@@ -381,7 +380,7 @@ def _commit(
     for row, answer in zip(plain, answers, strict=True):
         input_text = row.canonical() if type(row) is PlainRow else canonical_bytes(row)
         output_text = canonical_bytes(answer)
-        input_salt, output_salt = chance.piece(), chance.piece()
+        input_salt, output_salt = new_salt(), new_salt()
         commitments.append(
             RowCommitment(
                 input=commit("input", input_salt, input_text),

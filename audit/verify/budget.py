@@ -24,6 +24,7 @@ from audit.entries import (
     event_hash,
 )
 from audit.epsilon import (
+    EpsilonBound,
     EpsilonError,
     epsilon_floor,
     epsilon_text,
@@ -233,19 +234,7 @@ def _whole_sites(
         ever = "none"
         if all(statement.event.site_sensitivity_grid for statement in history):
             ever = _up(recompute([site_level(statement.event) for statement in history], delta).value)
-        lines.append(
-            EpsilonLine(
-                site=site,
-                run_epsilon=_up(bound.value),
-                lifetime_epsilon=ever,
-                events=len(history),
-                delta=decimal_text(charter.privacy.delta),
-                unit="site",
-                relation="zero_out",
-                method=bound.method,
-                claimed="",
-            )
-        )
+        lines.append(_unclaimed(charter, site, len(history), bound, ever, unit="site", relation="zero_out"))
     return lines
 
 
@@ -261,20 +250,25 @@ def _rows_of_sites(chain: Chain, charter: CharterView, run: str, taking_part: se
             ever = _up(recompute([row_level(item.event) for item in history], delta).value)
         except EpsilonError:  # earlier runs count subjects: what a row spent there nobody bounds
             ever = UNBOUNDED
-        lines.append(
-            EpsilonLine(
-                site=site,
-                run_epsilon=_up(bound.value),
-                lifetime_epsilon=ever,
-                events=len(history),
-                delta=decimal_text(charter.privacy.delta),
-                unit="row",
-                relation="replace_one",
-                method=bound.method,
-                claimed="",
-            )
-        )
+        lines.append(_unclaimed(charter, site, len(history), bound, ever, unit="row", relation="replace_one"))
     return lines
+
+
+def _unclaimed(
+    charter: CharterView, site: str, events: int, bound: EpsilonBound, ever: str, *, unit: str, relation: str
+) -> EpsilonLine:
+    """A line that no entry claims: it follows from the same events, counted for another unit."""
+    return EpsilonLine(
+        site=site,
+        run_epsilon=_up(bound.value),
+        lifetime_epsilon=ever,
+        events=events,
+        delta=decimal_text(charter.privacy.delta),
+        unit=unit,
+        relation=relation,
+        method=bound.method,
+        claimed="",
+    )
 
 
 def _number(text: str) -> Decimal:

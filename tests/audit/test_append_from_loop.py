@@ -267,6 +267,18 @@ async def crowd_of_eight(
     await asyncio.wait_for(asyncio.gather(straggler, *eight), 20)
 
 
+async def eight_in_a_commit(
+    sequencer: Sequencer[Any, Any], seen: list[list[Any]], gate: threading.Semaphore
+) -> list[asyncio.Future[Any]]:
+    """Return what eight wait for whose commit has begun and waits for the gate."""
+    gate.release()
+    await sequencer.submit_from_loop("first")
+    eight = [sequencer.submit_from_loop(number) for number in range(8)]
+    while len(seen) < 2:
+        await asyncio.sleep(0.001)
+    return eight
+
+
 def test_who_comes_during_a_crowds_commit_shares_the_crowds_next_one() -> None:
     sequencer, seen, gate = gated()
     asyncio.run(crowd_of_eight(sequencer, seen, gate, come_back=True))
@@ -286,11 +298,7 @@ def test_thread_waits_for_no_crowd_of_a_loop() -> None:
     sequencer, seen, gate = gated()
 
     async def ask() -> None:
-        gate.release()
-        await sequencer.submit_from_loop("first")
-        eight = [sequencer.submit_from_loop(number) for number in range(8)]
-        while len(seen) < 2:
-            await asyncio.sleep(0.001)
+        eight = await eight_in_a_commit(sequencer, seen, gate)
         thread = sequencer.submit("thread")
         for _ in range(8):
             gate.release()
@@ -306,12 +314,7 @@ def test_what_is_left_to_a_loop_that_ends_is_written_by_whoever_comes_next() -> 
     sequencer, seen, gate = gated()
 
     async def leaves() -> None:
-        gate.release()
-        await sequencer.submit_from_loop("first")
-        for number in range(8):
-            sequencer.submit_from_loop(number)
-        while len(seen) < 2:
-            await asyncio.sleep(0.001)
+        await eight_in_a_commit(sequencer, seen, gate)
         sequencer.submit_from_loop("straggler")
 
     asyncio.run(leaves())
@@ -330,11 +333,7 @@ def test_close_writes_what_was_left_to_a_loop() -> None:
     sequencer, seen, gate = gated()
 
     async def ask() -> None:
-        gate.release()
-        await sequencer.submit_from_loop("first")
-        eight = [sequencer.submit_from_loop(number) for number in range(8)]
-        while len(seen) < 2:
-            await asyncio.sleep(0.001)
+        eight = await eight_in_a_commit(sequencer, seen, gate)
         straggler = sequencer.submit_from_loop("straggler")
         for _ in range(8):
             gate.release()
