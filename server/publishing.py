@@ -23,6 +23,7 @@ from audit.errors import AuditError, BadSignatureError, LeaseLostError, SignerBu
 from audit.notes import NoteVerifier, SignatureLine, open_note, parse_note
 from audit.principal import Principal
 from federation.coordinator import Coordinator
+from federation.trust import log_policy
 from server.errors import CheckpointLateError
 from server.hooks import Facts
 from server.journal import Clock
@@ -151,7 +152,12 @@ class Publisher:
         return note
 
     def _just_cosigned(self) -> bytes | None:
-        """The newest recent checkpoint that a witness signed in these seconds, by that witness's clock."""
+        """The newest recent checkpoint that waits for more witnesses, and was signed by one in these seconds.
+
+        Their clocks count. One with its quorum needs nobody any more, and one under a key that was exchanged
+        since is not what witnesses should come to.
+        """
+        ledger = self._coordinator.ledger
         since, tried = self._clock().timestamp() - _MEETING_S, 0
 
         def is_over(note: bytes) -> bool:
@@ -159,8 +165,15 @@ class Publisher:
             tried += 1
             return tried > _RECENT or _cosigned_at(note) >= since
 
-        note = self._coordinator.ledger.latest_checkpoint(is_over)
-        return note if note is not None and _cosigned_at(note) >= since else None
+        note = ledger.latest_checkpoint(is_over)
+        if note is None or _cosigned_at(note) < since:
+            return None
+        try:
+            open_note(note, [NoteVerifier.parse(self._coordinator.log_key)])
+            found = log_policy(ledger).open(note, now=int(self._clock().timestamp())).quorum
+        except AuditError:
+            return None
+        return None if found.satisfied else note
 
     async def cover(self, leaf_index: int) -> None:
         """Sign a checkpoint now, unless one holds `leaf_index` already or the log lacks that entry."""

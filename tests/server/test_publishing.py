@@ -66,6 +66,18 @@ def test_what_a_witness_has_just_cosigned_is_where_all_meet_whichever_worker_beg
         assert "\u2014 north " in met.text
 
 
+def test_checkpoint_that_needs_no_witness_any_more_is_no_meeting(lab):
+    """As after a run, whose last round all sites have just cosigned: no answer since then is in it."""
+    first = lab.coordinator.publish()
+    now = int(lab.clock().timestamp())
+    alpha = NoteSigner("alpha", lab.site_witness, KeyType.COSIGNATURE)  # the one site that is enrolled
+    lab.coordinator.ledger.store_checkpoint(add_signatures(first, [cosign(first, alpha, now - 1)]))
+    app = create_app(lab.settings(publish_interval_s=3600), clock=lab.clock)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        placed = lab.coordinator.append(KeyRevoked(key_id="a"), "server")
+        assert size_of(client.get("/v1/audit/checkpoint?meeting=true")) == placed.leaf_index + 1
+
+
 @pytest.mark.parametrize("ago_s", [6, 3600])
 def test_meeting_that_is_over_is_not_begun_again_and_a_new_one_holds_all_that_is_durable(lab, ago_s):
     key = NoteSigner("north", SigningKey.generate(), KeyType.COSIGNATURE)
