@@ -9,6 +9,9 @@ TORCH_OPTIONS ?=
 PYTEST_OPTIONS ?=
 COVERAGE ?= -m slipcover
 WORKERS ?= 2
+# A test that hangs says where every thread was and fails, and the others go on; one that hangs outside
+# Python, where no signal is handled, ends the run.
+HANGS := --timeout 120 -o faulthandler_timeout=180 -o faulthandler_exit_on_timeout=true --max-worker-restart 0
 # The test files of the first release's parts, one a line; as a whole within 150 s on two cores.
 FIRST_RELEASE := tests/first_release.txt
 
@@ -59,7 +62,8 @@ demo-network: $(STAMP)  ## the same over TLS and authentication, each hospital i
 	@$(BIN)/affidavit demo --network --folder affidavit-demo-network
 
 test: $(STAMP)  ## every test but the soak, with a coverage report
-	$(BIN)/python $(COVERAGE) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
+	$(BIN)/python $(COVERAGE) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	    $(HANGS) $(PYTEST_OPTIONS)
 
 test-first: $(STAMP)  ## the same for the parts of the first release alone, and how long they took
 	@begun=$$(date +%s); status=0; $(MAKE) --no-print-directory test PYTEST_OPTIONS="@$(FIRST_RELEASE) $(PYTEST_OPTIONS)" || status=$$?; \

@@ -23,6 +23,7 @@ from sqlalchemy.exc import DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
+from audit import _forks
 from audit._files import sync_folder
 from audit._postgresql import name_fault, prepare
 from audit.errors import (
@@ -50,6 +51,7 @@ _turns: weakref.WeakKeyDictionary[Engine, threading.Lock] = weakref.WeakKeyDicti
 
 def connect(path: Path, *, mode: str = "rw") -> sqlite3.Connection:
     """Open an existing file; SQLite is never left to create one."""
+    _forks.check_usable()
     connection = sqlite3.connect(
         f"file:{quote(str(path.absolute()))}?mode={mode}",
         uri=True,
@@ -81,6 +83,7 @@ def open_engine(location: Location) -> Engine:
         else:
             connection.exec_driver_sql("BEGIN")
 
+    _forks.watch(engine)
     return engine
 
 
@@ -118,8 +121,12 @@ def reading(engine: Engine) -> Iterator[Connection]:
     """A read transaction on one snapshot; database faults leave as errors of the ledger."""
     with translated():
         if engine.dialect.name == "sqlite":
-            with engine.begin() as connection:
-                yield connection
+            thread = _forks.enter()
+            try:
+                with engine.begin() as connection:
+                    yield connection
+            finally:
+                _forks.leave(thread)
             return
         options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         with engine.connect().execution_options(**options) as connection, connection.begin():
@@ -150,7 +157,11 @@ def _turn_of(engine: Engine) -> Iterator[None]:
     if not turn.acquire(timeout=BUSY_TIMEOUT_S):
         raise LedgerBusyError(retry_after_s=1.0, pending=0)
     try:
-        yield
+        thread = _forks.enter()
+        try:
+            yield
+        finally:
+            _forks.leave(thread)
     finally:
         turn.release()
 

@@ -137,7 +137,12 @@ def migrate(connection: Connection, revision: str = "head") -> None:
 def writing(engine: Engine) -> Iterator[tuple[Connection, Any]]:
     """A transaction that holds the vault's write lock, with the head's row; durable when the block ends."""
     options = {_store._WRITE: True}
-    with _store.translated(), engine.connect().execution_options(**options) as connection, connection.begin():
+    with (
+        _store._turn_of(engine),
+        _store.translated(),
+        engine.connect().execution_options(**options) as connection,
+        connection.begin(),
+    ):
         query = select(VAULT_HEAD).where(VAULT_HEAD.c.id == 1)
         if engine.dialect.name != "sqlite":
             query = query.with_for_update()

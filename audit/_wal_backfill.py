@@ -15,7 +15,7 @@ from typing import Final
 
 from sqlalchemy import Engine
 
-from audit import _store
+from audit import _forks, _store
 from audit.errors import AuditError
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class WalBackfill:
             self._thread = None
 
     def _copy(self) -> None:
+        thread = _forks.enter()
         try:
             with _store.translated(), self._engine.connect() as connection:
                 raw = connection.connection.driver_connection
@@ -69,3 +70,5 @@ class WalBackfill:
                         cursor.fetchone()
         except AuditError as error:
             _logger.warning("the write-ahead log could not be copied back yet: %s", error)
+        finally:
+            _forks.leave(thread)

@@ -32,11 +32,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
+def _without_collection(work: Callable[[], None]) -> Callable[[], None]:
+    """Of work that calls `sys._current_frames`: before Python 3.12 that holds a lock of the interpreter's
+    which every new thread needs, and where a collection begins there, and a finalizer in it lets another
+    thread run that starts a third, all of them wait for ever (CPython's gh-106883).
+    """
+
+    def run() -> None:
+        is_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            work()
+        finally:
+            if is_enabled:
+                gc.enable()
+
+    return run
+
+
 # Slipcover walks every function of every module when a line has been counted this often after it was seen,
 # to stop counting it. Fifty, its own figure, costs each worker more walks than they save.
 _coverage = getattr(sys.modules.get("slipcover.pytest_plugin"), "_slipcover_instance", None)
 if _coverage is not None:
     _coverage.d_miss_threshold = 5000
+    # A thread that holds its lock while a test forks would leave it held in the child.
+    os.register_at_fork(
+        before=_coverage.lock.acquire,
+        after_in_parent=_coverage.lock.release,
+        after_in_child=_coverage.lock.release,
+    )
+    if hasattr(_coverage, "deinstrument_seen"):
+        _coverage.deinstrument_seen = _without_collection(_coverage.deinstrument_seen)
 
 # While modules are imported next to nothing becomes garbage, and what they made stays: look at neither again.
 gc.disable()
