@@ -13,11 +13,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from audit.checkpoints import parse_checkpoint_note
-from audit.errors import AuditError, LogKeyError, SignerBusyError, SignerError
+from audit.errors import AuditError, LeaseLostError, LogKeyError, SignerBusyError, SignerError
 from audit.lease import Lease
 from audit.ledger import Ledger
 from audit.notes import open_note
@@ -66,6 +67,8 @@ class Publisher:
         self._turn = threading.Lock()
         self._lease: tuple[int, Lease] | None = None
         self._keeps = self._held = False
+        self._alone = 0  # how many are in `keeping`
+        self._kept_until = 0.0  # monotonic: until then it is not asked for again, while `keeping`
 
     @property
     def lease(self) -> Lease:
@@ -104,12 +107,23 @@ class Publisher:
         deadline = time.monotonic() + timeout_s
         while True:
             with self._turn:
-                if self._lead():
+                is_kept = self._alone > 0 and self._is_mine() and time.monotonic() < self._kept_until
+                if is_kept or self._lead():
                     try:
-                        return self._publish() or self.ledger.latest_checkpoint() or b""
-                    finally:
-                        if not self._keeps:
-                            self.lease.release()
+                        note = self._publish() or self.ledger.latest_checkpoint() or b""
+                    except LeaseLostError:
+                        self._let_go()
+                        if is_kept:  # another took it since it was asked for
+                            continue
+                        raise
+                    except BaseException:
+                        self._let_go()
+                        raise
+                    if not self._alone:
+                        self._let_go()
+                    elif not is_kept:
+                        self._kept_until = time.monotonic() + self._ttl_s / 2
+                    return note
             note = self.ledger.latest_checkpoint()
             if note is not None and parse_checkpoint_note(note).tree_size >= wanted:
                 return note
@@ -117,17 +131,44 @@ class Publisher:
                 raise SignerBusyError(f"another process signs for the log, but not within {timeout_s} s")
             time.sleep(_POLL_S)
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep the lease from one `publish` to the next: for whoever is alone with a log and publishes often.
+
+        It is asked for again once half of its time is over. Whoever stores a checkpoint must hold it all the
+        same, by its token: one that another took meanwhile is noticed there, and asked for again.
+        """
+        with self._turn:
+            self._alone += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._alone -= 1
+                if not self._alone and self._kept_until:
+                    self._let_go()
+
     @property
     def leads(self) -> bool:
         """Whether this process held the lease at its last turn."""
-        return self._keeps and self._lease is not None and self._lease[0] == os.getpid() and self._held
+        return self._keeps and self._is_mine() and self._held
 
     def close(self) -> None:
         """Give the lease back, so that the next process need not wait for its end."""
         with self._turn:
             self._keeps = False
-            if self._lease is not None and self._lease[0] == os.getpid() and self.lease.token:
-                self.lease.release()
+            if self._is_mine() and self.lease.token:
+                self._let_go()
+
+    def _is_mine(self) -> bool:
+        """Whether this process ever asked for the lease: a forked child never did."""
+        return self._lease is not None and self._lease[0] == os.getpid()
+
+    def _let_go(self) -> None:
+        """Give the lease back, unless `step` keeps it."""
+        self._kept_until = 0.0
+        if not self._keeps:
+            self.lease.release()
 
     def _lead(self) -> bool:
         before = self.lease.token

@@ -123,7 +123,7 @@ class RoundLoop:
             RunHeldError: another process carries it out.
             ResumeError: it was begun, and cannot go on; `ResumeLaterError`: not with the sites that are here.
         """
-        with self._hold:
+        with self._hold, self._coordinator.alone():
             past = RunPast.read(self._coordinator.ledger, self._run.run)
             if past.started is not None:
                 self._check_same(past)
