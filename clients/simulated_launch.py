@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LARGE_MODEL: Final = 1_000_000  # parameters; one site at a time computes from here on, for memory's sake
 RAY_STARTS_S: Final = 120.0
 MOST_PROCESSES: Final = 8  # the coordinator's own work does not share out: more would wait for it
+NO_PAUSE_S: Final = 1e-6
 _LINK_VARIABLES: Final = ("AFFIDAVIT_AGENT", "AFFIDAVIT_SITES")
 
 
@@ -110,7 +111,7 @@ def forked_launch(agents: Mapping[str, Agent], *, processes: int) -> Launch:
                 run_config=config,
             ) as grid,
         ):
-            _serve(grid, config)
+            _serve(grid, {**config, "poll-s": NO_PAUSE_S})  # the grid itself waits for what comes
 
     return launch
 
