@@ -110,7 +110,7 @@ class Publisher:
                 is_kept = self._alone > 0 and self._is_mine() and time.monotonic() < self._kept_until
                 if is_kept or self._lead():
                     try:
-                        note = self._publish() or self.ledger.latest_checkpoint() or b""
+                        published = self._publish() or self.ledger.latest_checkpoint() or b""
                     except LeaseLostError:
                         self._let_go()
                         if is_kept:  # another took it since it was asked for
@@ -123,7 +123,7 @@ class Publisher:
                         self._let_go()
                     elif not is_kept:
                         self._kept_until = time.monotonic() + self._ttl_s / 2
-                    return note
+                    return published
             note = self.ledger.latest_checkpoint()
             if note is not None and parse_checkpoint_note(note).tree_size >= wanted:
                 return note

@@ -26,6 +26,7 @@ from audit.entries import (
     parse_body,
     run_digest,
     signing_payload,
+    with_fields,
 )
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
@@ -132,7 +133,7 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
     if count != terms.released:
         raise StatementError(site, "update", f"has {count} numbers, the model {terms.released}")
     # names and event again are the round's own, not one more copy of them a site
-    statement = dataclasses.replace(statement, participants=terms.participants, event=terms.event)
+    statement = with_fields(statement, participants=terms.participants, event=terms.event)
     return AcceptedUpdate(statement=statement, read=lambda: update)
 
 

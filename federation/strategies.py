@@ -61,7 +61,7 @@ class ProvableAggregation:
         self._steps = 0  # rounds that gave a model; one that is abandoned moves no optimiser
         self._terms: RoundTerms | None = None
         self._nodes: dict[int, str] = {}
-        self._requests: list[Message] = []
+        self._requests: Mapping[str, Message] = {}
         self.blobs: BlobStore | None = None
         self._open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None
         self._total: Sequence[int] = ()
@@ -72,22 +72,26 @@ class ProvableAggregation:
         terms: RoundTerms,
         requests: Mapping[str, Message],
         open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None,
+        *,
+        nodes: Mapping[int, str] | None = None,
     ) -> None:
         """Say what the coming round's statements must hold, and which message each participant gets.
 
-        `open_sum` returns the sum of accepted updates that are masked; None where they are not.
+        `open_sum` returns the sum of accepted updates that are masked; None where they are not. `nodes` are
+        the participants by their node; by default the messages are looked at, all of them.
         """
         self._terms, self._open_sum = terms, open_sum
         self._total, self.not_opened = (), None
-        self._requests = [requests[site] for site in sorted(requests)]
-        self._nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
+        if nodes is None:
+            nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
+        self._requests, self._nodes = requests, dict(nodes)
         self.accepted, self.rejected, self.too_long = {}, {}, {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return one message a participant; nobody is sampled, the charter says who takes part."""
-        return list(self._requests)
+        """Yield one message a participant; nobody is sampled, the charter says who takes part."""
+        return (self._requests[site] for site in sorted(self._requests))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
