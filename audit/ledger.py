@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine, Row, Select, bindparam, func, inspect
 from audit import _store, merkle
 from audit._bulk import run
 from audit._checkpoint_store import CheckpointStore
-from audit._integrate import AppendRequest, Guard, Sequenced, commit_batch, read_edge
+from audit._integrate import AppendRequest, Guard, Sequenced, commit_batch, newest_query, read_edge
 from audit._search import matching
 from audit._sequencer import Sequencer
 from audit._store import blob
@@ -331,6 +331,12 @@ class Ledger:
         if after is not None:
             query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)
         return self._select(query.order_by(LEAF.c.idx.desc() if newest_first else LEAF.c.idx).limit(limit))
+
+    def has_since(self, type: str, leaf_index: int) -> bool:
+        """Whether an entry of this type came after a leaf: a cheaper question than what it is."""
+        with _store.reading(self._engine) as connection:
+            (found,) = run(connection, newest_query((type,)), {"after": leaf_index}).fetchone()
+        return found is not None
 
     def count(self, *, before: int | None = None, after: int | None = None, **columns: Any) -> int:
         """Return how many entries `search` would find by these columns, after < leaf index < before."""

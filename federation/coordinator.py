@@ -323,6 +323,9 @@ class Coordinator:
 
     def enrolments(self) -> Mapping[str, SiteEnrolled]:
         """Return each site's latest enrolment in the log; what was read before is not read again."""
+        after = -1 if self._enrolled_until is None else self._enrolled_until
+        if not self.ledger.has_since("site.enrolled", after):
+            return self._enrolled
         while page := self.ledger.search(type="site.enrolled", after=self._enrolled_until, limit=1000):
             for stored in page:
                 body = decode_entry(stored.body).body

@@ -106,7 +106,7 @@ class RoundLoop:
         self._exchange = exchange or Exchange(grid)
         self._witnessing = Witnessing(coordinator, self._exchange)
         self._hold = RunHold(coordinator.ledger, run_started.run, ttl_s=hold_s)
-        self._event = planned_event(charter)
+        self._event, self._planned = planned_event(charter), planned_events(charter)
         self._started = time.monotonic()
         data = None if charter.public_set is None else coordinator.blobs.find(charter.public_set.digest)
         self._public = None if data is None else PublicData.read(charter, data)
@@ -489,7 +489,7 @@ class RoundLoop:
 
     def _epsilon(self, opened: int, *, is_over: bool = False) -> float:
         """What the run cost a site that released in every round that was opened."""
-        events, most = planned_events(self._charter), self._charter.most_rounds
+        events, most = self._planned, self._charter.most_rounds
         done = events[:opened] + (events[most:] if is_over else ())
         return recompute(done, float(self._charter.privacy.delta)).value
 

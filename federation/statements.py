@@ -141,7 +141,9 @@ def record_statements(
     coordinator: Coordinator, accepted: Mapping[str, AcceptedUpdate]
 ) -> dict[str, Sequenced]:
     """Keep the sites' updates, then enter their statements, together and in the order given."""
-    coordinator.blobs.put_all(update.update for update in accepted.values() if not update.is_kept)
+    updates = [update for update in accepted.values() if not update.is_kept]
+    digests = [update.statement.update for update in updates]  # compared with the bytes by `verify_statement`
+    coordinator.blobs.put_all([update.update for update in updates], digests)
     entries: list[Addition] = [
         (update.statement, f"site:{site}", stable_event_id("site.statement", event_hash(update.statement)))
         for site, update in accepted.items()
