@@ -173,6 +173,10 @@ class Agent:
     def log(self) -> Diary:
         return self._log
 
+    def rest(self) -> bool:
+        """Use a quiet moment for what a round to come needs anyway; say whether there is more of it."""
+        return self._trainer.rest()
+
     def settle(self) -> None:
         """Write what was only counted, and sign the site's log as it stands; once in a while, and idle."""
         self.refusals.settle()

@@ -57,7 +57,7 @@ def inprocess_launch(
     return launch
 
 
-def _serve(grid: InProcessGrid, config: RunConfig) -> None:
+def _serve(grid: InProcessGrid, config: Mapping[str, str | float]) -> None:
     """Run Flower's ServerApp over a grid of ours until the run is over."""
     from flwr.app import Context, RecordDict
 
@@ -108,6 +108,7 @@ def forked_launch(agents: Mapping[str, Agent], *, processes: int) -> Launch:
                 processes=processes,
                 leaving=leaving,
                 returned=lambda site, state: _memory(homes[site]).take(state),
+                resting=next(iter(agents.values())).rest,  # what sites share, one of them uses for all
                 run_config=config,
             ) as grid,
         ):

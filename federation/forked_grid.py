@@ -177,16 +177,18 @@ class ForkedGrid(InProcessGrid):
         processes: int,
         leaving: Callable[[str], Any],
         returned: Callable[[str, Any], None],
+        resting: Callable[[], bool] = lambda: False,
         run_config: Mapping[str, str | int | float | bool] | None = None,
         stall_s: float = _STALL_S,
     ) -> None:
         """Fork now. `leaving(site)` is called in a child at the end, `returned(site, what it gave)` here.
 
+        `resting()` is called in a child while it has no message, until it says that there is no more to do.
         `stall_s`: for how long a child may sleep over messages, or over one that is half sent, before it
         counts as gone. One that computes is never too slow.
         """
         super().__init__(client_app, sites, run_config=run_config, poll_s=_WAIT_S, workers=0)
-        self._leaving, self._returned = leaving, returned
+        self._leaving, self._returned, self._resting = leaving, returned, resting
         self._selector = selectors.DefaultSelector()
         self._children: list[_Child] = []
         self._child_of: dict[str, _Child] = {}
@@ -378,6 +380,8 @@ class ForkedGrid(InProcessGrid):
                 if is_due or number == len(messages):
                     connection.send_bytes(pickle.dumps(replies, pickle.HIGHEST_PROTOCOL))
                     replies = []
+            while inbox.empty() and self._resting():
+                pass
         if not parent_is_gone.is_set():
             states = {site: self._leaving(site) for site in sites}
             connection.send_bytes(pickle.dumps(states, pickle.HIGHEST_PROTOCOL))
