@@ -236,8 +236,8 @@ class Mechanism:
     def draw_ahead(self, releases: int) -> bool:
         """Draw the noise of one more release to come; say whether fewer than `releases` have theirs then.
 
-        For a process that has nothing else to do: noise depends on no weights and no rows. Each is drawn under
-        a new key, is taken by one release that `prepare` makes, and by no copy of this process.
+        For a process that has nothing else to do: noise depends on no weights and no rows. Each is drawn
+        under a new key, is taken by one release that `prepare` makes, and by no copy of this process.
         """
         wanted = min(releases, _MOST_AHEAD // max(1, self.dimension)) if self._prepares else 0
         if self._ahead_in != os.getpid():
