@@ -75,7 +75,9 @@ def test_bytes_go_through_unread(ask):
         (RecordDict(), "query"),
         (RecordDict({"header": ConfigRecord({"kind": "hello"}), "blobs": ConfigRecord()}), "query"),
         (RecordDict({"header": ConfigRecord({"kind": 1, "header": b""}), "blobs": ConfigRecord()}), "query"),
-        (RecordDict({"header": ConfigRecord({"kind": "hello", "header": b"{}"})}), "query"),
+        (RecordDict({"header": ConfigRecord({"kind": "hello", "header": b"{}", "blob-a": "text"})}), "query"),
+        (RecordDict({"header": ConfigRecord({"kind": "hello", "header": b"{}", "blob-A": b"x"})}), "query"),
+        (RecordDict({"header": ConfigRecord({"kind": "hello", "header": b"{}", "more": b"x"})}), "query"),
         (
             RecordDict(
                 {

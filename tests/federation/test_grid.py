@@ -133,7 +133,12 @@ def test_one_silent_site_does_not_hold_back_the_others_answers():
     "content",
     [
         {},
-        {"header": ConfigRecord({"header": b"{}"})},
+        {"header": ConfigRecord({"header": b"{}", "blob-update": 3})},
+        {"header": ConfigRecord({"header": b"{}", "blob-update": bytes(1 << 17)})},
+        {"header": ConfigRecord({"header": b"{}", "blob-update": b"x"}), "blobs": ConfigRecord({})},
+        {"header": ConfigRecord({"header": b"{}", "extra": b"x"})},
+        {"header": ConfigRecord({"header": [b"{}"]})},
+        {"header": ConfigRecord({"header": b"{}"}), "more": ConfigRecord({})},
         {"header": ConfigRecord({"header": "text"}), "blobs": ConfigRecord({})},
         {"header": ConfigRecord({"header": b"{"}), "blobs": ConfigRecord({})},
         {"header": ConfigRecord({"header": b"[]"}), "blobs": ConfigRecord({})},
