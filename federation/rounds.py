@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -77,7 +77,7 @@ from federation.statements import (
     record_statements,
 )
 from federation.strategies import strategy_of
-from federation.witnessing import Witnessing
+from federation.witnessing import Alongside, Witnessing
 
 FINISH_TIMEOUT_S = 10.0
 ROUND_TROUBLE_S = 90.0  # a node that was killed is refused for up to a minute
@@ -105,6 +105,7 @@ class RoundLoop:
         self._grid, self._patience_s, self._stop = grid, patience_s, stop
         self._exchange = exchange or Exchange(grid)
         self._witnessing = Witnessing(coordinator, self._exchange)
+        self._ahead: MaskedRound | None = None  # the round that comes, whose keys were given with the last
         self._hold = RunHold(coordinator.ledger, run_started.run, ttl_s=hold_s)
         self._event = planned_event(charter)
         self._started = time.monotonic()
@@ -321,7 +322,7 @@ class RoundLoop:
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]
         if self._charter.average_last == 1:
             state.outputs = [weights]
-        witnesses = self._witnessing.cosign(accepted)
+        witnesses = self._cosign(accepted, masked)
         self._emit(
             "round",
             number=number,
@@ -334,10 +335,25 @@ class RoundLoop:
 
     def _masked(self, terms: RoundTerms, state: RunState) -> MaskedRound | None:
         """Return the masked round to play; None where there are no masks, or its sum was opened before."""
-        if state.opened is not None:
-            return None
+        ahead, self._ahead = self._ahead, None
         secure, timeout_s = self._charter.secure, float(self._charter.plan.round_timeout_s)
-        return None if secure is None else MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s)
+        if secure is None or state.opened is not None:
+            return None
+        goes_on = state.completed + 1 < self._charter.plan.rounds
+        if ahead is not None and ahead.settle(terms, goes_on=goes_on):
+            return ahead
+        return MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s, goes_on=goes_on)
+
+    def _cosign(self, accepted: Iterable[str], masked: MaskedRound | None) -> int:
+        """Have the round's end witnessed, and with it the next masked round's shares sealed."""
+        following = None if masked is None else masked.following
+        if following is None:
+            return self._witnessing.cosign(accepted)
+        along = Alongside(dict.fromkeys(following.participants, following.shares_request()))
+        witnesses = self._witnessing.cosign(accepted, along)
+        following.take_shares(along.answers)
+        self._ahead = following
+        return witnesses
 
     def _requests(self, number: int, state: RunState, *, again: bool = False) -> dict[str, Request]:
         """Return the question to each participant whose release is not in the log already.

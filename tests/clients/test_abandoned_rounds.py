@@ -260,7 +260,7 @@ def test_the_same_round_is_not_opened_again_for_the_same_sites(driver: Driver) -
 def test_rounds_without_end_are_bounded_by_the_plan(driver: Driver) -> None:
     for number, wanted in ((3, None), (4, "round_out_of_order"), (10**6, "round_out_of_order")):
         answer = call(
-            driver.network.agents["alpha"], "masked.keys", header(driver, number, participants=list(SITES))
+            driver.network.agents["alpha"], "masked.keys", header(driver, number, attempt=0, participants=list(SITES))
         )[0]
         assert ("keys" in answer) if wanted is None else (refusal_code(answer) == wanted)
     agent = driver.network.agents["alpha"]
@@ -270,7 +270,7 @@ def test_rounds_without_end_are_bounded_by_the_plan(driver: Driver) -> None:
 def test_once_the_next_round_has_begun_the_lost_one_cannot_be_opened(driver: Driver) -> None:
     driver.ask_survivors(SITES)
     agent = driver.network.agents["alpha"]
-    assert "keys" in call(agent, "masked.keys", header(driver, 2, participants=list(SITES)))[0]
+    assert "keys" in call(agent, "masked.keys", header(driver, 2, attempt=0, participants=list(SITES)))[0]
     answer = driver.step("open", "alpha", agreed=[driver.agreed[site] for site in SITES])
     assert refusal_code(answer) == "round_out_of_order"
 
