@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,7 @@ from federation.errors import (
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Exchange, Request, members_written
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
+from federation.masked_run import MaskedRun
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
 from federation.pieces import blob_records
@@ -70,14 +71,13 @@ from federation.refusals import (
 from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import Lost, RunOutcome, RunState
-from federation.secure_round import MaskedRound
 from federation.statements import (
     AcceptedUpdate,
     RoundTerms,
     record_statements,
 )
 from federation.strategies import strategy_of
-from federation.witnessing import Alongside, Witnessing
+from federation.witnessing import Witnessing
 
 FINISH_TIMEOUT_S = 10.0
 ROUND_TROUBLE_S = 90.0  # a node that was killed is refused for up to a minute
@@ -105,7 +105,7 @@ class RoundLoop:
         self._grid, self._patience_s, self._stop = grid, patience_s, stop
         self._exchange = exchange or Exchange(grid)
         self._witnessing = Witnessing(coordinator, self._exchange)
-        self._ahead: MaskedRound | None = None  # the round that comes, whose keys were given with the last
+        self._masked = MaskedRun(self._exchange, self._witnessing, charter)
         self._hold = RunHold(coordinator.ledger, run_started.run, ttl_s=hold_s)
         self._event = planned_event(charter)
         self._started = time.monotonic()
@@ -229,7 +229,7 @@ class RoundLoop:
 
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: RunState) -> None:
         terms = self._terms(number, prepared, state)
-        masked = self._masked(terms, state)
+        masked = self._masked.opened_for(terms, state)
         total = opened_total(self._coordinator.blobs, state.opened)
         if number > 1:
             shown = [state.own_leaf[site] for site in state.participants if site in state.own_leaf]
@@ -322,7 +322,7 @@ class RoundLoop:
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]
         if self._charter.average_last == 1:
             state.outputs = [weights]
-        witnesses = self._cosign(accepted, masked)
+        witnesses = self._masked.cosign(accepted, masked)
         self._emit(
             "round",
             number=number,
@@ -332,28 +332,6 @@ class RoundLoop:
             epsilon=self._epsilon(number),
             witnesses=witnesses,
         )
-
-    def _masked(self, terms: RoundTerms, state: RunState) -> MaskedRound | None:
-        """Return the masked round to play; None where there are no masks, or its sum was opened before."""
-        ahead, self._ahead = self._ahead, None
-        secure, timeout_s = self._charter.secure, float(self._charter.plan.round_timeout_s)
-        if secure is None or state.opened is not None:
-            return None
-        goes_on = state.completed + 1 < self._charter.plan.rounds
-        if ahead is not None and ahead.settle(terms, goes_on=goes_on):
-            return ahead
-        return MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s, goes_on=goes_on)
-
-    def _cosign(self, accepted: Iterable[str], masked: MaskedRound | None) -> int:
-        """Have the round's end witnessed, and with it the next masked round's shares sealed."""
-        following = None if masked is None else masked.following
-        if following is None:
-            return self._witnessing.cosign(accepted)
-        along = Alongside(dict.fromkeys(following.participants, following.shares_request()))
-        witnesses = self._witnessing.cosign(accepted, along)
-        following.take_shares(along.answers)
-        self._ahead = following
-        return witnesses
 
     def _requests(self, number: int, state: RunState, *, again: bool = False) -> dict[str, Request]:
         """Return the question to each participant whose release is not in the log already.

@@ -214,6 +214,22 @@ def test_what_was_not_given_ahead_is_asked_for_again(lab: Any, kind: str) -> Non
     assert not lab.done.report().failures
 
 
+def test_a_site_that_is_gone_before_it_seals_is_left_out_of_the_next_round(lab: Any) -> None:
+    """It does not cosign either; its update of the round before counts."""
+    seen: list[str] = []
+
+    def hold(site: str, kind: str) -> bool:
+        seen.append(kind)
+        return (site, kind) == ("b", "cosign") and "round" in seen
+
+    lab = lab(CHARTER)
+    counts = Counter(lab.go(hold=hold))
+    assert counts["masked.shares",] == 4 + 4  # asked once more, as b might have come back
+    assert [len(body.statements) for body in lab.done.bodies(RoundCompleted)] == [4, 3]
+    assert lab.transcripts()[1].members == ("a", "c", "d")
+    assert not lab.done.report().failures
+
+
 def test_a_site_that_is_gone_behind_its_shares_is_a_dropped_one(lab: Any) -> None:
     """Its mask key opens the round, with enough signatures, in messages of their own."""
     rounds: list[str] = []
