@@ -68,7 +68,7 @@ def test_log_survives_reopening(tmp_path: Path, log_tools: SimpleNamespace) -> N
         assert (ledger.origin, ledger.tree_size, ledger.root_hash) == (log_tools.ORIGIN, 300, root)
         assert log_tools.fill(ledger, range(300, 310))[-1].tree_size == 310
         assert ledger.entry(299) == log_tools.make_entry(299).body
-    assert sorted(os.listdir(tmp_path)) == ["log.db"]
+    assert sorted(os.listdir(tmp_path)) == ["log.db", "log.db-turn.lock"]
 
 
 def test_same_event_id_and_bytes_keep_their_index(ledger: Ledger, log_tools: SimpleNamespace) -> None:
@@ -131,7 +131,7 @@ def test_creating_never_overwrites(tmp_path: Path, log_tools: SimpleNamespace) -
         Ledger.create(tmp_path / "no folder" / "log.db", log_tools.ORIGIN)
     with pytest.raises(MalformedCheckpointError):
         Ledger.create(tmp_path / "other.db", "two words")
-    assert os.listdir(tmp_path) == ["log.db"]
+    assert sorted(os.listdir(tmp_path)) == ["log.db", "log.db-turn.lock"]
 
 
 def test_file_that_is_no_log_is_refused(tmp_path: Path) -> None:

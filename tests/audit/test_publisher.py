@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from audit import _store
 from audit.checkpoints import Checkpoint, add_signatures, cosign, parse_checkpoint_note, sign_checkpoint
 from audit.errors import LeaseLostError, SignerBusyError, SignerError, SignerRewriteError, SignerRollbackError
+from audit.lease import Lease
 from audit.ledger import Ledger
 from audit.notes import NoteSigner, open_note
 from audit.publisher import LEASE, Publisher
@@ -60,6 +62,36 @@ def test_lease_has_one_owner_until_it_ends(log: Ledger) -> None:
     second.release()
     assert first.acquire()
     assert first.token == 3
+
+
+def left_s(log: Ledger, lease: Lease) -> float:
+    state = lease.state()
+    assert state is not None
+    return (state.expires_ms - state.now_ms) / 1000
+
+
+def test_lease_is_prolonged_when_half_of_it_is_over_or_a_checkpoint_is_stored(
+    log: Ledger, signer: Signer
+) -> None:
+    lease = log.lease("signer", "a", ttl_s=400)
+    assert lease.acquire()
+    lapse(log, "signer", 100)
+    assert lease.acquire()
+    assert left_s(log, lease) <= 300, "more than half is left: nothing is written"
+    lapse(log, "signer", 150)
+    assert lease.acquire()
+    assert left_s(log, lease) > 300
+    lapse(log, "signer", 100)
+    publish(log, signer, lease)
+    assert left_s(log, lease) > 300
+
+
+def test_who_has_nothing_to_write_about_a_lease_waits_for_no_writer(log: Ledger) -> None:
+    first, second = (log.lease("x", owner, ttl_s=400) for owner in ("a", "b"))
+    assert first.acquire()
+    with _store.writing(log._engine):
+        assert first.acquire()
+        assert not second.acquire()
 
 
 def test_eight_threads_ask_for_a_lease_and_one_gets_it(log: Ledger) -> None:
