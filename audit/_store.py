@@ -7,6 +7,7 @@ writer at a time, durable when the block ends). Everything above speaks SQLAlche
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import sqlite3
@@ -37,6 +38,7 @@ from audit.location import Location
 from audit.tables import APPLICATION_ID, HEAD, MIGRATION, REVISION, SCHEMA_VERSION, schema
 
 BUSY_TIMEOUT_S = 20.0
+QUEUE_SUFFIX = "-turn.lock"  # of the file beside a database in whose order its writers come
 
 _WRITE = "affidavit_write"
 _DISK_REFUSES = (
@@ -45,7 +47,8 @@ _DISK_REFUSES = (
 )  # fmt: skip
 _LOCK_HEAD = select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update()
 _WAL_PAGES = 4000  # 16 MiB; at SQLite's 1000 every second full batch would also sync the database file
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.005  # between two tries for another process's write lock
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.001  # between two tries for another process's write lock
+_QUEUE_S = 2.0  # for the turn to ask for it
 _turns: weakref.WeakKeyDictionary[Engine, threading.Lock] = weakref.WeakKeyDictionary()
 
 
@@ -75,11 +78,13 @@ def open_engine(location: Location) -> Engine:
         "sqlite://", creator=lambda: connect(path), poolclass=QueuePool, pool_use_lifo=True
     )
 
+    queue = path.with_name(f"{path.name}{QUEUE_SUFFIX}")
+
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         if connection.get_execution_options().get(_WRITE):
             raw: Any = connection.connection.driver_connection
-            _begin_writing(raw)
+            _begin_writing(raw, queue)
         else:
             connection.exec_driver_sql("BEGIN")
 
@@ -166,27 +171,62 @@ def _turn_of(engine: Engine) -> Iterator[None]:
         turn.release()
 
 
-def _begin_writing(raw: sqlite3.Connection) -> None:
-    """Take the file's write lock.
+def _begin_writing(raw: sqlite3.Connection, queue: Path) -> None:
+    """Take the file's write lock, after those who asked for it before.
 
-    SQLite's own wait for it sleeps up to a tenth of a second at a time; a write takes a few thousandths.
-    Threads of one process wait for each other before they come here.
+    SQLite's own wait for it sleeps up to a tenth of a second at a time; a write takes a few thousandths. And
+    it knows no order: who has just let go of the lock is the first to take it again, before another process
+    looks. Threads of one process wait for each other before they come here.
     """
-    until, pause_s = time.monotonic() + BUSY_TIMEOUT_S, _SHORTEST_PAUSE_S
+    until, pauses = time.monotonic() + BUSY_TIMEOUT_S, _pauses()
     raw.execute("PRAGMA busy_timeout=0")
     try:
-        while True:
-            try:
-                raw.execute("BEGIN IMMEDIATE")
-                return
-            except sqlite3.OperationalError as error:
-                is_held = (getattr(error, "sqlite_errorname", "") or "").startswith("SQLITE_BUSY")
-                if not is_held or time.monotonic() >= until:
-                    raise
-            time.sleep(pause_s)
-            pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+        with _queued(queue):
+            while True:
+                try:
+                    raw.execute("BEGIN IMMEDIATE")
+                    return
+                except sqlite3.OperationalError as error:
+                    is_held = (getattr(error, "sqlite_errorname", "") or "").startswith("SQLITE_BUSY")
+                    if not is_held or time.monotonic() >= until:
+                        raise
+                time.sleep(next(pauses))
     finally:
         raw.execute(f"PRAGMA busy_timeout={round(1000 * BUSY_TIMEOUT_S)}")
+
+
+@contextlib.contextmanager
+def _queued(queue: Path) -> Iterator[None]:
+    """Be the one process that asks for the write lock next.
+
+    For order alone, never for safety: where the file cannot be made, or its holder stands still, one goes on
+    without.
+    """
+    try:
+        descriptor = os.open(queue, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        until, pauses = time.monotonic() + _QUEUE_S, _pauses()
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(next(pauses))
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _pauses() -> Iterator[float]:
+    pause_s = _SHORTEST_PAUSE_S
+    while True:
+        yield pause_s
+        pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
 
 
 def blob(value: object, where: str) -> bytes:

@@ -31,7 +31,9 @@ _TAKE: Final = (
 )
 _MINE: Final = (LEASE.c.owner == bindparam("own_owner")) & (LEASE.c.token == bindparam("own_token"))
 _RELEASE: Final = update(LEASE).where(_ROW, _MINE).values(owner=literal(""), expires_ms=literal(0))
-_NOTE: Final = update(LEASE).where(_ROW).values(published_ms=bindparam("at_ms"))
+_NOTE: Final = (
+    update(LEASE).where(_ROW).values(published_ms=bindparam("at_ms"), expires_ms=bindparam("until_ms"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,18 @@ class Lease:
         self._engine, self._clock = engine, clock
 
     def acquire(self) -> bool:
-        """Take the lease if it is free or ours, and prolong it; say whether it is ours now.
+        """Take the lease if it is free or ours, and prolong it once half of its time is over; say whether it
+        is ours now.
 
-        `token` is a new one each time that the lease changes hands.
+        `token` is a new one each time that the lease changes hands. Whoever finds that there is nothing to
+        write waits for no writer.
         """
+        seen = self.state()
+        if seen is not None and not seen.is_free:
+            if not self._is_mine(seen):
+                return False
+            if seen.expires_ms - seen.now_ms > 500 * self.ttl_s:
+                return True
         with _store.writing(self._engine) as connection:
             state = self._read(connection)
             now_ms = self._now_ms(connection)
@@ -77,7 +87,7 @@ class Lease:
                 row = {"name": self.name, "owner": self.owner, "token": 1, "expires_ms": expires_ms}
                 connection.execute(insert(LEASE).values(**row, published_ms=0))
                 return True
-            ours = state.owner == self.owner and state.token == self.token
+            ours = self._is_mine(state)
             if not ours and not state.is_free:
                 return False
             token = state.token if ours else state.token + 1
@@ -112,9 +122,15 @@ class Lease:
             )
 
     def note_published(self, connection: Connection) -> None:
-        """Inside a write transaction: keep when the holder last announced a checkpoint."""
+        """Inside a write transaction, after `check`: prolong the lease, and keep when its holder last
+        announced a checkpoint.
+        """
         now_ms = self._now_ms(connection)
-        run(connection, _NOTE, {"of": self.name, "at_ms": now_ms})
+        until_ms = now_ms + int(self.ttl_s * 1000)
+        run(connection, _NOTE, {"of": self.name, "at_ms": now_ms, "until_ms": until_ms})
+
+    def _is_mine(self, state: LeaseState) -> bool:
+        return state.owner == self.owner and state.token == self.token
 
     def _read(self, connection: Connection) -> LeaseState | None:
         row = run(connection, _READ, {"of": self.name}).fetchone()

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from audit.checkpoints import parse_checkpoint_note
-from audit.errors import AuditError, LeaseLostError, LogKeyError, SignerBusyError, SignerError
+from audit.errors import AuditError, LogKeyError, SignerBusyError, SignerError
 from audit.lease import Lease
 from audit.ledger import Ledger
 from audit.notes import open_note
@@ -68,7 +68,6 @@ class Publisher:
         self._lease: tuple[int, Lease] | None = None
         self._keeps = self._held = False
         self._alone = 0  # how many are in `keeping`
-        self._kept_until = 0.0  # monotonic: until then it is not asked for again, while `keeping`
 
     @property
     def lease(self) -> Lease:
@@ -107,23 +106,15 @@ class Publisher:
         deadline = time.monotonic() + timeout_s
         while True:
             with self._turn:
-                is_kept = self._alone > 0 and self._is_mine() and time.monotonic() < self._kept_until
-                if is_kept or self._lead():
+                if self._lead():
                     try:
-                        published = self._publish() or self.ledger.latest_checkpoint() or b""
-                    except LeaseLostError:
-                        self._let_go()
-                        if is_kept:  # another took it since it was asked for
-                            continue
+                        return self._publish() or self.ledger.latest_checkpoint() or b""
+                    except SignerError:  # who may not sign keeps nobody from it who may
+                        if self._alone:
+                            self.lease.release()
                         raise
-                    except BaseException:
+                    finally:
                         self._let_go()
-                        raise
-                    if not self._alone:
-                        self._let_go()
-                    elif not is_kept:
-                        self._kept_until = time.monotonic() + self._ttl_s / 2
-                    return published
             note = self.ledger.latest_checkpoint()
             if note is not None and parse_checkpoint_note(note).tree_size >= wanted:
                 return note
@@ -135,8 +126,8 @@ class Publisher:
     def keeping(self) -> Iterator[None]:
         """Keep the lease from one `publish` to the next: for whoever is alone with a log and publishes often.
 
-        It is asked for again once half of its time is over. Whoever stores a checkpoint must hold it all the
-        same, by its token: one that another took meanwhile is noticed there, and asked for again.
+        Nobody else takes over in between, and so there is nothing to adopt. One that publishes no more for as
+        long as the lease lasts has lost it, as any other holder has.
         """
         with self._turn:
             self._alone += 1
@@ -145,7 +136,7 @@ class Publisher:
         finally:
             with self._turn:
                 self._alone -= 1
-                if not self._alone and self._kept_until:
+                if self._is_mine():
                     self._let_go()
 
     @property
@@ -158,16 +149,15 @@ class Publisher:
         with self._turn:
             self._keeps = False
             if self._is_mine() and self.lease.token:
-                self._let_go()
+                self.lease.release()
 
     def _is_mine(self) -> bool:
         """Whether this process ever asked for the lease: a forked child never did."""
         return self._lease is not None and self._lease[0] == os.getpid()
 
     def _let_go(self) -> None:
-        """Give the lease back, unless `step` keeps it."""
-        self._kept_until = 0.0
-        if not self._keeps:
+        """Give the lease back, unless `step` or `keeping` keeps it."""
+        if not self._keeps and not self._alone:
             self.lease.release()
 
     def _lead(self) -> bool:

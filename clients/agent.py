@@ -122,7 +122,7 @@ class Agent:
             "round": self._ask_round,
             "run.undelivered": self._tell_undelivered,
             "run.finished": self._finished,
-            "masked.keys": self._masked_step(self._masked.keys, "participants"),
+            "masked.keys": self._masked_step(self._masked.keys, "attempt", "participants"),
             "masked.shares": self._masked_step(self._masked.shares, "keys"),
             "masked.survivors": self._masked_step(self._masked.survivors, "survivors", "updates"),
             "masked.open": self._masked_step(self._masked.open, "agreed"),

@@ -47,6 +47,7 @@ from federation.errors import (
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Around, Exchange, Made, Request
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
+from federation.masked_run import MaskedRun
 from federation.mechanism import planned_event, planned_events
 from federation.patience import PATIENCE_S
 from federation.pieces import blob_records
@@ -70,7 +71,6 @@ from federation.refusals import (
 from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import Lost, RunOutcome, RunState
-from federation.secure_round import MaskedRound
 from federation.statements import (
     AcceptedUpdate,
     RoundTerms,
@@ -105,6 +105,7 @@ class RoundLoop:
         self._grid, self._patience_s, self._stop = grid, patience_s, stop
         self._exchange = exchange or Exchange(grid)
         self._witnessing = Witnessing(coordinator, self._exchange)
+        self._masked = MaskedRun(self._exchange, self._witnessing, charter)
         self._hold = RunHold(coordinator.ledger, run_started.run, ttl_s=hold_s)
         self._event, self._planned = planned_event(charter), planned_events(charter)
         self._started = time.monotonic()
@@ -228,7 +229,7 @@ class RoundLoop:
 
     def _round(self, number: int, strategy: Any, prepared: Prepared, state: RunState) -> None:
         terms = self._terms(number, prepared, state)
-        masked = self._masked(terms, state)
+        masked = self._masked.opened_for(terms, state)
         total = opened_total(self._coordinator.blobs, state.opened)
         if number > 1:
             shown = [state.own_leaf[site] for site in state.participants if site in state.own_leaf]
@@ -327,7 +328,7 @@ class RoundLoop:
         state.outputs = [*state.outputs[-(self._charter.average_last - 1) :], weights]
         if self._charter.average_last == 1:
             state.outputs = [weights]
-        witnesses = self._witnessing.cosign(accepted)
+        witnesses = self._masked.cosign(accepted, masked)
         self._emit(
             "round",
             number=number,
@@ -337,13 +338,6 @@ class RoundLoop:
             epsilon=self._epsilon(number),
             witnesses=witnesses,
         )
-
-    def _masked(self, terms: RoundTerms, state: RunState) -> MaskedRound | None:
-        """Return the masked round to play; None where there are no masks, or its sum was opened before."""
-        if state.opened is not None:
-            return None
-        secure, timeout_s = self._charter.secure, float(self._charter.plan.round_timeout_s)
-        return None if secure is None else MaskedRound(self._exchange, secure, terms, timeout_s=timeout_s)
 
     def _requests(self, number: int, state: RunState) -> dict[str, Request]:
         """Return the question to each participant of `_asked`."""

@@ -136,7 +136,7 @@ def test_raw_scan_finds_nothing_of_the_erased(on_file: Vault, tmp_path: Path, re
         erase(on_file, name, f"r{number}")
     assert on_file.scrub()
     files = list(tmp_path.glob("vault.db*"))
-    assert {path.name for path in files} == {"vault.db", "vault.db-wal", "vault.db-shm"}
+    assert {"vault.db", "vault.db-wal", "vault.db-shm"} <= {path.name for path in files}
     assert scan(files, [trace for name in names for trace in before[name]]) == []
     living = [trace for trace in before["person-number-1"] if scan(files, [trace])]
     assert before["person-number-1"][5] in living, "the scan does find what is still there"
