@@ -118,8 +118,11 @@ class Answer:
     failure: str = ""
 
 
-def read_answer(site: str, reply: Message) -> Answer:
-    """Read a reply strictly; anything else than a proper one becomes a failure."""
+def read_answer(site: str, reply: Message, read: Callable[[bytes], Any] = parse_strict) -> Answer:
+    """Read a reply strictly; anything else than a proper one becomes a failure.
+
+    `read` does with a header what `parse_strict` does; it may know what to expect.
+    """
     if reply.has_error():
         return Answer(site=site, failure=f"node error {reply.error.code}")
     header_record = reply.content.get("header")
@@ -129,7 +132,7 @@ def read_answer(site: str, reply: Message) -> Answer:
         blobs = read_blobs(reply.content)
     except PiecesError as error:
         return Answer(site=site, failure=f"{error.code}: {error}")
-    return _read_header(site, header_record.get("header"), blobs)
+    return _read_header(site, header_record.get("header"), blobs, read)
 
 
 def read_answers(site: str, reply: Message, count: int) -> list[Answer]:
@@ -146,11 +149,13 @@ def read_answers(site: str, reply: Message, count: int) -> list[Answer]:
     return answers + [Answer(site=site, failure="not answered")] * (count - len(answers))
 
 
-def _read_header(site: str, raw: object, blobs: Mapping[str, bytes]) -> Answer:
+def _read_header(
+    site: str, raw: object, blobs: Mapping[str, bytes], read: Callable[[bytes], Any] = parse_strict
+) -> Answer:
     if not isinstance(raw, bytes) or len(raw) > MAX_HEADER_BYTES:
         return Answer(site=site, failure="the reply's header is no bytes, or too many")
     try:
-        header = parse_strict(raw)
+        header = read(raw)
     except AuditError as error:
         return Answer(site=site, failure=f"the reply's header is not strict JSON: {error}")
     if not isinstance(header, dict):

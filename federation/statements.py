@@ -96,13 +96,13 @@ class AcceptedUpdate:
 
 
 def verify_statement(terms: RoundTerms, site: str, document: object, update: bytes) -> AcceptedUpdate:
-    """Prove one site's reply to a round.
+    """Prove one site's reply to a round: its statement's document, or the statement read of it.
 
     Raises:
         StatementError: naming the field that is not as it must be.
     """
     try:
-        statement = parse_body(SiteStatement, document)
+        statement = document if type(document) is SiteStatement else parse_body(SiteStatement, document)
     except AuditError as error:
         raise StatementError(site, "statement", str(error)) from error
     enrolment, head = terms.enrolments[site], terms.heads[site]
@@ -132,8 +132,9 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
         raise StatementError(site, "update", str(error)) from error
     if count != terms.released:
         raise StatementError(site, "update", f"has {count} numbers, the model {terms.released}")
-    # names and event again are the round's own, not one more copy of them a site
-    statement = with_fields(statement, participants=terms.participants, event=terms.event)
+    if statement.participants is not terms.participants or statement.event is not terms.event:
+        # they are the round's own again, not one more copy of them a site
+        statement = with_fields(statement, participants=terms.participants, event=terms.event)
     return AcceptedUpdate(statement=statement, read=lambda: update)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -26,6 +27,7 @@ from federation.blobs import BlobStore
 from federation.charter import Charter
 from federation.errors import StatementError
 from federation.exchange import read_answer
+from federation.expected import ExpectedStatements
 from federation.flat import update_vector
 from federation.robust_rules import combine, spread
 from federation.statements import AcceptedUpdate, RoundTerms, verify_statement
@@ -84,6 +86,7 @@ class ProvableAggregation:
         the participants by their node; by default the messages are looked at, all of them.
         """
         self._terms, self._open_sum = terms, open_sum
+        self._expected = ExpectedStatements(terms)
         self._total, self.not_opened = (), None
         if nodes is None:
             nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
@@ -114,7 +117,7 @@ class ProvableAggregation:
             site = self._nodes.get(reply.metadata.src_node_id)
             if site is None or site in self.accepted or site in self.too_long:
                 continue
-            answer = read_answer(site, reply)
+            answer = read_answer(site, reply, partial(self._expected.read, site))
             if answer.failure or "statement" not in answer.header:
                 self.rejected[site] = StatementError(site, "reply", answer.failure or "holds no statement")
                 continue
