@@ -6,11 +6,13 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Engine, bindparam, delete, insert, select, update
+from sqlalchemy import Engine, Select, bindparam, delete, insert, literal, select, update
 
 from audit import _store
+from audit._bulk import run
 from audit._checkpoint_pruning import superseded
 from audit._store import blob
 from audit.checkpoints import add_signatures, parse_checkpoint_note
@@ -25,6 +27,20 @@ _PRUNE_EVERY: Final = 256  # checkpoints that this process stored
 
 _logger = logging.getLogger(__name__)
 _POLL_S: Final = 0.05
+_ABOVE_ALL: Final = 2**63 - 1
+_PAGE: Final = 64
+_SAME_SIZE: Final = CHECKPOINT.c.tree_size == bindparam("of_size")
+_VALUES: Final[dict[str, Any]] = {"note": bindparam("to_note"), "note_hash": bindparam("to_hash")}
+_AT: Final = select(CHECKPOINT.c.note).where(_SAME_SIZE)
+_ADD: Final = insert(CHECKPOINT).values(tree_size=bindparam("of_size"), **_VALUES)
+_CHANGE: Final = update(CHECKPOINT).where(_SAME_SIZE).values(**_VALUES)
+
+
+@cache
+def _newest(count: int) -> Select[Any]:
+    size = CHECKPOINT.c.tree_size
+    between = (size > bindparam("above"), size < bindparam("below"))
+    return select(size, CHECKPOINT.c.note).where(*between).order_by(size.desc()).limit(literal(count))
 
 
 class CheckpointStore:
@@ -41,23 +57,19 @@ class CheckpointStore:
         computed = self._root_at(checkpoint.tree_size)
         if computed != checkpoint.root_hash:
             raise RootMismatchError(expected=checkpoint.root_hash, computed=computed)
-        same_size = CHECKPOINT.c.tree_size == checkpoint.tree_size
         with _store.writing(self._engine) as connection:
             if lease is not None:
                 lease.check(connection)
                 lease.note_published(connection)
-            held = connection.execute(select(CHECKPOINT.c.note).where(same_size)).scalar()
+            row = run(connection, _AT, {"of_size": checkpoint.tree_size}).fetchone()
+            held = None if row is None else blob(row[0], "checkpoint")
             if held is not None:
-                held = blob(held, "checkpoint")
                 merged = add_signatures(held, [line.format() for line in parse_note(note).signatures])
                 if merged == held:
                     return held
                 note = merged
-            values = {"note": note, "note_hash": hashlib.sha256(note).digest()}
-            if held is None:
-                connection.execute(insert(CHECKPOINT).values(tree_size=checkpoint.tree_size, **values))
-            else:
-                connection.execute(update(CHECKPOINT).where(same_size).values(**values))
+            values = {"to_note": note, "to_hash": hashlib.sha256(note).digest()}
+            run(connection, _ADD if held is None else _CHANGE, {"of_size": checkpoint.tree_size, **values})
         if lease is not None:
             self._prune_now_and_then()
         return note
@@ -99,19 +111,21 @@ class CheckpointStore:
         self._published += 1
 
     def latest(self, accept: Callable[[bytes], bool] | None = None, *, above: int = -1) -> bytes | None:
-        query = (
-            select(CHECKPOINT.c.note)
-            .where(CHECKPOINT.c.tree_size > above)
-            .order_by(CHECKPOINT.c.tree_size.desc())
-        )
-        if accept is None:
-            query = query.limit(1)
-        with _store.reading(self._engine) as connection:
-            for stored in connection.execute(query).scalars():
-                note = blob(stored, "checkpoint")
+        """Return the newest note of a tree of more than `above` entries that `accept`s, looking page by page:
+        the first is mostly the one.
+        """
+        below, page = _ABOVE_ALL, 1
+        while True:
+            with _store.reading(self._engine) as connection:
+                values = {"above": above, "below": below}
+                rows = run(connection, _newest(page), values).fetchall()
+            for size, stored in rows:
+                note, below = blob(stored, "checkpoint"), size
                 if accept is None or accept(note):
                     return note
-        return None
+            if len(rows) < page:
+                return None
+            page = _PAGE
 
     def at(self, tree_size: int) -> bytes | None:
         query = select(CHECKPOINT.c.note).where(CHECKPOINT.c.tree_size == tree_size)

@@ -332,10 +332,11 @@ class Ledger:
             query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)
         return self._select(query.order_by(LEAF.c.idx.desc() if newest_first else LEAF.c.idx).limit(limit))
 
-    def has_since(self, type: str, leaf_index: int) -> bool:
-        """Whether an entry of this type came after a leaf: a cheaper question than what it is."""
+    def has_since(self, types: str | tuple[str, ...], leaf_index: int) -> bool:
+        """Whether an entry of one of these types came after a leaf: a cheaper question than what it is."""
+        wanted = (types,) if isinstance(types, str) else types
         with _store.reading(self._engine) as connection:
-            (found,) = run(connection, newest_query((type,)), {"after": leaf_index}).fetchone()
+            (found,) = run(connection, newest_query(wanted), {"after": leaf_index}).fetchone()
         return found is not None
 
     def count(self, *, before: int | None = None, after: int | None = None, **columns: Any) -> int:

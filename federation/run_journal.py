@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from federation.progress import RunEvent
 _logger = logging.getLogger(__name__)
 
 _FIELDS: Final = tuple(field.name for field in dataclasses.fields(RunEvent))
+_fields_of: Final = attrgetter(*_FIELDS)
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class RunJournal:
@@ -27,17 +30,27 @@ class RunJournal:
         self.events_path = home / "runs" / f"{run}.events.jsonl"
         self.stop_path = home / "runs" / f"{run}.stop"
         self.number_path = home / "runs" / f"{run}.superlink"
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> RunJournal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close what the first `write` opened."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def write(self, event: RunEvent) -> None:
         """Append one event; a full disk costs the watcher a line and the run nothing."""
-        fields = {name: getattr(event, name) for name in _FIELDS} | {"metrics": dict(event.metrics)}
-        line = json.dumps(fields, separators=(",", ":")) + "\n"
+        fields = dict(zip(_FIELDS, _fields_of(event), strict=True))
+        fields["metrics"] = dict(event.metrics)
+        line = _encode(fields) + "\n"
         try:
-            descriptor = os.open(self.events_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                os.write(descriptor, line.encode())
-            finally:
-                os.close(descriptor)
+            if self._descriptor is None:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._descriptor = os.open(self.events_path, flags, 0o666)
+            os.write(self._descriptor, line.encode())
         except OSError as error:
             _logger.warning("an event of the run was not written: %s", error)
 

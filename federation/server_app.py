@@ -92,7 +92,7 @@ def carry_out(
         stop=lambda: journal.is_asked_to_stop,
         hold_s=hold_s,
     )
-    with listening(run, journal.write):
+    with journal, listening(run, journal.write):
         try:
             return loop.carry_out(prepared.charter_author, principal=principal)
         except (ResumeError, RunHeldError) as error:

@@ -45,7 +45,10 @@ EVENT = MechanismEvent(
 
 def enrolled(site):
     names = [field.name for field in dataclasses.fields(SiteEnrolled)]
-    texts = dict.fromkeys(names, "") | {"site": site, "population": hashlib.sha256(site.encode()).hexdigest()[:32]}
+    texts = dict.fromkeys(names, "") | {
+        "site": site,
+        "population": hashlib.sha256(site.encode()).hexdigest()[:32],
+    }
     return SiteEnrolled(**(texts | {"statement_key": KEYS[site].verify_key.text}))
 
 
