@@ -13,6 +13,7 @@ import base64
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from audit.errors import KeyFormatError, MalformedCheckpointError, MalformedNoteError, OriginMismatchError
 from audit.merkle import EMPTY_ROOT, HASH_SIZE, MAX_TREE_SIZE
@@ -150,6 +151,7 @@ def add_signatures(note: bytes, lines: Iterable[bytes]) -> bytes:
     return joined
 
 
+@lru_cache(maxsize=16)
 def parse_checkpoint_note(note: bytes) -> Checkpoint:
     """Read a note's checkpoint without believing any signature."""
     return Checkpoint.parse(parse_note(note).text)

@@ -351,8 +351,8 @@ class Agent:
             return _answer(released)
         reservation, terms = self._running(request.run, request.charter)
         self.admission.check_participants(request.participants, terms)
-        if not 1 <= request.round <= len(terms.planned):
-            raise RefusedError("round_out_of_order", f"the charter has {len(terms.planned)} releases a run")
+        if not 1 <= request.round <= terms.releases:
+            raise RefusedError("round_out_of_order", f"the charter has {terms.releases} releases a run")
         if (request.shares is not None) != terms.masks(request.round):
             raise RefusedError("bad_request", "shares come with a masked round, and with no other")
         previous_round = self._past.check(request, terms)
@@ -396,7 +396,7 @@ class Agent:
     def _check_budget(self, reservation: Reservation, terms: Terms, number: int) -> None:
         releases = self._ledger.spent(self.population)
         spent = [release.event for release in releases]
-        event = terms.planned[number - 1]
+        event = terms.event_of(number)
         used = [release.event for release in releases if release.run == reservation.run]
         if event not in unused(reservation, used):
             raise RefusedError("budget_exhausted", f"run {reservation.run} has used its whole reservation")
@@ -418,7 +418,7 @@ class Agent:
             participants=_shared_names(request.participants),
             agent_code=agent_code(),
             previous_round=previous_round,
-            event=terms.planned[request.round - 1],
+            event=terms.event_of(request.round),
             sequence=head.sequence + 1,
             previous_event=head.event_hash,
             update=hashlib.sha256(update_file).hexdigest(),

@@ -103,6 +103,15 @@ class Terms:
         return (*rounds, *(terms.event for terms in self.after))
 
     @property
+    def releases(self) -> int:
+        """How many releases a run may ask for."""
+        return self.most_rounds + len(self.after)
+
+    def event_of(self, number: int) -> MechanismEvent:
+        """Return the event of one release, counted from 1."""
+        return self.event if number <= self.most_rounds else self.after[number - self.most_rounds - 1].event
+
+    @property
     def after(self) -> tuple[Evaluation | Reference, ...]:
         """What is released once after the last round, in order."""
         return tuple(terms for terms in (self.evaluation, self.reference) if terms is not None)
