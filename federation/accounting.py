@@ -397,15 +397,13 @@ class LifetimeFilter:
 
     def spent(self, events: Sequence[MechanismEvent]) -> float:
         """Return the filter's own epsilon of the events."""
-        runs = _runs(events)
-        people = of_people([event for event, _ in runs])
-        counted = tuple((event, count) for event, (_, count) in zip(people, runs, strict=True))
-        return _composed(counted, float(self.delta)) if events else 0.0
+        return _composed(_people_of(events), float(self.delta)) if events else 0.0
 
     def admits(self, events: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
         """Whether the whole plan may run on top of the events already debited."""
-        unit_of(of_people([event for event, _ in _runs([*events, *planned])]))
-        return self.spent([*events, *planned]) <= float(self.epsilon)
+        people = _people_of([*events, *planned])
+        unit_of([event for event, _ in people])
+        return (_composed(people, float(self.delta)) if people else 0.0) <= float(self.epsilon)
 
 
 def _runs(events: Sequence[MechanismEvent]) -> list[tuple[MechanismEvent, int]]:
@@ -417,6 +415,13 @@ def _runs(events: Sequence[MechanismEvent]) -> list[tuple[MechanismEvent, int]]:
         else:
             runs.append((event, 1))
     return runs
+
+
+def _people_of(events: Sequence[MechanismEvent]) -> tuple[tuple[MechanismEvent, int], ...]:
+    """Return the runs of events as they count for the people behind a population."""
+    runs = _runs(events)
+    people = of_people([event for event, _ in runs])
+    return tuple([(event, count) for event, (_, count) in zip(people, runs, strict=True)])
 
 
 @lru_cache(maxsize=64)

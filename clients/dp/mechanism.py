@@ -193,9 +193,8 @@ class Mechanism:
         self.sigma_grid = terms.sigma_grid(self.dimension)
         self.share_grid = terms.share_grid(self.dimension)
         self.site_sensitivity_grid = terms.site_sensitivity_grid(self.dimension)
-        self._limit = sum_limit(
-            grid_bits=terms.grid_bits, sigma=self.share_grid, steps=1, sites=terms.summed_sites
-        )
+        limit = sum_limit(grid_bits=terms.grid_bits, sigma=self.share_grid, steps=1, sites=terms.summed_sites)
+        self._most = float_below(limit)
         random = SecureRandom() if random is None else random
         self._coins, self._noise = random.child("coins"), random.child("noise")
         self._recorder = recorder
@@ -367,8 +366,7 @@ class Mechanism:
         """Return values * scale, rounded to whole numbers and held within what int64 takes with noise."""
         scaled = values.to(torch.float64).numpy() * self.terms.scale
         np.rint(scaled, out=scaled)
-        limit = float_below(self._limit)
-        np.clip(scaled, -limit, limit, out=scaled)
+        np.minimum(np.maximum(scaled, -self._most, out=scaled), self._most, out=scaled)
         return scaled.astype(np.int64)
 
     def _weights(self) -> Tensor:
