@@ -25,6 +25,7 @@ class TileReader:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._warm: dict[tuple[int, int], bytes] = {}
+        self._warm_size = -1
         self.known_size = 0  # the largest tree seen committed; tiles within it are full
         self._loose_node = lru_cache(maxsize=_CACHED_NODES)(self._load_loose_node)
         self._full_tile = lru_cache(maxsize=_CACHED_TILES)(self._load_full_tile)
@@ -47,6 +48,8 @@ class TileReader:
 
     def warm(self, tree_size: int) -> None:
         """Hold every perfect subtree of the unfinished tiles of the first `tree_size` leaves."""
+        if tree_size == self._warm_size:  # what a tree of this size is made of never changes
+            return
         rows: list[list[bytes]] = []
         with _store.reading(self._engine) as connection:
             while available := tree_size >> TILE_HEIGHT * len(rows):
@@ -64,7 +67,7 @@ class TileReader:
                 )
                 row = [hash_node(row[i], row[i + 1]) for i in range(0, len(row) - 1, 2)]
                 height += 1
-        self._warm = held
+        self._warm, self._warm_size = held, tree_size
 
     def _load_loose_node(self, level: int, index: int) -> bytes:
         tile_level, height = divmod(level, TILE_HEIGHT)

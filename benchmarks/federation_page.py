@@ -61,7 +61,7 @@ def _masked(found: dict[str, Any]) -> list[str]:
     return [
         "## The same round with masked updates",
         "",
-        f"{found['wall']} s and {found['cpu']} CPU-s a round: six questions to each site in place of two.",
+        f"{found['wall']} s and {found['cpu']} CPU-s a round: three messages to each site in place of two.",
         "",
         _parts(found),
     ]

@@ -5,9 +5,9 @@ data, no model, no key and no budget, and imports neither torch nor pandas nor t
 answers is signed; what goes wrong here leaves as one code from the closed list, because Flower would send
 an exception's text along.
 
-A message's content is `{"header": {"kind": str, "header": bytes}, "blobs": {name: bytes}}`. Kind "round"
-travels as Flower's "train", every other kind as "query". Large blobs come and go in pieces
-(`federation.pieces`).
+A message holds a kind, a header and blobs (`federation.pieces`). Kind "round" travels as Flower's "train",
+every other kind as "query". A query may hold several kinds and as many headers, without blobs: the agent is
+asked one after the other, as long as it does not answer with an error.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.errors import LinkError
-from clients.link import DEFAULT_TARGET, MAX_HEADER_BYTES, connect
-from federation.pieces import PiecesError, blob_records, read_blobs
+from clients.link import DEFAULT_TARGET, MAX_HEADER_BYTES, AgentLink, connect
+from federation.pieces import PiecesError, message_content, read_blobs
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ QUERY_KINDS: Final = frozenset(
     }
 )
 
+MAX_SEVERAL: Final = 4  # questions in one message
+
 app = ClientApp()
 
 
@@ -59,19 +61,37 @@ def query(message: Message, context: Context) -> Message:
 def relay(message: Message, context: Context, kinds: frozenset[str]) -> Message:
     """Hand the message's bytes to the agent and return its answer, or one closed code."""
     try:
-        kind, header, blobs = unpack(message.content)
-        if kind not in kinds:
-            raise LinkError(f"kind {kind!r} does not travel as this type of message")
-        target, site = _address(context)
-        answer, answer_blobs = connect(target, site).handle(kind, header, blobs)
+        asked, blobs = unpack_all(message.content)
+        for kind, _ in asked:
+            if kind not in kinds or (len(asked) > 1 and kind in ROUND_KINDS):
+                raise LinkError(f"kind {kind!r} does not travel as this type of message")
+        content = _carry(connect(*_address(context)), asked, blobs)
     except Exception:
         _logger.exception("the relay could not carry a message to its agent")
-        return Message(pack("error", json.dumps({"error": "internal_error"}).encode(), {}), reply_to=message)
-    return Message(pack(kind, answer, answer_blobs), reply_to=message)
+        content = pack("error", json.dumps({"error": "internal_error"}).encode(), {})
+    return Message(content, reply_to=message)
+
+
+def _carry(link: AgentLink, asked: list[tuple[str, bytes]], blobs: Mapping[str, bytes]) -> RecordDict:
+    """Return the content of the reply: the agent's answers, up to the first that is an error."""
+    if len(asked) == 1:
+        kind, header = asked[0]
+        answer, answer_blobs = link.handle(kind, header, blobs)
+        return pack(kind, answer, answer_blobs)
+    answers: list[bytes] = []
+    for kind, header in asked:
+        answer, answer_blobs = link.handle(kind, header, {})
+        if answer_blobs:
+            raise LinkError(f"kind {kind!r} has blobs in its answer and is asked alone")
+        answers.append(answer)
+        found = json.loads(answer)
+        if not isinstance(found, dict) or "error" in found:
+            break
+    return message_content([kind for kind, _ in asked[: len(answers)]], answers, {})
 
 
 def pack(kind: str, header: bytes, blobs: Mapping[str, bytes]) -> RecordDict:
-    return RecordDict({"header": ConfigRecord({"kind": kind, "header": header}), **blob_records(blobs)})
+    return message_content(kind, header, blobs)
 
 
 def unpack(content: RecordDict) -> tuple[str, bytes, dict[str, bytes]]:
@@ -82,7 +102,7 @@ def unpack(content: RecordDict) -> tuple[str, bytes, dict[str, bytes]]:
     """
     header_record = content.get("header")
     if not isinstance(header_record, ConfigRecord):
-        raise LinkError("a message holds the records 'header' and 'blobs'")
+        raise LinkError("a message holds the record 'header'")
     kind, header = header_record.get("kind"), header_record.get("header")
     if not isinstance(kind, str) or not isinstance(header, bytes) or len(header) > MAX_HEADER_BYTES:
         raise LinkError(f"'header' holds a kind and at most {MAX_HEADER_BYTES} bytes")
@@ -90,6 +110,31 @@ def unpack(content: RecordDict) -> tuple[str, bytes, dict[str, bytes]]:
         return kind, header, read_blobs(content)
     except PiecesError as error:
         raise LinkError(f"{error.code}: {error}") from error
+
+
+def unpack_all(content: RecordDict) -> tuple[list[tuple[str, bytes]], dict[str, bytes]]:
+    """Read the questions of a message and its blobs, strictly: one with any, or two and more without.
+
+    Raises:
+        LinkError: as `unpack`.
+    """
+    record = content.get("header")
+    kinds = record.get("kind") if isinstance(record, ConfigRecord) else None
+    if not isinstance(record, ConfigRecord) or not isinstance(kinds, list):
+        kind, header, blobs = unpack(content)
+        return [(kind, header)], blobs
+    headers = record.get("header")
+    if set(content) != {"header"} or set(record) != {"kind", "header"} or not isinstance(headers, list):
+        raise LinkError("several questions are one record of kinds and headers")
+    if not 2 <= len(kinds) <= MAX_SEVERAL or len(kinds) != len(headers):
+        raise LinkError(f"several questions are two to {MAX_SEVERAL} kinds and as many headers")
+    asked: list[tuple[str, bytes]] = []
+    pairs: list[tuple[object, object]] = list(zip(kinds, headers, strict=True))
+    for name, said in pairs:
+        if not isinstance(name, str) or not isinstance(said, bytes) or len(said) > MAX_HEADER_BYTES:
+            raise LinkError(f"a question is a kind and at most {MAX_HEADER_BYTES} bytes")
+        asked.append((name, said))
+    return asked, {}
 
 
 def _address(context: Context) -> tuple[str, str]:

@@ -1,8 +1,10 @@
 """A site's part in a masked round: keys, shares, the mask on its update, and one unmasking.
 
-Order of requests: `keys`, `shares`, the round itself (`mask`), `survivors`, `open`. What a step answers is in
-the site's ledger before it leaves; the same request gets the same bytes again and any other is refused, so a
-coordinator that asks two questions learns one answer. This module trusts nothing that the coordinator says
+Order of requests: `keys`, `shares`, the round itself (`mask`), `survivors`, and, where somebody dropped out,
+`open`. What a step answers is in the site's ledger before it leaves; the same request gets the same bytes
+again and any other is refused, so a coordinator that asks two questions learns one answer. Keys and shares
+alone may be made anew, all of them, as long as nothing was released under them: then they hid nothing, and
+the old ones are gone. This module trusts nothing that the coordinator says
 about other sites: every key comes under the signature of a site whose identity the charter pins.
 
 What the site gives up to open a sum are shares of survivors' own masks and of dropped sites' mask keys, each
@@ -99,11 +101,16 @@ class MaskedRounds:
         """Make the round's keys and sign them."""
         _secure(terms, request.round)
         participants = list(names_of(request.document, "participants"))
+        attempt = request.document["attempt"]
+        if type(attempt) is not int or attempt < 0:
+            raise RefusedError("bad_request", "attempt: is no whole number from 0")
         state = self._ledger.masked_round(request.run, request.round)
         if state is not None:
-            if state["participants"] != participants or state["charter"] != request.charter:
-                raise RefusedError("already_answered", "keys for this round were made for another request")
-            return {"keys": state["keys"]}
+            same = state["participants"] == participants and state["charter"] == request.charter
+            if same and attempt <= state.get("attempt", 0):
+                return {"keys": state["keys"]}
+            if self._ledger.release_of(request.run, request.round) is not None:
+                raise RefusedError("already_answered", "an update was released under other keys")
         self._check_fresh(request)
         self.forget(request.run, before=request.round)
         mask, share, seed = X25519PrivateKey.generate(), X25519PrivateKey.generate(), os.urandom(32)
@@ -121,6 +128,7 @@ class MaskedRounds:
             )
         )
         state = {
+            "attempt": attempt,
             "charter": request.charter,
             "participants": participants,
             "keys": body_document(body),
@@ -207,7 +215,12 @@ class MaskedRounds:
         return MaskedUpdate(values=total.view(np.int64).tolist(), roster=roster, state=state)
 
     def survivors(self, request: MaskedRequest, terms: Terms) -> dict[str, Any]:
-        """Sign the one set of masked updates whose sum may be opened."""
+        """Sign the one set of masked updates whose sum may be opened.
+
+        Where that set lacks nobody whose masks this site's update carries, its shares go with the signature:
+        they are of seeds alone, which open the sum of all and nothing else, whatever others sign. No site's
+        mask key is given before enough others have signed the same set (`open`).
+        """
         secure = _secure(terms, request.round)
         state = self._state(request)
         survivors = list(names_of(request.document, "survivors"))
@@ -215,7 +228,7 @@ class MaskedRounds:
         if "agreed" in state:
             if (state["agreed"]["survivors"], state["agreed"]["updates"]) != (survivors, updates):
                 raise RefusedError("already_answered", "another set of survivors was signed")
-            return {"agreed": state["agreed"]}
+            return self._said(state)
         released = self._ledger.release_of(request.run, request.round)
         if released is None or "roster" not in state or "held" not in state:
             raise RefusedError("round_out_of_order", "survivors are signed after the masked update")
@@ -238,8 +251,38 @@ class MaskedRounds:
             )
         )
         state["agreed"] = body_document(body)
+        if survivors == state["members"]:
+            state = self._give(request, state)
         self._ledger.put_masked_round(request.run, request.round, state)
-        return {"agreed": state["agreed"]}
+        return self._said(state)
+
+    def _said(self, state: State) -> dict[str, Any]:
+        """Return what this site answers about its survivors: the set, and for a whole one its shares."""
+        said = {"agreed": state["agreed"]}
+        if state["agreed"]["survivors"] == state["members"] and "opened" in state:
+            said["opened"] = state["opened"]
+        return said
+
+    def _give(self, request: MaskedRequest, state: State) -> State:
+        """Return the state with this site's shares for the set it signed, and without its secrets."""
+        held = {site: bytes.fromhex(text) for site, text in state["held"].items()}
+        survivors = state["agreed"]["survivors"]
+        body = self._keys.signed(
+            SharesOpened(
+                run=request.run,
+                round=request.round,
+                charter=request.charter,
+                site=self._site,
+                roster=state["roster"],
+                seeds=tuple(held[site][:SHARE_BYTES].hex() for site in survivors),
+                keys=tuple(
+                    held[site][SHARE_BYTES:].hex() for site in state["members"] if site not in survivors
+                ),
+                signature="",
+            )
+        )
+        kept = {name: value for name, value in state.items() if name not in _SECRETS}
+        return {**kept, "opened": body_document(body)}
 
     def open(self, request: MaskedRequest, terms: Terms) -> dict[str, Any]:
         """Give the shares that open the agreed sum, once enough sites signed the set that this one signed."""
@@ -265,22 +308,7 @@ class MaskedRounds:
         if "opened" not in state and "held" not in state:
             raise RefusedError("round_out_of_order", "a later round has begun; the shares were forgotten")
         if "opened" not in state:
-            held = {site: bytes.fromhex(text) for site, text in state["held"].items()}
-            dropped = [site for site in state["members"] if site not in found.survivors]
-            body = self._keys.signed(
-                SharesOpened(
-                    run=request.run,
-                    round=request.round,
-                    charter=request.charter,
-                    site=self._site,
-                    roster=state["roster"],
-                    seeds=tuple(held[site][:SHARE_BYTES].hex() for site in found.survivors),
-                    keys=tuple(held[site][SHARE_BYTES:].hex() for site in dropped),
-                    signature="",
-                )
-            )
-            state = {name: value for name, value in state.items() if name not in _SECRETS}
-            state["opened"] = body_document(body)
+            state = self._give(request, state)
             self._ledger.put_masked_round(request.run, request.round, state)
         return {"opened": state["opened"]}
 

@@ -1,7 +1,7 @@
 """Questions to the sites' agents over a Flower grid: short time-outs, one repetition, no answer trusted.
 
-One protocol for every kind of message: content {"header": {"kind", "header"}, "blobs": {…}}, header bytes
-strict JSON, large blobs in pieces (`federation.pieces`). A repeated request is the same bytes, and an agent
+One protocol for every kind of message: a kind, a header of strict JSON and blobs, in one record where they
+are small (`federation.pieces`). A repeated request is the same bytes, and an agent
 answers it with the same bytes, so a lost message costs nothing.
 """
 
@@ -12,15 +12,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from audit.canonical import JsonValue, canonical_bytes, canonical_object, parse_strict
+from audit.canonical import JsonValue, canonical_around, canonical_bytes, parse_strict
 from audit.errors import AuditError
 from federation.asking import TROUBLE, Asking
-from federation.pieces import PiecesError, blob_records, read_blobs
+from federation.pieces import PiecesError, message_content, read_blobs
 
 TRAIN_KINDS: Final = frozenset({"round"})
 TROUBLE_S: Final = 20.0  # for how long a node or relay in trouble is asked again
@@ -30,9 +30,50 @@ MAX_HEADER_BYTES: Final = 4 << 20
 _CODE_BYTES: Final = 256  # an answer that holds a code and nothing else
 
 
-def members_written(header: Mapping[str, JsonValue], *names: str) -> dict[str, bytes]:
-    """Return the canonical bytes of members that every site is told alike: `Request.written`, made once."""
-    return {name: canonical_bytes(header[name]) for name in names}
+T = TypeVar("T")
+
+
+class Made(Mapping[str, T]):
+    """A mapping whose values are made when they are asked for, anew each time.
+
+    For a round's questions: the first site is at work before the last one's is written.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], T]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What the canonical bytes of headers have before and after the one member in which they differ."""
+
+    member: str
+    before: bytes
+    after: bytes
+
+    @classmethod
+    def of(cls, header: Mapping[str, JsonValue], member: str) -> Around:
+        """Write the rest of `header` once, for all that are told the same but for `member`."""
+        before, after = canonical_around(header, member)
+        return cls(member, before, after)
+
+    def write(self, header: Mapping[str, JsonValue]) -> bytes:
+        """Return the canonical bytes of `header`, of which all but the member is as `of` was given it."""
+        return self.before + canonical_bytes(header[self.member]) + self.after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,27 +84,28 @@ class Request:
     header: Mapping[str, JsonValue]
     blobs: Mapping[str, bytes] = field(default_factory=dict)
     records: Mapping[str, ConfigRecord] | None = None  # the blobs ready to travel, made once for all sites
-    written: Mapping[str, bytes] = field(default_factory=dict)  # members of the header, as canonical bytes
+    around: Around | None = None  # the rest of the header, written once for all sites
 
     def message(self, node_id: int, group_id: str) -> Message:
-        header = (
-            canonical_bytes(self.header)
-            if not self.written
-            else canonical_object(
-                {
-                    name: self.written[name] if name in self.written else canonical_bytes(value)
-                    for name, value in self.header.items()
-                }
-            )
-        )
-        content = RecordDict(
-            {
-                "header": ConfigRecord({"kind": self.kind, "header": header}),
-                **(blob_records(self.blobs) if self.records is None else self.records),
-            }
-        )
+        header = canonical_bytes(self.header) if self.around is None else self.around.write(self.header)
+        content = message_content(self.kind, header, self.blobs, self.records)
         kind = "train" if self.kind in TRAIN_KINDS else "query"
         return Message(content, node_id, kind, group_id=group_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Questions to one site in one message, without blobs; one is asked once those before were answered."""
+
+    requests: tuple[Request, ...]
+
+    def message(self, node_id: int, group_id: str) -> Message:
+        headers = [canonical_bytes(request.header) for request in self.requests]
+        content = message_content([request.kind for request in self.requests], headers, {})
+        return Message(content, node_id, "query", group_id=group_id)
+
+
+Question = Request | Several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +125,30 @@ def read_answer(site: str, reply: Message) -> Answer:
     header_record = reply.content.get("header")
     if not isinstance(header_record, ConfigRecord):
         return Answer(site=site, failure="the reply lacks its header")
-    raw = header_record.get("header")
-    if not isinstance(raw, bytes) or len(raw) > MAX_HEADER_BYTES:
-        return Answer(site=site, failure="the reply's header is no bytes, or too many")
     try:
         blobs = read_blobs(reply.content)
     except PiecesError as error:
         return Answer(site=site, failure=f"{error.code}: {error}")
+    return _read_header(site, header_record.get("header"), blobs)
+
+
+def read_answers(site: str, reply: Message, count: int) -> list[Answer]:
+    """Read a reply to `count` questions asked together; those after one that failed have a failure too."""
+    record = None if reply.has_error() else reply.content.get("header")
+    raws = record.get("header") if isinstance(record, ConfigRecord) else None
+    if not isinstance(raws, list):
+        answer = read_answer(site, reply)
+        failure = answer.failure or "the reply holds one answer to several questions"
+        return [Answer(site=site, failure=failure)] * count
+    if len(raws) > count or set(reply.content) != {"header"}:
+        return [Answer(site=site, failure="the reply holds more than its questions")] * count
+    answers = [_read_header(site, raw, {}) for raw in raws]
+    return answers + [Answer(site=site, failure="not answered")] * (count - len(answers))
+
+
+def _read_header(site: str, raw: object, blobs: Mapping[str, bytes]) -> Answer:
+    if not isinstance(raw, bytes) or len(raw) > MAX_HEADER_BYTES:
+        return Answer(site=site, failure="the reply's header is no bytes, or too many")
     try:
         header = parse_strict(raw)
     except AuditError as error:
@@ -165,21 +224,53 @@ class Exchange:
 
         A site that stays silent, asked again, has the failure "timeout".
         """
-        connected = {site: request for site, request in requests.items() if site in self._nodes}
-        answers: dict[str, tuple[Answer, Message | None]] = {
-            site: (Answer(site=site, failure="timeout" if site in connected else "not connected"), None)
-            for site in requests
-        }
-        messages = [self.message(site, connected[site], group_id) for site in sorted(connected)]
-        for reply in self.collect(messages, connected, timeout_s=timeout_s, group_id=group_id):
-            site = self.site_of(reply)
-            if site is not None:
-                answers[site] = (read_answer(site, reply), reply)
+        replies = self._replies(requests, timeout_s, group_id)
+        answers: dict[str, tuple[Answer, Message | None]] = {}
+        for site in requests:
+            reply = replies.get(site)
+            answers[site] = (self._silence(site) if reply is None else read_answer(site, reply), reply)
         return answers
 
-    def message(self, site: str, request: Request, group_id: str = "") -> Message:
+    def ask_several(
+        self, requests: Mapping[str, Sequence[Request]], *, timeout_s: float, group_id: str = ""
+    ) -> dict[str, list[Answer]]:
+        """Send each site its questions in one message; return, for each site, one answer to each of them."""
+        asked: dict[str, Question] = {
+            site: several[0] if len(several) == 1 else Several(tuple(several))
+            for site, several in requests.items()
+        }
+        replies = self._replies(asked, timeout_s, group_id)
+        answers: dict[str, list[Answer]] = {}
+        for site, several in requests.items():
+            reply, count = replies.get(site), len(several)
+            if reply is None:
+                answers[site] = [self._silence(site)] * count
+            else:
+                answers[site] = [read_answer(site, reply)] if count == 1 else read_answers(site, reply, count)
+        return answers
+
+    def _replies(
+        self, requests: Mapping[str, Question], timeout_s: float, group_id: str
+    ) -> dict[str, Message]:
+        connected = {site: request for site, request in requests.items() if site in self._nodes}
+        messages = [self.message(site, connected[site], group_id) for site in sorted(connected)]
+        collected = self.collect(messages, connected, timeout_s=timeout_s, group_id=group_id)
+        return {site: reply for reply in collected if (site := self.site_of(reply)) is not None}
+
+    def _silence(self, site: str) -> Answer:
+        return Answer(site=site, failure="timeout" if site in self._nodes else "not connected")
+
+    def message(self, site: str, request: Question, group_id: str = "") -> Message:
         """Return the message that carries `request` to `site`."""
         return request.message(self._nodes[site], group_id)
+
+    def messages(self, requests: Mapping[str, Request], group_id: str = "") -> Mapping[str, Message]:
+        """Return the messages that carry `requests`, each made when it is asked for."""
+        return Made(requests, lambda site: self.message(site, requests[site], group_id))
+
+    def nodes_of(self, sites: Iterable[str]) -> dict[int, str]:
+        """Return the sites by their nodes' ids."""
+        return {self._nodes[site]: site for site in sites}
 
     def site_of(self, reply: Message) -> str | None:
         """Return the site whose node a reply says it comes from."""
@@ -187,8 +278,8 @@ class Exchange:
 
     def collect(
         self,
-        messages: Sequence[Message],
-        requests: Mapping[str, Request],
+        messages: Iterable[Message],
+        requests: Mapping[str, Question],
         *,
         timeout_s: float,
         group_id: str = "",
@@ -201,16 +292,18 @@ class Exchange:
 
     def stream(
         self,
-        messages: Sequence[Message],
-        requests: Mapping[str, Request],
+        messages: Iterable[Message],
+        requests: Mapping[str, Question],
         *,
         timeout_s: float,
         group_id: str = "",
         trouble_s: float = TROUBLE_S,
         on_reply: Callable[[str], None] = lambda site: None,
     ) -> Iterator[Message]:
-        """Push `messages`, ask again as `federation.asking` says, yield one reply a site as it comes."""
-        first = {site: message for message in messages if (site := self._addressee(message)) is not None}
+        """Push `messages` as they are made, ask again as `federation.asking` says, yield one reply a site as
+        it comes.
+        """
+        first = ((site, message) for message in messages if (site := self._addressee(message)) is not None)
         asking = Asking(
             self._grid,
             site_of=self.site_of,
@@ -240,9 +333,10 @@ def _is_trouble(reply: Message) -> bool:
         return True
     record = reply.content.get("header")
     raw = record.get("header") if isinstance(record, ConfigRecord) else None
-    if not isinstance(raw, bytes) or len(raw) > _CODE_BYTES:
+    last = raw[-1] if isinstance(raw, list) and raw else raw
+    if not isinstance(last, bytes) or len(last) > _CODE_BYTES:
         return False  # more than a code: an answer is read once, when it counts, and a large one is large
-    return read_answer("?", reply).header.get("error") in TROUBLE
+    return _read_header("?", last, {}).header.get("error") in TROUBLE
 
 
 def header_text(header: Mapping[str, JsonValue]) -> str:

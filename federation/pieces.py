@@ -1,4 +1,10 @@
-"""Large blobs in a message: cut into pieces that travel as objects of their own, and put together by digest.
+"""What a message holds, in as few objects as can be: a question, its header, and blobs of any size.
+
+Flower handles every record of a message as an object of its own, with a request to push it, another to pull
+it and rows in two databases; that, and not the bytes, is what a small message costs. So kind, header and
+blobs of up to `INLINE_BYTES` together are one record, `header`, the blobs as its fields `blob-<name>`. Larger
+ones are records of their own, so that what several sites are sent alike is uploaded once. What is larger
+still is cut into pieces and put together by digest.
 
 A blob of more than `PIECE_BYTES` leaves the record `blobs` and becomes records `piece-<index>-<name>`, with
 one line about it in the record `pieces`: size, digest, number of pieces, packing. Flower pushes each record
@@ -14,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from flwr.app import ConfigRecord, RecordDict
@@ -23,11 +29,14 @@ from audit.canonical import JsonValue, canonical_bytes, parse_canonical
 from audit.errors import AuditError
 from federation.errors import FederationError
 
+INLINE_BYTES: Final = 64 << 10
 PIECE_BYTES: Final = 4 << 20
 MAX_BLOB_BYTES: Final = 1 << 30
 MAX_BLOBS: Final = 8
 
-_BLOBS, _PIECES = "blobs", "pieces"
+_HEADER, _BLOBS, _PIECES = "header", "blobs", "pieces"
+_INLINE: Final = "blob-"
+_QUESTION: Final = {"kind", "header"}
 _NAME: Final = re.compile(r"[a-z_]{1,32}")
 _PIECE_KEY: Final = re.compile(r"piece-([0-9]{6})-([a-z_]{1,32})")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -61,6 +70,29 @@ class PieceDigestError(PiecesError):
     code = "federation.piece_digest"
 
 
+def message_content(
+    kind: str | Sequence[str],
+    header: bytes | Sequence[bytes],
+    blobs: Mapping[str, bytes],
+    records: Mapping[str, ConfigRecord] | None = None,
+) -> RecordDict:
+    """Return the content of a message; `records` are those of `blobs`, where they were made before."""
+    question: dict[str, Any] = {"kind": kind, "header": header}
+    if sum(map(len, blobs.values())) <= INLINE_BYTES and len(blobs) <= MAX_BLOBS:
+        question |= {_INLINE + name: blob for name, blob in blobs.items()}
+        return RecordDict({_HEADER: ConfigRecord(question)})
+    return RecordDict(
+        {_HEADER: ConfigRecord(question), **(blob_records(blobs) if records is None else records)}
+    )
+
+
+def brings_blobs(content: RecordDict) -> bool:
+    """Whether a message seems to hold any blob; nothing is checked."""
+    header = content.get(_HEADER)
+    inline = isinstance(header, ConfigRecord) and any(name.startswith(_INLINE) for name in header)
+    return inline or bool(content.get(_BLOBS)) or _PIECES in content
+
+
 def blob_records(blobs: Mapping[str, bytes]) -> dict[str, ConfigRecord]:
     """Return the records that carry `blobs`: small ones together, large ones in pieces."""
     small = {name: blob for name, blob in blobs.items() if len(blob) <= PIECE_BYTES}
@@ -83,9 +115,14 @@ def read_blobs(content: RecordDict) -> dict[str, bytes]:
     """Return a message's blobs, each whole.
 
     Raises:
-        PiecesError: `blobs` or `pieces` is not what `blob_records` writes.
+        PiecesError: the content is not what `message_content` writes.
         PieceMissingError, PieceUnknownError, PieceSizeError, PieceDigestError: see there.
     """
+    inline = _inline(content.get(_HEADER))
+    if _BLOBS not in content and set(content) <= {_HEADER}:
+        return inline
+    if inline:
+        raise PiecesError("the message holds blobs in its header and beside it")
     blobs = _small(content.get(_BLOBS))
     lines = _lines(content.get(_PIECES), taken=set(blobs))
     announced = {
@@ -96,6 +133,23 @@ def read_blobs(content: RecordDict) -> dict[str, bytes]:
             raise PieceUnknownError(f"{str(key)[:60]!r} is announced by no line")
     for name, line in lines.items():
         blobs[name] = _joined(content, name, line)
+    return blobs
+
+
+def _inline(record: object) -> dict[str, bytes]:
+    """Return the blobs in a message's header; there is nothing else in it but kind and header."""
+    if not isinstance(record, ConfigRecord):
+        return {}
+    blobs: dict[str, bytes] = {}
+    for field, blob in record.items():
+        if field in _QUESTION:
+            continue
+        name = field.removeprefix(_INLINE)
+        if not field.startswith(_INLINE) or not _NAME.fullmatch(name) or not isinstance(blob, bytes):
+            raise PiecesError(f"the header's field {field[:40]!r} is no blob")
+        blobs[name] = blob
+    if len(blobs) > MAX_BLOBS or sum(map(len, blobs.values())) > INLINE_BYTES:
+        raise PieceSizeError(f"a header holds at most {MAX_BLOBS} blobs of {INLINE_BYTES} bytes together")
     return blobs
 
 
@@ -194,6 +248,7 @@ def _unpack(name: str, packing: str, packed: bytes, size: int) -> bytes:
 
 
 __all__ = [
+    "INLINE_BYTES",
     "MAX_BLOB_BYTES",
     "PIECE_BYTES",
     "PieceDigestError",
@@ -202,5 +257,7 @@ __all__ = [
     "PieceUnknownError",
     "PiecesError",
     "blob_records",
+    "brings_blobs",
+    "message_content",
     "read_blobs",
 ]

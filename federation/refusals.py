@@ -16,6 +16,7 @@ from audit.weights import encode_update
 from federation.coordinator import Coordinator, stable_event_id
 from federation.errors import StatementError
 from federation.exchange import read_answer
+from federation.pieces import brings_blobs
 from federation.secure_round import MaskedRound
 from federation.statements import AcceptedUpdate, RoundTerms, refusal_event_id, verify_refusal
 
@@ -110,6 +111,6 @@ def record_opened(coordinator: Coordinator, masked: MaskedRound) -> None:
 def noting(replies: Iterable[Message], unanswered: list[Message]) -> Iterator[Message]:
     """Pass replies on as they come, and keep those that bring no update: they may hold a signed refusal."""
     for reply in replies:
-        if reply.has_error() or not (reply.content.get("blobs") or "pieces" in reply.content):
+        if reply.has_error() or not brings_blobs(reply.content):
             unanswered.append(reply)
         yield reply

@@ -3,18 +3,22 @@
 Around the round's own request there are four more. `begin` asks every participant for its keys, shows all of
 them to each and carries the sealed shares; whoever stays silent is left out, as long as enough remain. After
 the masked updates have come, `open` has the survivors sign the one set that counts and asks them for the
-shares that open its sum. Nothing here is secret, and nothing here is trusted by the sites: they check every
-signature themselves. What comes out is `audit.secure_round.open_sum` over a transcript that anybody else can
-open again.
+shares that open its sum; of a set that lacks nobody a site gives them with its signature. Nothing here is
+secret, and nothing here is trusted by the sites: they check every signature themselves. What comes out is
+`audit.secure_round.open_sum` over a transcript that anybody else can open again.
+
+Where another round is to come (`goes_on`), its keys are asked for with the shares that open this one, and its
+sealed shares with the cosignatures after it: `following` has them, and asks for whatever is missing then.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -56,15 +60,24 @@ class MaskedRound:
     """One masked round. Call `begin`, send the requests it returns, then `open` with what was accepted."""
 
     def __init__(
-        self, exchange: Exchange, secure: SecureTerms, terms: RoundTerms, *, timeout_s: float
+        self,
+        exchange: Exchange,
+        secure: SecureTerms,
+        terms: RoundTerms,
+        *,
+        timeout_s: float,
+        goes_on: bool = False,
     ) -> None:
+        """`goes_on`: whether another masked round follows if this one gives a model."""
         self._exchange, self._secure, self._terms = exchange, secure, terms
-        self._timeout_s = timeout_s
+        self._timeout_s, self._goes_on = timeout_s, goes_on
         self._name = RoundName(
             run=terms.run, round=terms.round, charter=terms.charter, participants=terms.participants
         )
         self._keys: tuple[MaskKeys, ...] = ()
+        self._sealed: dict[str, dict[str, str]] = {}
         self._members: tuple[str, ...] = ()
+        self.following: MaskedRound | None = None
         self.rejected: dict[str, StatementError] = {}
         self.refusals: dict[str, SiteRefused] = {}
         self.opened: OpenedSum | None = None
@@ -79,21 +92,15 @@ class MaskedRound:
 
         Fewer than the charter's least, and nobody is asked for an update: nothing is released.
         """
-        asked: dict[str, JsonValue] = {"participants": list(self._terms.participants)}
-        answers = self._ask("masked.keys", sorted(requests), lambda _: asked)
-        self._keys = tuple(
-            found for site in sorted(answers) if (found := self._read_keys(site, answers[site]))
-        )
-        if len(self._keys) < self._secure.least:
-            return {}
-        shown: list[JsonValue] = [
-            {"enrolment": body_document(self._terms.enrolments[item.site]), "keys": body_document(item)}
-            for item in self._keys
-        ]
-        sites = [item.site for item in self._keys]
-        answers = self._ask("masked.shares", sites, lambda _: {"keys": shown})
-        sealed = {site: texts for site in sites if (texts := self._read_shares(site, answers[site], sites))}
-        self._members = tuple(sealed)
+        sites = sorted(requests)
+        if self._key_sites != sites:  # none were given ahead, or not by all who are here
+            self.take_keys(self._ask(dict.fromkeys(sites, self.keys_request())))
+        self._deal()
+        if len(self._sealed) < self._secure.least and self._is_bound_elsewhere():
+            anew = self.keys_request(attempt=time.time_ns() // 1_000_000)
+            self.take_keys(self._ask(dict.fromkeys(sites, anew)))
+            self._deal()
+        self._members = tuple(self._sealed)
         if len(self._members) < self._secure.least:
             return {}
         return {
@@ -101,11 +108,71 @@ class MaskedRound:
                 requests[site],
                 header={
                     **requests[site].header,
-                    "shares": {other: sealed[other][site] for other in self._members if other != site},
+                    "shares": {other: self._sealed[other][site] for other in self._members if other != site},
                 },
             )
             for site in self._members
         }
+
+    @property
+    def participants(self) -> tuple[str, ...]:
+        return self._terms.participants
+
+    def settle(self, terms: RoundTerms, *, goes_on: bool) -> bool:
+        """Take the round's terms, which were not known when its keys were made; False if it is another."""
+        now, then = terms, self._terms
+        same = (now.run, now.round, now.charter, now.participants, now.enrolments) == (
+            (then.run, then.round, then.charter, then.participants, then.enrolments)
+        )
+        if same:
+            self._terms, self._goes_on = terms, goes_on
+        return same
+
+    def keys_request(self, *, attempt: int = 0) -> Request:
+        """Return the question for a site's keys; with a higher `attempt` than before it makes new ones, as
+        long as it has released nothing under the old.
+        """
+        participants = list(self._terms.participants)
+        return self._request("masked.keys", {"attempt": attempt, "participants": participants})
+
+    def shares_request(self) -> Request:
+        """Return the question for the shares that a site seals for each of those that gave keys."""
+        shown: list[JsonValue] = [
+            {"enrolment": body_document(self._terms.enrolments[item.site]), "keys": body_document(item)}
+            for item in self._keys
+        ]
+        return self._request("masked.shares", {"keys": shown})
+
+    def take_keys(self, answers: Mapping[str, Answer]) -> None:
+        """Keep the keys that hold; what was said before of any site is void."""
+        self.rejected, self.refusals, self._sealed = {}, {}, {}
+        self._keys = tuple(
+            found for site in sorted(answers) if (found := self._read_keys(site, answers[site]))
+        )
+
+    def take_shares(self, answers: Mapping[str, Answer]) -> None:
+        """Keep the sealed shares of those that gave one for each other site."""
+        sites = self._key_sites
+        for site in sites:
+            self.rejected.pop(site, None)
+        self._sealed = {
+            site: texts
+            for site in sites
+            if site in answers and (texts := self._read_shares(site, answers[site], sites))
+        }
+
+    @property
+    def _key_sites(self) -> list[str]:
+        return [item.site for item in self._keys]
+
+    def _deal(self) -> None:
+        sites = self._key_sites
+        if len(sites) >= self._secure.least and list(self._sealed) != sites:
+            self.take_shares(self._ask(dict.fromkeys(sites, self.shares_request())))
+
+    def _is_bound_elsewhere(self) -> bool:
+        """Whether a site sealed shares for another set of keys, before the coordinator or a site was lost."""
+        return any(refusal.reason == "already_answered" for refusal in self.refusals.values())
 
     def open(self, accepted: Mapping[str, AcceptedUpdate]) -> Sequence[int]:
         """Have the survivors agree and open their sum.
@@ -115,9 +182,14 @@ class MaskedRound:
         """
         survivors = tuple(sorted(accepted))
         updates = {site: accepted[site].statement.update for site in survivors}
+        roster = self.terms.roster
         header: dict[str, JsonValue] = {"survivors": list(survivors), "updates": list(updates.values())}
-        answers = self._ask("masked.survivors", survivors, lambda _: header)
-        wanted = {"survivors": survivors, "updates": tuple(updates.values()), "roster": self.terms.roster}
+        request = self._request("masked.survivors", header)
+        is_whole = survivors == self._members
+        answers = (
+            self._ask_on(survivors, request) if is_whole else self._ask(dict.fromkeys(survivors, request))
+        )
+        wanted = {"survivors": survivors, "updates": tuple(updates.values()), "roster": roster}
         agreed = [
             found
             for site in survivors
@@ -128,19 +200,44 @@ class MaskedRound:
             agreed,
             self._key_of,
             members=self._members,
-            roster=self.terms.roster,
+            roster=roster,
             least=self._secure.least,
         )
-        signed: list[JsonValue] = [body_document(item) for item in agreed]
-        answers = self._ask("masked.open", [item.site for item in agreed], lambda _: {"agreed": signed})
+        signers = [item.site for item in agreed]
+        given = {site: answers[site] for site in signers if is_whole and "opened" in answers[site].header}
+        opened = self._read_opened(given)
+        if len(opened) < self._secure.least:
+            signed: list[JsonValue] = [body_document(item) for item in agreed]
+            request = self._request("masked.open", {"agreed": signed})
+            asked_on = (
+                self._ask_on(signers, request) if not is_whole else self._ask(dict.fromkeys(signers, request))
+            )
+            opened = self._read_opened(asked_on)
+        self.opened = self._first_that_holds(accepted, tuple(agreed), opened)
+        return self.opened.total
+
+    def _read_opened(self, answers: Mapping[str, Answer]) -> list[SharesOpened]:
         same = {"roster": self.terms.roster}
-        opened = [
+        return [
             given
             for site in sorted(answers)
             if (given := self._read(SharesOpened, "opened", "shares", site, answers[site], same))
         ]
-        self.opened = self._first_that_holds(accepted, tuple(agreed), opened)
-        return self.opened.total
+
+    def _ask_on(self, sites: Sequence[str], request: Request) -> dict[str, Answer]:
+        """Ask the question that opens the round at a site, and behind it, in one message, for the keys of the
+        round that follows; a site that does not answer the first is not asked the second.
+        """
+        if not self._goes_on:
+            return self._ask(dict.fromkeys(sites, request))
+        terms = replace(self._terms, round=self._terms.round + 1, participants=tuple(sites))
+        following = MaskedRound(self._exchange, self._secure, terms, timeout_s=self._timeout_s)
+        both = dict.fromkeys(sites, (request, following.keys_request()))
+        answers = self._exchange.ask_several(both, timeout_s=self._timeout_s, group_id=str(self._terms.round))
+        following.take_keys({site: keys for site, (_, keys) in answers.items()})
+        if following._key_sites == list(sites):
+            self.following = following
+        return {site: answer for site, (answer, _) in answers.items()}
 
     def _first_that_holds(
         self,
@@ -171,13 +268,15 @@ class MaskedRound:
             return OpenedSum(total=tuple(total), transcript=transcript)
         raise problem
 
-    def _ask(self, kind: str, sites: Iterable[str], header: Any) -> dict[str, Answer]:
+    def _request(self, kind: str, header: Mapping[str, JsonValue]) -> Request:
         name: dict[str, JsonValue] = {
             "run": self._terms.run,
             "round": self._terms.round,
             "charter": self._terms.charter,
         }
-        requests = {site: Request(kind=kind, header={**name, **header(site)}) for site in sites}
+        return Request(kind=kind, header={**name, **header})
+
+    def _ask(self, requests: Mapping[str, Request]) -> dict[str, Answer]:
         found = self._exchange.ask(requests, timeout_s=self._timeout_s, group_id=str(self._terms.round))
         return {site: answer for site, (answer, _) in found.items()}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,13 +12,27 @@ from audit.checkpoints import parse_checkpoint_note
 from audit.notes import parse_note
 from audit.tlog_proof import TlogProof
 from federation.coordinator import Coordinator
-from federation.exchange import Exchange, Request
+from federation.exchange import Answer, Exchange, Request
 from federation.trust import OPERATOR, asked_to_cosign
 
 COSIGN_TIMEOUT_S = 60.0
 _NEAR = 64
 _LOOKED_AT = 20  # checkpoints, newest first, for what a site cosigned last
 _MEETINGS = 3  # how often to publish again for a site that watched the log meanwhile and is ahead
+
+
+@dataclass(frozen=True, slots=True)
+class Alongside:
+    """Questions that travel behind those for cosignatures, and what sites answered to them."""
+
+    requests: Mapping[str, Request]
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+    def still(self, site: str) -> tuple[Request, ...]:
+        """Return the question that the site has not answered yet, if there is one."""
+        known = self.answers.get(site)
+        open_ = site in self.requests and (known is None or bool(known.failure))
+        return (self.requests[site],) if open_ else ()
 
 
 class Witnessing:
@@ -28,18 +43,22 @@ class Witnessing:
     ) -> None:
         self._coordinator, self._exchange, self._timeout_s = coordinator, exchange, timeout_s
         self._shown: dict[int, dict[str, str]] = {}  # what `logged` said under the present note
+        self._bodies: dict[int, bytes] = {}  # read by `prepare` for it
         self._seen: dict[str, int] = {}  # tree size that each site cosigned last
         self._note: bytes | None = None
         self._tree_size = 0
         self._is_behind = False
 
-    def cosign(self, sites: Iterable[str]) -> int:
-        """Sign the log as it is, collect the sites' cosignatures, return how many there are."""
-        wanted = asked_to_cosign(sites, self._operators())
+    def cosign(self, sites: Iterable[str], along: Alongside | None = None) -> int:
+        """Sign the log as it is, collect the sites' cosignatures, return how many there are.
+
+        `along`: what else sites are asked in the same messages, whether they are asked to cosign or not.
+        """
+        wanted, beside = asked_to_cosign(sites, self._operators()), along or Alongside({})
         for _ in range(_MEETINGS):
             self._is_behind = False
-            note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted))
-            self._note, self._shown = note, {}
+            note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted, beside))
+            self._note, self._shown, self._bodies = note, {}, {}
             self._tree_size = parse_checkpoint_note(note).tree_size
             if not self._is_behind:
                 break
@@ -60,7 +79,8 @@ class Witnessing:
             raise ValueError(f"leaf {leaf_index} is not in a cosigned tree yet")
         if leaf_index in self._shown:
             return self._shown[leaf_index]
-        shown = self._shown[leaf_index] = self._show(leaf_index, self._coordinator.ledger.entry(leaf_index))
+        body = self._bodies.pop(leaf_index, None) or self._coordinator.ledger.entry(leaf_index)
+        shown = self._shown[leaf_index] = self._show(leaf_index, body)
         return shown
 
     def prepare(self, leaves: Sequence[int]) -> None:
@@ -70,9 +90,7 @@ class Witnessing:
         first, ledger = min(leaves), self._coordinator.ledger
         bodies = ledger.entries(first, max(leaves) + 1)
         ledger.warm(self.tree_size)
-        for leaf_index in leaves:
-            if self.covers(leaf_index):
-                self._shown[leaf_index] = self._show(leaf_index, bodies[leaf_index - first])
+        self._bodies = {index: bodies[index - first] for index in leaves if self.covers(index)}
 
     def _show(self, leaf_index: int, body: bytes) -> dict[str, str]:
         if self._note is None:
@@ -86,17 +104,18 @@ class Witnessing:
         enrolled = self._coordinator.enrolments()
         return {site: body.operator for site, body in enrolled.items() if OPERATOR.fullmatch(body.operator)}
 
-    def _collect(self, note: bytes, sites: list[str]) -> dict[str, list[bytes]]:
+    def _collect(self, note: bytes, sites: list[str], along: Alongside) -> dict[str, list[bytes]]:
         lines: dict[str, list[bytes]] = {}
         waiting = sites
         self._catch_up(sites)
         request = lru_cache(maxsize=None)(partial(self._request, note))  # most sites saw the same tree last
         for _ in range(2):  # the second time from the sizes that the stale ones named
-            answers = self._exchange.ask(
-                {site: request(self._seen.get(site, 0)) for site in waiting},
-                timeout_s=self._timeout_s,
-                group_id="cosign",
-            )
+            questions = {site: (request(self._seen.get(site, 0)), *along.still(site)) for site in waiting}
+            questions |= {
+                site: more for site in along.requests.keys() - waiting if (more := along.still(site))
+            }
+            answers = self._exchange.ask_several(questions, timeout_s=self._timeout_s, group_id="cosign")
+            along.answers.update({site: answers[site][-1] for site in questions if along.still(site)})
             stale: list[str] = []
             for site in waiting:
                 header: Any = answers[site][0].header

@@ -109,9 +109,9 @@ class ForkExecutor:
             exits: Any = importlib.import_module("flwr.supercore.exit.exit_handler")
             exits.registered_exit_handlers.clear()  # they are the parent's: one of them ends all forks
             random.seed()
-            numpy: Any = sys.modules.get("numpy")
-            if numpy is not None:
-                numpy.random.seed()
+            numbers: Any = sys.modules.get("numpy.random")  # who loads it later starts from fresh entropy
+            if numbers is not None:
+                numbers.seed()
             self._start(arguments, place)
             status = 0
         except SystemExit as left:

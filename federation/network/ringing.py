@@ -80,12 +80,13 @@ class RingingGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return what has come; where nothing has, wait for a ring and look once more."""
+        """Wait for a ring, for a second at most, and return what has come.
+
+        A look takes in all that was rung for before it, so it is repeated for another ring alone.
+        """
         wanted = list(message_ids)
-        found = list(self._grid.pull_messages(wanted))
-        if found or not wanted:
-            return found
-        self._bell.wait(LONGEST_S)
+        if wanted:
+            self._bell.wait(LONGEST_S)
         return list(self._grid.pull_messages(wanted))
 
     def send_and_receive(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -259,3 +264,125 @@ def test_whoever_gives_false_shares_is_left_out_of_one_of_the_first_sets() -> No
             assert any(liar not in found for found in tried[:count])
     assert list(giver_sets(givers[:2], 3)) == []
     assert [len(found) for found in giver_sets(givers[:3], 3)] == [3]
+
+
+# whom a coordinator could make open what: every way to tell the sites different things
+
+
+Told = tuple[frozenset[int], frozenset[int] | None]  # whose masks a site carries, and which set it signed
+
+
+def learnable(told: list[Told], sites: int, least: int, *, careless: bool = False) -> list[set[int]]:
+    """Return the sets of honest sites whose sums follow from what is given away.
+
+    Sites 0 to len(told) - 1 are honest, the others collude. A site gives its shares of seeds at once for a
+    set that lacks none of its members, else, with shares of the dropped sites' mask keys, once `least` sites
+    have signed the same set under the same roster. What keeps an update hidden is its own seed, and each pair
+    mask that no other term of a sum takes off; so sums are those of whole components of the graph of masks.
+    """
+    honest, colluders = range(len(told)), sites - len(told)
+    seeds, keys = dict.fromkeys(honest, colluders), dict.fromkeys(honest, colluders)
+    for members, signed in told:
+        if signed is None:
+            continue
+        signers = told.count((members, signed)) + sum(site >= len(told) for site in signed)
+        if signed != members and signers < least and not careless:
+            continue
+        for site in honest:
+            seeds[site] += site in signed
+            keys[site] += site in members - signed
+    hidden = {site for site in honest if seeds[site] < least}
+    parent = list(honest)
+
+    def root(site: int) -> int:
+        while parent[site] != site:
+            site = parent[site]
+        return site
+
+    for one, other in itertools.combinations(honest, 2):
+        if keys[one] >= least or keys[other] >= least:
+            continue
+        carried = (other in told[one][0], one in told[other][0])
+        if all(carried):
+            parent[root(one)] = root(other)
+        elif any(carried):
+            hidden.add(one if carried[0] else other)
+    found: dict[int, set[int]] = {}
+    for site in honest:
+        found.setdefault(root(site), set()).add(site)
+    return [component for component in found.values() if not component & hidden]
+
+
+def ways(site: int, sites: int, least: int) -> list[Told]:
+    """Return everything that a coordinator can tell one site."""
+    others = [other for other in range(sites) if other != site]
+    rosters = [
+        frozenset({site, *chosen})
+        for size in range(least - 1, sites)
+        for chosen in itertools.combinations(others, size)
+    ]
+    return [
+        (members, signed)
+        for members in rosters
+        for signed in (None, *(roster for roster in rosters if roster <= members))
+    ]
+
+
+CASES = [
+    (sites, tolerated, least)
+    for sites in range(3, 7)
+    for tolerated in range((sites + 1) // 2)
+    for least in range(sites - tolerated, sites + 1)
+]
+
+
+def told_ways(sites: int, honest: int, least: int) -> Iterator[tuple[Told, ...]]:
+    """Yield every way, or some thousand at random where there are too many."""
+    choices = [ways(site, sites, least) for site in range(honest)]
+    if math.prod(map(len, choices)) <= 40_000:
+        yield from itertools.product(*choices)
+        return
+    rng = random.Random(f"{sites} {honest} {least}")
+    for _ in range(6_000):
+        few = [rng.sample(options, min(2, len(options))) for options in choices]  # some must be told alike
+        shared = rng.choice(few)[0]
+        yield tuple(
+            shared
+            if site in shared[0] and site in (shared[1] or shared[0]) and rng.random() < 0.6
+            else few[site][0]
+            for site in range(honest)
+        )
+
+
+@pytest.mark.parametrize(("sites", "tolerated", "least"), CASES)
+def test_whatever_sites_are_told_one_sum_at_most_is_opened_and_of_enough(
+    sites: int, tolerated: int, least: int
+) -> None:
+    colluders = least - (sites - tolerated)
+    for told in told_ways(sites, sites - colluders, least):
+        sums = learnable(list(told), sites, least)
+        assert len(sums) <= 1, told
+        assert all(len(found) >= sites - tolerated for found in sums), told
+
+
+def test_mask_keys_given_before_enough_have_signed_would_open_a_smaller_sum() -> None:
+    """Five honest sites, each told that two others are gone: the mask keys of three of them come together."""
+    gone = [(3, 4), (2, 4), (3, 4), (2, 4), (2, 3)]
+    everybody = frozenset(range(5))
+    told: list[Told] = [(everybody, everybody - {*two}) for two in gone]
+    assert learnable(told, 5, 3) == []
+    assert learnable(told, 5, 3, careless=True) == [{0, 1}]
+
+
+def test_with_more_colluders_than_the_charter_covers_the_search_finds_what_they_learn() -> None:
+    everybody = frozenset(range(4))
+    assert learnable([(everybody, frozenset({0, 1, 3}))] * 2 + [(everybody, everybody)], 4, 3) == [{0, 1}]
+    apart: list[Told] = [(frozenset({site, 2, 3}),) * 2 for site in range(2)]
+    assert learnable(apart, 4, 3) == [{0}, {1}]
+
+
+def test_a_set_that_all_are_told_is_opened_and_one_that_too_few_are_told_is_not() -> None:
+    everybody = frozenset(range(5))
+    assert learnable([(everybody, everybody)] * 5, 5, 4) == [set(range(5))]
+    silent: list[Told] = [(everybody, None)] * 2
+    assert learnable([(everybody, everybody)] * 3 + silent, 5, 4) == []

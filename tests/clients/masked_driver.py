@@ -50,7 +50,7 @@ class Driver:
 
     def ask_keys(self, sites: tuple[str, ...] = SITES) -> None:
         for site in sites:
-            self.keys[site] = self.step("keys", site, participants=list(SITES))["keys"]
+            self.keys[site] = self.step("keys", site, attempt=0, participants=list(SITES))["keys"]
 
     def shown(self, sites: tuple[str, ...] = SITES) -> list[Answer]:
         enrolment = {

@@ -55,28 +55,40 @@ def losing(kind: str, *sites: str, times: int = 1) -> Callable[[Agent, str, dict
     return lie
 
 
+def both(*lies: Callable[[Agent, str, dict[str, Any]], None]) -> Callable[..., None]:
+    def lie(agent: Agent, asked: str, answer: dict[str, Any]) -> None:
+        for one in lies:
+            one(agent, asked, answer)
+
+    return lie
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason", "more"),
+    ("lost", "reason", "more"),
     [
-        ("masked.survivors", "not_opened", ""),
-        ("masked.open", "not_opened", COUNTS),  # shares were given, too few arrived
-        ("round", "not_enough_sites", ""),  # two released, and nobody heard
-        ("masked.keys", "not_enough_sites", ""),
+        ([("masked.survivors", "b", "c")], "not_opened", COUNTS),  # shares were given, too few arrived
+        ([("round", "d"), ("masked.survivors", "b")], "not_opened", ""),
+        ([("round", "d"), ("masked.open", "b")], "not_opened", ""),
+        ([("round", "b", "c")], "not_enough_sites", ""),  # two released, and nobody heard
+        ([("masked.keys", "b", "c")], "not_enough_sites", ""),
+        ([("masked.shares", "b", "c")], "not_enough_sites", ""),
     ],
+    ids=lambda value: "-".join(kind for kind, *_ in value) if isinstance(value, list) else None,
 )
 def test_a_lost_masked_round_costs_a_spare_one_and_not_the_run(
-    carry_out: Any, kind: str, reason: str, more: str
+    carry_out: Any, lost: list[tuple[str, ...]], reason: str, more: str
 ) -> None:
-    done = carry_out(lie=losing(kind, "b", "c"), charter=SPARE + more)
+    kind = lost[-1][0]
+    done = carry_out(lie=both(*(losing(*one) for one in lost)), charter=SPARE + more)
     assert done.failed is None, done.failed
-    (lost,) = done.bodies(RoundAbandoned)
-    assert (lost.round, lost.reason) == (1, reason)
+    (body,) = done.bodies(RoundAbandoned)
+    assert (body.round, body.reason) == (1, reason)
     assert [body.round for body in done.bodies(RoundCompleted)] == [2, 3]
     assert [body.round for body in done.bodies(RoundOpened)] == [2, 3]
     written_off = {body.statement.site: body.statement for body in done.bodies(SiteUndelivered)}
     fresh = {body.site: body for body in done.bodies(Statement) if body.round == 2}
     assert sorted(fresh) == list(NAMES)
-    assert sorted(written_off) == ([] if kind == "masked.keys" else list(NAMES))
+    assert sorted(written_off) == ([] if kind in ("masked.keys", "masked.shares") else list(NAMES))
     for site, statement in written_off.items():
         assert (statement.round, statement.sequence, fresh[site].sequence) == (1, 1, 2)
         assert fresh[site].roster != statement.roster
@@ -249,8 +261,10 @@ def header(driver: Driver, number: int, **fields: Any) -> dict[str, Any]:
 
 def test_the_same_round_is_not_opened_again_for_the_same_sites(driver: Driver) -> None:
     agent = driver.network.agents["alpha"]
-    fewer = header(driver, 1, participants=["alpha", "beta"])
+    fewer = header(driver, 1, attempt=0, participants=["alpha", "beta"])
     assert refusal_code(call(agent, "masked.keys", fewer)[0]) == "already_answered"
+    anew = header(driver, 1, attempt=1, participants=list(SITES))
+    assert refusal_code(call(agent, "masked.keys", anew)[0]) == "already_answered"
     assert refusal_code(driver.update("alpha", shares={"beta": driver.sealed["beta"]["alpha"]})) == (
         "already_released"
     )
@@ -260,7 +274,9 @@ def test_the_same_round_is_not_opened_again_for_the_same_sites(driver: Driver) -
 def test_rounds_without_end_are_bounded_by_the_plan(driver: Driver) -> None:
     for number, wanted in ((3, None), (4, "round_out_of_order"), (10**6, "round_out_of_order")):
         answer = call(
-            driver.network.agents["alpha"], "masked.keys", header(driver, number, participants=list(SITES))
+            driver.network.agents["alpha"],
+            "masked.keys",
+            header(driver, number, attempt=0, participants=list(SITES)),
         )[0]
         assert ("keys" in answer) if wanted is None else (refusal_code(answer) == wanted)
     agent = driver.network.agents["alpha"]
@@ -268,10 +284,11 @@ def test_rounds_without_end_are_bounded_by_the_plan(driver: Driver) -> None:
 
 
 def test_once_the_next_round_has_begun_the_lost_one_cannot_be_opened(driver: Driver) -> None:
-    driver.ask_survivors(SITES)
+    driver.updates.pop("gamma")
+    driver.ask_survivors(("alpha", "beta"))
     agent = driver.network.agents["alpha"]
-    assert "keys" in call(agent, "masked.keys", header(driver, 2, participants=list(SITES)))[0]
-    answer = driver.step("open", "alpha", agreed=[driver.agreed[site] for site in SITES])
+    assert "keys" in call(agent, "masked.keys", header(driver, 2, attempt=0, participants=list(SITES)))[0]
+    answer = driver.step("open", "alpha", agreed=[driver.agreed[site] for site in ("alpha", "beta")])
     assert refusal_code(answer) == "round_out_of_order"
 
 

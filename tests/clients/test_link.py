@@ -75,7 +75,9 @@ def test_bytes_go_through_unread(ask):
         (RecordDict(), "query"),
         (RecordDict({"header": ConfigRecord({"kind": "hello"}), "blobs": ConfigRecord()}), "query"),
         (RecordDict({"header": ConfigRecord({"kind": 1, "header": b""}), "blobs": ConfigRecord()}), "query"),
-        (RecordDict({"header": ConfigRecord({"kind": "hello", "header": b"{}"})}), "query"),
+        (RecordDict({"header": ConfigRecord({"kind": "hello", "header": b"{}", "blob-a": "text"})}), "query"),
+        (RecordDict({"header": ConfigRecord({"kind": "hello", "header": b"{}", "blob-A": b"x"})}), "query"),
+        (RecordDict({"header": ConfigRecord({"kind": "hello", "header": b"{}", "more": b"x"})}), "query"),
         (
             RecordDict(
                 {
@@ -92,6 +94,91 @@ def test_a_message_of_another_form_gets_one_code_and_reaches_no_agent(ask, conte
     with live_agents({"alpha": agent}):
         assert code(ask(content, message_type)) == {"error": "internal_error"}
     assert agent.heard == []
+
+
+def several(*asked, **more):
+    kinds, headers = [kind for kind, _ in asked], [header for _, header in asked]
+    return RecordDict({"header": ConfigRecord({"kind": kinds, "header": headers, **more})})
+
+
+class Answering(Echo):
+    """An agent that answers each kind as told."""
+
+    def __init__(self, answers, blobs=None):
+        super().__init__()
+        self.answers, self.blobs = answers, blobs or {}
+
+    def handle(self, kind, header, blobs):
+        super().handle(kind, header, blobs)
+        return self.answers[kind], self.blobs
+
+
+def test_questions_in_one_message_are_asked_in_order(ask):
+    agent = Answering({"cosign": b'{"a":1}', "masked.shares": b'{"b":2}'})
+    with live_agents({"alpha": agent}):
+        reply = ask(several(("cosign", b"x"), ("masked.shares", b"y")))
+    assert agent.heard == [("cosign", b"x", {}), ("masked.shares", b"y", {})]
+    assert list(reply.content["header"]["kind"]) == ["cosign", "masked.shares"]
+    assert list(reply.content["header"]["header"]) == [b'{"a":1}', b'{"b":2}']
+    assert set(reply.content) == {"header"}
+
+
+@pytest.mark.parametrize("first", [b'{"error":"x"}', b'{"error":"x","refusal":{}}', b"[]"])
+def test_after_an_answer_that_is_an_error_nothing_more_is_asked(ask, first):
+    """The keys of the next round would delete the secrets of one that could not be opened."""
+    agent = Answering({"masked.survivors": first, "masked.keys": b"{}"})
+    with live_agents({"alpha": agent}):
+        reply = ask(several(("masked.survivors", b"x"), ("masked.keys", b"y")))
+    assert [kind for kind, _, _ in agent.heard] == ["masked.survivors"]
+    assert list(reply.content["header"]["header"]) == [first]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        several(),
+        several(("hello", b"{}")),
+        several(*[("hello", b"{}")] * 5),
+        several(("hello", b"{}"), ("round", b"{}")),
+        several(("hello", b"{}"), ("shell", b"{}")),
+        several(("hello", "text"), ("cosign", "text")),
+        several(("hello", b"{}"), ("cosign", bytes((4 << 20) + 1))),
+        several(("hello", b"{}"), ("cosign", b"{}"), **{"blob-a": b"x"}),
+        RecordDict({**several(("hello", b"{}"), ("cosign", b"{}")), "blobs": ConfigRecord({"a": b"x"})}),
+        RecordDict({"header": ConfigRecord({"kind": ["hello", "cosign"], "header": [b"{}"]})}),
+        RecordDict({"header": ConfigRecord({"kind": ["hello", "cosign"], "header": b"{}"})}),
+        RecordDict({"header": ConfigRecord({"kind": "hello", "header": [b"{}", b"{}"]})}),
+        RecordDict({"header": ConfigRecord({"kind": [1, 2], "header": [b"{}", b"{}"]})}),
+    ],
+    ids=range(13),
+)
+@pytest.mark.parametrize("message_type", ["query", "train"])
+def test_questions_of_another_form_reach_no_agent(ask, content, message_type):
+    agent = Echo()
+    with live_agents({"alpha": agent}):
+        assert code(ask(content, message_type)) == {"error": "internal_error"}
+    assert agent.heard == []
+
+
+def test_rounds_are_never_asked_among_others(ask):
+    agent = Echo()
+    with live_agents({"alpha": agent}):
+        assert code(ask(several(("round", b"{}"), ("round", b"{}")), "train")) == {"error": "internal_error"}
+    assert agent.heard == []
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        Answering({"hello": b"{}", "cosign": b"{}"}, blobs={"a": b"x"}),
+        Answering({"hello": b"{}", "cosign": b"no json"}),
+        Answering({"hello": b"{}"}),
+    ],
+    ids=["blobs", "no json", "an exception"],
+)
+def test_an_agent_that_answers_otherwise_gives_one_code(ask, agent):
+    with live_agents({"alpha": agent}):
+        assert code(ask(several(("hello", b"{}"), ("cosign", b"{}")))) == {"error": "internal_error"}
 
 
 def test_an_exception_beside_the_data_never_leaves_with_its_text(ask, caplog):

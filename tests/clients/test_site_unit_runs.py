@@ -280,7 +280,7 @@ def test_a_site_s_answers_differ_by_nothing_but_masks_hashes_and_signatures(carr
         return [(kind, shape(answer)) for site, kind, answer in done.answers if site == "c"]
 
     asked = [kind for kind, _ in told(few)]
-    assert {"round", "masked.keys", "masked.open", "run.propose", "charter.sign"} <= set(asked)
+    assert {"round", "masked.keys", "masked.survivors", "run.propose", "charter.sign"} <= set(asked)
     skip = ("cosign", "enrol")  # what they answer follows from the log's size
     assert [item for item in told(few) if item[0] not in skip] == [
         item for item in told(many) if item[0] not in skip

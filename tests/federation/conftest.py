@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from audit.canonical import canonical_bytes, parse_canonical
@@ -47,6 +47,7 @@ from federation.coordinator import Coordinator
 from federation.exchange import Exchange
 from federation.grid import InProcessGrid
 from federation.mechanism import planned_event, planned_events
+from federation.pieces import message_content, read_blobs
 from federation.progress import RunEvent
 from federation.server_app import app as server_app
 from federation.server_app import carry_out
@@ -329,12 +330,9 @@ class Federation:
         def relay(message: Message, context: Context) -> Message:
             record = message.content["header"]
             kind, header = str(record["kind"]), bytes(record["header"])
-            blobs = {name: bytes(blob) for name, blob in message.content["blobs"].items()}
+            blobs = read_blobs(message.content)
             answer, out = self.sites[str(context.node_config["site"])].handle(kind, header, blobs)
-            content = RecordDict(
-                {"header": ConfigRecord({"kind": kind, "header": answer}), "blobs": ConfigRecord(dict(out))}
-            )
-            return Message(content, reply_to=message)
+            return Message(message_content(kind, answer, out), reply_to=message)
 
         app.train()(relay)
         app.query()(relay)

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from audit.canonical import canonical_bytes
 from federation.errors import FederationError
-from federation.exchange import Exchange, Request, read_answer
+from federation.exchange import Around, Exchange, Made, Request, read_answer, read_answers
 from federation.grid import MANY_NODES, InProcessGrid
 from tests.waiting import Moved
 
@@ -133,7 +133,12 @@ def test_one_silent_site_does_not_hold_back_the_others_answers():
     "content",
     [
         {},
-        {"header": ConfigRecord({"header": b"{}"})},
+        {"header": ConfigRecord({"header": b"{}", "blob-update": 3})},
+        {"header": ConfigRecord({"header": b"{}", "blob-update": bytes(1 << 17)})},
+        {"header": ConfigRecord({"header": b"{}", "blob-update": b"x"}), "blobs": ConfigRecord({})},
+        {"header": ConfigRecord({"header": b"{}", "extra": b"x"})},
+        {"header": ConfigRecord({"header": [b"{}"]})},
+        {"header": ConfigRecord({"header": b"{}"}), "more": ConfigRecord({})},
         {"header": ConfigRecord({"header": "text"}), "blobs": ConfigRecord({})},
         {"header": ConfigRecord({"header": b"{"}), "blobs": ConfigRecord({})},
         {"header": ConfigRecord({"header": b"[]"}), "blobs": ConfigRecord({})},
@@ -183,8 +188,57 @@ def test_many_nodes_share_a_few_threads_and_each_answers_in_order():
     assert set(map(tuple, seen.values())) == {(0, 1, 2)}
 
 
-def test_a_header_of_written_members_travels_as_the_header_itself():
+@pytest.mark.parametrize("member", ["z", "a", "m"])
+def test_a_header_of_which_the_rest_is_written_travels_as_the_header_itself(member):
     header = {"z": [1, {"b": "x"}], "a": {"y": None}, "m": "text"}
+    around = Around.of({**header, member: None}, member)
     plain = Request(kind="hello", header=header).message(7, "")
-    written = Request(kind="hello", header=header, written={"z": canonical_bytes(header["z"])}).message(7, "")
+    written = Request(kind="hello", header=header, around=around).message(7, "")
     assert written.content["header"]["header"] == plain.content["header"]["header"] == canonical_bytes(header)
+
+
+def test_what_is_made_when_it_is_asked_for_is_made_for_known_names_alone():
+    made = []
+    questions = Made(["b", "a"], lambda name: made.append(name) or name.upper())
+    assert (list(questions), len(questions)) == (["b", "a"], 2)
+    assert ("a" in questions, "c" in questions) == (True, False)
+    assert made == []
+    assert (questions["a"], questions["a"], made) == ("A", "A", ["a", "a"])
+    with pytest.raises(KeyError):
+        questions["c"]
+
+
+def both(*raws, **more):
+    kinds = ["x"] * len(raws)
+    return RecordDict({"header": ConfigRecord({"kind": kinds, "header": list(raws), **more})})
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (both(b'{"a":1}', b'{"b":2}'), ["", ""]),
+        (both(b'{"a":1}'), ["", "not answered"]),
+        (both(), ["not answered"] * 2),
+        (both(b'{"error":"x"}'), ["agent error x", "not answered"]),
+        (both(b'{"a":1}', b"{"), ["", "the reply's header is not strict JSON"]),
+        (both("text", "text"), ["the reply's header is no bytes"] * 2),
+        (both(b'{"a":1}', bytes((4 << 20) + 1)), ["", "the reply's header is no bytes, or too many"]),
+        (both(b"{}", b"{}", b"{}"), ["the reply holds more"] * 2),
+        (RecordDict({**both(b"{}", b"{}"), "more": ConfigRecord({})}), ["the reply holds more"] * 2),
+        (RecordDict({"header": ConfigRecord({"header": b"{}"})}), ["the reply holds one answer"] * 2),
+        (
+            RecordDict({"header": ConfigRecord({"header": b'{"error":"internal_error"}'})}),
+            ["agent error internal_error"] * 2,
+        ),
+        (RecordDict(), ["the reply lacks its header"] * 2),
+    ],
+    ids=range(12),
+)
+def test_answers_to_two_questions_are_read_each_for_itself(content, wanted):
+    with InProcessGrid(echo_app(), {"a": {}}) as grid:
+        origin = Request(kind="hello", header={}).message(next(iter(grid.get_node_ids())), "")
+    answers = read_answers("a", Message(content, reply_to=origin), 2)
+    assert len(answers) == 2
+    for answer, failure in zip(answers, wanted, strict=True):
+        assert answer.failure.startswith(failure)
+        assert bool(answer.failure) == bool(failure)

@@ -21,6 +21,8 @@ from federation.pieces import (
     PieceSizeError,
     PieceUnknownError,
     blob_records,
+    brings_blobs,
+    message_content,
     read_blobs,
 )
 
@@ -209,3 +211,55 @@ def test_a_coordinator_says_which_and_goes_on():
 def test_numpy_gives_the_definitions_bytes():
     values = RANDOM.integers(-(2**60), 2**60, size=333)
     assert update_bytes(values) == encode_update(values.tolist()) == update_bytes(values.tolist())
+
+
+def test_a_small_message_is_one_record_and_comes_back():
+    sent = message_content("round", b"{}", {"update": b"abc", "other": b""})
+    assert set(sent) == {"header"}
+    assert read_blobs(sent) == {"update": b"abc", "other": b""}
+    assert brings_blobs(sent)
+    assert not brings_blobs(message_content("round", b"{}", {}))
+
+
+def test_a_larger_blob_has_a_record_that_several_sites_can_share(monkeypatch):
+    monkeypatch.setattr(pieces, "INLINE_BYTES", 100)
+    blob = RANDOM.bytes(101)
+    ready = blob_records({"model": blob})
+    one = message_content("round", b"1", {"model": blob}, ready)
+    two = message_content("round", b"2", {"model": blob}, ready)
+    assert one["blobs"] is two["blobs"]
+    assert read_blobs(one) == {"model": blob}
+    assert brings_blobs(one)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"blob-a": "text"},
+        {"blob-": b"x"},
+        {"blob-A": b"x"},
+        {"blob-../a": b"x"},
+        {"bloba": b"x"},
+        {"blobs": b"x"},
+        {"blob-a": bytes((64 << 10) + 1)},
+        {f"blob-{name}": b"" for name in "abcdefghi"},
+    ],
+    ids=str,
+)
+def test_a_header_with_other_fields_is_refused(fields):
+    record = ConfigRecord({"kind": "round", "header": b"{}", **fields})
+    with pytest.raises(PiecesError):
+        read_blobs(RecordDict({"header": record}))
+
+
+def test_blobs_in_the_header_and_beside_it_are_refused():
+    sent = message_content("round", b"{}", {"a": b"x"})
+    with pytest.raises(PiecesError, match="beside it"):
+        read_blobs(RecordDict({**sent, "blobs": ConfigRecord({"b": b"y"})}))
+
+
+def test_a_record_that_nobody_knows_is_refused():
+    sent = message_content("round", b"{}", {"a": b"x"})
+    for name in ("pieces", "piece-000000-a", "more"):
+        with pytest.raises(PiecesError):
+            read_blobs(RecordDict({**sent, name: ConfigRecord({"piece": b"y"})}))

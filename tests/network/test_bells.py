@@ -180,11 +180,18 @@ def test_a_sent_message_rings_the_gateway_and_a_ring_brings_the_reply(folder):
         (own,) = (path for path in bells_folder(folder).iterdir() if path.name.startswith("run-"))
 
         def rung():
-            grid.answers = [[], ["reply"]]
+            grid.answers = [["reply"]]
             threading.Timer(0.05, ring, (own,)).start()
             assert list(heard.pull_messages(["id"])) == ["reply"]
 
         assert took_at_best(rung, 0.9) < 0.9, "it did not wait until it looks anyway"
+        pulls, grid.answers = grid.pulls, [["early"]]
+        ring(own)  # for what came before anybody looked
+        assert list(heard.pull_messages(["id"])) == ["early"]
+        grid.answers = [["unrung"]]
+        assert list(heard.pull_messages(["id"])) == ["unrung"], "after a second it looks all the same"
+        assert grid.pulls == pulls + 2
+        assert list(heard.pull_messages([])) == []
     assert not own.exists()
 
 

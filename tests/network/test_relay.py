@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from clients.errors import LinkError
 from clients.network.warm_relay import ForkExecutor
-from clients.unpacked import KEPT, BundleStore, Unpacker, is_whole
+from clients.unpacked import COMPILED, KEPT, BundleStore, Unpacker, _compile, is_whole
 
 DIGEST = "ab" * 32
 
@@ -117,6 +121,36 @@ def test_a_bundle_is_unpacked_once_and_only_when_it_is_what_was_announced(tmp_pa
     assert Unpacker(again).unpacked(content) == again
     (app,) = (again / "apps").iterdir()
     assert (app / "clients" / "client_app.py").is_file()
+    for name in COMPILED:
+        compiled = Path(importlib.util.cache_from_source(str(app / name)))
+        flags = int.from_bytes(compiled.read_bytes()[4:8], "little")
+        assert flags == 0b11, "it is bound to its source's digest, which is looked at"
+
+
+def test_what_is_compiled_is_what_a_relay_loads():
+    code = "import sys, clients.client_app, clients.socket_link; print(*sorted(sys.modules))"
+    run = [sys.executable, "-c", code]
+    loaded = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    own = {name for name in loaded if name.partition(".")[0] in ("audit", "clients", "federation")}
+    compiled = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in COMPILED}
+    assert compiled == own
+
+
+def test_a_source_that_is_another_than_the_compiled_one_is_what_runs(tmp_path):
+    """Nothing writes there; if something did, the interpreter would run the source."""
+    for name in COMPILED:
+        (tmp_path / "one" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "one" / name).write_text("SAID = 1\n")
+    (tmp_path / "one" / "clients" / "link.py").write_text("this is no Python")
+    _compile(tmp_path)
+    changed = tmp_path / "one" / "clients" / "errors.py"
+    stamp = changed.stat().st_mtime_ns
+    changed.write_text("SAID = 2\n")
+    os.utime(changed, ns=(stamp, stamp))
+    code = "import clients.errors as e, clients.client_app as c; print(e.SAID, c.SAID)"
+    run = [sys.executable, "-c", code]
+    said = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path / "one").stdout
+    assert said.split() == ["2", "1"]
 
 
 def test_what_is_approved_and_no_bundle_leaves_nothing(tmp_path):
