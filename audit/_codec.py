@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import lru_cache
 from json.encoder import encode_basestring
 from operator import attrgetter
@@ -22,6 +22,8 @@ Reader = Callable[[Any], Any]
 
 _FEW: Final = 16
 _KNOWN_PARTS: Final = 32
+_KNOWN_BODIES: Final = 128
+_SIGNATURE: Final = "signature"
 
 _writers: dict[tuple[type[Any], frozenset[str], frozenset[str]], Writer] = {}
 _readers: dict[type[Any], Reader] = {}
@@ -79,6 +81,8 @@ def _later_writer(
     kind: type[Any], hints: dict[str, Any], later: dict[str, Any], digests: frozenset[str]
 ) -> Writer:
     """For a type with fields that a later release added: left out where they have their default."""
+    if _SIGNATURE in {field.name for field in fields(kind)}:
+        return _signed_writer(kind, hints, digests)
     names = sorted(hints)
     steps = [
         (f'"{name}":', _value_writer(hints[name], name, digests), later.get(name, MISSING)) for name in names
@@ -94,6 +98,75 @@ def _later_writer(
         return "{" + ",".join(parts) + "}"
 
     return write
+
+
+class _Members:
+    """The members of signed bodies of one type, written once a body: it is asked for them as a whole, without
+    its signature, and without what an odometer leaves out. Frozen, it stays what it was.
+    """
+
+    def __init__(self, kind: type[Any], digests: frozenset[str]) -> None:
+        hints, later = get_type_hints(kind), {f.name: f.default for f in fields(kind)}
+        self._names = sorted(hints)
+        self._steps = {
+            name: (f'"{name}":', _value_writer(hints[name], name, digests), later[name])
+            for name in self._names
+        }
+        self._read_all = attrgetter(*self._names)
+        self._young: dict[int, tuple[Any, dict[str, str]]] = {}  # by identity
+        self._old: dict[int, tuple[Any, dict[str, str]]] = {}
+
+    def of(self, body: Any) -> dict[str, str]:
+        """Return the body's members by name, in order, each as text; not to be changed."""
+        found = self._young.get(id(body)) or self._old.get(id(body))
+        if found is not None and found[0] is body:
+            return found[1]
+        members = {}
+        for name, value in zip(self._names, self._read_all(body), strict=True):
+            key, put, default = self._steps[name]
+            if value != default:
+                members[name] = key + put(value)
+        self._keep(body, members)
+        return members
+
+    def replace(self, body: Any, changes: dict[str, Any]) -> Any:
+        """As `dataclasses.replace`; members that stay are not written again."""
+        made = replace(body, **changes)
+        found = self._young.get(id(body)) or self._old.get(id(body))
+        if found is not None and found[0] is body and changes.keys() <= found[1].keys():
+            members = dict(found[1])
+            for name in changes:
+                key, put, default = self._steps[name]
+                value = getattr(made, name)
+                if value == default:
+                    return made
+                members[name] = key + put(value)
+            self._keep(made, members)
+        return made
+
+    def _keep(self, body: Any, members: dict[str, str]) -> None:
+        if len(self._young) >= _KNOWN_BODIES:
+            self._old, self._young = self._young, {}
+        self._young[id(body)] = (body, members)
+
+
+_members: dict[tuple[type[Any], frozenset[str]], _Members] = {}
+
+
+def members_of(kind: type[Any], digests: frozenset[str]) -> _Members:
+    found = _members.get((kind, digests))
+    if found is None:
+        found = _members[kind, digests] = _Members(kind, digests)
+    return found
+
+
+def _signed_writer(kind: type[Any], hints: dict[str, Any], digests: frozenset[str]) -> Writer:
+    members, wanted = members_of(kind, digests), frozenset(hints)
+    if len(wanted) == len(fields(kind)):
+        return lambda body: "{" + ",".join(members.of(body).values()) + "}"
+    return lambda body: (
+        "{" + ",".join([text for name, text in members.of(body).items() if name in wanted]) + "}"
+    )
 
 
 def _body_reader(kind: type[Any]) -> Reader:

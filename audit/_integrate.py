@@ -143,13 +143,13 @@ def _newest_of_guarded(connection: Connection, batch: list[AppendRequest]) -> di
             oldest[types] = min(after, oldest.get(types, after))
     newest = {}
     for types, after in oldest.items():
-        (found,) = run(connection, _newest_query(types), {"after": after}).fetchone()
+        (found,) = run(connection, newest_query(types), {"after": after}).fetchone()
         newest[types] = -1 if found is None else int(found)
     return newest
 
 
 @cache
-def _newest_query(types: tuple[str, ...]) -> Select[Any]:
+def newest_query(types: tuple[str, ...]) -> Select[Any]:
     one_of = or_(*[LEAF.c.type == type for type in types])
     return select(func.max(LEAF.c.idx)).where(one_of, LEAF.c.idx > bindparam("after", type_=LEAF.c.idx.type))
 

@@ -167,10 +167,12 @@ def parse_canonical(data: bytes, *, allow_floats: bool = False) -> JsonValue:
     return value
 
 
-def canonical_object(members: Mapping[str, bytes]) -> bytes:
-    """Return the RFC 8785 form of an object whose members' values are in that form already."""
-    keys = sorted(members, key=_utf16)
-    return b"{%b}" % b",".join([b"%b:%b" % (canonical_bytes(key), members[key]) for key in keys])
+def canonical_around(value: Mapping[str, JsonValue], name: str) -> tuple[bytes, bytes]:
+    """Return what the RFC 8785 form of an object has before and after the value of member `name`."""
+    own, form = _utf16(name), canonical_bytes(value)
+    first = {key: item for key, item in value.items() if _utf16(key) < own}
+    before = canonical_bytes(first)[:-1] + (b"," if first else b"") + canonical_bytes(name) + b":"
+    return before, form[len(before) + len(canonical_bytes(value[name])) :]
 
 
 class AlikeObjects:
@@ -205,15 +207,8 @@ class AlikeObjects:
                     pass  # read as a whole, it may be another object; or the error names the right place
         value = parse_canonical(data)
         if type(value) is dict and self._name in value:
-            self._last = self._split(data, value)
+            self._last = (*canonical_around(value, self._name), value)
         return value
-
-    def _split(self, data: bytes, value: dict[str, JsonValue]) -> tuple[bytes, bytes, dict[str, JsonValue]]:
-        own = _utf16(self._name)
-        first = {key: item for key, item in value.items() if _utf16(key) < own}
-        before = canonical_bytes(first)[:-1] + (b"," if first else b"") + canonical_bytes(self._name) + b":"
-        after = data[len(before) + len(canonical_bytes(value[self._name])) :]
-        return before, after, value
 
 
 def _object_without_duplicates(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:

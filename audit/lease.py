@@ -13,13 +13,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, Engine, insert, select, text, update
+from sqlalchemy import Connection, Engine, bindparam, insert, literal, select, text, update
 
 from audit import _store
+from audit._bulk import run
 from audit.errors import LeaseLostError
 from audit.tables import LEASE
 
 MAX_TTL_S: Final = 600.0
+
+_ROW: Final = LEASE.c.name == bindparam("of")
+_READ: Final = select(LEASE.c.owner, LEASE.c.token, LEASE.c.expires_ms, LEASE.c.published_ms).where(_ROW)
+_TAKE: Final = (
+    update(LEASE)
+    .where(_ROW)
+    .values(owner=bindparam("to_owner"), token=bindparam("to_token"), expires_ms=bindparam("until_ms"))
+)
+_MINE: Final = (LEASE.c.owner == bindparam("own_owner")) & (LEASE.c.token == bindparam("own_token"))
+_RELEASE: Final = update(LEASE).where(_ROW, _MINE).values(owner=literal(""), expires_ms=literal(0))
+_NOTE: Final = (
+    update(LEASE).where(_ROW).values(published_ms=bindparam("at_ms"), expires_ms=bindparam("until_ms"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +64,9 @@ class Lease:
         self.name, self.owner, self.ttl_s = name, owner, ttl_s
         self.token = 0  # 0: never held
         self._engine, self._clock = engine, clock
-        self._row = LEASE.c.name == name
 
     def acquire(self) -> bool:
-        """Take the lease if it is free or ours, and prolong it once half of its time is over; say whether it
-        is ours now.
+        """Take the lease if it is free or ours, prolong it once half of it is over; say whether it is ours.
 
         `token` is a new one each time that the lease changes hands. Whoever finds that there is nothing to
         write waits for no writer.
@@ -78,16 +90,16 @@ class Lease:
             if not ours and not state.is_free:
                 return False
             token = state.token if ours else state.token + 1
-            values = {"owner": self.owner, "token": token, "expires_ms": expires_ms}
-            connection.execute(update(LEASE).where(self._row).values(**values))
+            values = {"to_owner": self.owner, "to_token": token, "until_ms": expires_ms}
+            run(connection, _TAKE, {"of": self.name, **values})
         self.token = token
         return True
 
     def release(self) -> None:
         """Give the lease back, if it is ours still."""
         with _store.writing(self._engine) as connection:
-            mine = (LEASE.c.owner == self.owner) & (LEASE.c.token == self.token)
-            connection.execute(update(LEASE).where(self._row, mine).values(owner="", expires_ms=0))
+            mine = {"own_owner": self.owner, "own_token": self.token}
+            run(connection, _RELEASE, {"of": self.name, **mine})
 
     def state(self) -> LeaseState | None:
         """Return who holds it now; None when nobody ever did."""
@@ -113,17 +125,18 @@ class Lease:
         announced a checkpoint.
         """
         now_ms = self._now_ms(connection)
-        values = {"published_ms": now_ms, "expires_ms": now_ms + int(self.ttl_s * 1000)}
-        connection.execute(update(LEASE).where(self._row).values(**values))
+        until_ms = now_ms + int(self.ttl_s * 1000)
+        run(connection, _NOTE, {"of": self.name, "at_ms": now_ms, "until_ms": until_ms})
 
     def _is_mine(self, state: LeaseState) -> bool:
         return state.owner == self.owner and state.token == self.token
 
     def _read(self, connection: Connection) -> LeaseState | None:
-        row = connection.execute(select(LEASE).where(self._row)).first()
+        row = run(connection, _READ, {"of": self.name}).fetchone()
         if row is None:
             return None
-        return LeaseState(row.owner, row.token, row.expires_ms, row.published_ms, self._now_ms(connection))
+        owner, token, expires_ms, published_ms = row
+        return LeaseState(owner, token, expires_ms, published_ms, self._now_ms(connection))
 
     def _now_ms(self, connection: Connection) -> int:
         if connection.dialect.name == "sqlite":

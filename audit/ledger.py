@@ -13,18 +13,20 @@ import asyncio
 import os
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, Select, func, inspect, select
+from sqlalchemy import Connection, Engine, Row, Select, bindparam, func, inspect, select
 
 from audit import _store, merkle
+from audit._bulk import run
 from audit._checkpoint_store import CheckpointStore
-from audit._integrate import AppendRequest, Guard, Sequenced, commit_batch, read_edge
+from audit._integrate import AppendRequest, Guard, Sequenced, commit_batch, newest_query, read_edge
 from audit._search import matching
 from audit._sequencer import Sequencer
 from audit._store import blob
@@ -161,6 +163,14 @@ class Ledger:
         """
         return self._sequencer.submit(_request(entry_bytes, event_id, index_columns, guard))
 
+    def append_all(self, entries: Iterable[tuple[bytes, str, IndexColumns]]) -> list[Future[Sequenced]]:
+        """`append` for several (bytes, event id, columns) at once, which share commits where they fit.
+
+        Raises:
+            AuditError: as `append`; then none of them was queued.
+        """
+        return self._sequencer.submit_all([_request(*entry) for entry in entries])
+
     def append_from_loop(
         self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns, guard: Guard | None = None
     ) -> asyncio.Future[Sequenced]:
@@ -276,9 +286,13 @@ class Ledger:
 
     def logged_events(self, event_ids: Sequence[str]) -> set[str]:
         """Return which of these event ids, at most a few hundred, are in the log."""
-        query = select(LEAF.c.event_id).where(LEAF.c.event_id.in_(list(event_ids)))
+        if not event_ids:
+            return set()
+        asked = 1 << (len(event_ids) - 1).bit_length()  # a few statements, each made once
+        wanted = [*event_ids, *[event_ids[0]] * (asked - len(event_ids))]
+        values = {f"id_{number}": event_id for number, event_id in enumerate(wanted)}
         with _store.reading(self._engine) as connection:
-            return {row.event_id for row in connection.execute(query)}
+            return {row[0] for row in run(connection, _events_query(asked), values).fetchall()}
 
     def search(
         self,
@@ -317,6 +331,12 @@ class Ledger:
         if after is not None:
             query = query.where(LEAF.c.idx < after if newest_first else LEAF.c.idx > after)
         return self._select(query.order_by(LEAF.c.idx.desc() if newest_first else LEAF.c.idx).limit(limit))
+
+    def has_since(self, type: str, leaf_index: int) -> bool:
+        """Whether an entry of this type came after a leaf: a cheaper question than what it is."""
+        with _store.reading(self._engine) as connection:
+            (found,) = run(connection, newest_query((type,)), {"after": leaf_index}).fetchone()
+        return found is not None
 
     def count(self, *, before: int | None = None, after: int | None = None, **columns: Any) -> int:
         """Return how many entries `search` would find by these columns, after < leaf index < before."""
@@ -434,6 +454,12 @@ class Ledger:
             )
             for row in rows
         ]
+
+
+@cache
+def _events_query(count: int) -> Select[Any]:
+    ids = [bindparam(f"id_{number}", type_=LEAF.c.event_id.type) for number in range(count)]
+    return select(LEAF.c.event_id).where(LEAF.c.event_id.in_(ids))
 
 
 def _check_kind(connection: Connection, location: Location) -> None:

@@ -13,7 +13,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from audit.checkpoints import parse_checkpoint_note
@@ -66,6 +67,7 @@ class Publisher:
         self._turn = threading.Lock()
         self._lease: tuple[int, Lease] | None = None
         self._keeps = self._held = False
+        self._alone = 0  # how many are in `keeping`
 
     @property
     def lease(self) -> Lease:
@@ -107,9 +109,12 @@ class Publisher:
                 if self._lead():
                     try:
                         return self._publish() or self.ledger.latest_checkpoint() or b""
-                    finally:
-                        if not self._keeps:
+                    except SignerError:  # who may not sign keeps nobody from it who may
+                        if self._alone:
                             self.lease.release()
+                        raise
+                    finally:
+                        self._let_go()
             note = self.ledger.latest_checkpoint()
             if note is not None and parse_checkpoint_note(note).tree_size >= wanted:
                 return note
@@ -117,17 +122,43 @@ class Publisher:
                 raise SignerBusyError(f"another process signs for the log, but not within {timeout_s} s")
             time.sleep(_POLL_S)
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep the lease from one `publish` to the next: for whoever is alone with a log and publishes often.
+
+        Nobody else takes over in between, and so there is nothing to adopt. One that publishes no more for as
+        long as the lease lasts has lost it, as any other holder has.
+        """
+        with self._turn:
+            self._alone += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._alone -= 1
+                if self._is_mine():
+                    self._let_go()
+
     @property
     def leads(self) -> bool:
         """Whether this process held the lease at its last turn."""
-        return self._keeps and self._lease is not None and self._lease[0] == os.getpid() and self._held
+        return self._keeps and self._is_mine() and self._held
 
     def close(self) -> None:
         """Give the lease back, so that the next process need not wait for its end."""
         with self._turn:
             self._keeps = False
-            if self._lease is not None and self._lease[0] == os.getpid() and self.lease.token:
+            if self._is_mine() and self.lease.token:
                 self.lease.release()
+
+    def _is_mine(self) -> bool:
+        """Whether this process ever asked for the lease: a forked child never did."""
+        return self._lease is not None and self._lease[0] == os.getpid()
+
+    def _let_go(self) -> None:
+        """Give the lease back, unless `step` or `keeping` keeps it."""
+        if not self._keeps and not self._alone:
+            self.lease.release()
 
     def _lead(self) -> bool:
         before = self.lease.token
@@ -184,10 +215,12 @@ class Publisher:
         return quorum.satisfied and quorum.need > 0
 
     def _publish(self, *, idle_too: bool = False) -> bytes | None:
-        last = self.ledger.latest_checkpoint(self._is_ours)
-        grew = last is None or parse_checkpoint_note(last).tree_size < self.ledger.tree_size
+        last, size = self.ledger.latest_checkpoint(self._is_ours), self.ledger.tree_size
+        grew = last is None or parse_checkpoint_note(last).tree_size < size
         if not grew and not (idle_too and self._is_due()):
             return None
+        if grew:
+            self.ledger.warm(size)  # what the proof is made of, in one look
         note = publish(self.ledger, self.signer, self.lease)
         if self._announce is not None:
             self._announce(note)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from audit.errors import AuditError, LocationError, PolicyFileError, SignerMissingError
 from audit.ledger import Ledger
-from audit.ledger_keys import keys_of
+from audit.ledger_keys import KnownKeys
 from audit.location import CONFIG, read_secret
 from audit.publisher import Publisher
 from audit.signer import Signer
@@ -69,12 +69,13 @@ def watchers_of(home: Path, origin: str) -> Watchers | None:
 
 def publisher_of(ledger: Ledger, signer: Signer, watchers: Watchers | None) -> Publisher:
     """Return the publisher of a log, which asks the witnesses before it takes over from another."""
+    keys = KnownKeys(ledger)
     return Publisher(
         ledger,
         signer,
         policy=watchers.policy if watchers is not None else None,
         views=() if watchers is None else (watchers.seen,),
-        counts=lambda vkey, size: keys_of(ledger).check(vkey, size, witnessed=True),
+        counts=lambda vkey, size: keys.now().check(vkey, size, witnessed=True),
     )
 
 

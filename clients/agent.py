@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from audit.canonical import JsonValue, canonical_bytes, parse_canonical
+from audit.canonical import JsonValue, canonical_around, canonical_bytes, parse_canonical
 from audit.entries import (
     Body,
     SiteRefused,
@@ -172,6 +172,10 @@ class Agent:
     @property
     def log(self) -> Diary:
         return self._log
+
+    def rest(self) -> bool:
+        """Use a quiet moment for what a round to come needs anyway; say whether there is more of it."""
+        return self._trainer.rest()
 
     def settle(self) -> None:
         """Write what was only counted, and sign the site's log as it stands; once in a while, and idle."""
@@ -469,19 +473,45 @@ def _answer(release: Release) -> Answer:
 
 def _request_digest(request: RoundRequest) -> str:
     """Name a request by what it asks for: the same request may come again with a fresher proof."""
+    shown, own = request.previous_round, request.own_statement
+    before, after = _around_own(
+        request.run,
+        request.round,
+        request.charter,
+        request.participants,
+        "" if shown is None else _leaf_digest(shown.leaf),
+        request.base_digest,
+        None if request.shares is None else canonical_bytes(dict(request.shares)),
+    )
+    leaf = b"" if own is None else hashlib.sha256(own.leaf).hexdigest().encode()
+    return hashlib.sha256(b'affidavit/request/v1\x00%b"%b"%b' % (before, leaf, after)).hexdigest()
 
-    def leaf(logged: LoggedEntry | None) -> str:
-        return "" if logged is None else hashlib.sha256(logged.leaf).hexdigest()
 
+@lru_cache(maxsize=4)
+def _leaf_digest(leaf: bytes) -> str:
+    return hashlib.sha256(leaf).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _around_own(
+    run: str,
+    number: int,
+    charter: str,
+    participants: tuple[str, ...],
+    previous_round: str,
+    base_model: str,
+    shares: bytes | None,
+) -> tuple[bytes, bytes]:
+    """Write what a round asks for but for the site's own statement: the same for all sites of a process."""
     document: dict[str, JsonValue] = {
-        "run": request.run,
-        "round": request.round,
-        "charter": request.charter,
-        "participants": list(request.participants),
-        "previous_round": leaf(request.previous_round),
-        "own_statement": leaf(request.own_statement),
-        "base_model": request.base_digest,
+        "run": run,
+        "round": number,
+        "charter": charter,
+        "participants": list(participants),
+        "previous_round": previous_round,
+        "own_statement": "",
+        "base_model": base_model,
     }
-    if request.shares is not None:
-        document["shares"] = dict(request.shares)
-    return hashlib.sha256(b"affidavit/request/v1\x00" + canonical_bytes(document)).hexdigest()
+    if shares is not None:
+        document["shares"] = parse_canonical(shares)
+    return canonical_around(document, "own_statement")

@@ -25,6 +25,7 @@ from audit.entries import (
     SiteRefused,
     SiteStatement,
     signing_payload,
+    with_fields,
 )
 from audit.errors import AuditError
 from audit.keys import SigningKey, VerifyKey, parse_public_key
@@ -224,7 +225,7 @@ class SiteKeys:
         """Return `body` signed: by the identity key what binds the site itself, else by the statement key."""
         domain, payload = signing_payload(body)
         key = self.identity if domain in ("charter", "site-log") else self.statement
-        return dataclasses.replace(body, signature=signature_text(key, domain, payload))
+        return with_fields(body, signature=signature_text(key, domain, payload))
 
 
 def signature_text(key: SigningKey, domain: str, payload: bytes) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LARGE_MODEL: Final = 1_000_000  # parameters; one site at a time computes from here on, for memory's sake
 RAY_STARTS_S: Final = 120.0
 MOST_PROCESSES: Final = 8  # the coordinator's own work does not share out: more would wait for it
+NO_PAUSE_S: Final = 1e-6
 _LINK_VARIABLES: Final = ("AFFIDAVIT_AGENT", "AFFIDAVIT_SITES")
 
 
@@ -56,7 +57,7 @@ def inprocess_launch(
     return launch
 
 
-def _serve(grid: InProcessGrid, config: RunConfig) -> None:
+def _serve(grid: InProcessGrid, config: Mapping[str, str | float]) -> None:
     """Run Flower's ServerApp over a grid of ours until the run is over."""
     from flwr.app import Context, RecordDict
 
@@ -107,10 +108,11 @@ def forked_launch(agents: Mapping[str, Agent], *, processes: int) -> Launch:
                 processes=processes,
                 leaving=leaving,
                 returned=lambda site, state: _memory(homes[site]).take(state),
+                resting=next(iter(agents.values())).rest,  # what sites share, one of them uses for all
                 run_config=config,
             ) as grid,
         ):
-            _serve(grid, config)
+            _serve(grid, {**config, "poll-s": NO_PAUSE_S})  # the grid itself waits for what comes
 
     return launch
 

@@ -82,6 +82,10 @@ class Workshop(threading.local):
             mechanism.prepare(self._last)
         self._now.append(rows)
 
+    def rest(self) -> bool:
+        """Draw noise for one of the next round's releases, while nobody asks; say whether more is wanted."""
+        return self._loaded is not None and self._loaded[0].draw_ahead(len(self._now))
+
     def load_other(self, mechanism: Mechanism, weights: Sequence[float]) -> None:
         """Set it to other weights, which nobody else starts from."""
         self._loaded, self._last, self._now = None, [], []
@@ -162,6 +166,10 @@ class Trainer:
         moved = moved_locally(terms, mechanism.terms.scale, list(start), values)
         self._local.save(run, server_round, moved, keep=terms.average_last)
         return shared_values(terms.spans, values)
+
+    def rest(self) -> bool:
+        """See `Workshop.rest`."""
+        return self._workshop.rest()
 
     def forget_round(self, run: str, server_round: int) -> None:
         """Take a round that was abandoned out of what this site keeps for itself."""

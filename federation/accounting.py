@@ -397,17 +397,32 @@ class LifetimeFilter:
 
     def spent(self, events: Sequence[MechanismEvent]) -> float:
         """Return the filter's own epsilon of the events."""
-        return _composed(tuple(of_people(events)), float(self.delta)) if events else 0.0
+        runs = _runs(events)
+        people = of_people([event for event, _ in runs])
+        counted = tuple((event, count) for event, (_, count) in zip(people, runs, strict=True))
+        return _composed(counted, float(self.delta)) if events else 0.0
 
     def admits(self, events: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
         """Whether the whole plan may run on top of the events already debited."""
-        unit_of(of_people([*events, *planned]))
+        unit_of(of_people([event for event, _ in _runs([*events, *planned])]))
         return self.spent([*events, *planned]) <= float(self.epsilon)
 
 
+def _runs(events: Sequence[MechanismEvent]) -> list[tuple[MechanismEvent, int]]:
+    """Return events with how often each comes, one after the other: those of a plan are mostly alike."""
+    runs: list[tuple[MechanismEvent, int]] = []
+    for event in events:
+        if runs and (runs[-1][0] is event or runs[-1][0] == event):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((event, 1))
+    return runs
+
+
 @lru_cache(maxsize=64)
-def _composed(events: tuple[MechanismEvent, ...], delta: float) -> float:
+def _composed(runs: tuple[tuple[MechanismEvent, int], ...], delta: float) -> float:
     """Return the epsilon of events: the same for every site of a simulation, so it is worked out once."""
+    events = [event for event, count in runs for _ in range(count)]
     return recompute(events, delta).value
 
 

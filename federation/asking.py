@@ -10,7 +10,7 @@ when it lasts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -64,14 +64,13 @@ class Asking:
         self._ids: set[str] = set()
 
     def ask(
-        self, messages: Mapping[str, Message], again: Callable[[str], Message]
+        self, messages: Iterable[tuple[str, Message]], again: Callable[[str], Message]
     ) -> Iterator[tuple[str, Message]]:
-        """Yield (site, reply) as answers come, each site once; `again(site)` makes its message anew."""
-        self._open = {
-            site: _Question(site, message.metadata.dst_node_id, partial(again, site), self._pause_s)
-            for site, message in messages.items()
-        }
-        self._push([(self._open[site], message) for site, message in messages.items()])
+        """Push (site, message) as they come, a site once; yield (site, reply) as answers come, each site
+        once; `again(site)` makes its message anew.
+        """
+        self._open = {}
+        self._push(self._first(messages, again))
         began = looked = self._monotonic()
         half = began + self._timeout_s / 2
         while self._open:
@@ -98,6 +97,14 @@ class Asking:
             if question.trouble is not None:
                 yield question.site, question.trouble
 
+    def _first(
+        self, messages: Iterable[tuple[str, Message]], again: Callable[[str], Message]
+    ) -> Iterator[tuple[_Question, Message]]:
+        for site, message in messages:
+            question = _Question(site, message.metadata.dst_node_id, partial(again, site), self._pause_s)
+            self._open[site] = question
+            yield question, message
+
     def _is_answer(self, question: _Question, reply: Message, began: float) -> bool:
         if not self._is_trouble(reply):
             return True
@@ -116,14 +123,18 @@ class Asking:
             question for question in self._open.values() if question.due is not None and question.due <= now
         ]
         if due:
-            self._push([(question, question.message()) for question in due])
+            self._push((question, question.message()) for question in due)
 
-    def _push(self, asked: list[tuple[_Question, Message]]) -> None:
-        if not asked:
-            return
-        moment = time.time()
-        pushed = list(self._grid.push_messages([message for _, message in asked]))
-        for (question, _), name in zip(asked, pushed, strict=False):
+    def _push(self, asked: Iterable[tuple[_Question, Message]]) -> None:
+        moment, questions = time.time(), list[_Question]()
+
+        def messages() -> Iterator[Message]:
+            for question, message in asked:
+                questions.append(question)
+                yield message
+
+        pushed = list(self._grid.push_messages(messages()))
+        for question, name in zip(questions, pushed, strict=False):
             question.asked, question.due = moment, None
             if name:
                 self._ids.add(name)

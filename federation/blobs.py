@@ -11,7 +11,7 @@ import io
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -44,18 +44,19 @@ class BlobStore:
         self._put(digest, [memoryview(data)])
         return digest
 
-    def put_all(self, items: Iterable[bytes]) -> list[str]:
+    def put_all(self, items: Iterable[bytes], digests: Sequence[str] | None = None) -> list[str]:
         """Keep several files; return their digests in order. Many small ones go into one pack: one file,
-        synced once.
+        synced once. `digests` are theirs, where the caller has made them of these very bytes.
         """
         data = list(items)
-        small = {hashlib.sha256(item).hexdigest(): item for item in data if len(item) <= SMALL_BYTES}
+        if digests is None:
+            digests = [hashlib.sha256(item).hexdigest() for item in data]
+        found = list(zip(digests, data, strict=True))
+        small = {digest: item for digest, item in found if len(item) <= SMALL_BYTES}
         if len(small) < PACKED_FROM:
             return [self.put(item) for item in data]
         self._packs.put(small, self._sync)
-        return [
-            hashlib.sha256(item).hexdigest() if len(item) <= SMALL_BYTES else self.put(item) for item in data
-        ]
+        return [digest if len(item) <= SMALL_BYTES else self.put(item) for digest, item in found]
 
     def put_stream(self, pieces: Iterable[bytes | memoryview]) -> str:
         """Keep what comes piece by piece, never whole in memory; return its digest, durable as with `put`."""

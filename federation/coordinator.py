@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ from audit.entries import (
 from audit.errors import AuditError, LocationError
 from audit.ledger import MAX_BATCH, Ledger, Sequenced, StoredEntry
 from audit.location import LOG_FILE, Location, log_location
-from audit.notes import NoteSigner, NoteVerifier
+from audit.notes import NoteSigner, NoteVerifier, SignatureLine
 from audit.signer import Signer
 from audit.signing_home import publisher_of, signer_home_of, signer_passphrase, watchers_of
 from federation.blobs import BlobStore
@@ -194,7 +194,7 @@ class Coordinator:
         Raises:
             AuditError: the entry breaks a rule, or the log cannot take it.
         """
-        if event_id is not None:
+        if event_id is not None and self.ledger.logged_events([event_id]):
             found = self.ledger.find_event(event_id)
             if found is not None and body_document(decode_entry(found.body).body) == body_document(body):
                 return Sequenced(found.leaf_index, found.leaf_hash, event_id, self.ledger.tree_size)
@@ -219,16 +219,23 @@ class Coordinator:
         time = self.clock.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         placed: list[Sequenced] = []
         for start in range(0, len(additions), MAX_BATCH):
-            waiting: list[Sequenced | Future[Sequenced]] = []
-            for body, actor, event_id in additions[start : start + MAX_BATCH]:
-                if event_id in known:
-                    waiting.append(self.append(body, actor, event_id))
-                    continue
-                entry = new_entry(body, actor=actor, time=time, event_id=event_id)
-                data, columns = encode_entry(entry), index_columns(entry)
-                waiting.append(self.ledger.append(data, event_id=entry.event_id, index_columns=columns))
+            batch = additions[start : start + MAX_BATCH]
+            entries = [
+                new_entry(body, actor=actor, time=time, event_id=event_id)
+                for body, actor, event_id in batch
+                if event_id not in known
+            ]
+            # all are written before the first is queued, so that the log's thread takes them together
+            futures = iter(
+                self.ledger.append_all(
+                    [(encode_entry(entry), entry.event_id, index_columns(entry)) for entry in entries]
+                )
+            )
             placed += [
-                item if isinstance(item, Sequenced) else item.result(_APPEND_TIMEOUT_S) for item in waiting
+                self.append(body, actor, event_id)
+                if event_id in known
+                else next(futures).result(_APPEND_TIMEOUT_S)
+                for body, actor, event_id in batch
             ]
         return placed
 
@@ -236,6 +243,10 @@ class Coordinator:
         """Return a checkpoint of the log as it is now, signed here or by the process that holds the lease."""
         self.ledger.warm(self.ledger.tree_size)  # what the proofs of this step are made of, in one question
         return self.publisher.publish()
+
+    def alone(self) -> AbstractContextManager[None]:
+        """For the length of a run: nobody else publishes this log, if all of its sites are virtual ones."""
+        return self.publisher.keeping() if self.simulated else nullcontext()
 
     def rotate_log_key(self, overlap: int, actor: str = "coordinator") -> Sequenced:
         """Make a new key that signs beside the present one for `overlap` more entries, then alone.
@@ -292,12 +303,18 @@ class Coordinator:
         """
         note = self.publish()
         collected = collect(note)
+        if not collected:
+            return self.ledger.store_checkpoint(note)
         enrolled = self.enrolments()
-        good: list[bytes] = []
-        for site, lines in collected.items():
-            if site in enrolled:
-                key = NoteVerifier.parse(enrolled[site].witness_key)
-                good += [line for line in lines if self._is_cosigned(note, line, key)]
+        offered = [
+            (line, NoteVerifier.parse(enrolled[site].witness_key))
+            for site, lines in collected.items()
+            if site in enrolled
+            for line in lines
+        ]
+        good = [line for line, _ in offered]
+        if not self._are_cosigned(note, good, [key for _, key in offered]):  # then each by itself
+            good = [line for line, key in offered if self._are_cosigned(note, [line], [key])]
         return self.ledger.store_checkpoint(add_signatures(note, good) if good else note)
 
     def witness_keys(self) -> dict[str, NoteVerifier]:
@@ -306,6 +323,9 @@ class Coordinator:
 
     def enrolments(self) -> Mapping[str, SiteEnrolled]:
         """Return each site's latest enrolment in the log; what was read before is not read again."""
+        after = -1 if self._enrolled_until is None else self._enrolled_until
+        if not self.ledger.has_since("site.enrolled", after):
+            return self._enrolled
         while page := self.ledger.search(type="site.enrolled", after=self._enrolled_until, limit=1000):
             for stored in page:
                 body = decode_entry(stored.body).body
@@ -314,17 +334,22 @@ class Coordinator:
             self._enrolled_until = page[-1].leaf_index
         return self._enrolled
 
-    def _is_cosigned(self, note: bytes, line: bytes, key: NoteVerifier) -> bool:
+    def _are_cosigned(self, note: bytes, lines: Sequence[bytes], keys: Sequence[NoteVerifier]) -> bool:
+        """Whether each of the lines is a cosignature of the note by the key of the same place."""
         try:
+            for line, key in zip(lines, keys, strict=True):
+                parsed = SignatureLine.parse(line)
+                if (parsed.name, parsed.key_id) != (key.name, key.key_id):
+                    return False
             opened = open_checkpoint(
-                add_signatures(note, [line]),
+                add_signatures(note, lines),
                 log=NoteVerifier.parse(self.log_key),
-                witnesses=[key],
+                witnesses=keys,
                 now=int(self.clock.now().timestamp()),
             )
         except AuditError:
             return False
-        return bool(opened.cosignatures)
+        return len(opened.cosignatures) == len(lines)
 
     def entries(self, **columns: Any) -> Iterator[tuple[StoredEntry, Entry]]:
         """Yield every entry that `Ledger.search` finds, in index order, page by page."""

@@ -12,12 +12,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from audit.canonical import JsonValue, canonical_bytes, canonical_object, parse_strict
+from audit.canonical import JsonValue, canonical_around, canonical_bytes, parse_strict
 from audit.errors import AuditError
 from federation.asking import TROUBLE, Asking
 from federation.pieces import PiecesError, message_content, read_blobs
@@ -30,9 +30,50 @@ MAX_HEADER_BYTES: Final = 4 << 20
 _CODE_BYTES: Final = 256  # an answer that holds a code and nothing else
 
 
-def members_written(header: Mapping[str, JsonValue], *names: str) -> dict[str, bytes]:
-    """Return the canonical bytes of members that every site is told alike: `Request.written`, made once."""
-    return {name: canonical_bytes(header[name]) for name in names}
+T = TypeVar("T")
+
+
+class Made(Mapping[str, T]):
+    """A mapping whose values are made when they are asked for, anew each time.
+
+    For a round's questions: the first site is at work before the last one's is written.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], T]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What the canonical bytes of headers have before and after the one member in which they differ."""
+
+    member: str
+    before: bytes
+    after: bytes
+
+    @classmethod
+    def of(cls, header: Mapping[str, JsonValue], member: str) -> Around:
+        """Write the rest of `header` once, for all that are told the same but for `member`."""
+        before, after = canonical_around(header, member)
+        return cls(member, before, after)
+
+    def write(self, header: Mapping[str, JsonValue]) -> bytes:
+        """Return the canonical bytes of `header`, of which all but the member is as `of` was given it."""
+        return self.before + canonical_bytes(header[self.member]) + self.after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,19 +84,10 @@ class Request:
     header: Mapping[str, JsonValue]
     blobs: Mapping[str, bytes] = field(default_factory=dict)
     records: Mapping[str, ConfigRecord] | None = None  # the blobs ready to travel, made once for all sites
-    written: Mapping[str, bytes] = field(default_factory=dict)  # members of the header, as canonical bytes
+    around: Around | None = None  # the rest of the header, written once for all sites
 
     def message(self, node_id: int, group_id: str) -> Message:
-        header = (
-            canonical_bytes(self.header)
-            if not self.written
-            else canonical_object(
-                {
-                    name: self.written[name] if name in self.written else canonical_bytes(value)
-                    for name, value in self.header.items()
-                }
-            )
-        )
+        header = canonical_bytes(self.header) if self.around is None else self.around.write(self.header)
         content = message_content(self.kind, header, self.blobs, self.records)
         kind = "train" if self.kind in TRAIN_KINDS else "query"
         return Message(content, node_id, kind, group_id=group_id)
@@ -232,13 +264,21 @@ class Exchange:
         """Return the message that carries `request` to `site`."""
         return request.message(self._nodes[site], group_id)
 
+    def messages(self, requests: Mapping[str, Request], group_id: str = "") -> Mapping[str, Message]:
+        """Return the messages that carry `requests`, each made when it is asked for."""
+        return Made(requests, lambda site: self.message(site, requests[site], group_id))
+
+    def nodes_of(self, sites: Iterable[str]) -> dict[int, str]:
+        """Return the sites by their nodes' ids."""
+        return {self._nodes[site]: site for site in sites}
+
     def site_of(self, reply: Message) -> str | None:
         """Return the site whose node a reply says it comes from."""
         return self._sites.get(reply.metadata.src_node_id)
 
     def collect(
         self,
-        messages: Sequence[Message],
+        messages: Iterable[Message],
         requests: Mapping[str, Question],
         *,
         timeout_s: float,
@@ -252,7 +292,7 @@ class Exchange:
 
     def stream(
         self,
-        messages: Sequence[Message],
+        messages: Iterable[Message],
         requests: Mapping[str, Question],
         *,
         timeout_s: float,
@@ -260,8 +300,10 @@ class Exchange:
         trouble_s: float = TROUBLE_S,
         on_reply: Callable[[str], None] = lambda site: None,
     ) -> Iterator[Message]:
-        """Push `messages`, ask again as `federation.asking` says, yield one reply a site as it comes."""
-        first = {site: message for message in messages if (site := self._addressee(message)) is not None}
+        """Push `messages` as they are made, ask again as `federation.asking` says, yield one reply a site as
+        it comes.
+        """
+        first = ((site, message) for message in messages if (site := self._addressee(message)) is not None)
         asking = Asking(
             self._grid,
             site_of=self.site_of,

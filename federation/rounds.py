@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,7 @@ from federation.errors import (
     RunFailedError,
 )
 from federation.evaluation import PublicData, metrics_of
-from federation.exchange import Exchange, Request, members_written
+from federation.exchange import Around, Exchange, Made, Request
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
 from federation.masked_run import MaskedRun
 from federation.mechanism import planned_event, planned_events
@@ -107,7 +107,7 @@ class RoundLoop:
         self._witnessing = Witnessing(coordinator, self._exchange)
         self._masked = MaskedRun(self._exchange, self._witnessing, charter)
         self._hold = RunHold(coordinator.ledger, run_started.run, ttl_s=hold_s)
-        self._event = planned_event(charter)
+        self._event, self._planned = planned_event(charter), planned_events(charter)
         self._started = time.monotonic()
         data = None if charter.public_set is None else coordinator.blobs.find(charter.public_set.digest)
         self._public = None if data is None else PublicData.read(charter, data)
@@ -124,7 +124,7 @@ class RoundLoop:
             RunHeldError: another process carries it out.
             ResumeError: it was begun, and cannot go on; `ResumeLaterError`: not with the sites that are here.
         """
-        with self._hold:
+        with self._hold, self._coordinator.alone():
             past = RunPast.read(self._coordinator.ledger, self._run.run)
             if past.started is not None:
                 self._check_same(past)
@@ -234,28 +234,34 @@ class RoundLoop:
         if number > 1:
             shown = [state.own_leaf[site] for site in state.participants if site in state.own_leaf]
             self._witnessing.prepare(shown)
-        requests = self._requests(number, state, again=masked is not None)
+        asked = self._asked(state, again=masked is not None)
+        records = blob_records({"base_model": state.base_model})
+        requests: Mapping[str, Request]
         if masked is not None:
             there = [site for site in state.participants if site not in state.silent]
             begun = masked.begin({site: self._request(number, site, state) for site in there})
-            requests = {site: request for site, request in begun.items() if site in requests}
+            requests = {site: replace(begun[site], records=records) for site in asked if site in begun}
             terms = masked.terms
-        elif state.opened is not None:
-            terms = dataclasses.replace(terms, roster=state.opened.roster)
-        records = blob_records({"base_model": state.base_model})
-        told = self._request(number, "", state).header
-        alike = {} if masked is not None else members_written(told, "participants", "previous_round")
-        requests = {site: replace(r, records=records, written=alike) for site, r in requests.items()}
+        else:
+            told = self._request(number, "", state).header
+            around = Around.of(told, "own_statement")
+            requests = Made(
+                asked,
+                lambda site: replace(self._request(number, site, state), records=records, around=around),
+            )
+            if state.opened is not None:
+                terms = dataclasses.replace(terms, roster=state.opened.roster)
         opening = (lambda _: total) if total is not None else None
         strategy.open_round(
             terms,
-            {s: self._exchange.message(s, r, str(number)) for s, r in requests.items()},
+            self._exchange.messages(requests, str(number)),
             opening if masked is None else masked.open,
+            nodes=self._exchange.nodes_of(requests),
         )
         for site, known in (self._recalled(state) if masked is None else {}).items():
             strategy.offer(site, body_document(known.statement), known.update)
         arrays: ArrayRecord = strategy.arrays()
-        addressed: list[Message] = list(strategy.configure_train(number, arrays, ConfigRecord(), self._grid))
+        addressed: Iterable[Message] = strategy.configure_train(number, arrays, ConfigRecord(), self._grid)
         self._emit("asked", number=number, sites=state.participants)
         stream = self._exchange.stream(
             addressed,
@@ -333,17 +339,20 @@ class RoundLoop:
             witnesses=witnesses,
         )
 
-    def _requests(self, number: int, state: RunState, *, again: bool = False) -> dict[str, Request]:
-        """Return the question to each participant whose release is not in the log already.
+    def _requests(self, number: int, state: RunState) -> dict[str, Request]:
+        """Return the question to each participant of `_asked`."""
+        return {site: self._request(number, site, state) for site in self._asked(state)}
+
+    def _asked(self, state: RunState, *, again: bool = False) -> list[str]:
+        """Return the participants whose release is not in the log already.
 
         A masked round is asked `again` as a whole: sites give the same keys, shares and bytes, and what the
         log holds of it must come out of it. Once its sum was opened nobody is: nothing more can count.
         """
         if state.opened is not None:
-            return {}
+            return []
         known = () if again else state.logged
-        asked = [site for site in state.participants if site not in known and site not in state.silent]
-        return {site: self._request(number, site, state) for site in asked}
+        return [site for site in state.participants if site not in known and site not in state.silent]
 
     def _recalled(self, state: RunState) -> dict[str, AcceptedUpdate]:
         return {
@@ -474,7 +483,7 @@ class RoundLoop:
 
     def _epsilon(self, opened: int, *, is_over: bool = False) -> float:
         """What the run cost a site that released in every round that was opened."""
-        events, most = planned_events(self._charter), self._charter.most_rounds
+        events, most = self._planned, self._charter.most_rounds
         done = events[:opened] + (events[most:] if is_over else ())
         return recompute(done, float(self._charter.privacy.delta)).value
 

@@ -26,6 +26,7 @@ from audit.entries import (
     parse_body,
     run_digest,
     signing_payload,
+    with_fields,
 )
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key
@@ -132,7 +133,7 @@ def verify_statement(terms: RoundTerms, site: str, document: object, update: byt
     if count != terms.released:
         raise StatementError(site, "update", f"has {count} numbers, the model {terms.released}")
     # names and event again are the round's own, not one more copy of them a site
-    statement = dataclasses.replace(statement, participants=terms.participants, event=terms.event)
+    statement = with_fields(statement, participants=terms.participants, event=terms.event)
     return AcceptedUpdate(statement=statement, read=lambda: update)
 
 
@@ -140,7 +141,9 @@ def record_statements(
     coordinator: Coordinator, accepted: Mapping[str, AcceptedUpdate]
 ) -> dict[str, Sequenced]:
     """Keep the sites' updates, then enter their statements, together and in the order given."""
-    coordinator.blobs.put_all(update.update for update in accepted.values() if not update.is_kept)
+    updates = [update for update in accepted.values() if not update.is_kept]
+    digests = [update.statement.update for update in updates]  # compared with the bytes by `verify_statement`
+    coordinator.blobs.put_all([update.update for update in updates], digests)
     entries: list[Addition] = [
         (update.statement, f"site:{site}", stable_event_id("site.statement", event_hash(update.statement)))
         for site, update in accepted.items()

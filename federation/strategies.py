@@ -44,24 +44,27 @@ class ProvableAggregation:
     def prepare(self, charter: Charter, weights: Sequence[float] | Vector) -> None:
         """Take the charter's constants and the flat weights that the first round starts from."""
         self.charter = charter
-        self.plan = AggregationPlan.of_charter(charter.document)
+        document = charter.document
+        self.plan = AggregationPlan.of_charter(document)
         self.weights: Vector = np.array(weights, dtype=np.float64)
         self.accepted: dict[str, AcceptedUpdate] = {}
         self.rejected: dict[str, StatementError] = {}
         self.too_long: dict[str, AcceptedUpdate] = {}
         self.update_terms = {
             name: UpdateTerms.of_charter(
-                charter.document, name, dimension=charter.dimension, released=charter.released
+                document, name, dimension=charter.dimension, released=charter.released
             )
             for name in charter.site_names
         }
+        self._sites = {site["name"]: site for site in document["sites"]}
         self._specs = parameter_specs(charter.layers)
+        self._arrays: tuple[Vector, ArrayRecord] | None = None
         self._m: Vector = np.zeros_like(self.weights)
         self._v: Vector = np.zeros_like(self.weights)
         self._steps = 0  # rounds that gave a model; one that is abandoned moves no optimiser
         self._terms: RoundTerms | None = None
         self._nodes: dict[int, str] = {}
-        self._requests: list[Message] = []
+        self._requests: Mapping[str, Message] = {}
         self.blobs: BlobStore | None = None
         self._open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None
         self._total: Sequence[int] = ()
@@ -72,22 +75,26 @@ class ProvableAggregation:
         terms: RoundTerms,
         requests: Mapping[str, Message],
         open_sum: Callable[[Mapping[str, AcceptedUpdate]], Sequence[int]] | None = None,
+        *,
+        nodes: Mapping[int, str] | None = None,
     ) -> None:
         """Say what the coming round's statements must hold, and which message each participant gets.
 
-        `open_sum` returns the sum of accepted updates that are masked; None where they are not.
+        `open_sum` returns the sum of accepted updates that are masked; None where they are not. `nodes` are
+        the participants by their node; by default the messages are looked at, all of them.
         """
         self._terms, self._open_sum = terms, open_sum
         self._total, self.not_opened = (), None
-        self._requests = [requests[site] for site in sorted(requests)]
-        self._nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
+        if nodes is None:
+            nodes = {message.metadata.dst_node_id: site for site, message in requests.items()}
+        self._requests, self._nodes = requests, dict(nodes)
         self.accepted, self.rejected, self.too_long = {}, {}, {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return one message a participant; nobody is sampled, the charter says who takes part."""
-        return list(self._requests)
+        """Yield one message a participant; nobody is sampled, the charter says who takes part."""
+        return (self._requests[site] for site in sorted(self._requests))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -181,12 +188,15 @@ class ProvableAggregation:
 
     def arrays(self) -> ArrayRecord:
         """Return the current weights by parameter name."""
+        if self._arrays is not None and self._arrays[0] is self.weights:
+            return self._arrays[1]
         parts, offset = {}, 0
         for name, shape in self._specs:
             count = math.prod(shape)
             parts[name] = Array(self.weights[offset : offset + count].reshape(shape))
             offset += count
-        return ArrayRecord(parts)
+        self._arrays = (self.weights, ArrayRecord(parts))
+        return self._arrays[1]
 
     def _step(self) -> Vector:
         number = self._steps + 1
@@ -201,7 +211,7 @@ class ProvableAggregation:
         return result
 
     def _pseudo_gradient(self) -> Vector:
-        plan, document = self.plan, {site["name"]: site for site in self.charter.document["sites"]}
+        plan, document = self.plan, self._sites
         names = sorted(self.accepted)
         if self._open_sum is not None:
             rows = sum(document[site]["nominal_rows"] for site in names)

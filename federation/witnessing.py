@@ -43,6 +43,7 @@ class Witnessing:
     ) -> None:
         self._coordinator, self._exchange, self._timeout_s = coordinator, exchange, timeout_s
         self._shown: dict[int, dict[str, str]] = {}  # what `logged` said under the present note
+        self._bodies: dict[int, bytes] = {}  # read by `prepare` for it
         self._seen: dict[str, int] = {}  # tree size that each site cosigned last
         self._note: bytes | None = None
         self._tree_size = 0
@@ -57,7 +58,7 @@ class Witnessing:
         for _ in range(_MEETINGS):
             self._is_behind = False
             note = self._coordinator.cosign_round(lambda signed: self._collect(signed, wanted, beside))
-            self._note, self._shown = note, {}
+            self._note, self._shown, self._bodies = note, {}, {}
             self._tree_size = parse_checkpoint_note(note).tree_size
             if not self._is_behind:
                 break
@@ -78,7 +79,8 @@ class Witnessing:
             raise ValueError(f"leaf {leaf_index} is not in a cosigned tree yet")
         if leaf_index in self._shown:
             return self._shown[leaf_index]
-        shown = self._shown[leaf_index] = self._show(leaf_index, self._coordinator.ledger.entry(leaf_index))
+        body = self._bodies.pop(leaf_index, None) or self._coordinator.ledger.entry(leaf_index)
+        shown = self._shown[leaf_index] = self._show(leaf_index, body)
         return shown
 
     def prepare(self, leaves: Sequence[int]) -> None:
@@ -88,9 +90,7 @@ class Witnessing:
         first, ledger = min(leaves), self._coordinator.ledger
         bodies = ledger.entries(first, max(leaves) + 1)
         ledger.warm(self.tree_size)
-        for leaf_index in leaves:
-            if self.covers(leaf_index):
-                self._shown[leaf_index] = self._show(leaf_index, bodies[leaf_index - first])
+        self._bodies = {index: bodies[index - first] for index in leaves if self.covers(index)}
 
     def _show(self, leaf_index: int, body: bytes) -> dict[str, str]:
         if self._note is None:

@@ -40,6 +40,7 @@ from clients.dp.sampling import Sampling, sample_rows, sampling_of
 
 Recorder = Callable[[str, object], None]
 
+_MOST_AHEAD = 1 << 21  # numbers of noise that are kept for releases to come: 16 MiB
 _DTYPES: dict[Precision, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -199,6 +200,9 @@ class Mechanism:
         self._coins, self._noise = random.child("coins"), random.child("noise")
         self._recorder = recorder
         self._prepared: dict[int, _Prepared] = {}
+        self._ahead: list[NDArray[np.int64]] = []  # noise for `prepare`, of the process `_ahead_in`
+        self._ahead_in = 0
+        self._prepares = False
 
     def load(self, weights: Tensor | NDArray[np.float64]) -> None:
         """Set the base model from a flat vector in `parameters()` order.
@@ -225,9 +229,30 @@ class Mechanism:
         converted = [(inputs.to(self._dtype), targets) for inputs, targets in sets]
         for (inputs, targets), total in zip(sets, self._gradient.of_many(converted), strict=True):
             if total is not None:
-                self._noise.refresh()
-                noise = self._noise.discrete_gaussian(self.share_grid, self.dimension)
+                self._prepares = True
+                noise = self._fresh_noise()
                 self._prepared[id(inputs)] = _Prepared(os.getpid(), inputs, targets, total, noise)
+
+    def draw_ahead(self, releases: int) -> bool:
+        """Draw the noise of one more release to come; say whether fewer than `releases` have theirs then.
+
+        For a process that has nothing else to do: noise depends on no weights and no rows. Each is drawn
+        under a new key, is taken by one release that `prepare` makes, and by no copy of this process.
+        """
+        wanted = min(releases, _MOST_AHEAD // max(1, self.dimension)) if self._prepares else 0
+        if self._ahead_in != os.getpid():
+            self._ahead, self._ahead_in = [], os.getpid()
+        if len(self._ahead) < wanted:
+            self._ahead.append(self._draw())
+        return len(self._ahead) < wanted
+
+    def _fresh_noise(self) -> NDArray[np.int64]:
+        """Return noise that nobody has taken, drawn before by this process or now."""
+        return self._ahead.pop() if self._ahead and self._ahead_in == os.getpid() else self._draw()
+
+    def _draw(self) -> NDArray[np.int64]:
+        self._noise.refresh()
+        return self._noise.discrete_gaussian(self.share_grid, self.dimension)
 
     def check(self, row_shape: tuple[int, ...]) -> None:
         """Refuse a model that cannot be trained privately, before there is any data; or `release` does.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import rfc8785
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from audit import entries
+from audit import _codec, entries
 from audit._codec import ODD, writer_of
 from audit.canonical import MAX_INTEGER, canonical_bytes
 from audit.entries import (
@@ -21,6 +22,7 @@ from audit.entries import (
     IndexColumns,
     KeyRevoked,
     RoundAbandoned,
+    SiteStatement,
     SiteUndelivered,
     VersionRegistered,
     columns_of,
@@ -96,6 +98,40 @@ def test_odd_field_meets_the_same_fate_as_on_the_long_way(body: Any, data: st.Da
     odd = dataclasses.replace(body, **{name: data.draw(st.one_of(ANY_JSON, st.just("\ud800")))})
     entry = new_entry(odd, actor="tester", time=TIME)
     assert outcome(encode_entry, entry) == outcome(lambda e: canonical_bytes(entries._document(e)), entry)
+
+
+SIGNED = st.one_of([bodies_of(kind) for kind in TYPES.values() if kind in entries.DOMAINS])
+
+
+@given(SIGNED, st.data())
+def test_what_is_kept_of_a_signed_body_is_of_it_alone(body: Any, data: st.DataObject) -> None:
+    """However it was made, and in whatever order it is asked for, its bytes are those of the long way."""
+    kind = type(body)
+    if data.draw(st.booleans()):
+        entries.signing_payload(body)
+    other = data.draw(bodies_of(kind))
+    names = data.draw(st.sets(st.sampled_from(sorted(get_type_hints(kind))), max_size=3))
+    changes = {name: getattr(other, name) for name in names}
+    changed = entries.with_fields(body, **changes)
+    assert changed == dataclasses.replace(body, **changes)
+    for one in data.draw(st.permutations([body, changed, body])):
+        slow = entries._plain(one)
+        assert entries.body_bytes(one) == canonical_bytes(slow)
+        unsigned = {name: value for name, value in slow.items() if name not in entries.SIGNATURE_FIELDS}
+        assert entries.signing_payload(one) == (entries.DOMAINS[kind], canonical_bytes(unsigned))
+        if isinstance(one, SiteStatement):
+            hashed = canonical_bytes({name: slow[name] for name in entries._HASHED})
+            digest = hashlib.sha256(b"affidavit/event/v1\x00" + hashed).hexdigest()
+            assert entries.event_hash(one) == digest
+
+
+@settings(max_examples=3)
+@given(bodies_of(SiteStatement))
+def test_what_is_kept_of_signed_bodies_does_not_grow(body: Any) -> None:
+    for number in range(3 * _codec._KNOWN_BODIES):
+        entries.signing_payload(dataclasses.replace(body, round=number))
+    members = _codec.members_of(SiteStatement, entries._DIGEST_FIELDS)
+    assert len(members._young) + len(members._old) <= 2 * _codec._KNOWN_BODIES
 
 
 @given(BODIES, st.data())

@@ -263,6 +263,42 @@ def test_full_queue_refuses_instead_of_losing() -> None:
     sequencer.close()
 
 
+def test_requests_queued_together_share_batches_or_are_refused_together() -> None:
+    batches: list[list[int]] = []
+
+    def commit(batch: list[int]) -> list[int | AuditError]:
+        batches.append(batch)
+        return list(batch)
+
+    sequencer: Sequencer[int, int] = Sequencer(commit, max_batch=4, max_pending=6)
+    assert [future.result(10) for future in sequencer.submit_all(range(6))] == list(range(6))
+    assert batches == [[0, 1, 2, 3], [4, 5]]
+    assert sequencer.submit_all([]) == []
+    with pytest.raises(LedgerBusyError):
+        sequencer.submit_all(range(7))
+    assert sequencer.submit(7).result(10) == 7
+    sequencer.close()
+    assert batches == [[0, 1, 2, 3], [4, 5], [7]], "nothing of those that were too many"
+    with pytest.raises(LedgerClosedError):
+        sequencer.submit_all([1])
+
+
+def test_entries_queued_together_are_refused_together(tmp_path: Path, log_tools: SimpleNamespace) -> None:
+    made = [log_tools.make_entry(n) for n in range(3)]
+    entries = [(m.body, m.event_id, m.columns) for m in made]
+    with Ledger.create(tmp_path / "log.db", log_tools.ORIGIN) as ledger:
+        with pytest.raises(EntrySizeError):
+            ledger.append_all([*entries[:2], (b"", *entries[2][1:])])
+        assert ledger.tree_size == 0
+        assert [future.result(10).leaf_index for future in ledger.append_all(entries)] == [0, 1, 2]
+        ids = [m.event_id for m in made]
+        assert ledger.logged_events([*ids, "other"]) == set(ids)
+        assert ledger.logged_events([]) == set()
+        kind = made[0].columns.type
+        assert [ledger.has_since(kind, after) for after in (-1, 1, 2)] == [True, True, False]
+        assert not ledger.has_since("no.such_type", -1)
+
+
 def test_sequencer_outlives_a_failing_batch_and_tells_every_caller() -> None:
     def commit(batch: list[int]) -> list[int | AuditError]:
         if 13 in batch:

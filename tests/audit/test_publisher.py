@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -190,6 +191,59 @@ def test_second_publisher_waits_for_the_first_and_takes_over_after_its_end(
     assert first.step() is None  # nothing new to publish, but the lease is his again
     assert first.lease.token == 3
     assert signer.state().checkpoint.tree_size == 9, "it adopted what the other one signed"
+
+
+def test_who_is_alone_keeps_the_lease_between_checkpoints_and_no_longer(
+    log: Ledger, signer: Signer, log_tools: SimpleNamespace, tmp_path: Path
+) -> None:
+    first = Publisher(log, signer, ttl_s=400)
+    second = Publisher(log, copied(signer, tmp_path / "other"), ttl_s=400)
+    assert size_of(first.publish()) == 5
+    assert size_of(second.publish()) == 5  # it was given back
+    with first.keeping():
+        log_tools.fill(log, range(5, 7))
+        assert size_of(first.publish()) == 7
+        token = first.lease.token
+        log_tools.fill(log, range(7, 9))
+        assert size_of(first.publish()) == 9
+        assert first.lease.token == token, "it was not taken over from itself"
+        log_tools.fill(log, range(9, 11))
+        with pytest.raises(SignerBusyError):
+            second.publish(timeout_s=0.1)
+        lapse(log, LEASE, 500)  # it slept
+        assert size_of(second.publish()) == 11
+        log_tools.fill(log, range(11, 13))
+        assert size_of(first.publish()) == 13
+        assert first.lease.token > token
+        assert signer.state().checkpoint.tree_size == 13, "it adopted what the other one had signed"
+    state = first.lease.state()
+    assert state is not None
+    assert state.is_free
+
+
+def test_who_is_alone_and_may_not_sign_holds_no_lease(
+    log: Ledger, signer: Signer, log_tools: SimpleNamespace, tmp_path: Path
+) -> None:
+    with Ledger.create(tmp_path / "longer.db", log_tools.ORIGIN) as longer:
+        log_tools.fill(longer, range(50, 60))
+        Publisher(longer, signer).publish()
+    publisher = Publisher(log, signer, ttl_s=400)
+    with publisher.keeping():
+        with pytest.raises(SignerError):
+            publisher.publish()
+        state = publisher.lease.state()
+        assert state is not None
+        assert state.is_free
+
+
+def test_a_copy_of_the_process_gives_back_no_lease_of_its_parent(log: Ledger, signer: Signer) -> None:
+    publisher = Publisher(log, signer, ttl_s=400)
+    with publisher.keeping():
+        publisher.publish()
+        publisher._lease = (os.getpid() + 1, publisher.lease)  # as in a forked child
+    state = log.lease(LEASE, "look", ttl_s=1).state()
+    assert state is not None
+    assert not state.is_free
 
 
 def test_old_holder_that_wakes_up_stores_nothing(

@@ -82,9 +82,9 @@ class Dying:
         """They share commits, and the last of them may be lost: a step for each."""
         return [self.append(*entry) for entry in entries]
 
-    def put_all(self, files: Any) -> Any:
+    def put_all(self, files: Any, digests: Any = None) -> Any:
         self._step()
-        return self._coordinator.blobs.put_all(files)
+        return self._coordinator.blobs.put_all(files, digests)
 
     def cosign_round(self, collect: Any) -> Any:
         self._step()

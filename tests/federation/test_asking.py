@@ -82,7 +82,7 @@ def ask(net, *, timeout_s=1.5, trouble_s=1.5):
         monotonic=(clock := Moved()),
         sleep=clock.forward,
     )
-    found = dict(asked.ask({site: message(site) for site in NODES}, message))
+    found = dict(asked.ask([(site, message(site)) for site in NODES], message))
     return found, clock()
 
 

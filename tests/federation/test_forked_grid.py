@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from federation import forked_grid
 from federation.forked_grid import ForkedGrid, may_fork
 from tests.waiting import wait_until
 
@@ -38,17 +40,22 @@ def forked():
         if order.get("die"):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(order.get("sleep") or 0)
+        if order.get("stop"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if order.get("compute"):
+            until = time.monotonic() + order["compute"]
+            while time.monotonic() < until:
+                pass
         size = order.get("size") or 1
         answer = ConfigRecord({"site": site, "pid": os.getpid(), "count": counts[site], "bytes": bytes(size)})
         return Message(RecordDict({"answer": answer}), reply_to=message)
 
-    def make(count, processes=2):
+    def make(count, processes=2, **options):
         grid = ForkedGrid(
             app,
             {f"s{i}": {} for i in range(count)},
             processes=processes,
-            leaving=lambda site: counts.get(site, 0),
-            returned=returned.__setitem__,
+            **{"leaving": lambda site: counts.get(site, 0), "returned": returned.__setitem__, **options},
         )
         grids.append(grid)
         return grid
@@ -137,6 +144,123 @@ def test_closing_drops_what_is_queued(forked):
     assert returned["s0"] < 60
 
 
+def test_a_child_that_sleeps_over_its_messages_says_where_and_is_gone(forked, capfd):
+    make, returned = forked
+    with make(4, stall_s=1) as grid:
+        began = time.monotonic()
+        # s0 and s2 are of one process: one waits for what never comes, one of the other's computes meanwhile
+        found, replies = answers(
+            grid, [order(grid, "s0", sleep=600), order(grid, "s2"), order(grid, "s1", compute=2.5)]
+        )
+        assert time.monotonic() - began < 30
+        assert list(found) == ["s1"], "one that computes is not too slow"
+        assert sorted(r.error.code for r in replies if r.has_error()) == [8, 8]
+        _, (reply,) = answers(grid, [order(grid, "s2")])
+        assert reply.error.code == 8
+    assert returned == {"s1": 1, "s3": 0}
+    assert " in query" in capfd.readouterr().err, "the stack of the child"
+
+
+def test_a_child_that_was_stopped_is_left_to_whoever_stopped_it(forked):
+    make, _ = forked
+    with make(1, processes=1, stall_s=1) as grid:
+        ids = set(grid.push_messages([order(grid, "s0", stop=1)]))
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            assert not grid.pull_messages(ids)
+        os.kill(grid._children[0].pid, signal.SIGCONT)
+        wait_until(lambda: grid.pull_messages(ids))
+
+
+def test_a_child_that_takes_no_more_bytes_is_gone(forked):
+    make, returned = forked
+    with make(1, processes=1, stall_s=1) as grid:
+        os.kill(grid._children[0].pid, signal.SIGSTOP)
+        began = time.monotonic()
+        ids = set(grid.push_messages([order(grid, "s0", filler=bytes(8 << 20))]))
+        (reply,) = grid.pull_messages(ids)
+        assert reply.error.code == 8
+        assert time.monotonic() - began < 30
+    assert returned == {}
+
+
+def test_a_child_that_died_unseen_is_found(forked):
+    """Another process holds the child's end of the pipe, so that its death is no end of a file here."""
+    make, _ = forked
+    with make(1, processes=1) as grid:
+        child = grid._children[0]
+        os.kill(child.pid, signal.SIGKILL)
+        grid._selector.unregister(child.connection)  # nothing is heard of it
+        ids = set(grid.push_messages([order(grid, "s0")]))
+        replies = []
+        wait_until(lambda: replies.extend(grid.pull_messages(ids)) or replies)
+        assert replies[0].error.code == 8
+
+
+def test_a_child_that_cannot_read_what_it_is_asked_is_gone(forked):
+    make, _ = forked
+    with make(1, processes=1) as grid:
+        child = grid._children[0]
+        message = order(grid, "s0")
+        ids = set(grid.push_messages([message]))
+        child.connection.send_bytes(b"no pickle")
+        replies = []
+        wait_until(lambda: replies.extend(grid.pull_messages(ids)) or replies)
+        ids = set(grid.push_messages([order(grid, "s0")]))
+        wait_until(lambda: replies.extend(grid.pull_messages(ids)) or len(replies) == 2)
+        assert replies[-1].error.code == 8
+
+
+def test_what_is_asked_while_it_is_made_is_answered_before_the_last_is_made(forked, tmp_path):
+    make, _ = forked
+    with make(40) as grid:
+        touched = [tmp_path / f"s{i}" for i in range(40)]
+
+        def made():
+            for number, path in enumerate(touched):
+                if number == 30:
+                    wait_until(touched[0].exists)
+                yield order(grid, f"s{number}", touch=str(path))
+
+        waiting = set(grid.push_messages(made()))
+        assert len(waiting) == 40
+        wait_until(lambda: waiting.difference_update(_answered(grid, waiting)) or not waiting)
+        assert all(path.exists() for path in touched)
+
+
+def _answered(grid, waiting):
+    return {reply.metadata.reply_to_message_id for reply in grid.pull_messages(waiting)}
+
+
+def test_a_child_rests_until_there_is_no_more_to_do(forked):
+    rested = []
+    make, returned = forked
+    options = {"resting": lambda: rested.append(1) or len(rested) < 5, "leaving": lambda site: len(rested)}
+    with make(1, processes=1, **options) as grid:
+        answers(grid, [order(grid, "s0")])
+    assert 5 <= returned["s0"] <= 6
+    assert rested == []
+
+
+def test_one_whose_state_cannot_be_taken_keeps_nobody_from_handing_over_his(forked):
+    make, _ = forked
+    taken = []
+
+    def take(site, state):
+        if site == "s0":
+            raise RuntimeError("no room")
+        taken.append(site)
+
+    grid = make(4, returned=take)
+    pids = [child.pid for child in grid._children]
+    with pytest.raises(RuntimeError, match="no room"):
+        grid.close()
+    assert taken == ["s1", "s3"]
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def test_children_end_when_their_parent_is_gone(forked):
     make, returned = forked
     grid = make(2)
@@ -198,6 +322,50 @@ with ForkedGrid(app, {"a": {}, "b": {}}, processes=2, leaving=str, returned=lamb
 def test_pools_of_numpy_and_torch_end_and_start_again():
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     subprocess.run([sys.executable, "-c", BESIDE_POOLS], check=True, timeout=60, env=environment)
+
+
+BESIDE_A_PRODUCT = """
+import threading, time, numpy
+from federation.forked_grid import may_fork
+
+big, count, is_over = numpy.ones((700, 700)), 0, False
+
+def work():
+    global count
+    while not is_over:
+        big @ big
+        count += 1
+
+def goes_on():
+    seen, until = count, time.monotonic() + 30
+    while count < seen + 3:
+        assert time.monotonic() < until, "whoever computes waits for a pool that has ended"
+        time.sleep(0.01)
+
+thread = threading.Thread(target=work, daemon=True)
+thread.start()
+goes_on()
+for _ in range(4):
+    may_fork()
+    goes_on()
+is_over = True
+thread.join()
+assert may_fork()
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="pools of threads need a second core")
+def test_no_pool_ends_below_a_product():
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    subprocess.run([sys.executable, "-c", BESIDE_A_PRODUCT], check=True, timeout=120, env=environment)
+
+
+def test_a_thread_that_ends_between_two_counts_hides_no_other(monkeypatch):
+    counts = iter([1, 0, 0, 0])  # a thread of Python's ended after the first
+    monkeypatch.setattr(forked_grid, "_thread", SimpleNamespace(_count=lambda: next(counts)))
+    monkeypatch.setattr(forked_grid, "_tasks", lambda: ["1", "9"])  # this one, and one of somebody else's
+    monkeypatch.setattr(forked_grid, "_name_of", lambda task: "python")
+    assert forked_grid._has_foreign_threads()
 
 
 def test_all_of_this_runs_in_a_process_of_its_own_where_it_cannot_here():

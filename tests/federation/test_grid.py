@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from audit.canonical import canonical_bytes
 from federation.errors import FederationError
-from federation.exchange import Exchange, Request, read_answer, read_answers
+from federation.exchange import Around, Exchange, Made, Request, read_answer, read_answers
 from federation.grid import MANY_NODES, InProcessGrid
 from tests.waiting import Moved
 
@@ -188,11 +188,24 @@ def test_many_nodes_share_a_few_threads_and_each_answers_in_order():
     assert set(map(tuple, seen.values())) == {(0, 1, 2)}
 
 
-def test_a_header_of_written_members_travels_as_the_header_itself():
+@pytest.mark.parametrize("member", ["z", "a", "m"])
+def test_a_header_of_which_the_rest_is_written_travels_as_the_header_itself(member):
     header = {"z": [1, {"b": "x"}], "a": {"y": None}, "m": "text"}
+    around = Around.of({**header, member: None}, member)
     plain = Request(kind="hello", header=header).message(7, "")
-    written = Request(kind="hello", header=header, written={"z": canonical_bytes(header["z"])}).message(7, "")
+    written = Request(kind="hello", header=header, around=around).message(7, "")
     assert written.content["header"]["header"] == plain.content["header"]["header"] == canonical_bytes(header)
+
+
+def test_what_is_made_when_it_is_asked_for_is_made_for_known_names_alone():
+    made = []
+    questions = Made(["b", "a"], lambda name: made.append(name) or name.upper())
+    assert (list(questions), len(questions)) == (["b", "a"], 2)
+    assert ("a" in questions, "c" in questions) == (True, False)
+    assert made == []
+    assert (questions["a"], questions["a"], made) == ("A", "A", ["a", "a"])
+    with pytest.raises(KeyError):
+        questions["c"]
 
 
 def both(*raws, **more):
