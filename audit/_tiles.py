@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Connection, Engine, select
 
 from audit import _store
 from audit.errors import LedgerCorruptError
@@ -50,11 +50,15 @@ class TileReader:
         """Hold every perfect subtree of the unfinished tiles of the first `tree_size` leaves."""
         if tree_size == self._warm_size:  # what a tree of this size is made of never changes
             return
+        rows: list[list[bytes]] = []
+        with _store.reading(self._engine) as connection:
+            while available := tree_size >> TILE_HEIGHT * len(rows):
+                start = available - available % TILE_WIDTH
+                rows.append(_tile_row(connection, len(rows), start, available) if available > start else [])
         held: dict[tuple[int, int], bytes] = {}
-        tile_level = 0
-        while available := tree_size >> TILE_HEIGHT * tile_level:
+        for tile_level, row in enumerate(rows):
+            available = tree_size >> TILE_HEIGHT * tile_level
             start = available - available % TILE_WIDTH
-            row = self._tile_row(tile_level, start, available) if available > start else []
             height = 0
             while row:
                 first = start >> height
@@ -63,7 +67,6 @@ class TileReader:
                 )
                 row = [hash_node(row[i], row[i + 1]) for i in range(0, len(row) - 1, 2)]
                 height += 1
-            tile_level += 1
         self._warm, self._warm_size = held, tree_size
 
     def _load_loose_node(self, level: int, index: int) -> bytes:
@@ -76,25 +79,25 @@ class TileReader:
         return b"".join(node for level in levels for node in level)
 
     def _tile_row(self, tile_level: int, start: int, stop: int) -> list[bytes]:
-        if tile_level == 0:
-            query = (
-                select(LEAF.c.leaf_hash).where(LEAF.c.idx >= start, LEAF.c.idx < stop).order_by(LEAF.c.idx)
-            )
-        else:
-            query = (
-                select(NODE.c.hash)
-                .where(NODE.c.level == tile_level * TILE_HEIGHT, NODE.c.idx >= start, NODE.c.idx < stop)
-                .order_by(NODE.c.idx)
-            )
         with _store.reading(self._engine) as connection:
-            hashes = list(connection.execute(query).scalars())
-        if len(hashes) != stop - start or any(
-            type(item) is not bytes or len(item) != HASH_SIZE for item in hashes
-        ):
-            raise LedgerCorruptError(
-                f"hashes {start} to {stop} of tile level {tile_level} are missing; run fsck"
-            )
-        return hashes
+            return _tile_row(connection, tile_level, start, stop)
+
+
+def _tile_row(connection: Connection, tile_level: int, start: int, stop: int) -> list[bytes]:
+    if tile_level == 0:
+        query = select(LEAF.c.leaf_hash).where(LEAF.c.idx >= start, LEAF.c.idx < stop).order_by(LEAF.c.idx)
+    else:
+        query = (
+            select(NODE.c.hash)
+            .where(NODE.c.level == tile_level * TILE_HEIGHT, NODE.c.idx >= start, NODE.c.idx < stop)
+            .order_by(NODE.c.idx)
+        )
+    hashes = list(connection.execute(query).scalars())
+    if len(hashes) != stop - start or any(
+        type(item) is not bytes or len(item) != HASH_SIZE for item in hashes
+    ):
+        raise LedgerCorruptError(f"hashes {start} to {stop} of tile level {tile_level} are missing; run fsck")
+    return hashes
 
 
 def _pyramid(base: list[bytes]) -> list[list[bytes]]:

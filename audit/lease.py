@@ -66,8 +66,7 @@ class Lease:
         self._engine, self._clock = engine, clock
 
     def acquire(self) -> bool:
-        """Take the lease if it is free or ours, and prolong it once half of its time is over; say whether it
-        is ours now.
+        """Take the lease if it is free or ours, prolong it once half of it is over; say whether it is ours.
 
         `token` is a new one each time that the lease changes hands. Whoever finds that there is nothing to
         write waits for no writer.

@@ -33,6 +33,23 @@ def keys_of(ledger: Ledger) -> LogKeys:
     return read_log_keys((row.leaf_index, decode_entry(row.body).body) for row in rows)
 
 
+class KnownKeys:
+    """`keys_of` for whoever asks at every turn: entries are read again when one about a key was added."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._known: tuple[int, LogKeys] | None = None  # the last entry about a key, and what they say
+
+    def now(self) -> LogKeys:
+        """Raises `LogKeyError` as `keys_of`."""
+        known = self._known
+        after = known[0] if known is not None else -1
+        if known is None or self._ledger.has_since(KEY_TYPES, after):
+            newest = self._ledger.search(type=KEY_TYPES, limit=1, newest_first=True)
+            known = self._known = (newest[0].leaf_index if newest else -1, keys_of(self._ledger))
+        return known[1]
+
+
 def check_notes(ledger: Ledger) -> int:
     """Return how many checkpoints are stored, each signed by a key that counts on a tree of its size.
 

@@ -215,10 +215,12 @@ class Publisher:
         return quorum.satisfied and quorum.need > 0
 
     def _publish(self, *, idle_too: bool = False) -> bytes | None:
-        last = self.ledger.latest_checkpoint(self._is_ours)
-        grew = last is None or parse_checkpoint_note(last).tree_size < self.ledger.tree_size
+        last, size = self.ledger.latest_checkpoint(self._is_ours), self.ledger.tree_size
+        grew = last is None or parse_checkpoint_note(last).tree_size < size
         if not grew and not (idle_too and self._is_due()):
             return None
+        if grew:
+            self.ledger.warm(size)  # what the proof is made of, in one look
         note = publish(self.ledger, self.signer, self.lease)
         if self._announce is not None:
             self._announce(note)

@@ -7,15 +7,14 @@ the file fail-over knows only what the database holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from audit.errors import AuditError, LocationError, PolicyFileError, SignerMissingError
 from audit.ledger import Ledger
-from audit.ledger_keys import KEY_TYPES, keys_of
+from audit.ledger_keys import KnownKeys
 from audit.location import CONFIG, read_secret
-from audit.log_keys import LogKeys
 from audit.publisher import Publisher
 from audit.signer import Signer
 from audit.tlog_policy import Policy
@@ -70,27 +69,14 @@ def watchers_of(home: Path, origin: str) -> Watchers | None:
 
 def publisher_of(ledger: Ledger, signer: Signer, watchers: Watchers | None) -> Publisher:
     """Return the publisher of a log, which asks the witnesses before it takes over from another."""
+    keys = KnownKeys(ledger)
     return Publisher(
         ledger,
         signer,
         policy=watchers.policy if watchers is not None else None,
         views=() if watchers is None else (watchers.seen,),
-        counts=_counting(ledger),
+        counts=lambda vkey, size: keys.now().check(vkey, size, witnessed=True),
     )
-
-
-def _counting(ledger: Ledger) -> Callable[[str, int], None]:
-    """Return what refuses a key that does not count on a tree; the log's keys are read when they changed."""
-    known: tuple[int, LogKeys] | None = None
-
-    def check(vkey: str, size: int) -> None:
-        nonlocal known
-        if known is None or ledger.has_since(KEY_TYPES, known[0]):
-            read_to = ledger.tree_size - 1
-            known = read_to, keys_of(ledger)
-        known[1].check(vkey, size, witnessed=True)
-
-    return check
 
 
 def publish_here(home: Path, ledger: Ledger) -> bytes:

@@ -38,12 +38,7 @@ from federation.after_rounds import AfterRounds
 from federation.anomaly import record_view
 from federation.charter import Charter
 from federation.coordinator import Coordinator, stable_event_id
-from federation.errors import (
-    FederationError,
-    ResumeError,
-    ResumeLaterError,
-    RunFailedError,
-)
+from federation.errors import FederationError, ResumeError, ResumeLaterError, RunFailedError
 from federation.evaluation import PublicData, metrics_of
 from federation.exchange import Around, Exchange, Made, Request
 from federation.flat import Vector, average_vectors, initial_vector, model_bytes
@@ -71,11 +66,7 @@ from federation.refusals import (
 from federation.resume import RESTORE, RunPast, opened_total, recall, resumed_body, take_up
 from federation.run_hold import TTL_S, RunHold
 from federation.run_state import Lost, RunOutcome, RunState
-from federation.statements import (
-    AcceptedUpdate,
-    RoundTerms,
-    record_statements,
-)
+from federation.statements import AcceptedUpdate, RoundTerms, record_statements
 from federation.strategies import strategy_of
 from federation.witnessing import Witnessing
 

@@ -53,11 +53,14 @@ class Bell:
         """The descriptor that becomes readable when somebody rings."""
         return self._socket.fileno()
 
-    def hush(self) -> None:
-        """Forget the rings so far."""
+    def hush(self) -> int:
+        """Forget the rings so far; return how many there were."""
+        count = 0
         with contextlib.suppress(BlockingIOError):
             while True:
                 self._socket.recv(16)
+                count += 1
+        return count
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until somebody rings, or the time is up; return whether they did."""

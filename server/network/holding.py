@@ -1,9 +1,10 @@
 """A SuperNode's question for messages, held at the gateway while there are none.
 
 A SuperNode asks again and again; most answers are empty, and each costs SuperLink a look into its database.
-The gateway keeps a question back when the same node's last answer was empty and nobody has rung since
-(`federation.network.ringing`), for two and a half seconds at most; then it passes it on whatever happened.
-So a lost ring costs that time, and a message is on its way as soon as it is there.
+The gateway keeps a question back when the same node's last answer was empty and, since then, nobody has rung
+(`federation.network.ringing`) or the node was given a message for each ring; for two and a half seconds at
+most, then it passes it on whatever happened. So a lost ring costs that time, and a message is on its way as
+soon as it is there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class PullHold:
         self._folder: Path | None = None
         self._bell: Bell | None = None
         self._rings, self._rung = 0, asyncio.Event()
-        self._empty: dict[str, int] = {}  # node -> how often it had rung before its last, empty answer
+        self._empty: dict[str, int] = {}  # node -> how often it had rung before its last empty answer
+        self._taken: dict[str, int] = {}  # node -> messages it was given since
         self._parts: dict[str, int] = {}  # node -> objects of its reply that are still to come
         self._held = 0
 
@@ -55,9 +57,12 @@ class PullHold:
     async def wait(self, node: str, gone: Callable[[], Awaitable[Any]]) -> bool:
         """Wait until it is worth asking SuperLink for `node`; return whether the node is still there.
 
+        It is not, while the node was given as many messages since its last empty answer as it has rung: who
+        sends rings once, with one message for a node at most.
+
         `gone` returns when the node has hung up: what is then pulled for it would be lost.
         """
-        nothing_new = self._empty.get(node) == self._rings
+        nothing_new = node in self._empty and self._rings - self._empty[node] <= self._taken[node]
         if self._bell is None or not nothing_new or self._held >= self._most:
             return True
         left, rung = asyncio.ensure_future(gone()), asyncio.ensure_future(self._rung.wait())
@@ -78,9 +83,9 @@ class PullHold:
     def answered(self, node: str, rings: int, content: bytes) -> None:
         """Take note of SuperLink's answer to a question for messages."""
         if _is_empty(content):
-            self._empty[node] = rings
-        else:
-            self._empty.pop(node, None)
+            self._empty[node], self._taken[node] = rings, 0
+        elif node in self._empty:  # what came without a ring, which was lost, uses up no later one
+            self._taken[node] = min(self._taken[node] + 1, rings - self._empty[node])
 
     def reply_begun(self, node: str, content: bytes) -> None:
         """Take note of SuperLink's answer to a reply's head: which objects it still wants."""
@@ -107,8 +112,7 @@ class PullHold:
 
     def _ring(self) -> None:
         if self._bell is not None:
-            self._bell.hush()
-        self._rings += 1
+            self._rings += max(1, self._bell.hush())
         self._release()
 
     def _release(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from audit import ledger_keys
 from audit._key_ring import Ring
 from audit.checkpoints import Checkpoint, add_signatures, cosign, open_checkpoint, sign_checkpoint
 from audit.entries import (
@@ -152,6 +153,28 @@ def test_retired_key_cannot_name_a_successor_of_its_own() -> None:
 
 
 # the signer
+
+
+def test_who_asks_at_every_turn_hears_of_a_new_key_and_reads_nothing_again_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = new_key(), new_key()
+    with Ledger.create(tmp_path / "log.db", ORIGIN) as ledger:
+        known = ledger_keys.KnownKeys(ledger)
+        assert known.now().keys == {}
+        append(ledger, created(first))
+        before = known.now()
+        assert set(before.keys) == {first.verifier.vkey}
+        read = ledger_keys.keys_of
+        with monkeypatch.context() as patched:
+            patched.setattr(ledger_keys, "keys_of", lambda _: pytest.fail("read again"))
+            assert known.now() is before
+        append(ledger, rotated(first, second, 5))
+        assert set(known.now().keys) == {first.verifier.vkey, second.verifier.vkey} == set(read(ledger).keys)
+        append(ledger, rotated(second, first, 9))
+        for _ in range(2):
+            with pytest.raises(LogKeyError):
+                known.now()
 
 
 def test_both_keys_sign_until_the_old_one_retires(tmp_path: Path) -> None:

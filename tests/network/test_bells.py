@@ -42,6 +42,9 @@ def test_a_ring_before_the_wait_is_kept_and_many_are_one(folder):
             ring(folder / "bell")
         assert bell.wait(0)
         assert not bell.wait(0)
+        for _ in range(3):
+            ring(folder / "bell")
+        assert (bell.hush(), bell.hush()) == (3, 0)
 
 
 def test_only_its_user_rings_and_nobody_hangs_on_a_long_path(folder):
@@ -85,6 +88,83 @@ def test_a_question_waits_only_after_an_empty_answer_and_until_it_rings(folder):
             assert await hold.wait("a", never)
         finally:
             hold.stop()
+
+    soon(play())
+
+
+async def is_held(hold, node="a"):
+    try:
+        await asyncio.wait_for(hold.wait(node, never), 0.05)
+    except TimeoutError:
+        return True
+    return False
+
+
+async def ringing(folder, times):
+    for _ in range(times):
+        ring(folder / "bells" / GATEWAY)
+    await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_after_as_many_messages_as_rings_the_next_question_waits(folder, runs):
+    """Runs that send at the same moment ring as often as there are, however few times anybody looks."""
+
+    async def play():
+        hold = hold_of(folder, hold_s=500)
+        hold.answered("a", hold.rings, EMPTY)
+        for _ in range(2):
+            await ringing(folder, runs)
+            for _ in range(runs):
+                assert not await is_held(hold)
+                hold.answered("a", hold.rings, FULL)
+            assert await is_held(hold)
+        hold.stop()
+
+    soon(play())
+
+
+def test_a_message_that_was_not_rung_for_uses_up_no_later_ring(folder):
+    async def play():
+        hold = hold_of(folder, hold_s=500)
+        hold.answered("a", hold.rings, EMPTY)
+        for _ in range(3):
+            hold.answered("a", hold.rings, FULL)  # found when the hold was over
+        await ringing(folder, 1)
+        assert not await is_held(hold)
+        hold.stop()
+
+    soon(play())
+
+
+def test_a_ring_for_somebody_else_costs_one_empty_answer(folder):
+    async def play():
+        hold = hold_of(folder, hold_s=500)
+        for node in ("a", "b"):
+            hold.answered(node, hold.rings, EMPTY)
+        await ringing(folder, 1)
+        hold.answered("b", hold.rings, FULL)
+        assert not await is_held(hold, "a")
+        hold.answered("a", hold.rings, EMPTY)
+        assert await is_held(hold, "a")
+        assert await is_held(hold, "b")
+        hold.stop()
+
+    soon(play())
+
+
+def test_a_ring_while_superlink_was_asked_is_another_message(folder):
+    async def play():
+        hold = hold_of(folder, hold_s=500)
+        hold.answered("a", hold.rings, EMPTY)
+        await ringing(folder, 1)
+        before = hold.rings
+        await ringing(folder, 1)
+        hold.answered("a", before, FULL)
+        assert not await is_held(hold)
+        hold.answered("a", hold.rings, FULL)
+        assert await is_held(hold)
+        hold.stop()
 
     soon(play())
 
