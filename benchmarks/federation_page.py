@@ -109,7 +109,8 @@ def _spent(ours: dict[str, Any], ray: dict[str, Any]) -> str:
         f"answer is proved, {ours['closing']} s until the round is aggregated, logged, signed and cosigned. "
         f"Of its CPU-seconds {ours['coordinator_cpu']} are the coordinator's, {sites:.3f} the sites': "
         f"{1000 * sites / SITES:.1f} ms each, of which some 0.04 ms is its signature; to verify one costs "
-        f"the coordinator some 0.13 ms. Ray's round takes {ray['cpu'] / ours['cpu']:.1f} times our CPU-seconds."
+        f"the coordinator some 0.13 ms. Ray's round takes {ray['cpu'] / ours['cpu']:.1f} times "
+        "our CPU-seconds."
     )
 
 
