@@ -36,6 +36,22 @@ class _Question:
     trouble: Message | None = None
 
 
+class _Again:
+    """Messages made as they are first looked at, and the same ones as often as they are looked at again.
+
+    A grid in this process sends each as it comes; Flower's own goes over them several times.
+    """
+
+    def __init__(self, messages: Iterator[Message]) -> None:
+        self._coming, self._made = messages, list[Message]()
+
+    def __iter__(self) -> Iterator[Message]:
+        yield from self._made
+        for message in self._coming:
+            self._made.append(message)
+            yield message
+
+
 class Asking:
     """The open questions of one round, or of one step of a preparation."""
 
@@ -133,7 +149,7 @@ class Asking:
                 questions.append(question)
                 yield message
 
-        pushed = list(self._grid.push_messages(messages()))
+        pushed = list(self._grid.push_messages(_Again(messages())))
         for question, name in zip(questions, pushed, strict=False):
             question.asked, question.due = moment, None
             if name:

@@ -161,3 +161,52 @@ def test_a_node_without_a_time_is_no_node_that_came_back():
     assert asking._seconds("") == 0.0
     assert asking._seconds("1970-01-01T00:00:01") == 1.0
     assert asking._seconds("soon") == 0.0
+
+
+class Twice(Net):
+    """Goes over the messages several times, as Flower's grid does: to name them, and to send them."""
+
+    def push_messages(self, messages):
+        if not messages:
+            return []
+        named = [id(message) for message in messages]
+        sent = list(messages)
+        assert named == [id(message) for message in sent], "they are other messages, or none"
+        return super().push_messages(messages)
+
+
+def test_a_grid_may_go_over_the_messages_as_often_as_it_likes():
+    net = Twice(north=[OK], south=[None, OK])
+    assert sorted(ask(net)[0]) == ["north", "south"]
+    assert net.asked == {"north": 1, "south": 2}
+
+
+def test_messages_are_made_as_the_grid_sends_them():
+    """A grid that sends one by one has the first under way before the last is made."""
+    order = []
+
+    class OneByOne(Net):
+        def push_messages(self, messages):
+            names = []
+            for one in messages:
+                order.append("sent")
+                names += super().push_messages([one])
+            return names
+
+    net = OneByOne(north=[OK], south=[OK])
+    asking = Asking(
+        net,
+        site_of=lambda reply: next(n for n, node in NODES.items() if node == reply.metadata.src_node_id),
+        is_trouble=_is_trouble,
+        poll_s=0.01,
+        timeout_s=1.0,
+        trouble_s=1.0,
+    )
+
+    def messages():
+        for site in NODES:
+            order.append("made")
+            yield site, message(site)
+
+    assert len(list(asking.ask(messages(), message))) == 2
+    assert order == ["made", "sent"] * 2
