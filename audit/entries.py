@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
-from audit._codec import ODD, members_of, reader_of, writer_of
+from audit._codec import ODD, reader_of, writer_of
 from audit._domains import DOMAINS, SIGNATURE_FIELDS
 from audit.access_bodies import (
     AccessDenied,
@@ -369,18 +369,6 @@ def _parse_slowly(kind: type[T], value: object, path: str) -> T:
             if name in value
         }
     )
-
-
-def with_fields(body: T, **changes: Any) -> T:
-    """As `dataclasses.replace`, for signed bodies: what stays is not written again when the result is."""
-    kind = type(body)
-    if kind not in DOMAINS:
-        return dataclasses.replace(body, **changes)  # type: ignore[type-var] # every body is a dataclass
-    try:
-        made: T = members_of(kind, _DIGEST_FIELDS).replace(body, changes)
-    except ODD:
-        return dataclasses.replace(body, **changes)  # type: ignore[type-var]
-    return made
 
 
 def signing_payload(body: Any) -> tuple[str, bytes]:

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from functools import cache
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, Select, bindparam, func, inspect, select
 
 from audit import _store, merkle
+from audit._append_request import append_request
 from audit._bulk import run
 from audit._checkpoint_store import CheckpointStore
 from audit._integrate import AppendRequest, Guard, Sequenced, commit_batch, newest_query, read_edge
@@ -33,13 +32,10 @@ from audit._store import blob
 from audit._tiles import TileReader
 from audit._wal_backfill import WalBackfill
 from audit.checkpoints import Checkpoint
-from audit.entries import MAX_ENTRY_BYTES, IndexColumns
+from audit.entries import IndexColumns
 from audit.errors import (
     AuditError,
-    EntryColumnsError,
     EntryNotFoundError,
-    EntrySizeError,
-    EventIdError,
     LedgerCorruptError,
     LedgerMissingError,
     LedgerSchemaError,
@@ -47,7 +43,7 @@ from audit.errors import (
 )
 from audit.lease import Lease
 from audit.location import Location
-from audit.merkle import CompactRange, hash_leaf
+from audit.merkle import CompactRange
 from audit.tables import APPLICATION_ID, HEAD, LEAF, SCHEMA_VERSION
 
 __all__ = ["MAX_BATCH", "MAX_PENDING", "MAX_SEARCH", "Guard", "Ledger", "Sequenced", "StoredEntry"]
@@ -55,12 +51,8 @@ __all__ = ["MAX_BATCH", "MAX_PENDING", "MAX_SEARCH", "Guard", "Ledger", "Sequenc
 MAX_BATCH = 256
 MAX_PENDING = 4096
 MAX_SEARCH = 1000
-MAX_COLUMN_BYTES = 1024
 
-_EVENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _COLUMNS = tuple(field.name for field in fields(IndexColumns))
-_column_values = attrgetter(*_COLUMNS)
-_SHORT = MAX_COLUMN_BYTES // 4  # characters: no UTF-8 is longer; a surrogate or U+0000 is not printable
 _open_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 _left_to_parent: list[Engine] = []
 
@@ -161,7 +153,7 @@ class Ledger:
             LedgerBusyError: the queue is full.
             LedgerClosedError: after `close`.
         """
-        return self._sequencer.submit(_request(entry_bytes, event_id, index_columns, guard))
+        return self._sequencer.submit(append_request(entry_bytes, event_id, index_columns, guard))
 
     def append_all(self, entries: Iterable[tuple[bytes, str, IndexColumns]]) -> list[Future[Sequenced]]:
         """`append` for several (bytes, event id, columns) at once, which share commits where they fit.
@@ -169,13 +161,13 @@ class Ledger:
         Raises:
             AuditError: as `append`; then none of them was queued.
         """
-        return self._sequencer.submit_all([_request(*entry) for entry in entries])
+        return self._sequencer.submit_all([append_request(*entry) for entry in entries])
 
     def append_from_loop(
         self, entry_bytes: bytes, *, event_id: str, index_columns: IndexColumns, guard: Guard | None = None
     ) -> asyncio.Future[Sequenced]:
         """`append` for coroutines: a future of the running loop, which is woken once for a whole batch."""
-        return self._sequencer.submit_from_loop(_request(entry_bytes, event_id, index_columns, guard))
+        return self._sequencer.submit_from_loop(append_request(entry_bytes, event_id, index_columns, guard))
 
     def append_wait(
         self,
@@ -471,37 +463,6 @@ def _check_kind(connection: Connection, location: Location) -> None:
     if not found:
         what = "the file" if location.path is not None else "what the database holds"
         raise LedgerMissingError(str(location), f"{what} is not an Affidavit log")
-
-
-def _request(
-    entry_bytes: bytes, event_id: str, columns: IndexColumns, guard: Guard | None = None
-) -> AppendRequest:
-    if not 0 < len(entry_bytes) <= MAX_ENTRY_BYTES:
-        raise EntrySizeError(size_bytes=len(entry_bytes), limit_bytes=MAX_ENTRY_BYTES)
-    if not _EVENT_ID.fullmatch(event_id):
-        raise EventIdError(f"event_id {event_id[:130]!r} is not 1 to 128 printable ASCII characters")
-    values = _column_values(columns)
-    for value in values:
-        if value is None or (type(value) is str and len(value) <= _SHORT and value.isprintable()):
-            continue
-        _check_columns(columns)
-        break
-    body = bytes(entry_bytes)
-    return AppendRequest(event_id, hash_leaf(body), body, values, guard)
-
-
-def _check_columns(columns: IndexColumns) -> None:
-    for name in _COLUMNS:
-        value = getattr(columns, name)
-        if isinstance(value, str):
-            try:
-                size = len(value.encode())
-            except UnicodeEncodeError as error:
-                raise EntryColumnsError(name, "is not Unicode text") from error
-            if size > MAX_COLUMN_BYTES or "\0" in value:
-                raise EntryColumnsError(name, f"is over {MAX_COLUMN_BYTES} bytes or holds U+0000")
-        elif value is not None and not -(2**63) <= value < 2**63:
-            raise EntryColumnsError(name, f"{value} does not fit in 64 bits")
 
 
 def _after_fork_in_child() -> None:

@@ -44,3 +44,21 @@ def of_people(events: Sequence[MechanismEvent]) -> list[MechanismEvent]:
     units = {event.unit for event in events} - {SITE}
     unit = units.pop() if len(units) == 1 else "row"
     return [row_level(event, unit) for event in events]
+
+
+def runs_of(events: Sequence[MechanismEvent]) -> list[tuple[MechanismEvent, int]]:
+    """Return events with how often each comes, one after the other: those of a plan are mostly alike."""
+    runs: list[tuple[MechanismEvent, int]] = []
+    for event in events:
+        if runs and (runs[-1][0] is event or runs[-1][0] == event):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((event, 1))
+    return runs
+
+
+def runs_of_people(events: Sequence[MechanismEvent]) -> tuple[tuple[MechanismEvent, int], ...]:
+    """Return the runs of events as they count for the people behind a population."""
+    runs = runs_of(events)
+    people = of_people([event for event, _ in runs])
+    return tuple([(event, count) for event, (_, count) in zip(people, runs, strict=True)])

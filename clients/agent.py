@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from audit.canonical import JsonValue, canonical_around, canonical_bytes, parse_canonical
+from audit.canonical import canonical_bytes, parse_canonical
 from audit.entries import (
     Body,
     SiteRefused,
@@ -58,6 +58,7 @@ from clients.requests import (
     parse_propose,
     parse_round,
     parse_run,
+    request_digest,
 )
 from clients.reserved import unused
 from clients.site_log import Diary, SiteLog
@@ -339,7 +340,7 @@ class Agent:
         return {"acceptance": parse_canonical(reservation.acceptance), "undelivered": undelivered}, {}
 
     def _round(self, request: RoundRequest) -> Answer:
-        digest = _request_digest(request)
+        digest = request_digest(request)
         released = self._ledger.release_of(request.run, request.round)
         if released is not None:
             if released.request_digest != digest:
@@ -469,49 +470,3 @@ def _witness_error(error: WitnessError) -> dict[str, Any]:
 
 def _answer(release: Release) -> Answer:
     return b'{"statement":%b}' % body_bytes(release.statement), {"update": release.update}
-
-
-def _request_digest(request: RoundRequest) -> str:
-    """Name a request by what it asks for: the same request may come again with a fresher proof."""
-    shown, own = request.previous_round, request.own_statement
-    before, after = _around_own(
-        request.run,
-        request.round,
-        request.charter,
-        request.participants,
-        "" if shown is None else _leaf_digest(shown.leaf),
-        request.base_digest,
-        None if request.shares is None else canonical_bytes(dict(request.shares)),
-    )
-    leaf = b"" if own is None else hashlib.sha256(own.leaf).hexdigest().encode()
-    return hashlib.sha256(b'affidavit/request/v1\x00%b"%b"%b' % (before, leaf, after)).hexdigest()
-
-
-@lru_cache(maxsize=4)
-def _leaf_digest(leaf: bytes) -> str:
-    return hashlib.sha256(leaf).hexdigest()
-
-
-@lru_cache(maxsize=4)
-def _around_own(
-    run: str,
-    number: int,
-    charter: str,
-    participants: tuple[str, ...],
-    previous_round: str,
-    base_model: str,
-    shares: bytes | None,
-) -> tuple[bytes, bytes]:
-    """Write what a round asks for but for the site's own statement: the same for all sites of a process."""
-    document: dict[str, JsonValue] = {
-        "run": run,
-        "round": number,
-        "charter": charter,
-        "participants": list(participants),
-        "previous_round": previous_round,
-        "own_statement": "",
-        "base_model": base_model,
-    }
-    if shares is not None:
-        document["shares"] = parse_canonical(shares)
-    return canonical_around(document, "own_statement")

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from audit._files import write_durably
+from audit.changed_body import with_fields
 from audit.entries import (
     CharterSigned,
     RunAccepted,
@@ -25,7 +26,6 @@ from audit.entries import (
     SiteRefused,
     SiteStatement,
     signing_payload,
-    with_fields,
 )
 from audit.errors import AuditError
 from audit.keys import SigningKey, VerifyKey, parse_public_key

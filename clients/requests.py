@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
-from audit.canonical import AlikeObjects, JsonValue, parse_canonical
+from audit.canonical import AlikeObjects, JsonValue, canonical_around, canonical_bytes, parse_canonical
 from audit.entries import RunStarted, parse_body
 from audit.errors import AuditError
 from audit.keys import parse_public_key
@@ -255,3 +255,49 @@ def _base64(value: JsonValue, name: str) -> bytes:
 
 def _bad(reason: str) -> RefusedError:
     return RefusedError("bad_request", reason)
+
+
+def request_digest(request: RoundRequest) -> str:
+    """Name a request by what it asks for: the same request may come again with a fresher proof."""
+    shown, own = request.previous_round, request.own_statement
+    before, after = _around_own(
+        request.run,
+        request.round,
+        request.charter,
+        request.participants,
+        "" if shown is None else _leaf_digest(shown.leaf),
+        request.base_digest,
+        None if request.shares is None else canonical_bytes(dict(request.shares)),
+    )
+    leaf = b"" if own is None else hashlib.sha256(own.leaf).hexdigest().encode()
+    return hashlib.sha256(b'affidavit/request/v1\x00%b"%b"%b' % (before, leaf, after)).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _leaf_digest(leaf: bytes) -> str:
+    return hashlib.sha256(leaf).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _around_own(
+    run: str,
+    number: int,
+    charter: str,
+    participants: tuple[str, ...],
+    previous_round: str,
+    base_model: str,
+    shares: bytes | None,
+) -> tuple[bytes, bytes]:
+    """Write what a round asks for but for the site's own statement: the same for all sites of a process."""
+    document: dict[str, JsonValue] = {
+        "run": run,
+        "round": number,
+        "charter": charter,
+        "participants": list(participants),
+        "previous_round": previous_round,
+        "own_statement": "",
+        "base_model": base_model,
+    }
+    if shares is not None:
+        document["shares"] = parse_canonical(shares)
+    return canonical_around(document, "own_statement")

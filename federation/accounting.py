@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from audit.entries import MechanismEvent
 from audit.epsilon import check_event, epsilon_with_discretisation, gaussian_epsilon, rdp_epsilon, recompute
 from audit.shared_noise import alone, site_level
-from audit.units import of_people, row_level
+from audit.units import row_level, runs_of_people
 from federation.errors import AccountingError, PlanDoesNotFitError
 from federation.mechanism import planned_event, planned_events, release_event
 
@@ -397,31 +397,13 @@ class LifetimeFilter:
 
     def spent(self, events: Sequence[MechanismEvent]) -> float:
         """Return the filter's own epsilon of the events."""
-        return _composed(_people_of(events), float(self.delta)) if events else 0.0
+        return _composed(runs_of_people(events), float(self.delta)) if events else 0.0
 
     def admits(self, events: Sequence[MechanismEvent], planned: Sequence[MechanismEvent]) -> bool:
         """Whether the whole plan may run on top of the events already debited."""
-        people = _people_of([*events, *planned])
+        people = runs_of_people([*events, *planned])
         unit_of([event for event, _ in people])
         return (_composed(people, float(self.delta)) if people else 0.0) <= float(self.epsilon)
-
-
-def _runs(events: Sequence[MechanismEvent]) -> list[tuple[MechanismEvent, int]]:
-    """Return events with how often each comes, one after the other: those of a plan are mostly alike."""
-    runs: list[tuple[MechanismEvent, int]] = []
-    for event in events:
-        if runs and (runs[-1][0] is event or runs[-1][0] == event):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((event, 1))
-    return runs
-
-
-def _people_of(events: Sequence[MechanismEvent]) -> tuple[tuple[MechanismEvent, int], ...]:
-    """Return the runs of events as they count for the people behind a population."""
-    runs = _runs(events)
-    people = of_people([event for event, _ in runs])
-    return tuple([(event, count) for event, (_, count) in zip(people, runs, strict=True)])
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,8 @@ import re
 from typing import Any, Final
 
 from audit.canonical import JsonValue, parse_strict
-from audit.entries import ZERO_DIGEST, SiteStatement, body_bytes, with_fields
+from audit.changed_body import with_fields
+from audit.entries import ZERO_DIGEST, SiteStatement, body_bytes
 from federation.statements import RoundTerms
 
 _ANSWER: Final = re.compile(

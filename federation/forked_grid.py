@@ -380,7 +380,7 @@ class ForkedGrid(InProcessGrid):
                 if is_due or number == len(messages):
                     connection.send_bytes(pickle.dumps(replies, pickle.HIGHEST_PROTOCOL))
                     replies = []
-            while inbox.empty() and self._resting():
+            while inbox.empty() and not is_over.is_set() and self._resting():
                 pass
         if not parent_is_gone.is_set():
             states = {site: self._leaving(site) for site in sites}

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from audit.canonical import canonical_bytes
+from audit.changed_body import with_fields
 from audit.entries import (
     ZERO_DIGEST,
     CharterSigned,
@@ -26,7 +27,6 @@ from audit.entries import (
     parse_body,
     run_digest,
     signing_payload,
-    with_fields,
 )
 from audit.errors import AuditError
 from audit.keys import VerifyKey, parse_public_key

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from audit import _codec, entries
 from audit._codec import ODD, writer_of
 from audit.canonical import MAX_INTEGER, canonical_bytes
+from audit.changed_body import with_fields
 from audit.entries import (
     TYPES,
     Entry,
@@ -112,7 +113,7 @@ def test_what_is_kept_of_a_signed_body_is_of_it_alone(body: Any, data: st.DataOb
     other = data.draw(bodies_of(kind))
     names = data.draw(st.sets(st.sampled_from(sorted(get_type_hints(kind))), max_size=3))
     changes = {name: getattr(other, name) for name in names}
-    changed = entries.with_fields(body, **changes)
+    changed = with_fields(body, **changes)
     assert changed == dataclasses.replace(body, **changes)
     for one in data.draw(st.permutations([body, changed, body])):
         slow = entries._plain(one)

@@ -11,6 +11,7 @@ import pytest
 from audit import _store, merkle
 from audit._sequencer import Sequencer
 from audit.checkpoints import Checkpoint, cosign, sign_checkpoint
+from audit.entries import MAX_ENTRY_BYTES
 from audit.errors import (
     AuditError,
     EntryNotFoundError,
@@ -30,7 +31,7 @@ from audit.errors import (
     TreeRangeError,
 )
 from audit.keys import SigningKey
-from audit.ledger import MAX_ENTRY_BYTES, Ledger
+from audit.ledger import Ledger
 from audit.notes import KeyType, NoteSigner, parse_note
 
 

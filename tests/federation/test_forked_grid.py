@@ -232,13 +232,19 @@ def _answered(grid, waiting):
     return {reply.metadata.reply_to_message_id for reply in grid.pull_messages(waiting)}
 
 
-def test_a_child_rests_until_there_is_no_more_to_do(forked):
+def test_a_child_rests_until_there_is_no_more_to_do(forked, tmp_path):
     rested = []
     make, returned = forked
-    options = {"resting": lambda: rested.append(1) or len(rested) < 5, "leaving": lambda site: len(rested)}
-    with make(1, processes=1, **options) as grid:
+
+    def rest():
+        rested.append(1)
+        (tmp_path / str(len(rested))).touch()
+        return len(rested) < 5
+
+    with make(1, processes=1, resting=rest, leaving=lambda site: len(rested)) as grid:
         answers(grid, [order(grid, "s0")])
-    assert 5 <= returned["s0"] <= 6
+        wait_until((tmp_path / "5").exists)
+    assert returned["s0"] == 5
     assert rested == []
 
 
