@@ -2,10 +2,11 @@
 
 There is no timer: while one batch is being made durable the next one gathers, so a lone request waits for
 nothing and a crowd shares one commit. Of an event loop, what one turn of it queues is one batch: the thread
-is woken at the turn's end, not by the first of them. Those whose entries shared a commit come back together
-too: as long as fewer than half of as many wait (and fewer than 16, which are worth a commit), and turn after
-turn of the loop brings more, the batch stays open; after a few empty turns, some microseconds each, it goes
-with what it has.
+is woken at the turn's end, not by the first of them. Those whose entries were committed together come back
+together too: as long as fewer wait than the last two batches held (and fewer than 32), and turn after turn of
+the loop brings more, the batch stays open; after a few empty turns, some microseconds each, it goes with what
+it has. So a crowd that has fallen apart into two, of which one waits while the other is served, comes
+together again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _Settled: TypeAlias = "tuple[asyncio.Future[Result], Result | AuditError]"
 
 _RETRY_AFTER_S = 0.5
 _EMPTY_TURNS = 4
-_LARGE = 32  # a batch of half as many is worth its commit, however large the last one was
+_ALONE = 2  # in two batches
+_LARGE = 32  # as many are worth a commit, however large the last ones were
 
 
 class Sequencer(Generic[Request, Result]):
@@ -50,7 +52,7 @@ class Sequencer(Generic[Request, Result]):
         self._changed = threading.Condition(threading.Lock())
         self._idle = self._called = False  # whether the thread waits; whether it is told to go on
         self._wakes_in: asyncio.AbstractEventLoop | None = None  # that will call `_wake`
-        self._crowd = 0  # size of the last batch of a loop
+        self._crowd = self._last = 0  # of loops: size of the last two batches, and of the last one
         self._seen = self._empty_turns = 0  # of the batch that gathers: how many, and turns without another
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -136,8 +138,8 @@ class Sequencer(Generic[Request, Result]):
                 self._call()
 
     def _is_few(self, count: int) -> bool:
-        """Whether most of those who shared the last batch are not back yet."""
-        return 2 * count < min(self._crowd, _LARGE)
+        """Whether some of those whom the last two batches held are not back yet; one caller is no crowd."""
+        return count < min(self._crowd, _LARGE) and self._crowd > _ALONE
 
     def _call(self) -> None:
         self._idle, self._called = False, True
@@ -157,7 +159,8 @@ class Sequencer(Generic[Request, Result]):
                 count = min(len(self._waiting), self._max_batch)
                 taken = [self._waiting.popleft() for _ in range(count)]
                 self._seen = self._empty_turns = 0
-                self._crowd = 0 if isinstance(taken[0][1], Future) else count
+                last = 0 if isinstance(taken[0][1], Future) else count
+                self._crowd, self._last = self._last + last, last
             batch = [pair for pair in taken if _is_wanted(pair[1])]
             if batch:
                 self._settle(batch)

@@ -203,7 +203,7 @@ def _queued(queue: Path) -> Iterator[None]:
     without.
     """
     try:
-        descriptor = os.open(queue, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(queue, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError:
         yield
         return

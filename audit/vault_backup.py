@@ -84,6 +84,6 @@ def restore_vault(
         os.link(draft, location.path)
         sync_folder(location.path.parent)
     finally:
-        for suffix in ("", "-wal", "-shm", "-journal"):
+        for suffix in ("", "-wal", "-shm", "-journal", _store.QUEUE_SUFFIX):
             Path(f"{draft}{suffix}").unlink(missing_ok=True)
     return done

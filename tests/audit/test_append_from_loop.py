@@ -287,6 +287,46 @@ def test_who_comes_during_a_crowds_commit_shares_the_crowds_next_one() -> None:
     assert seen[2][0] == "straggler"  # in the order in which they came
 
 
+def test_crowd_that_fell_apart_comes_together_again() -> None:
+    sequencer, seen, gate = gated()
+
+    async def one(number: int) -> None:
+        await sequencer.submit_from_loop(number)
+        await sequencer.submit_from_loop(number + 100)
+
+    async def ask() -> None:
+        gate.release()
+        await sequencer.submit_from_loop("first")
+        while not sequencer._idle:
+            await asyncio.sleep(0.001)
+        half = [asyncio.create_task(one(number)) for number in range(8)]
+        while len(seen) < 2:
+            await asyncio.sleep(0.001)
+        other = [asyncio.create_task(one(number)) for number in range(8, 16)]
+        await asyncio.sleep(0.01)  # they wait beside the commit of the first half
+        for _ in range(8):
+            gate.release()
+        await asyncio.wait_for(asyncio.gather(*half, *other), 20)
+
+    asyncio.run(ask())
+    sequencer.close()
+    assert [len(batch) for batch in seen] == [1, 8, 16, 8]
+
+
+def test_who_comes_alone_again_and_again_is_left_to_no_turn_of_the_loop() -> None:
+    sequencer, seen, gate = gated()
+
+    async def ask() -> None:
+        for number in range(3):
+            gate.release()
+            await sequencer.submit_from_loop(number)
+            assert not sequencer._is_few(1)
+
+    asyncio.run(ask())
+    sequencer.close()
+    assert [len(batch) for batch in seen] == [1, 1, 1]
+
+
 def test_crowd_that_does_not_come_back_keeps_nobody_waiting() -> None:
     sequencer, seen, gate = gated()
     asyncio.run(crowd_of_eight(sequencer, seen, gate, come_back=False))
