@@ -4,8 +4,8 @@ Parts, each under four minutes on two quiet cores; `--write` merges a part's fig
 file of figures beside it, so that one page can come from several sittings on one machine:
 
     network   four real SuperNodes: ours with TLS, authentication, agents, ledgers, statements and
-              witnessing; then a plain Flower + Opacus app at defaults (benchmarks/plain_flower)
-    masked    the same round of ours with secure aggregation
+              witnessing; a plain Flower + Opacus app at defaults (benchmarks/plain_flower); and ours
+              with secure aggregation
     pieces    a model of ten million parameters through real SuperNodes
     simulate  100 virtual sites: ours with statements and ledger, Flower's Ray simulation of the same step,
               Ray with a client that does nothing, a plain loop
@@ -39,7 +39,7 @@ from federation_page import ROWS, SITES, page
 HERE: Final = Path(__file__).resolve().parent
 PAGE: Final = HERE.parent / "docs" / "results" / "federation_speed.md"
 FIGURES: Final = PAGE.with_suffix(".json")
-PARTS: Final = ("network", "masked", "pieces", "simulate", "thousand", "memory", "large", "huge")
+PARTS: Final = ("network", "pieces", "simulate", "thousand", "memory", "large", "huge")
 FEATURES, HIDDEN = 30, 32  # about a thousand parameters
 CHARTER: Final = """
 name: bench
@@ -263,11 +263,11 @@ def part_huge() -> dict[str, Any]:
 
 
 def part_network() -> dict[str, Any]:
-    return {"ours": apart("network_ours", False), "plain": apart("network_plain")}
-
-
-def part_masked() -> dict[str, Any]:
-    return apart("network_ours", True)
+    return {
+        "ours": apart("network_ours", False),
+        "plain": apart("network_plain"),
+        "masked": apart("network_ours", True),
+    }
 
 
 def part_pieces() -> dict[str, Any]:
