@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import Final
 
 from flwr.app import Message
@@ -142,10 +143,14 @@ class Asking:
             self._push((question, question.message()) for question in due)
 
     def _push(self, asked: Iterable[tuple[_Question, Message]]) -> None:
+        coming = iter(asked)
+        first = next(coming, None)
+        if first is None:
+            return  # SuperLink takes no empty push
         moment, questions = time.time(), list[_Question]()
 
         def messages() -> Iterator[Message]:
-            for question, message in asked:
+            for question, message in chain([first], coming):
                 questions.append(question)
                 yield message
 
