@@ -223,13 +223,19 @@ class Exchange:
         return found
 
     def ask(
-        self, requests: Mapping[str, Request], *, timeout_s: float, group_id: str = ""
+        self,
+        requests: Mapping[str, Request],
+        *,
+        timeout_s: float,
+        group_id: str = "",
+        trouble_s: float = TROUBLE_S,
     ) -> dict[str, tuple[Answer, Message | None]]:
         """Send each site its request; return one answer a site within `timeout_s`.
 
-        A site that stays silent, asked again, has the failure "timeout".
+        A site that stays silent, asked again, has the failure "timeout"; one in trouble is asked again for
+        `trouble_s`.
         """
-        replies = self._replies(requests, timeout_s, group_id)
+        replies = self._replies(requests, timeout_s, group_id, trouble_s)
         answers: dict[str, tuple[Answer, Message | None]] = {}
         for site in requests:
             reply = replies.get(site)
@@ -255,11 +261,17 @@ class Exchange:
         return answers
 
     def _replies(
-        self, requests: Mapping[str, Question], timeout_s: float, group_id: str
+        self,
+        requests: Mapping[str, Question],
+        timeout_s: float,
+        group_id: str,
+        trouble_s: float = TROUBLE_S,
     ) -> dict[str, Message]:
         connected = {site: request for site, request in requests.items() if site in self._nodes}
         messages = [self.message(site, connected[site], group_id) for site in sorted(connected)]
-        collected = self.collect(messages, connected, timeout_s=timeout_s, group_id=group_id)
+        collected = self.collect(
+            messages, connected, timeout_s=timeout_s, group_id=group_id, trouble_s=trouble_s
+        )
         return {site: reply for reply in collected if (site := self.site_of(reply)) is not None}
 
     def _silence(self, site: str) -> Answer:

@@ -36,9 +36,10 @@ def ask_patiently(
     """Ask, and ask those again that answer `waiting_for_site`, ever less often, for `patience_s` in all.
 
     `waiting` is told of the sites that are waited for, each time they change. A site that is still waiting
-    at the end keeps that answer.
+    at the end keeps that answer. An agent that was killed is in trouble until it is there again, on a busy
+    machine for longer than a round should wait: before the first round nothing is lost by waiting.
     """
-    answers: Answers = exchange.ask(requests, timeout_s=timeout_s)
+    answers: Answers = exchange.ask(requests, timeout_s=timeout_s, trouble_s=timeout_s)
     deadline, pause = monotonic() + patience_s, _FIRST_PAUSE_S
     told: tuple[str, ...] = ()
     while True:
@@ -51,4 +52,5 @@ def ask_patiently(
             return answers
         sleep(min(pause, left))
         pause = min(pause * 1.6, _LONGEST_PAUSE_S)
-        answers |= exchange.ask({site: requests[site] for site in undecided}, timeout_s=timeout_s)
+        again = {site: requests[site] for site in undecided}
+        answers |= exchange.ask(again, timeout_s=timeout_s, trouble_s=timeout_s)
