@@ -226,13 +226,8 @@ def peer(name: str, python: Path | str, folder: Path) -> tuple[list[str], dict[s
                        "PYTHONPATH": str(folder)}  # fmt: skip
             return command, environ, "/v2/models/bench/infer"
         case _:
-            command = [
-                str(Path(python).with_name("bentoml")),
-                "serve",
-                "bento_service:Bench",
-                "--port",
-                "PORT",
-            ]
+            bento = str(Path(python).with_name("bentoml"))
+            command = [bento, "serve", "bento_service:Bench", "--port", "PORT"]
             shutil.copy(PEERS / "bento_service.py", folder)
             return command, {**common, "BENTOML_DO_NOT_TRACK": "1"}, "/infer"
 
@@ -260,11 +255,8 @@ def main() -> int:
         print("wrk is not installed: apt-get install wrk", file=sys.stderr)
         return 2
     sys.path[:0] = [str(HERE), str(ROOT)]
-    names = [
-        n
-        for n in ("ours", "two", "fastapi", "mlserver", "kserve", "bentoml")
-        if not asked.only or n in asked.only
-    ]
+    known = ("ours", "two", "fastapi", "mlserver", "kserve", "bentoml")
+    names = [name for name in known if not asked.only or name in asked.only]
     if asked.part != "scale":
         results: dict[str, Result] = {}
         skipped: dict[str, str] = {}
