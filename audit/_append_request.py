@@ -17,9 +17,8 @@ MAX_COLUMN_BYTES: Final = 1024
 _EVENT_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _COLUMNS: Final = tuple(field.name for field in fields(IndexColumns))
 _column_values: Final = attrgetter(*_COLUMNS)
-_SHORT: Final = (
-    MAX_COLUMN_BYTES // 4
-)  # characters: no UTF-8 is longer; a surrogate or U+0000 is not printable
+# characters: no UTF-8 is longer; a surrogate or U+0000 is not printable
+_SHORT: Final = MAX_COLUMN_BYTES // 4
 
 
 def append_request(

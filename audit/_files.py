@@ -44,8 +44,9 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, timeout_s: float) -> Iterator[None]:
-    """Hold the exclusive lock file `path`, against other processes and other threads alike.
+def locked(path: Path, timeout_s: float, *, pause_s: float = 0.005) -> Iterator[None]:
+    """Hold the exclusive lock file `path`, against other processes and other threads alike; try every
+    `pause_s`.
 
     Raises:
         TimeoutError: somebody else held it all the while.
@@ -61,7 +62,7 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"{path} is held by another process") from None
-                time.sleep(0.005)
+                time.sleep(pause_s)
         yield
     finally:
         os.close(descriptor)

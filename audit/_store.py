@@ -7,7 +7,6 @@ writer at a time, durable when the block ends). Everything above speaks SQLAlche
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import sqlite3
@@ -25,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
 from audit import _forks
-from audit._files import sync_folder
+from audit._files import locked, sync_folder
 from audit._postgresql import name_fault, prepare
 from audit.errors import (
     LedgerBusyError,
@@ -47,7 +46,7 @@ _DISK_REFUSES = (
 )  # fmt: skip
 _LOCK_HEAD = select(HEAD.c.id).where(HEAD.c.id == 1).with_for_update()
 _WAL_PAGES = 4000  # 16 MiB; at SQLite's 1000 every second full batch would also sync the database file
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.001  # between two tries for another process's write lock
+_PAUSE_S = 0.0005  # between two tries for another process's write lock
 _QUEUE_S = 2.0  # for the turn to ask for it
 _turns: weakref.WeakKeyDictionary[Engine, threading.Lock] = weakref.WeakKeyDictionary()
 
@@ -77,7 +76,6 @@ def open_engine(location: Location) -> Engine:
     engine = create_engine(
         "sqlite://", creator=lambda: connect(path), poolclass=QueuePool, pool_use_lifo=True
     )
-
     queue = path.with_name(f"{path.name}{QUEUE_SUFFIX}")
 
     @event.listens_for(engine, "begin")
@@ -178,7 +176,7 @@ def _begin_writing(raw: sqlite3.Connection, queue: Path) -> None:
     it knows no order: who has just let go of the lock is the first to take it again, before another process
     looks. Threads of one process wait for each other before they come here.
     """
-    until, pauses = time.monotonic() + BUSY_TIMEOUT_S, _pauses()
+    until = time.monotonic() + BUSY_TIMEOUT_S
     raw.execute("PRAGMA busy_timeout=0")
     try:
         with _queued(queue):
@@ -190,7 +188,7 @@ def _begin_writing(raw: sqlite3.Connection, queue: Path) -> None:
                     is_held = (getattr(error, "sqlite_errorname", "") or "").startswith("SQLITE_BUSY")
                     if not is_held or time.monotonic() >= until:
                         raise
-                time.sleep(next(pauses))
+                time.sleep(_PAUSE_S)
     finally:
         raw.execute(f"PRAGMA busy_timeout={round(1000 * BUSY_TIMEOUT_S)}")
 
@@ -202,31 +200,10 @@ def _queued(queue: Path) -> Iterator[None]:
     For order alone, never for safety: where the file cannot be made, or its holder stands still, one goes on
     without.
     """
-    try:
-        descriptor = os.open(queue, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError:
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            held.enter_context(locked(queue, _QUEUE_S, pause_s=_PAUSE_S))
         yield
-        return
-    try:
-        until, pauses = time.monotonic() + _QUEUE_S, _pauses()
-        while time.monotonic() < until:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(next(pauses))
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _pauses() -> Iterator[float]:
-    pause_s = _SHORTEST_PAUSE_S
-    while True:
-        yield pause_s
-        pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
 
 
 def blob(value: object, where: str) -> bytes:
