@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -47,7 +46,6 @@ _STARTING: Final = b"s"
 _READY: Final = b"r"
 _START_S: Final = 600.0  # until a worker is ready
 _COLLECT: Final = (10_000, 20, 20)  # a request makes hundreds of objects and leaves none behind
-_SWITCH_S: Final = 0.001  # at Python's own 0.005 a turn of the publisher's thread kept answers waiting
 _LATE_S: Final = 10.0  # beyond its own limits, before a worker is killed
 
 
@@ -71,7 +69,6 @@ class DrainingServer(uvicorn.Server):
         gc.collect()
         gc.set_threshold(*_COLLECT)
         gc.freeze()  # else the collector stops every request for tens of milliseconds, now and then
-        sys.setswitchinterval(_SWITCH_S)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second, from the moment on which it takes connections."""
