@@ -17,15 +17,31 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from audit.errors import AuditError, LedgerBusyError, LedgerClosedError, LedgerWriteError
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
+_Told = TypeVar("_Told", contravariant=True)
 
-_Waiter: TypeAlias = "Future[Result] | asyncio.Future[Result]"
-_Settled: TypeAlias = "tuple[asyncio.Future[Result], Result | AuditError]"
+
+class LoopWaiter(Protocol[_Told]):
+    """Who waits in an event loop, and is told there; a future of the loop is one."""
+
+    def get_loop(self) -> asyncio.AbstractEventLoop: ...
+
+    def done(self) -> bool:
+        """Whether it waits no more: what was not begun for it is left out."""
+        ...
+
+    def set_result(self, result: _Told, /) -> None: ...
+
+    def set_exception(self, exception: AuditError, /) -> None: ...
+
+
+_Waiter: TypeAlias = "Future[Result] | LoopWaiter[Result]"
+_Settled: TypeAlias = "tuple[LoopWaiter[Result], Result | AuditError]"
 
 _RETRY_AFTER_S = 0.5
 _EMPTY_TURNS = 4
@@ -90,6 +106,15 @@ class Sequencer(Generic[Request, Result]):
         future: asyncio.Future[Result] = loop.create_future()
         self._queue([(request, future)], loop)
         return future
+
+    def submit_waiting(self, requests: Sequence[tuple[Request, LoopWaiter[Result]]]) -> None:
+        """`submit` several from their running loop: those of one batch are told in one turn of it.
+
+        Raises:
+            LedgerBusyError: too many requests would wait; none of these does.
+            LedgerClosedError: as `submit`.
+        """
+        self._queue(requests, asyncio.get_running_loop())
 
     def close(self) -> None:
         """Refuse new requests, finish those that wait, and stop the thread."""
@@ -192,9 +217,7 @@ class Sequencer(Generic[Request, Result]):
             fault = LedgerWriteError(f"the batch was not written: {type(error).__name__}: {error}")
             fault.__cause__ = error
             outcomes = [fault] * len(batch)
-        by_loop: dict[
-            asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Result], Result | AuditError]]
-        ] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Settled[Result]]] = {}
         for (_, future), outcome in zip(batch, outcomes, strict=True):
             if isinstance(future, Future):
                 _complete(future, outcome)

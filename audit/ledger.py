@@ -27,7 +27,7 @@ from audit._bulk import run
 from audit._checkpoint_store import CheckpointStore
 from audit._integrate import AppendRequest, Guard, Sequenced, commit_batch, newest_query, read_edge
 from audit._search import matching
-from audit._sequencer import Sequencer
+from audit._sequencer import LoopWaiter, Sequencer
 from audit._store import blob
 from audit._tiles import TileReader
 from audit._wal_backfill import WalBackfill
@@ -46,7 +46,18 @@ from audit.location import Location
 from audit.merkle import CompactRange
 from audit.tables import APPLICATION_ID, HEAD, LEAF, SCHEMA_VERSION
 
-__all__ = ["MAX_BATCH", "MAX_PENDING", "MAX_SEARCH", "Guard", "Ledger", "Sequenced", "StoredEntry"]
+__all__ = [
+    "MAX_BATCH",
+    "MAX_PENDING",
+    "MAX_SEARCH",
+    "AppendRequest",
+    "Guard",
+    "Ledger",
+    "LoopWaiter",
+    "Sequenced",
+    "StoredEntry",
+    "append_request",
+]
 
 MAX_BATCH = 256
 MAX_PENDING = 4096
@@ -168,6 +179,14 @@ class Ledger:
     ) -> asyncio.Future[Sequenced]:
         """`append` for coroutines: a future of the running loop, which is woken once for a whole batch."""
         return self._sequencer.submit_from_loop(append_request(entry_bytes, event_id, index_columns, guard))
+
+    def append_waiting(self, requests: Sequence[tuple[AppendRequest, LoopWaiter[Sequenced]]]) -> None:
+        """`append` several of what `append_request` made, for those who wait in the running loop.
+
+        Raises:
+            LedgerBusyError, LedgerClosedError: as `append`; none of these was queued.
+        """
+        self._sequencer.submit_waiting(requests)
 
     def append_wait(
         self,

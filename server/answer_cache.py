@@ -22,8 +22,8 @@ from server.hooks import Facts
 from server.warm import WarmModel
 
 if TYPE_CHECKING:
+    from server.answers import Asked
     from server.live import ServedVersion
-    from server.service import Asked
 
 MAX_ROWS: Final = 16  # of one request; larger ones are not looked for
 

@@ -18,8 +18,8 @@ from server.journal import Clock
 from server.rules import RulesInForce
 
 if TYPE_CHECKING:
+    from server.answers import Asked
     from server.live import ServedVersion
-    from server.service import Asked
 
 SECONDS_OF_DAY = 86_400
 _KEPT: Final = 256

@@ -9,15 +9,15 @@ failure is logged: its entry is durable and its answer true.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from audit.principal import AttributeValue, Decision, Principal
 
 if TYPE_CHECKING:
+    from server.answers import Answered, Asked
     from server.live import ServedVersion
-    from server.service import Answered, Asked
 
 _logger = logging.getLogger(__name__)
 
@@ -103,19 +103,25 @@ class Hooks:
             context.update(found.context)
         return Facts(resource=resource, context=context)
 
+    def annotate_now(self, answering: Answering) -> Annotation | None:
+        """`annotate` without waiting; None where an annotator would take long."""
+        found = []
+        for annotator in self.annotators:
+            added = annotator.annotate(answering)
+            if not isinstance(added, Annotation):
+                if isinstance(added, Coroutine):
+                    added.close()  # it was not begun
+                return None
+            found.append(added)
+        return _together(found, answering)
+
     async def annotate(self, answering: Answering) -> Annotation:
         """Return every annotator's additions as one."""
-        shown: dict[str, Any] = {}
-        body: dict[str, Any] = {}
-        rows: list[dict[str, Any]] = [{} for _ in answering.answers]
+        found = []
         for annotator in self.annotators:
-            found = annotator.annotate(answering)
-            added = found if isinstance(found, Annotation) else await found
-            shown.update(added.shown)
-            body.update(added.body)
-            for row, more in zip(rows, added.rows, strict=False):
-                row.update(more)
-        return Annotation(shown=shown, body=body, rows=rows)
+            added = annotator.annotate(answering)
+            found.append(added if isinstance(added, Annotation) else await added)
+        return _together(found, answering)
 
     def observe(self, answering: Answering, answered: Answered) -> None:
         """Tell every observer; the answer goes out whatever they do."""
@@ -124,6 +130,18 @@ class Hooks:
                 observer.observe(answering, answered)
             except Exception:  # the entry is durable: the caller is owed the answer
                 _logger.exception("an observer failed: request=%s", answered.request_id)
+
+
+def _together(found: Sequence[Annotation], answering: Answering) -> Annotation:
+    shown: dict[str, Any] = {}
+    body: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = [{} for _ in answering.answers]
+    for added in found:
+        shown.update(added.shown)
+        body.update(added.body)
+        for row, more in zip(rows, added.rows, strict=False):
+            row.update(more)
+    return Annotation(shown=shown, body=body, rows=rows)
 
 
 def with_fields(body: B, fields: Mapping[str, Any]) -> B:

@@ -6,14 +6,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final, Protocol
 
 from audit.entries import Body, IndexColumns, encode_entry, index_columns, new_entry
 from audit.errors import AuditError, StaleViewError
-from audit.ledger import Guard, Ledger, Sequenced
+from audit.ledger import AppendRequest, Guard, Ledger, LoopWaiter, Sequenced, append_request
 from server.errors import LedgerUnavailableError
 from server.monitoring import Monitoring
 
@@ -39,15 +39,21 @@ def _second_text(second: int) -> str:
     return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+class _Waiting(Protocol):
+    def done(self) -> bool: ...
+
+    def set_exception(self, exception: Any, /) -> None: ...
+
+
 class _Patience:
-    """Ends the wait for futures of one loop that stay open too long: one timer for all of them."""
+    """Ends the waits of one loop that last too long: one timer for all of them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self.loop, self._timeout_s = loop, timeout_s
-        self._waiting: deque[tuple[float, asyncio.Future[Sequenced]]] = deque()
+        self._waiting: deque[tuple[float, _Waiting]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, future: asyncio.Future[Sequenced]) -> None:
+    def watch(self, future: _Waiting) -> None:
         waiting = self._waiting
         while waiting and waiting[0][1].done():
             waiting.popleft()
@@ -88,17 +94,36 @@ class Journal:
             future = self._ledger.append_from_loop(
                 data, event_id=event_id, index_columns=columns, guard=guard
             )
-            patience = self._patience
-            if patience is None or patience.loop is not future.get_loop():
-                patience = self._patience = _Patience(future.get_loop(), self._timeout_s)
-            patience.watch(future)
+            self._patience_of(future.get_loop()).watch(future)
             sequenced = await future
         except StaleViewError:
             raise
         except (AuditError, OSError, TimeoutError) as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         self._monitoring.append_seconds.observe(time.perf_counter() - begun)
         return sequenced
+
+    def prepared(self, body: Body, guard: Guard) -> AppendRequest:
+        """Return the entry as `append_all` takes it."""
+        data, event_id, columns = self._encode(body)
+        return append_request(data, event_id, columns, guard)
+
+    def append_all(self, entries: Sequence[tuple[AppendRequest, LoopWaiter[Sequenced]]]) -> None:
+        """Append entries for who waits for them in the running loop.
+
+        They are told as `append` tells: of a `StaleViewError` as it is, of any other error what `failed`
+        makes of it.
+
+        Raises:
+            LedgerUnavailableError: none of them was queued.
+        """
+        try:
+            self._ledger.append_waiting(entries)
+        except AuditError as error:
+            raise self.failed(error) from error
+        patience = self._patience_of(entries[0][1].get_loop())
+        for _, waiter in entries:
+            patience.watch(waiter)
 
     def append_now(self, body: Body, *, event_id: str | None = None) -> Sequenced:
         """The same, for callers without an event loop."""
@@ -107,7 +132,7 @@ class Journal:
             future = self._ledger.append(data, event_id=event_id, index_columns=columns)
             return future.result(self._timeout_s)
         except (AuditError, OSError, TimeoutError) as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
 
     def now_text(self) -> str:
         """Return the time as entries bear it."""
@@ -117,7 +142,13 @@ class Journal:
         entry = new_entry(body, actor=ACTOR, time=self.now_text(), event_id=event_id)
         return encode_entry(entry), entry.event_id, index_columns(entry)
 
-    def _failed(self, error: Exception) -> LedgerUnavailableError:
+    def _patience_of(self, loop: asyncio.AbstractEventLoop) -> _Patience:
+        if self._patience is None or self._patience.loop is not loop:
+            self._patience = _Patience(loop, self._timeout_s)
+        return self._patience
+
+    def failed(self, error: Exception) -> LedgerUnavailableError:
+        """Count and log that an entry did not become durable; return what its caller is told."""
         self._monitoring.append_failures.inc()
         _logger.error("an entry did not become durable: %s: %s", type(error).__name__, error)
         code = getattr(error, "code", type(error).__name__)

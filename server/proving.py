@@ -8,8 +8,8 @@ from anyio import to_thread
 
 from audit.checkpoints import parse_checkpoint_note
 from audit.tlog_proof import TlogProof
+from server.answers import Answered
 from server.context import Context
-from server.service import Answered
 from server.watching import MAX_WAIT_S, Level
 
 

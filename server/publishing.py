@@ -30,8 +30,8 @@ from server.journal import Clock
 from server.monitoring import Monitoring
 
 if TYPE_CHECKING:
+    from server.answers import Asked
     from server.live import ServedVersion
-    from server.service import Asked
 
 _logger = logging.getLogger(__name__)
 

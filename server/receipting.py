@@ -7,6 +7,7 @@ at its end, without a timer.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -38,24 +39,33 @@ class Receipting:
             loop.call_soon(self._sign)
         return await future
 
+    def receipts(self, sequenced: Sequence[Sequenced]) -> list[dict[str, Any]]:
+        """Return the receipts of durable entries that are there already, under as few signatures as can be.
+
+        Raises:
+            LedgerUnavailableError: the log's key cannot sign.
+        """
+        now, found = self._clock(), []
+        time, deadline = time_text(now), time_text(now + timedelta(seconds=self._merge_delay_s))
+        try:
+            for start in range(0, len(sequenced), MAX_BATCH):
+                leaves = [(each.leaf_index, each.leaf_hash) for each in sequenced[start : start + MAX_BATCH]]
+                found += issue_receipts(
+                    self._signer.key, self._signer.origin, leaves, time=time, merge_deadline=deadline
+                )
+        except AuditError as error:
+            raise LedgerUnavailableError(f"no receipt could be signed: {error}") from error
+        return [dict(receipt.to_json()) for receipt in found]
+
     def _sign(self) -> None:
         gathered, self._waiting = self._waiting, []
-        now = self._clock()
-        for start in range(0, len(gathered), MAX_BATCH):
-            batch = gathered[start : start + MAX_BATCH]
-            try:
-                receipts = issue_receipts(
-                    self._signer.key,
-                    self._signer.origin,
-                    [(sequenced.leaf_index, sequenced.leaf_hash) for sequenced, _ in batch],
-                    time=time_text(now),
-                    merge_deadline=time_text(now + timedelta(seconds=self._merge_delay_s)),
-                )
-            except AuditError as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(LedgerUnavailableError(f"no receipt could be signed: {error}"))
-                continue
-            for (_, future), receipt in zip(batch, receipts, strict=True):
+        try:
+            receipts = self.receipts([sequenced for sequenced, _ in gathered])
+        except LedgerUnavailableError as error:
+            for _, future in gathered:
                 if not future.done():
-                    future.set_result(dict(receipt.to_json()))
+                    future.set_exception(LedgerUnavailableError(str(error)))
+            return
+        for (_, future), receipt in zip(gathered, receipts, strict=True):
+            if not future.done():
+                future.set_result(receipt)

@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from audit.entries import body_document
 from audit.errors import AuditError
 from audit.principal import Principal
+from server.answers import Answered, Asked
 from server.context import Caller, Context, authorise, context_of
 from server.errors import MalformedRequestError, request_id_of
 from server.fast_json import parse_request, write_json
 from server.live import ServedVersion
 from server.proving import proved
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
-from server.service import Answered, Asked
 from server.watching import Level
 
 _CARD_TYPES: Final = {"markdown": "text/markdown", "json": "application/json", "html": "text/html"}

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from audit.canonical import canonical_bytes
-from audit.commitments import commit, new_salt
 from audit.disclosure import CONTEXT, new_part
-from audit.encoding import EncodingError, PlainRow, plain_row
 from audit.entries import Prediction, PredictionDenied, RowCommitment
 from audit.errors import StaleViewError
 from audit.ledger import Guard, Sequenced
@@ -32,12 +30,13 @@ from audit.principal import (
     Question,
     require,
 )
-from audit.row_tree import RowTree
 from audit.vault_records import PERSON
+from server.answers import Answered, Asked, Commitments, Opened, commit_rows, encode, entry_of
 from server.batching import Batching
-from server.errors import MalformedRequestError, RowContractError, TooBusyError
+from server.crowd import SENT_BACK, Crowd, Job
+from server.errors import MalformedRequestError, TooBusyError
 from server.facts import ModelAttributes, has_legal_effect
-from server.hooks import Answering, Hooks, with_fields
+from server.hooks import Annotation, Answering, Hooks, with_fields
 from server.journal import Journal
 from server.live import LiveModels, ServedVersion
 from server.monitoring import Monitoring
@@ -46,14 +45,13 @@ from server.receipting import Receipting
 from server.sealing import Sealing
 from server.shadowing import Shadowing
 from server.warm import WarmModel, WarmModels
-from server.watching import Level
 
 QUOTA: Final = "quota-exhausted"  # the policy whose refusal is worth another try later
 _TRIES: Final = 20  # transitions that may come one after the other while a request is answered
 MAX_SEALED_ROWS: Final = 384  # a sealed entry holds its rows itself: two commitments each
 _INLINE_ROWS: Final = 64  # more rows than this are encoded and committed to beside the event loop
 
-Opened = tuple[dict[str, str], ...]
+Told = TypeVar("Told")
 
 
 class PredictionDeniedError(AccessDeniedError):
@@ -77,44 +75,7 @@ class QuotaExceededError(PredictionDeniedError):
         self.retry_after_s = retry_after_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One request for answers."""
-
-    model: str
-    purpose: str
-    rows: Sequence[Mapping[str, Any]]
-    site: str | None = None
-    version: str | None = None  # a digest, "live" or "candidate"; None: live, or a canary by its share
-    subject: str | None = None  # the caller's own id for the person that the rows are about
-    legal_basis: str | None = None  # one of audit.serving_bodies.LEGAL_BASES
-    consent: str | None = None  # the caller's reference of the person's consent; to the vault
-    explain: bool = False  # attribute each answer to its features
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """The answers and all that proves them."""
-
-    model: str
-    version: str
-    answers: tuple[dict[str, Any], ...]  # numbers as decimal text
-    decision: Decision
-    request_id: str
-    leaf_index: int
-    leaf_hash: str
-    entry_id: str  # by which `/v1/receipts` knows it
-    receipt: dict[str, Any]
-    opened: Opened
-    sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
-    level: Level = "sequenced"
-    proof: str | None = None  # C2SP tlog-proof, above "sequenced"
-    annotations: Mapping[str, Any] = field(default_factory=dict)  # what `server.hooks` added
-    review: str = ""  # what names this decision at /v1/reviews, where a person must review it; else ""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PredictService:
     """Answers for one log."""
 
@@ -130,9 +91,21 @@ class PredictService:
     attributes: ModelAttributes = field(default_factory=ModelAttributes)
     shadowing: Shadowing | None = None
     quotas: Quotas | None = None
+    crowd: Crowd = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.crowd = Crowd(self)
 
     async def predict(self, principal: Principal, asked: Asked) -> Answered:
-        """Answer, or refuse.
+        """`answer` as it is."""
+        return await self.answer(principal, lambda: asked, lambda answered: answered)
+
+    async def answer(
+        self, principal: Principal, read: Callable[[], Asked], tell: Callable[[Answered], Told]
+    ) -> Told:
+        """Answer what `read` returns, or refuse; return what `tell` makes of the answer.
+
+        Both are called in the loop, beside those of other requests.
 
         Raises:
             ModelNotFoundError, VersionNotFoundError: there is nothing of that name.
@@ -143,38 +116,43 @@ class PredictService:
             ArtefactError: the registry's copy of the version cannot be used.
             LedgerUnavailableError: the entry did not become durable, so there is no answer.
             TooBusyError: the model's versions kept changing.
+            Exception: whatever `read` raises.
         """
-        if asked.subject is not None and len(asked.rows) > MAX_SEALED_ROWS:
-            problem = f"{len(asked.rows)} rows about one person; at most {MAX_SEALED_ROWS} fit in one entry"
-            raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
-        if asked.consent is not None and asked.subject is None:
-            problem = "names the consent of nobody: give `subject` too, so that it goes to the vault"
-            raise MalformedRequestError(
-                f"consent: {problem}", fields=[{"field": "consent", "problem": problem}]
-            )
-        taken = Taken(True)
+        asked, taken = None, Taken(True)
         if self.quotas is not None and self.quotas.limits:
+            asked = _checked(read())
             taken = await asyncio.to_thread(self.quotas.take, principal.id, len(asked.rows))
         self.batching.in_flight += 1
         try:
             for _ in range(_TRIES):
+                job = Job(principal, read, tell, taken, asked)
                 try:
-                    return await self._on_present_view(principal, asked, taken)
+                    told = await self.crowd.join(job)
+                    if told is SENT_BACK:
+                        told = tell(await self._alone(job))
+                    answered: Told = told
+                    return answered
                 except StaleViewError:
                     await asyncio.to_thread(self.live.refresh)
-            raise TooBusyError(f"the versions of {asked.model} keep changing; try again")
+                asked = job.asked
+            raise TooBusyError("the model's versions keep changing; try again")
         finally:
             self.batching.in_flight -= 1
 
-    async def _on_present_view(self, principal: Principal, asked: Asked, taken: Taken) -> Answered:
-        guard = self.live.guard
-        served = self.live.choose(asked.model, asked.version, draw=True)
+    async def _alone(self, job: Job) -> Answered:
+        """Answer what a crowd sent back: with the version that was drawn there, if any was."""
+        principal, taken, guard = job.principal, job.taken, job.guard
+        asked = _checked(job.read() if job.asked is None else job.asked)
+        if guard is None or job.served is None:
+            guard, served = self.live.guard, self.live.choose(asked.model, asked.version, draw=True)
+        else:
+            served = job.served
         decision = await self._decide(principal, asked, served, guard, taken)
         warm = self.warm.ready(served)
         if warm is None:
             warm = await asyncio.to_thread(self.warm.get, served)
         many = len(asked.rows) > _INLINE_ROWS
-        plain, encoded = await asyncio.to_thread(_encode, warm, asked) if many else _encode(warm, asked)
+        plain, encoded = await asyncio.to_thread(encode, warm, asked) if many else encode(warm, asked)
         answers = await self._answers(warm, encoded, warm.site_index(asked.site))
         answering = Answering(
             principal=principal,
@@ -189,21 +167,48 @@ class PredictService:
         outputs, sealed = added.outputs(answers), None
         if asked.subject is None:
             commitments, opened = (
-                await asyncio.to_thread(_commit, plain, outputs) if many else _commit(plain, outputs)
+                await asyncio.to_thread(commit_rows, plain, outputs) if many else commit_rows(plain, outputs)
             )
-            body = with_fields(_entry(answering, commitments), added.body)
+            body = with_fields(entry_of(answering, commitments), added.body)
             sequenced = await self.journal.append(body, guard=guard)
         else:
-            body = with_fields(_entry(answering, _Commitments()), added.body)
+            body = with_fields(entry_of(answering, Commitments()), added.body)
             sequenced, opened, sealed = await self._sealed(body, asked, plain, outputs, guard)
-        self.live.confirm(guard, sequenced.leaf_index)
         receipt = await self.receipting.receipt(sequenced)
-        self.monitoring.predicted(served.model, len(answers))
+        return self.finished(answering, added, guard, sequenced, receipt, opened, sealed)
+
+    def question(self, principal: Principal, asked: Asked, served: ServedVersion, taken: Taken) -> Question:
+        """Return what the policies are asked, with all the facts."""
+        found = self.hooks.gather(principal, asked, served)
+        context: dict[str, AttributeValue] = {"purpose": asked.purpose, **found.context}
+        if not taken.allowed:
+            context["over_quota"] = True
+        return Question(
+            action="predict",
+            resource=served.model,
+            attributes=self.attributes.of(served, found.resource),
+            context=context,
+        )
+
+    def finished(
+        self,
+        answering: Answering,
+        added: Annotation,
+        guard: Guard,
+        sequenced: Sequenced,
+        receipt: dict[str, Any],
+        opened: Opened,
+        sealed: dict[str, str] | None = None,
+    ) -> Answered:
+        """Return the answer, whose entry is durable, after all have been told who watch answers."""
+        served, asked = answering.served, answering.asked
+        self.live.confirm(guard, sequenced.leaf_index)
+        self.monitoring.predicted(served.model, len(answering.answers))
         answered = Answered(
             model=served.model,
             version=served.version,
-            answers=answers,
-            decision=decision,
+            answers=tuple(answering.answers),
+            decision=answering.decision,
             request_id=asked.request_id,
             leaf_index=sequenced.leaf_index,
             leaf_hash=sequenced.leaf_hash.hex(),
@@ -287,16 +292,7 @@ class PredictService:
     async def _decide(
         self, principal: Principal, asked: Asked, served: ServedVersion, guard: Guard, taken: Taken
     ) -> Decision:
-        found = self.hooks.gather(principal, asked, served)
-        context: dict[str, AttributeValue] = {"purpose": asked.purpose, **found.context}
-        if not taken.allowed:
-            context["over_quota"] = True
-        question = Question(
-            action="predict",
-            resource=served.model,
-            attributes=self.attributes.of(served, found.resource),
-            context=context,
-        )
+        question = self.question(principal, asked, served, taken)
         try:
             return require(self.authorizer, principal, question)
         except AccessDeniedError as denied:
@@ -326,78 +322,11 @@ class PredictService:
             raise PredictionDeniedError(denied, sequenced) from denied
 
 
-def _encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[list[float]]]:
-    quick = [warm.encoder.read_plain(row) for row in asked.rows]
-    if None not in quick:
-        read = [found for found in quick if found is not None]
-        return [plain for plain, _ in read], [encoded for _, encoded in read]
-    try:
-        plain = [plain_row(row) for row in asked.rows]
-    except EncodingError as error:
-        fields = [{"field": found.field, "problem": found.message} for found in error.problems]
-        raise RowContractError(str(error), fields=fields) from error
-    return plain, warm.encode(plain)
-
-
-@dataclass(frozen=True, slots=True)
-class _Commitments:
-    """What an entry holds of its rows: one stands in it, many are leaves of a tree."""
-
-    rows: tuple[RowCommitment, ...] = ()
-    row_count: int = 0
-    rows_root: str = ""
-
-
-def _entry(answering: Answering, rows: _Commitments) -> Prediction:
-    asked, served, decision = answering.asked, answering.served, answering.decision
-    principal = answering.principal
-    return Prediction(
-        request_id=asked.request_id,
-        model=served.model,
-        version=served.version,
-        charter=served.charter_digest,
-        transition=served.transition,
-        purpose=asked.purpose,
-        principal=principal.id,
-        role=principal.role,
-        site=asked.site or "",
-        policies=decision.policies,
-        policy_set=decision.policy_set,
-        rows=rows.rows,
-        row_count=rows.row_count,
-        rows_root=rows.rows_root,
-        legal_basis=asked.legal_basis or "",
-        region=principal.region,
-    )
-
-
-def _commit(
-    plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
-) -> tuple[_Commitments, Opened]:
-    """Return the commitments to each row and answer, and what opens them."""
-    commitments: list[RowCommitment] = []
-    opened: list[dict[str, str]] = []
-    for row, answer in zip(plain, answers, strict=True):
-        input_text = row.canonical() if type(row) is PlainRow else canonical_bytes(row)
-        output_text = canonical_bytes(answer)
-        input_salt, output_salt = new_salt(), new_salt()
-        commitments.append(
-            RowCommitment(
-                input=commit("input", input_salt, input_text),
-                output=commit("output", output_salt, output_text),
-            )
-        )
-        opened.append(
-            {
-                "input_salt": input_salt.hex(),
-                "output_salt": output_salt.hex(),
-                "input": input_text.decode(),
-                "output": output_text.decode(),
-            }
-        )
-    if len(commitments) == 1:
-        return _Commitments(rows=tuple(commitments)), tuple(opened)
-    tree = RowTree(commitments)
-    for number, row in enumerate(opened):
-        row["row"], row["path"] = str(number), tree.path(number)
-    return _Commitments(row_count=len(commitments), rows_root=tree.root), tuple(opened)
+def _checked(asked: Asked) -> Asked:
+    if asked.subject is not None and len(asked.rows) > MAX_SEALED_ROWS:
+        problem = f"{len(asked.rows)} rows about one person; at most {MAX_SEALED_ROWS} fit in one entry"
+        raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
+    if asked.consent is not None and asked.subject is None:
+        problem = "names the consent of nobody: give `subject` too, so that it goes to the vault"
+        raise MalformedRequestError(f"consent: {problem}", fields=[{"field": "consent", "problem": problem}])
+    return asked

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from audit.principal import Principal
 from audit.serving_bodies import LEGAL_BASES
+from server.answers import Answered, Asked
 from server.context import Context
 from server.errors import MalformedRequestError
 from server.fast_json import write_json
@@ -17,7 +18,6 @@ from server.live import ServedVersion
 from server.oip.tensors import InferAsk, Signature, Tensor, TensorError, answer_tensors
 from server.proving import proved
 from server.schemas import NAME_PATTERN, PURPOSE_PATTERN, VERSION_PATTERN
-from server.service import Answered, Asked
 from server.watching import Level
 
 PURPOSE: Final = "affidavit-purpose"  # header or metadata, for clients that send no parameters

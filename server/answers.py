@@ -1,0 +1,138 @@
+"""What is asked and answered, and the steps from one to the other that wait for nothing: plain functions.
+
+`server.service` takes them for one request, with the waiting between them; `server.crowd` takes each of them
+for all requests of a turn before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from audit.canonical import canonical_bytes
+from audit.commitments import commit, new_salt
+from audit.encoding import EncodingError, PlainRow, plain_row
+from audit.entries import Prediction, RowCommitment
+from audit.principal import Decision
+from audit.row_tree import RowTree
+from server.errors import RowContractError
+from server.hooks import Answering
+from server.warm import WarmModel
+from server.watching import Level
+
+Opened = tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One request for answers."""
+
+    model: str
+    purpose: str
+    rows: Sequence[Mapping[str, Any]]
+    site: str | None = None
+    version: str | None = None  # a digest, "live" or "candidate"; None: live, or a canary by its share
+    subject: str | None = None  # the caller's own id for the person that the rows are about
+    legal_basis: str | None = None  # one of audit.serving_bodies.LEGAL_BASES
+    consent: str | None = None  # the caller's reference of the person's consent; to the vault
+    explain: bool = False  # attribute each answer to its features
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """The answers and all that proves them."""
+
+    model: str
+    version: str
+    answers: tuple[dict[str, Any], ...]  # numbers as decimal text
+    decision: Decision
+    request_id: str
+    leaf_index: int
+    leaf_hash: str
+    entry_id: str  # by which `/v1/receipts` knows it
+    receipt: dict[str, Any]
+    opened: Opened
+    sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
+    level: Level = "sequenced"
+    proof: str | None = None  # C2SP tlog-proof, above "sequenced"
+    annotations: Mapping[str, Any] = field(default_factory=dict)  # what `server.hooks` added
+    review: str = ""  # what names this decision at /v1/reviews, where a person must review it; else ""
+
+
+def encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    quick = [warm.encoder.read_plain(row) for row in asked.rows]
+    if None not in quick:
+        read = [found for found in quick if found is not None]
+        return [plain for plain, _ in read], [encoded for _, encoded in read]
+    try:
+        plain = [plain_row(row) for row in asked.rows]
+    except EncodingError as error:
+        fields = [{"field": found.field, "problem": found.message} for found in error.problems]
+        raise RowContractError(str(error), fields=fields) from error
+    return plain, warm.encode(plain)
+
+
+@dataclass(frozen=True, slots=True)
+class Commitments:
+    """What an entry holds of its rows: one stands in it, many are leaves of a tree."""
+
+    rows: tuple[RowCommitment, ...] = ()
+    row_count: int = 0
+    rows_root: str = ""
+
+
+def entry_of(answering: Answering, rows: Commitments) -> Prediction:
+    asked, served, decision = answering.asked, answering.served, answering.decision
+    principal = answering.principal
+    return Prediction(
+        request_id=asked.request_id,
+        model=served.model,
+        version=served.version,
+        charter=served.charter_digest,
+        transition=served.transition,
+        purpose=asked.purpose,
+        principal=principal.id,
+        role=principal.role,
+        site=asked.site or "",
+        policies=decision.policies,
+        policy_set=decision.policy_set,
+        rows=rows.rows,
+        row_count=rows.row_count,
+        rows_root=rows.rows_root,
+        legal_basis=asked.legal_basis or "",
+        region=principal.region,
+    )
+
+
+def commit_rows(
+    plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> tuple[Commitments, Opened]:
+    """Return the commitments to each row and answer, and what opens them."""
+    commitments: list[RowCommitment] = []
+    opened: list[dict[str, str]] = []
+    for row, answer in zip(plain, answers, strict=True):
+        input_text = row.canonical() if type(row) is PlainRow else canonical_bytes(row)
+        output_text = canonical_bytes(answer)
+        input_salt, output_salt = new_salt(), new_salt()
+        commitments.append(
+            RowCommitment(
+                input=commit("input", input_salt, input_text),
+                output=commit("output", output_salt, output_text),
+            )
+        )
+        opened.append(
+            {
+                "input_salt": input_salt.hex(),
+                "output_salt": output_salt.hex(),
+                "input": input_text.decode(),
+                "output": output_text.decode(),
+            }
+        )
+    if len(commitments) == 1:
+        return Commitments(rows=tuple(commitments)), tuple(opened)
+    tree = RowTree(commitments)
+    for number, row in enumerate(opened):
+        row["row"], row["path"] = str(number), tree.path(number)
+    return Commitments(row_count=len(commitments), rows_root=tree.root), tuple(opened)

@@ -1,0 +1,262 @@
+"""Requests that arrive in one turn of the event loop are answered together: each step for all of them, then the
+next.
+
+Nothing is shared but the processor: every request has its own decision, salts, entry and receipt, as if it
+had come alone. A step that has just run for one request runs for the next in two thirds of the time, because
+its code and its data are still in the caches; the runs of a model are one run, and one signature covers the
+receipts. What would have to wait for anything (a model that is not in memory, a refusal's entry, a vault) is
+no matter for a crowd: such a request is sent back, and `server.service` goes its way with it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from audit.entries import Prediction
+from audit.errors import StaleViewError
+from audit.ledger import AppendRequest, Guard, Sequenced
+from audit.principal import Decision, Principal
+from server.answers import Answered, Asked, Opened, commit_rows, encode, entry_of
+from server.errors import LedgerUnavailableError
+from server.hooks import Annotation, Answering, with_fields
+from server.live import ServedVersion
+from server.quotas import Taken
+from server.warm import WarmModel
+
+if TYPE_CHECKING:
+    from server.service import PredictService
+
+MAX_ROWS: Final = 16  # of one request; more take their time
+MAX_CROWD: Final = 64  # requests; the others of the turn are the next crowd
+
+
+SENT_BACK: Final = object()
+"""What a request is told that must be answered alone: nothing was done for it."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way through the steps. It waits for its own entry (`audit.ledger.Waiter`)."""
+
+    principal: Principal
+    read: Callable[[], Asked]
+    tell: Callable[[Answered], Any]
+    taken: Taken = field(default_factory=lambda: Taken(True))
+    asked: Asked | None = None
+    served: ServedVersion | None = None
+    guard: Guard | None = None
+    crowd: Crowd = field(init=False)
+    future: asyncio.Future[Any] = field(init=False)
+    context: contextvars.Context = field(init=False)
+    decision: Decision = field(init=False)
+    warm: WarmModel = field(init=False)
+    site: int | None = field(init=False)
+    plain: list[dict[str, Any]] = field(init=False)
+    encoded: list[list[float]] = field(init=False)
+    answers: tuple[dict[str, Any], ...] = field(init=False)
+    answering: Answering = field(init=False)
+    added: Annotation = field(init=False)
+    body: Prediction = field(init=False)
+    opened: Opened = field(init=False)
+    entry: AppendRequest = field(init=False)
+    begun: float = field(init=False)
+    sequenced: Sequenced = field(init=False)
+
+    # `audit.ledger.LoopWaiter`
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self.future.get_loop()
+
+    def done(self) -> bool:
+        return self.future.done()
+
+    def set_result(self, sequenced: Sequenced, /) -> None:
+        self.sequenced = sequenced
+        self.crowd.durable(self)
+
+    def set_exception(self, exception: Exception, /) -> None:
+        self.crowd.failed(self, exception)
+
+
+class Crowd:
+    """Takes the requests of one event loop."""
+
+    def __init__(self, service: PredictService) -> None:
+        self._service = service
+        self._gathered: list[Job] = []
+        self._durable: list[Job] = []
+
+    def join(self, job: Job) -> asyncio.Future[Any]:
+        """Return what `job.tell` makes of the answer, or `SENT_BACK`.
+
+        Raises:
+            StaleViewError: the model's versions changed meanwhile; nothing was written.
+            LedgerUnavailableError: the entry is not, or not known to be, durable.
+        """
+        loop = asyncio.get_running_loop()
+        job.crowd, job.future, job.context = self, loop.create_future(), contextvars.copy_context()
+        if not self._gathered:
+            loop.call_soon(self._go, context=contextvars.Context())
+        self._gathered.append(job)
+        return job.future
+
+    def durable(self, job: Job) -> None:
+        """The entry of `job` is on disk; those of one batch are told so in one turn."""
+        if not self._durable:
+            job.get_loop().call_soon(self._finish, context=contextvars.Context())
+        self._durable.append(job)
+
+    def failed(self, job: Job, error: Exception) -> None:
+        """The entry of `job` is not known to be on disk."""
+        if not job.future.done():
+            told = error if isinstance(error, StaleViewError) else self._service.journal.failed(error)
+            told.__cause__ = error
+            job.future.set_exception(told)
+
+    def _go(self) -> None:
+        jobs, self._gathered = self._gathered[:MAX_CROWD], self._gathered[MAX_CROWD:]
+        if self._gathered:
+            asyncio.get_running_loop().call_soon(self._go, context=contextvars.Context())
+        jobs = [job for job in jobs if not job.future.done()]
+        for step in (self._read, self._choose, self._decide, self._encode):
+            jobs = _each(step, jobs)
+        jobs = self._compute(jobs)
+        for step in (self._annotate, self._commit, self._prepare):
+            jobs = _each(step, jobs)
+        if jobs:
+            begun = time.perf_counter()
+            for job in jobs:
+                job.begun = begun
+            try:
+                self._service.journal.append_all([(job.entry, job) for job in jobs])
+            except LedgerUnavailableError as error:
+                for job in jobs:
+                    job.future.set_exception(LedgerUnavailableError(str(error)))
+
+    def _read(self, job: Job) -> bool:
+        if job.asked is None:
+            job.asked = job.read()
+        asked = job.asked
+        return not (asked.subject or asked.consent or asked.explain) and 0 < len(asked.rows) <= MAX_ROWS
+
+    def _choose(self, job: Job) -> bool:
+        service, asked = self._service, job.asked
+        job.guard = service.live.guard
+        job.served = service.live.choose(asked.model, asked.version, draw=True)
+        return True
+
+    def _decide(self, job: Job) -> bool:
+        service = self._service
+        question = service.question(job.principal, job.asked, job.served, job.taken)
+        job.decision = service.authorizer.decide(job.principal, question)
+        return job.decision.allowed
+
+    def _encode(self, job: Job) -> bool:
+        warm = self._service.warm.ready(job.served)
+        if warm is None or warm.terms.cache:
+            return False
+        job.warm, job.site = warm, warm.site_index(job.asked.site)
+        job.plain, job.encoded = encode(warm, job.asked)
+        return True
+
+    def _compute(self, jobs: list[Job]) -> list[Job]:
+        groups: dict[tuple[int, int | None], list[Job]] = {}
+        for job in jobs:
+            groups.setdefault((id(job.warm), job.site), []).append(job)
+        left = []
+        for group in groups.values():
+            warm, site = group[0].warm, group[0].site
+            rows = [row for job in group for row in job.encoded]
+            try:
+                outputs = warm.forward(rows, site)
+            except Exception:  # noqa: BLE001 - each meets it again alone, and tells its caller
+                _send_back(group)
+                continue
+            start = 0
+            for job in group:
+                stop = start + len(job.encoded)
+                try:
+                    job.answers = tuple(warm.answers_of(outputs[start:stop]))
+                except Exception:  # noqa: BLE001 - as above
+                    _send_back([job])
+                else:
+                    left.append(job)
+                start = stop
+        return left
+
+    def _annotate(self, job: Job) -> bool:
+        job.answering = Answering(
+            principal=job.principal,
+            asked=job.asked,
+            served=job.served,
+            decision=job.decision,
+            plain=job.plain,
+            encoded=job.encoded,
+            answers=job.answers,
+        )
+        added = self._service.hooks.annotate_now(job.answering)
+        if added is None:
+            return False
+        job.added = added
+        return True
+
+    def _commit(self, job: Job) -> bool:
+        commitments, job.opened = commit_rows(job.plain, job.added.outputs(job.answers))
+        job.body = with_fields(entry_of(job.answering, commitments), job.added.body)
+        return True
+
+    def _prepare(self, job: Job) -> bool:
+        job.entry = self._service.journal.prepared(job.body, job.guard)
+        return True
+
+    def _finish(self) -> None:
+        jobs, self._durable = self._durable, []
+        jobs = [job for job in jobs if not job.future.done()]
+        if not jobs:
+            return
+        service = self._service
+        try:
+            receipts = service.receipting.receipts([job.sequenced for job in jobs])
+        except LedgerUnavailableError as error:
+            for job in jobs:
+                job.future.set_exception(LedgerUnavailableError(str(error)))
+            return
+        now = time.perf_counter()
+        for job in jobs:
+            service.monitoring.append_seconds.observe(now - job.begun)
+        answered = [
+            job.context.run(
+                service.finished, job.answering, job.added, job.guard, job.sequenced, receipt, job.opened
+            )
+            for job, receipt in zip(jobs, receipts)
+        ]
+        for job, answer in zip(jobs, answered):
+            try:
+                told = job.context.run(job.tell, answer)
+            except Exception as error:
+                job.future.set_exception(error)
+            else:
+                job.future.set_result(told)
+
+
+def _each(step: Callable[[Job], bool], jobs: list[Job]) -> list[Job]:
+    left = []
+    for job in jobs:
+        try:
+            if step(job):
+                left.append(job)
+                continue
+        except Exception:  # noqa: BLE001 - it meets it again alone, and tells its caller
+            pass
+        _send_back([job])
+    return left
+
+
+def _send_back(jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        job.future.set_result(SENT_BACK)
