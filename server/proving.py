@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from anyio import to_thread
 
 from audit.checkpoints import parse_checkpoint_note
 from audit.tlog_proof import TlogProof
-from server.answers import Answered
+from audit.principal import Principal
+from server.answers import Answered, Asked
 from server.context import Context
 from server.watching import MAX_WAIT_S, Level
+
+
+Told = TypeVar("Told")
+
+
+async def answer(
+    context: Context,
+    principal: Principal,
+    read: Callable[[], Asked],
+    tell: Callable[[Answered], Told],
+    wait: Callable[[], Level],
+) -> Told:
+    """`PredictService.answer`, told with the proof of a level, which may be known only once it is read."""
+
+    def at_once(answered: Answered) -> Told | Answered:
+        return tell(answered) if wait() == "sequenced" else answered
+
+    told = await context.predicting.answer(principal, read, at_once)
+    return tell(await proved(context, told, wait())) if isinstance(told, Answered) else told
 
 
 async def proved(context: Context, answered: Answered, wait: Level) -> Answered:

@@ -19,7 +19,7 @@ from server.context import Caller, Context, authorise, context_of
 from server.errors import MalformedRequestError, request_id_of
 from server.fast_json import parse_request, write_json
 from server.live import ServedVersion
-from server.proving import proved
+from server.proving import answer
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
 from server.watching import Level
 
@@ -70,10 +70,10 @@ async def answer_predict(
     context: Context, body: bytes, principal: Principal, name: str, wait: Level, request_id: str
 ) -> bytes:
     """Answer `predict`, by whichever way it came; errors as `PredictService.predict`."""
-    asked = _parse(body, max_rows=context.settings.max_rows)
-    answered = await context.predicting.predict(
-        principal,
-        Asked(
+
+    def read() -> Asked:
+        asked = _parse(body, max_rows=context.settings.max_rows)
+        return Asked(
             model=name,
             purpose=asked.purpose,
             rows=asked.rows,
@@ -84,9 +84,9 @@ async def answer_predict(
             consent=asked.consent,
             explain=asked.explain,
             request_id=request_id,
-        ),
-    )
-    return render_answer(await proved(context, answered, wait))
+        )
+
+    return await answer(context, principal, read, render_answer, lambda: wait)
 
 
 @router.get("", summary="List the models", responses=problems(401, 403))

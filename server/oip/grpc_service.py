@@ -21,7 +21,16 @@ from audit.principal import AccessDeniedError, Principal, Question, require
 from federation.errors import FederationError
 from server.context import Context, record_denial
 from server.errors import STATUS, MalformedRequestError, SettingsError, UnauthenticatedError
-from server.oip.inference import EXTENSIONS, PURPOSE, infer, is_ready, metadata, served_version
+from server.oip.inference import (
+    EXTENSIONS,
+    PURPOSE,
+    Inference,
+    Inferred,
+    infer,
+    is_ready,
+    metadata,
+    served_version,
+)
 from server.oip.messages import RPCS, SERVICE, message
 from server.oip.tensors import MAX_TENSORS, InferAsk, Tensor, TensorError, from_raw, size_of, to_raw
 
@@ -158,33 +167,35 @@ class InferenceServer:
 
     async def _model_infer(self, request: Any, call_context: Any) -> Any:
         principal = await self._principal(call_context)
-        ask = read_ask(request)
-        answer = await infer(
+        inference = Inference(
             self._context,
-            principal,
             request.model_name,
             request.model_version,
-            ask,
+            lambda: read_ask(request),
             purpose=_metadata(call_context).get(PURPOSE, ""),
             request_id=secrets.token_hex(16),
         )
-        reply = message("ModelInferResponse")(
-            model_name=answer.model, model_version=answer.version, id=ask.id
-        )
-        for name, value in answer.parameters.items():
-            if isinstance(value, int):
-                reply.parameters[name].int64_param = value
-            else:
-                reply.parameters[name].string_param = value
-        for tensor in answer.outputs:
-            line = reply.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-            if ask.binary:
-                reply.raw_output_contents.append(to_raw(tensor))
-            elif tensor.datatype == "BYTES":
-                line.contents.bytes_contents.extend(str(value).encode() for value in tensor.values)
-            else:
-                getattr(line.contents, _CONTENTS[tensor.datatype]).extend(tensor.values)
-        return reply
+        return await infer(self._context, principal, inference, _reply)
+
+
+def _reply(answer: Inferred) -> Any:
+    reply = message("ModelInferResponse")(
+        model_name=answer.model, model_version=answer.version, id=answer.ask.id
+    )
+    for name, value in answer.parameters.items():
+        if isinstance(value, int):
+            reply.parameters[name].int64_param = value
+        else:
+            reply.parameters[name].string_param = value
+    for tensor in answer.outputs:
+        line = reply.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        if answer.ask.binary:
+            reply.raw_output_contents.append(to_raw(tensor))
+        elif tensor.datatype == "BYTES":
+            line.contents.bytes_contents.extend(str(value).encode() for value in tensor.values)
+        else:
+            getattr(line.contents, _CONTENTS[tensor.datatype]).extend(tensor.values)
+    return reply
 
 
 def read_ask(request: Any) -> InferAsk:

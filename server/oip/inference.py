@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from audit.principal import Principal
 from audit.serving_bodies import LEGAL_BASES
@@ -16,19 +16,21 @@ from server.errors import MalformedRequestError
 from server.fast_json import write_json
 from server.live import ServedVersion
 from server.oip.tensors import InferAsk, Signature, Tensor, TensorError, answer_tensors
-from server.proving import proved
+from server.proving import answer
 from server.schemas import NAME_PATTERN, PURPOSE_PATTERN, VERSION_PATTERN
 from server.watching import Level
 
 PURPOSE: Final = "affidavit-purpose"  # header or metadata, for clients that send no parameters
 PLATFORM: Final = "affidavit_onnx_float64"
 EXTENSIONS: Final = ("binary_tensor_data",)
+Told = TypeVar("Told")
 _is_purpose = re.compile(PURPOSE_PATTERN).fullmatch
 _is_site = re.compile(r"[a-z0-9][a-z0-9-]{0,62}").fullmatch
 _is_version = re.compile(VERSION_PATTERN).fullmatch
 _is_name = re.compile(NAME_PATTERN).fullmatch
 _KEPT: Final = 256
 _signatures: dict[str, Signature] = {}
+_COMMON: Final = frozenset({"purpose", "binary_data_output"})  # what most requests say, and no more
 _TAKEN: Final = frozenset(
     {"purpose", "site", "subject", "legal_basis", "consent", "explain", "wait", "binary_data_output"}
 )
@@ -38,78 +40,124 @@ _TAKEN: Final = frozenset(
 class Inferred:
     """What goes back: the head of the answer, and its tensors."""
 
+    ask: InferAsk
     model: str
     version: str
     parameters: dict[str, str | int]
     outputs: tuple[Tensor, ...]
 
 
-async def infer(
-    context: Context,
-    principal: Principal,
-    model: str,
-    version: str,
-    ask: InferAsk,
-    *,
-    purpose: str,
-    request_id: str,
-) -> Inferred:
-    """Answer an inference request; errors as `PredictService.predict`, and MalformedRequestError."""
-    chosen = version or None
-    served = served_version(context, model, version)
-    signature = _signature(served)
-    _check_outputs(ask, signature)
-    rows = signature.rows(ask.inputs, max_rows=context.settings.max_rows)
-    text = _text(ask.parameters, "purpose") or purpose
-    if not text or not _is_purpose(text):
-        raise MalformedRequestError(
-            f"purpose: say what the answer is for, as the parameter `purpose` or the header {PURPOSE}",
-            fields=[{"field": "parameters.purpose", "problem": "is missing or malformed"}],
+class Inference:
+    """One request of the protocol: what it asks, and what is told of the answer."""
+
+    __slots__ = (
+        "_ask",
+        "_context",
+        "_model",
+        "_purpose",
+        "_read",
+        "_request_id",
+        "_served",
+        "_version",
+        "level",
+    )
+
+    def __init__(
+        self,
+        context: Context,
+        model: str,
+        version: str,
+        read: Callable[[], InferAsk],
+        *,
+        purpose: str,
+        request_id: str,
+    ) -> None:
+        self._context, self._model, self._version, self._read = context, model, version, read
+        self._purpose, self._request_id = purpose, request_id
+        self.level: Level = "sequenced"
+
+    def read(self) -> Asked:
+        """Return what the use case is asked; MalformedRequestError: it is no request to this model."""
+        ask = self._ask = self._read()
+        served = self._served = served_version(self._context, self._model, self._version)
+        signature = _signature(served)
+        _check_outputs(ask, signature)
+        rows = signature.rows(ask.inputs, max_rows=self._context.settings.max_rows)
+        text = _text(ask.parameters, "purpose") or self._purpose
+        if not text or not _is_purpose(text):
+            raise MalformedRequestError(
+                f"purpose: say what the answer is for, as the parameter `purpose` or the header {PURPOSE}",
+                fields=[{"field": "parameters.purpose", "problem": "is missing or malformed"}],
+            )
+        words = _words(ask.parameters)
+        self.level = _level(ask.parameters)
+        return Asked(
+            model=self._model,
+            purpose=text,
+            rows=rows,
+            version=self._version or None,
+            request_id=self._request_id,
+            **words,
         )
-    site, subject = _text(ask.parameters, "site"), _text(ask.parameters, "subject")
+
+    def tell(self, answered: Answered) -> Inferred:
+        """Return what goes back of an answer."""
+        served, ask = self._served, self._ask
+        if answered.version != served.version:  # a transition came meanwhile, perhaps under another charter
+            served = self._context.live.choose(self._model, answered.version)
+        outputs = answer_tensors(_signature(served), answered.answers)
+        if ask.outputs:
+            outputs = tuple(tensor for tensor in outputs if tensor.name in ask.outputs)
+        return Inferred(
+            ask=ask,
+            model=answered.model,
+            version=answered.version,
+            parameters=_parameters(answered),
+            outputs=outputs,
+        )
+
+
+async def infer(
+    context: Context, principal: Principal, inference: Inference, tell: Callable[[Inferred], Told]
+) -> Told:
+    """Answer an inference request; errors as `PredictService.answer`, and MalformedRequestError."""
+
+    return await answer(
+        context,
+        principal,
+        inference.read,
+        lambda answered: tell(inference.tell(answered)),
+        lambda: inference.level,
+    )
+
+
+def _words(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request says beyond its rows and its purpose, by the names of `Asked`."""
+    if parameters.keys() <= _COMMON:
+        return {}
+    site, subject = _text(parameters, "site"), _text(parameters, "subject")
     if site and not _is_site(site):
         raise MalformedRequestError("parameters.site: is no site's name")
     if subject and len(subject) > 256:
         raise MalformedRequestError("parameters.subject: is longer than 256 characters")
-    basis, consent = _text(ask.parameters, "legal_basis"), _text(ask.parameters, "consent")
+    basis, consent = _text(parameters, "legal_basis"), _text(parameters, "consent")
     if basis and basis not in LEGAL_BASES:
         raise MalformedRequestError(f"parameters.legal_basis: one of {', '.join(sorted(LEGAL_BASES))}")
     if consent and len(consent) > 256:
         raise MalformedRequestError("parameters.consent: is longer than 256 characters")
-    explain = ask.parameters.get("explain", False)
+    explain = parameters.get("explain", False)
     if type(explain) is not bool:
         raise MalformedRequestError("parameters.explain: is true or false")
-    if not ask.parameters.keys() <= _TAKEN:
-        unknown = sorted(ask.parameters.keys() - _TAKEN)
+    if not parameters.keys() <= _TAKEN:
+        unknown = sorted(parameters.keys() - _TAKEN)
         raise MalformedRequestError(f"parameters.{unknown[0][:80]}: is not known; leave it out")
-    level = _level(ask.parameters)
-    answered = await context.predicting.predict(
-        principal,
-        Asked(
-            model=model,
-            purpose=text,
-            rows=rows,
-            site=site or None,
-            version=chosen,
-            subject=subject or None,
-            legal_basis=basis or None,
-            consent=consent or None,
-            explain=explain,
-            request_id=request_id,
-        ),
-    )
-    answered = await proved(context, answered, level)
-    if answered.version != served.version:  # a transition came meanwhile, perhaps under another charter
-        signature = _signature(context.live.choose(model, answered.version))
-    outputs = answer_tensors(signature, answered.answers)
-    if ask.outputs:
-        outputs = tuple(tensor for tensor in outputs if tensor.name in ask.outputs)
-    return Inferred(
-        model=answered.model,
-        version=answered.version,
-        parameters=_parameters(answered),
-        outputs=outputs,
-    )
+    return {
+        "site": site or None,
+        "subject": subject or None,
+        "legal_basis": basis or None,
+        "consent": consent or None,
+        "explain": explain,
+    }
 
 
 def served_version(context: Context, model: str, version: str) -> ServedVersion:

@@ -13,7 +13,16 @@ from audit.principal import Principal
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError, NotReadyError, request_id_of
 from server.oip.codec import HEADER_LENGTH, compressed, decompressed, read_ask, write_answer
-from server.oip.inference import EXTENSIONS, PURPOSE, infer, is_ready, metadata, served_version
+from server.oip.inference import (
+    EXTENSIONS,
+    PURPOSE,
+    Inference,
+    Inferred,
+    infer,
+    is_ready,
+    metadata,
+    served_version,
+)
 from server.schemas import problems
 
 router = APIRouter(prefix="/v2", tags=["inference protocol"])
@@ -178,23 +187,16 @@ async def answer_infer(
     encoding = headers.get("content-encoding", "")
     if encoding:
         body = decompressed(body, encoding, limit=context.settings.max_body_bytes)
-    ask = read_ask(body, headers.get(_HEADER_LENGTH))
-    answer = await infer(
+    inference = Inference(
         context,
-        principal,
         model,
         version,
-        ask,
+        lambda: read_ask(body, headers.get(_HEADER_LENGTH)),
         purpose=headers.get(PURPOSE, ""),
         request_id=request_id,
     )
-    head: dict[str, Any] = {"model_name": answer.model, "model_version": answer.version}
-    if ask.id:
-        head["id"] = ask.id
-    head["parameters"] = answer.parameters
-    data, length = write_answer(head, answer.outputs, ask)
-    kind = "application/json" if length is None else "application/octet-stream"
-    sent = {"content-type": kind}
+    data, length = await infer(context, principal, inference, _written)
+    sent = {"content-type": "application/json" if length is None else "application/octet-stream"}
     if length is not None:
         sent[HEADER_LENGTH] = str(length)
     accepted = headers.get("accept-encoding", "")
@@ -203,6 +205,14 @@ async def answer_infer(
         if name:
             sent["Content-Encoding"] = name
     return data, sent
+
+
+def _written(answer: Inferred) -> tuple[bytes, int | None]:
+    head: dict[str, Any] = {"model_name": answer.model, "model_version": answer.version}
+    if answer.ask.id:
+        head["id"] = answer.ask.id
+    head["parameters"] = answer.parameters
+    return write_answer(head, answer.outputs, answer.ask)
 
 
 async def _metadata(request: Request, principal: Caller, model: str, version: str) -> dict[str, Any]:
