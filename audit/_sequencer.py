@@ -187,6 +187,7 @@ class Sequencer(Generic[Request, Result]):
                 last = 0 if isinstance(taken[0][1], Future) else count
                 self._crowd, self._last = self._last + last, last
             batch = [pair for pair in taken if _is_wanted(pair[1])]
+            taken.clear()
             if batch:
                 self._settle(batch)
 
@@ -218,7 +219,9 @@ class Sequencer(Generic[Request, Result]):
             fault.__cause__ = error
             outcomes = [fault] * len(batch)
         by_loop: dict[asyncio.AbstractEventLoop, list[_Settled[Result]]] = {}
-        for (_, future), outcome in zip(batch, outcomes, strict=True):
+        waiters = [future for _, future in batch]
+        batch.clear()  # whoever waits is let go of before it is told: it need not be cleared away here
+        for future, outcome in zip(waiters, outcomes, strict=True):
             if isinstance(future, Future):
                 _complete(future, outcome)
             else:

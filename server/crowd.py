@@ -24,6 +24,7 @@ from audit.principal import Decision, Principal
 from server.answers import Answered, Asked, Opened, commit_rows, encode, entry_of
 from server.errors import LedgerUnavailableError
 from server.hooks import Annotation, Answering, with_fields
+from server.journal import Journal
 from server.live import ServedVersion
 from server.quotas import Taken
 from server.warm import WarmModel
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from server.service import PredictService
 
 MAX_ROWS: Final = 16  # of one request; more take their time
+_LARGE: Final = 32  # as many gain no more by another
+_ALONE: Final = 2  # in two answers
+_EMPTY_TURNS: Final = 4
 MAX_CROWD: Final = 64  # requests; the others of the turn are the next crowd
 
 
@@ -83,6 +87,23 @@ class Job:
         self.crowd.failed(self, exception)
 
 
+class _Together:
+    """The requests whose entries were queued together, as far as they are waited for."""
+
+    __slots__ = ("_futures", "_journal")
+
+    def __init__(self, futures: list[asyncio.Future[Any]], journal: Journal) -> None:
+        self._futures, self._journal = futures, journal
+
+    def done(self) -> bool:
+        return all(future.done() for future in self._futures)
+
+    def set_exception(self, exception: Exception, /) -> None:
+        for future in self._futures:
+            if not future.done():
+                future.set_exception(self._journal.failed(exception))
+
+
 class Crowd:
     """Takes the requests of one event loop."""
 
@@ -90,6 +111,8 @@ class Crowd:
         self._service = service
         self._gathered: list[Job] = []
         self._durable: list[Job] = []
+        self._told = self._told_before = 0  # how many were answered together last, and before that
+        self._seen = self._empty_turns = 0  # of the crowd that gathers: how many, and turns without another
 
     def join(self, job: Job) -> asyncio.Future[Any]:
         """Return what `job.tell` makes of the answer, or `SENT_BACK`.
@@ -101,7 +124,8 @@ class Crowd:
         loop = asyncio.get_running_loop()
         job.crowd, job.future, job.context = self, loop.create_future(), contextvars.copy_context()
         if not self._gathered:
-            loop.call_soon(self._go, context=contextvars.Context())
+            self._seen = self._empty_turns = 0
+            loop.call_soon(self._look, context=contextvars.Context())
         self._gathered.append(job)
         return job.future
 
@@ -118,6 +142,17 @@ class Crowd:
             told.__cause__ = error
             job.future.set_exception(told)
 
+    def _look(self) -> None:
+        """At the end of a turn: go, unless some of those whom the last answers went to are not back yet."""
+        count = len(self._gathered)
+        self._empty_turns = 0 if count > self._seen else self._empty_turns + 1
+        self._seen = count
+        usual = self._told + self._told_before
+        if count < min(usual, _LARGE) and usual > _ALONE and self._empty_turns < _EMPTY_TURNS:
+            asyncio.get_running_loop().call_soon(self._look)
+        else:
+            self._go()
+
     def _go(self) -> None:
         jobs, self._gathered = self._gathered[:MAX_CROWD], self._gathered[MAX_CROWD:]
         if self._gathered:
@@ -133,7 +168,8 @@ class Crowd:
             for job in jobs:
                 job.begun = begun
             try:
-                self._service.journal.append_all([(job.entry, job) for job in jobs])
+                together = _Together([job.future for job in jobs], self._service.journal)
+                self._service.journal.append_all([(job.entry, job) for job in jobs], together)
             except LedgerUnavailableError as error:
                 for job in jobs:
                     job.future.set_exception(LedgerUnavailableError(str(error)))
@@ -216,6 +252,7 @@ class Crowd:
 
     def _finish(self) -> None:
         jobs, self._durable = self._durable, []
+        self._told, self._told_before = len(jobs), self._told
         jobs = [job for job in jobs if not job.future.done()]
         if not jobs:
             return

@@ -39,7 +39,9 @@ def _second_text(second: int) -> str:
     return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-class _Waiting(Protocol):
+class Waiting(Protocol):
+    """Whoever is told when it waits too long."""
+
     def done(self) -> bool: ...
 
     def set_exception(self, exception: Any, /) -> None: ...
@@ -50,10 +52,10 @@ class _Patience:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self.loop, self._timeout_s = loop, timeout_s
-        self._waiting: deque[tuple[float, _Waiting]] = deque()
+        self._waiting: deque[tuple[float, Waiting]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, future: _Waiting) -> None:
+    def watch(self, future: Waiting) -> None:
         waiting = self._waiting
         while waiting and waiting[0][1].done():
             waiting.popleft()
@@ -108,11 +110,11 @@ class Journal:
         data, event_id, columns = self._encode(body)
         return append_request(data, event_id, columns, guard)
 
-    def append_all(self, entries: Sequence[tuple[AppendRequest, LoopWaiter[Sequenced]]]) -> None:
-        """Append entries for who waits for them in the running loop.
-
-        They are told as `append` tells: of a `StaleViewError` as it is, of any other error what `failed`
-        makes of it.
+    def append_all(
+        self, entries: Sequence[tuple[AppendRequest, LoopWaiter[Sequenced]]], waiting: Waiting
+    ) -> None:
+        """Append entries for who waits for them in the running loop; `waiting` is told when that takes too
+        long, unless it waits no more.
 
         Raises:
             LedgerUnavailableError: none of them was queued.
@@ -121,9 +123,7 @@ class Journal:
             self._ledger.append_waiting(entries)
         except AuditError as error:
             raise self.failed(error) from error
-        patience = self._patience_of(entries[0][1].get_loop())
-        for _, waiter in entries:
-            patience.watch(waiter)
+        self._patience_of(asyncio.get_running_loop()).watch(waiting)
 
     def append_now(self, body: Body, *, event_id: str | None = None) -> Sequenced:
         """The same, for callers without an event loop."""
