@@ -15,6 +15,8 @@ from typing import Any, Final
 from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.types import Receive, Scope, Send
 
 from audit.subjects import ORPHAN_AGE_S, reconcile
 from audit.vault_home import open_vault
@@ -89,6 +91,18 @@ answer without an entry.
 """
 
 
+class _Application(FastAPI):
+    """FastAPI, entered at its outermost middleware that is ours: the guard lets no error out."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stack = self.middleware_stack
+        if scope["type"] == "http" and not self.root_path and isinstance(stack, ServerErrorMiddleware):
+            scope["app"] = self
+            await stack.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
 def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     """Build the application. Policies are loaded and checked here, so a bad file stops the start.
 
@@ -137,7 +151,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             context.vault.close()
             context.coordinator.close()
 
-    app = FastAPI(
+    app = _Application(
         title="Affidavit",
         summary="Federated learning whose every claim can be proved",
         description=_ABOUT,

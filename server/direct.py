@@ -20,8 +20,9 @@ from audit.errors import AuditError
 from federation.errors import FederationError
 from server import routes_models
 from server.context import Context, identified
-from server.errors import ServerError, render, request_id_of
+from server.errors import ServerError, render
 from server.identity import bearer_credentials
+from server.marks import note_principal
 from server.oip import routes as routes_oip
 from server.schemas import NAME_PATTERN, VERSION_PATTERN
 
@@ -56,12 +57,15 @@ class Direct:
         model, version, name = found.groups()
         scope["route"] = self._predict if name else self._infer_version if version else self._infer
         context: Context = self._state.context
-        request, body = Request(scope, receive), scope["affidavit.body"]
+        body, request_id = scope["affidavit.body"], scope["affidavit.request_id"]
         try:
             given = _headers(scope)
             credentials = bearer_credentials(given.get("authorization", ""))
-            principal = await identified(context, request, credentials)
-            request_id = request_id_of(request)
+            principal = None if credentials is None else context.identities.recalled(credentials)
+            if principal is None:
+                principal = await identified(context, Request(scope, receive), credentials)
+            else:
+                note_principal(scope, principal.id)
             if name:
                 data = await routes_models.answer_predict(
                     context, body, principal, name, "sequenced", request_id
@@ -72,7 +76,7 @@ class Direct:
                     context, given, body, principal, model, version or "", request_id
                 )
         except (ServerError, AuditError, FederationError) as error:
-            await render(request, error)(scope, receive, send)
+            await render(Request(scope, receive), error)(scope, receive, send)
             return
         sent = [(b"content-length", b"%d" % len(data))]
         sent += [(key.encode("latin-1"), value.encode("latin-1")) for key, value in headers.items()]

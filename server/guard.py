@@ -8,8 +8,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, MutableMapping
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,6 +38,22 @@ _ALWAYS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live"
 _has_control: Final = re.compile(r"[\x00-\x1f\x7f]").search
 
 
+class _Sending:
+    """The `send` of one request: adds what every answer bears, and remembers the status."""
+
+    __slots__ = ("_headers", "_send", "status")
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send, self.status = send, 0
+        self._headers = ((b"x-content-type-options", b"nosniff"), (b"x-request-id", request_id.encode()))
+
+    def __call__(self, message: MutableMapping[str, Any]) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            self.status = int(message["status"])
+            message = {**message, "headers": [*self._headers, *message.get("headers", ())]}
+        return self._send(message)
+
+
 class Guard:
     """ASGI middleware. Reads the whole body first, under its limits, so that no route ever waits for a slow
     one.
@@ -53,56 +69,38 @@ class Guard:
             return
         marks = Marks.of_headers(scope["headers"])
         scope["affidavit.request_id"], scope["affidavit.trace_id"] = marks.request_id, marks.trace_id
-        logged = marks.logged
-        with marked(logged):
-            await self._counted(scope, receive, send, marks, logged)
-
-    async def _counted(
-        self, scope: Scope, receive: Receive, send: Send, marks: Marks, logged: dict[str, str]
-    ) -> None:
-        begun, status = time.perf_counter(), 0
-        own_headers = [(b"x-content-type-options", b"nosniff"), (b"x-request-id", marks.request_id.encode())]
-
-        def sending(message: Message) -> Awaitable[None]:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = int(message["status"])
-                message = {**message, "headers": [*own_headers, *message.get("headers", ())]}
-            return send(message)
-
-        entered = False
-        always = scope["path"] in _ALWAYS
+        logged, sending = marks.logged, _Sending(send, marks.request_id)
+        begun, entered, always = time.perf_counter(), False, scope["path"] in _ALWAYS
         monitoring = self._monitoring
         monitoring.in_flight.inc()
-        try:
-            if not always:
-                self._shedder.enter()
-                entered = True
-            await self._run(scope, receive, sending, lambda: status, marks)
-        except OverloadedError as error:
-            monitoring.shed.labels("in_flight").inc()
-            await render(Request(scope), error)(scope, receive, sending)
-        finally:
-            seconds = time.perf_counter() - begun
-            route = getattr(scope.get("route"), "path", "unknown")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            monitoring.in_flight.dec()
-            if entered:
-                self._shedder.leave(seconds if _tells_load(scope) else None)
-            monitoring.answered(method, route, status, seconds)
-            if self._settings.access_log and (status >= 400 or not always):
-                log_request(
-                    method=method,
-                    route=route,
-                    status=status,
-                    seconds=seconds,
-                    principal=str(scope.get("affidavit.principal", "")),
-                    marks=logged,
-                )
+        with marked(logged):
+            try:
+                if not always:
+                    self._shedder.enter()
+                    entered = True
+                await self._run(scope, receive, sending, marks)
+            except OverloadedError as error:
+                monitoring.shed.labels("in_flight").inc()
+                await render(Request(scope), error)(scope, receive, sending)
+            finally:
+                seconds, status = time.perf_counter() - begun, sending.status
+                route = getattr(scope.get("route"), "path", "unknown")
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                monitoring.in_flight.dec()
+                if entered:
+                    self._shedder.leave(seconds if _tells_load(scope) else None)
+                monitoring.answered(method, route, status, seconds)
+                if self._settings.access_log and (status >= 400 or not always):
+                    log_request(
+                        method=method,
+                        route=route,
+                        status=status,
+                        seconds=seconds,
+                        principal=str(scope.get("affidavit.principal", "")),
+                        marks=logged,
+                    )
 
-    async def _run(
-        self, scope: Scope, receive: Receive, send: Send, status: Callable[[], int], marks: Marks
-    ) -> None:
+    async def _run(self, scope: Scope, receive: Receive, send: _Sending, marks: Marks) -> None:
         if _has_control(scope["path"]):
             # the router's patterns end in $, for which a path and the same path with a newline are one
             odd = NoSuchRouteError("the path holds a control character")
@@ -120,7 +118,7 @@ class Guard:
         except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text
             if isinstance(error, TimeoutError):
                 error = self._late(marks, timeout_s, body is not None)
-            if status():
+            if send.status:
                 _logger.error("an answer broke off: %s", type(error).__name__)
             else:
                 await render(Request(scope), error)(scope, receive, send)
@@ -133,14 +131,18 @@ class Guard:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         refused = "a body may hold {} bytes; send fewer rows a request"
-        if declared.isdigit() and int(declared[:20]) > limit:
-            raise BodyTooLargeError(refused.format(limit))
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                if value.isdigit() and int(value[:20]) > limit:
+                    raise BodyTooLargeError(refused.format(limit))
+                break
+        message = await receive()
+        if not message.get("more_body", False) and len(message.get("body", b"")) <= limit:
+            return bytes(message.get("body", b""))
         parts: list[bytes] = []
         size = 0
         while True:
-            message = await receive()
             if message["type"] == "http.disconnect":
                 return b"".join(parts)
             parts.append(message.get("body", b""))
@@ -148,7 +150,8 @@ class Guard:
             if size > limit:
                 raise BodyTooLargeError(refused.format(limit))
             if not message.get("more_body", False):
-                return parts[0] if len(parts) == 1 else b"".join(parts)
+                return b"".join(parts)
+            message = await receive()
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

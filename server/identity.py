@@ -54,8 +54,15 @@ class Identities:
 
     async def holder(self, credentials: str) -> Principal:
         """Return who holds a key or a token; errors as `principal`."""
-        source = self.keys if self.tokens is None or credentials.startswith(_KEY) else self.tokens
+        source = self._source(credentials)
         recalled = source.recall(credentials)
         if recalled is not None:
             return recalled
         return await to_thread.run_sync(source.authenticate, credentials)
+
+    def recalled(self, credentials: str) -> Principal | None:
+        """Return who holds a key or a token that is remembered, where no certificate could matter."""
+        return None if self.certificates is not None else self._source(credentials).recall(credentials)
+
+    def _source(self, credentials: str) -> KeyStore | TokenVerifier:
+        return self.keys if self.tokens is None or credentials.startswith(_KEY) else self.tokens

@@ -9,12 +9,11 @@ from typing import TypeVar
 from anyio import to_thread
 
 from audit.checkpoints import parse_checkpoint_note
-from audit.tlog_proof import TlogProof
 from audit.principal import Principal
+from audit.tlog_proof import TlogProof
 from server.answers import Answered, Asked
 from server.context import Context
 from server.watching import MAX_WAIT_S, Level
-
 
 Told = TypeVar("Told")
 

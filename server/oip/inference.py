@@ -121,7 +121,6 @@ async def infer(
     context: Context, principal: Principal, inference: Inference, tell: Callable[[Inferred], Told]
 ) -> Told:
     """Answer an inference request; errors as `PredictService.answer`, and MalformedRequestError."""
-
     return await answer(
         context,
         principal,
