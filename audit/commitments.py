@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from functools import lru_cache
 
 from audit.chance import PIECE, piece
 from audit.errors import CommitmentError
@@ -36,11 +37,17 @@ def commit(field: str, salt: bytes, value: bytes) -> str:
     Raises:
         CommitmentError: the field's name or the salt's length is out of form.
     """
-    if not _FIELD.fullmatch(field):
-        raise CommitmentError(f"field {field[:80]!r} is not a lower-case name of at most 64 characters")
+    begun = _begun(field)
     if len(salt) != SALT_SIZE:
         raise CommitmentError(f"the salt of {field!r} has {len(salt)} bytes, not {SALT_SIZE}")
-    return hashlib.sha256(b"affidavit/commit/v1\x00" + field.encode() + b"\x00" + salt + value).hexdigest()
+    return hashlib.sha256(begun + salt + value).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _begun(field: str) -> bytes:
+    if not _FIELD.fullmatch(field):
+        raise CommitmentError(f"field {field[:80]!r} is not a lower-case name of at most 64 characters")
+    return b"affidavit/commit/v1\x00" + field.encode() + b"\x00"
 
 
 def parse_salt(text: str) -> bytes:

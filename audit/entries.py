@@ -15,7 +15,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ from audit.bodies import (
     VersionTransition,
 )
 from audit.canonical import canonical_bytes, parse_canonical
-from audit.chance import hex_text
+from audit.chance import entry_names
 from audit.cost_bodies import SiteEpsilon
 from audit.errors import AuditError
 from audit.refusal_codes import REFUSAL_CODES, RUN_FAILURE_CODES
@@ -153,10 +152,6 @@ _BODY_COLUMNS: Final = ("model", "version", "run", "site", "round", "principal",
 _HEX32 = re.compile(r"[0-9a-f]{32}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
-_ONLY_DIGITS = str.maketrans("", "", "-T:Z")
-_NONCE_BYTES: Final = 16
-_ID_BYTES: Final = 7
-_ids_made = itertools.count()
 _ACTOR = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,95}")
 _DIGEST_FIELDS: Final = frozenset([
     "base_model", "charter", "context", "dataset", "digest", "gate_results", "enrolment",
@@ -213,20 +208,14 @@ class IndexColumns:
 
 def new_entry(body: Body, *, actor: str, time: str, event_id: str | None = None) -> Entry:
     """Return `body` in a fresh envelope with a random nonce (and a new event id, when none is given)."""
-    chance = hex_text(_NONCE_BYTES + _ID_BYTES)
+    fresh_id, nonce = entry_names(time)
     return Entry(
-        event_id=event_id or _new_event_id(time, chance[2 * _NONCE_BYTES :]),
-        nonce=chance[: 2 * _NONCE_BYTES],
+        event_id=event_id or fresh_id,
+        nonce=nonce,
         time=time,
         actor=actor,
         body=body,
     )
-
-
-def _new_event_id(time: str, chance: str) -> str:
-    """Ids that begin with the time and a count lie together in an index; 56 bits are random."""
-    moment = time.translate(_ONLY_DIGITS)[2:] if _TIME.fullmatch(time) else "0" * 12
-    return f"{moment}{next(_ids_made) & 0xFFFFFF:06x}{chance}"
 
 
 def encode_entry(entry: Entry) -> bytes:

@@ -106,6 +106,20 @@ def entry_of(answering: Answering, rows: Commitments) -> Prediction:
     )
 
 
+def commit_row(row: Mapping[str, Any], answer: Mapping[str, Any]) -> tuple[str, str, dict[str, str]]:
+    """Return the commitments to a row and to its answer, and what opens them."""
+    input_text = row.canonical() if type(row) is PlainRow else canonical_bytes(row)
+    output_text = canonical_bytes(answer)
+    input_salt, output_salt = new_salt(), new_salt()
+    opened = {
+        "input_salt": input_salt.hex(),
+        "output_salt": output_salt.hex(),
+        "input": input_text.decode(),
+        "output": output_text.decode(),
+    }
+    return commit("input", input_salt, input_text), commit("output", output_salt, output_text), opened
+
+
 def commit_rows(
     plain: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]
 ) -> tuple[Commitments, Opened]:
@@ -113,26 +127,12 @@ def commit_rows(
     commitments: list[RowCommitment] = []
     opened: list[dict[str, str]] = []
     for row, answer in zip(plain, answers, strict=True):
-        input_text = row.canonical() if type(row) is PlainRow else canonical_bytes(row)
-        output_text = canonical_bytes(answer)
-        input_salt, output_salt = new_salt(), new_salt()
-        commitments.append(
-            RowCommitment(
-                input=commit("input", input_salt, input_text),
-                output=commit("output", output_salt, output_text),
-            )
-        )
-        opened.append(
-            {
-                "input_salt": input_salt.hex(),
-                "output_salt": output_salt.hex(),
-                "input": input_text.decode(),
-                "output": output_text.decode(),
-            }
-        )
+        given, said, opening = commit_row(row, answer)
+        commitments.append(RowCommitment(input=given, output=said))
+        opened.append(opening)
     if len(commitments) == 1:
         return Commitments(rows=tuple(commitments)), tuple(opened)
     tree = RowTree(commitments)
-    for number, row in enumerate(opened):
-        row["row"], row["path"] = str(number), tree.path(number)
+    for number, opening in enumerate(opened):
+        opening["row"], opening["path"] = str(number), tree.path(number)
     return Commitments(row_count=len(commitments), rows_root=tree.root), tuple(opened)

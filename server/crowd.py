@@ -17,14 +17,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from audit.entries import Prediction
+from audit.entries import RowCommitment
 from audit.errors import StaleViewError
 from audit.ledger import AppendRequest, Guard, Sequenced
 from audit.principal import Decision, Principal
-from server.answers import Answered, Asked, Opened, commit_rows, encode, entry_of
+from audit.prediction_form import PredictionForm
+from server.answers import (
+    Answered,
+    Asked,
+    Commitments,
+    Opened,
+    commit_row,
+    commit_rows,
+    encode,
+    entry_of,
+)
 from server.errors import LedgerUnavailableError
 from server.hooks import Annotation, Answering, with_fields
-from server.journal import Journal
+from server.journal import ACTOR, Journal
 from server.live import ServedVersion
 from server.quotas import Taken
 from server.warm import WarmModel
@@ -34,6 +44,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS: Final = 16  # of one request; more take their time
 _LARGE: Final = 32  # as many gain no more by another
+_FORMS: Final = 256
 _ALONE: Final = 2  # in two answers
 _EMPTY_TURNS: Final = 4
 MAX_CROWD: Final = 64  # requests; the others of the turn are the next crowd
@@ -65,7 +76,7 @@ class Job:
     answers: tuple[dict[str, Any], ...] = field(init=False)
     answering: Answering = field(init=False)
     added: Annotation = field(init=False)
-    body: Prediction = field(init=False)
+    commitments: RowCommitment | Commitments = field(init=False)
     opened: Opened = field(init=False)
     entry: AppendRequest = field(init=False)
     begun: float = field(init=False)
@@ -111,6 +122,7 @@ class Crowd:
         self._service = service
         self._gathered: list[Job] = []
         self._durable: list[Job] = []
+        self._forms: dict[tuple[Any, ...], tuple[PredictionForm, Principal, ServedVersion, Decision]] = {}
         self._told = self._told_before = 0  # how many were answered together last, and before that
         self._seen = self._empty_turns = 0  # of the crowd that gathers: how many, and turns without another
 
@@ -242,13 +254,41 @@ class Crowd:
         return True
 
     def _commit(self, job: Job) -> bool:
-        commitments, job.opened = commit_rows(job.plain, job.added.outputs(job.answers))
-        job.body = with_fields(entry_of(job.answering, commitments), job.added.body)
+        outputs = job.added.outputs(job.answers)
+        if len(outputs) == 1 and not job.added.body:
+            given, said, opened = commit_row(job.plain[0], outputs[0])
+            job.commitments, job.opened = RowCommitment(input=given, output=said), (opened,)
+        else:
+            job.commitments, job.opened = commit_rows(job.plain, outputs)
         return True
 
     def _prepare(self, job: Job) -> bool:
-        job.entry = self._service.journal.prepared(job.body, job.guard)
+        journal, answering, made = self._service.journal, job.answering, job.commitments
+        if isinstance(made, Commitments):
+            body = with_fields(entry_of(answering, made), job.added.body)
+            job.entry = journal.prepared(body, job.guard)
+        else:
+            job.entry = self._form_of(answering).request(
+                time=journal.now_text(),
+                request_id=job.asked.request_id,
+                input=made.input,
+                output=made.output,
+                guard=job.guard,
+            )
         return True
+
+    def _form_of(self, answering: Answering) -> PredictionForm:
+        """The form of this caller's entries; what it is known by is kept, so that no other takes its id."""
+        principal, served, decision = answering.principal, answering.served, answering.decision
+        asked = answering.asked
+        key = (id(principal), id(served), id(decision), asked.purpose, asked.site, asked.legal_basis)
+        found = self._forms.get(key)
+        if found is None:
+            if len(self._forms) >= _FORMS:
+                self._forms.clear()
+            form = PredictionForm(entry_of(answering, Commitments()), actor=ACTOR)
+            found = self._forms[key] = (form, principal, served, decision)
+        return found[0]
 
     def _finish(self) -> None:
         jobs, self._durable = self._durable, []
