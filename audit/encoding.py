@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from operator import le
@@ -66,7 +66,13 @@ class PlainRow(dict[str, str]):
 class RowEncoder:
     """The charter's features, read once, for many rows."""
 
-    def __init__(self, features: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, features: Sequence[Mapping[str, Any]], texts_of: Callable[[list[Any]], list[str]] | None = None
+    ) -> None:
+        """`texts_of` returns the shortest text of each of a list of numbers, as `repr` does; below 1e-4 and
+        from 1e16 on, with an exponent or plain.
+        """
+        self._texts_of = texts_of or _texts_of
         self._features = [_Feature(feature) for feature in features]
         self._names = frozenset(feature.name for feature in self._features)
         self._scales = _Scales.of(self._features)
@@ -127,13 +133,14 @@ class RowEncoder:
             all(map(le, scales.lower, values)) and all(map(le, values, scales.upper))
         ):
             return None
-        texts = list(map(repr, values))
+        given = values
         if int in kinds:
             if not -_EXACT <= min(values) <= max(values) <= _EXACT:
                 return None
             values = list(map(float, values))
         if any(not values[place].is_integer() for place in scales.whole):
             return None
+        texts = self._texts_of(given)
         for place, text in enumerate(texts):
             if text[-2:] == ".0" or "e" in text:
                 texts[place] = float_text(values[place])
@@ -163,6 +170,10 @@ class RowEncoder:
             for name in row
             if name not in self._names
         ]
+
+
+def _texts_of(numbers: list[Any]) -> list[str]:
+    return list(map(repr, numbers))
 
 
 def encode_row(features: Sequence[Mapping[str, Any]], row: Row) -> list[float]:

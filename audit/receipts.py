@@ -28,6 +28,7 @@ from audit.keys import SIGNATURE_SIZE, SigningKey
 from audit.merkle import (
     HASH_SIZE,
     hash_leaf,
+    hash_leaves,
     inclusion_proofs_of,
     root_from_inclusion_proof,
     verify_inclusion,
@@ -144,11 +145,7 @@ def issue_receipts(
     Raises:
         MalformedReceiptError: nothing to receipt, too much, or a field out of range.
     """
-    if not 0 < len(leaves) <= MAX_BATCH:
-        raise MalformedReceiptError(f"a batch has 1 to {MAX_BATCH} receipts, not {len(leaves)}")
-    promises = [hash_leaf(_promise(origin, *leaf, time, merge_deadline)) for leaf in leaves]
-    root, paths = inclusion_proofs_of(promises)
-    signature = key.sign(DOMAIN, _batch(origin, len(leaves), root))
+    paths, signature = _signed(key, origin, leaves, time, merge_deadline)
     return [
         Receipt(
             origin=origin,
@@ -163,6 +160,51 @@ def issue_receipts(
         )
         for position, ((leaf_index, leaf_hash), path) in enumerate(zip(leaves, paths, strict=True))
     ]
+
+
+def issue_documents(
+    key: SigningKey, origin: str, leaves: Sequence[tuple[int, bytes]], *, time: str, merge_deadline: str
+) -> list[dict[str, JsonValue]]:
+    """`issue_receipts` as the JSON fields of each: what they have in common is checked and written once.
+
+    Raises:
+        MalformedReceiptError: as there.
+    """
+    paths, signature = _signed(key, origin, leaves, time, merge_deadline)
+    first = Receipt(
+        origin=origin,
+        leaf_index=min(index for index, _ in leaves),
+        leaf_hash=leaves[0][1],
+        time=time,
+        merge_deadline=merge_deadline,
+        batch_index=0,
+        batch_size=len(leaves),
+        batch_path=tuple(paths[0]),
+        signature=signature,
+    ).to_json()
+    if max(index for index, _ in leaves) >= 2**53 or any(len(leaf) != HASH_SIZE for _, leaf in leaves):
+        raise MalformedReceiptError("a leaf_index is out of range, or a hash is not 32 bytes")
+    return [
+        {
+            **first,
+            "leaf_index": leaf_index,
+            "leaf_hash": leaf_hash.hex(),
+            "batch_index": position,
+            "batch_path": [item.hex() for item in path],
+        }
+        for position, ((leaf_index, leaf_hash), path) in enumerate(zip(leaves, paths, strict=True))
+    ]
+
+
+def _signed(
+    key: SigningKey, origin: str, leaves: Sequence[tuple[int, bytes]], time: str, merge_deadline: str
+) -> tuple[list[list[bytes]], bytes]:
+    """The path of each promise of a batch, and the signature of all."""
+    if not 0 < len(leaves) <= MAX_BATCH:
+        raise MalformedReceiptError(f"a batch has 1 to {MAX_BATCH} receipts, not {len(leaves)}")
+    end = _end_of_promise(origin, time, merge_deadline)
+    root, paths = inclusion_proofs_of(hash_leaves([_promise(*leaf, end) for leaf in leaves]))
+    return paths, key.sign(DOMAIN, _batch(origin, len(leaves), root))
 
 
 def find_signer(receipt: Receipt, keys: Sequence[NoteVerifier]) -> NoteVerifier:
@@ -191,9 +233,8 @@ def verify_receipt(receipt: Receipt, log: NoteVerifier) -> None:
     """
     if receipt.origin != log.name:
         raise OriginMismatchError(expected=log.name, found=receipt.origin)
-    promise = _promise(
-        receipt.origin, receipt.leaf_index, receipt.leaf_hash, receipt.time, receipt.merge_deadline
-    )
+    end = _end_of_promise(receipt.origin, receipt.time, receipt.merge_deadline)
+    promise = _promise(receipt.leaf_index, receipt.leaf_hash, end)
     try:
         root = root_from_inclusion_proof(
             receipt.batch_index, receipt.batch_size, hash_leaf(promise), receipt.batch_path
@@ -226,12 +267,13 @@ def verify_kept(receipt: Receipt, checkpoint: Checkpoint, inclusion: Sequence[by
         raise ReceiptMismatchError(f"the receipt's leaf is not in the checkpoint: {error}") from error
 
 
-def _promise(origin: str, leaf_index: int, leaf_hash: bytes, time: str, merge_deadline: str) -> bytes:
+def _promise(leaf_index: int, leaf_hash: bytes, end: str) -> bytes:
+    return f'{{"leaf_hash":"{leaf_hash.hex()}","leaf_index":{leaf_index},{end}'.encode()
+
+
+def _end_of_promise(origin: str, time: str, merge_deadline: str) -> str:
     # RFC 8785 by hand: the keys are sorted, and what is no text of ours is quoted by `json` itself
-    return (
-        f'{{"leaf_hash":"{leaf_hash.hex()}","leaf_index":{leaf_index},'
-        f'"merge_deadline":{quoted(merge_deadline)},"origin":{quoted(origin)},"time":{quoted(time)}}}'
-    ).encode()
+    return f'"merge_deadline":{quoted(merge_deadline)},"origin":{quoted(origin)},"time":{quoted(time)}}}'
 
 
 def _batch(origin: str, batch_size: int, root: bytes) -> bytes:

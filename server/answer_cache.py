@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from audit.principal import Principal
-from server.hooks import Facts
+from server.hooks import NO_FACTS, Facts
 from server.warm import WarmModel
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class AnswerCache:
     def facts(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:
         """Return nothing; remember, for this request's task, who asks."""
         _ASKER.set(principal.id)
-        return Facts()
+        return NO_FACTS
 
     def key(self, warm: WarmModel, encoded: Sequence[Sequence[float]], site: int | None) -> Key | None:
         """Return what names these rows of this asker; None where nothing may be kept."""

@@ -7,8 +7,9 @@ for all requests of a turn before the next.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from audit.canonical import canonical_bytes
 from audit.commitments import commit, new_salt
@@ -24,24 +25,22 @@ from server.watching import Level
 Opened = tuple[dict[str, str], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(NamedTuple):  # one a request, as `Answered`: a frozen dataclass would cost four times as much
     """One request for answers."""
 
     model: str
     purpose: str
     rows: Sequence[Mapping[str, Any]]
+    request_id: str
     site: str | None = None
     version: str | None = None  # a digest, "live" or "candidate"; None: live, or a canary by its share
     subject: str | None = None  # the caller's own id for the person that the rows are about
     legal_basis: str | None = None  # one of audit.serving_bodies.LEGAL_BASES
     consent: str | None = None  # the caller's reference of the person's consent; to the vault
     explain: bool = False  # attribute each answer to its features
-    request_id: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+class Answered(NamedTuple):
     """The answers and all that proves them."""
 
     model: str
@@ -57,7 +56,7 @@ class Answered:
     sealed: dict[str, str] | None = None  # of a named person: pseudonym, and what opens the context
     level: Level = "sequenced"
     proof: str | None = None  # C2SP tlog-proof, above "sequenced"
-    annotations: Mapping[str, Any] = field(default_factory=dict)  # what `server.hooks` added
+    annotations: Mapping[str, Any] = MappingProxyType({})  # what `server.hooks` added
     review: str = ""  # what names this decision at /v1/reviews, where a person must review it; else ""
 
 

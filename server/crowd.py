@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 from audit.entries import RowCommitment
 from audit.errors import StaleViewError
 from audit.ledger import AppendRequest, Guard, Sequenced
-from audit.principal import Decision, Principal
 from audit.prediction_form import PredictionForm
+from audit.principal import Decision, Principal
 from server.answers import (
     Answered,
     Asked,

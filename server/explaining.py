@@ -37,6 +37,7 @@ from server.monitoring import Monitoring
 
 MAX_ROWS: Final = 16
 _WAITING: Final = 8  # requests that may wait; more are told to come back
+_NOTHING: Final = Annotation()
 _KEPT: Final = 4
 _STEPS: Final = (64, 512)  # of the integral; more where the sum misses too much
 
@@ -70,7 +71,7 @@ class Explaining:
 
     def annotate(self, answering: Answering) -> Annotation | Awaitable[Annotation]:
         """Explain every row, or nothing where the request did not ask; errors as `explain`."""
-        return self.explain(answering) if answering.asked.explain else Annotation()
+        return self.explain(answering) if answering.asked.explain else _NOTHING
 
     async def explain(self, answering: Answering) -> Annotation:
         """Explain every row.

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 from audit.principal import AttributeValue, Decision, Principal
 
@@ -22,18 +23,22 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=Any)
+_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
+
+# Each request makes several of these; a frozen dataclass would cost four times as much to make.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Facts(NamedTuple):
     """What the policies may know: of the model (`resource`) and of the request (`context`)."""
 
-    resource: Mapping[str, AttributeValue] = field(default_factory=dict)
-    context: Mapping[str, AttributeValue] = field(default_factory=dict)
+    resource: Mapping[str, AttributeValue] = _NONE
+    context: Mapping[str, AttributeValue] = _NONE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answering:
+NO_FACTS: Final = Facts()
+
+
+class Answering(NamedTuple):
     """An allowed request and its answers, before the entry is written."""
 
     principal: Principal
@@ -45,12 +50,11 @@ class Answering:
     answers: Sequence[Mapping[str, Any]]  # numbers as decimal text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Annotation:
+class Annotation(NamedTuple):
     """What one annotator adds."""
 
-    shown: Mapping[str, Any] = field(default_factory=dict)  # members of the answer's `annotations`
-    body: Mapping[str, Any] = field(default_factory=dict)  # fields of the `Prediction` entry
+    shown: Mapping[str, Any] = _NONE  # members of the answer's `annotations`
+    body: Mapping[str, Any] = _NONE  # fields of the `Prediction` entry
     rows: Sequence[Mapping[str, Any]] = ()  # for each row, what is committed to and sealed with its answer
 
     def outputs(self, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

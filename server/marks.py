@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from starlette.types import Scope
 
@@ -29,8 +28,7 @@ _SECONDS = re.compile(r"[0-9]{1,5}(?:\.[0-9]{1,3})?")
 _ZEROS: Final = "0" * 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Marks:
+class Marks(NamedTuple):
     """One request's."""
 
     request_id: str  # 32 hex

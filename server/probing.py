@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 Kind: TypeAlias = Literal["extraction", "membership", "out_of_distribution"]
 
@@ -31,8 +31,7 @@ OUT_SHARE: Final = 0.3
 _EQUAL: Final = 1e-12
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class Look(NamedTuple):
     """What is remembered of one answered row: in memory only, for as long as the window is."""
 
     row: tuple[float, ...]  # encoded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 from anyio import to_thread
@@ -48,4 +47,4 @@ async def proved(context: Context, answered: Answered, wait: Level) -> Answered:
     size = parse_checkpoint_note(note).tree_size
     hashes = await to_thread.run_sync(ledger.inclusion_proof, index, size)
     proof = TlogProof(leaf_index=index, hashes=tuple(hashes), checkpoint_note=note).format()
-    return replace(answered, level=level, proof=proof.decode())
+    return answered._replace(level=level, proof=proof.decode())

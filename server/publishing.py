@@ -25,7 +25,7 @@ from audit.principal import Principal
 from federation.coordinator import Coordinator
 from federation.trust import log_policy
 from server.errors import CheckpointLateError
-from server.hooks import Facts
+from server.hooks import NO_FACTS, Facts
 from server.journal import Clock
 from server.monitoring import Monitoring
 
@@ -77,7 +77,7 @@ class Backlog:
         problem = self.problem()
         if problem:
             raise CheckpointLateError(problem)
-        return Facts()
+        return NO_FACTS
 
 
 class Publisher:

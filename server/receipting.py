@@ -13,7 +13,7 @@ from typing import Any
 
 from audit.errors import AuditError
 from audit.ledger import Sequenced
-from audit.receipts import MAX_BATCH, issue_receipts
+from audit.receipts import MAX_BATCH, issue_documents
 from audit.signer import Signer
 from server.errors import LedgerUnavailableError
 from server.journal import Clock, time_text
@@ -45,17 +45,18 @@ class Receipting:
         Raises:
             LedgerUnavailableError: the log's key cannot sign.
         """
-        now, found = self._clock(), []
+        now = self._clock()
+        found: list[dict[str, Any]] = []
         time, deadline = time_text(now), time_text(now + timedelta(seconds=self._merge_delay_s))
         try:
             for start in range(0, len(sequenced), MAX_BATCH):
                 leaves = [(each.leaf_index, each.leaf_hash) for each in sequenced[start : start + MAX_BATCH]]
-                found += issue_receipts(
+                found += issue_documents(
                     self._signer.key, self._signer.origin, leaves, time=time, merge_deadline=deadline
                 )
         except AuditError as error:
             raise LedgerUnavailableError(f"no receipt could be signed: {error}") from error
-        return [dict(receipt.to_json()) for receipt in found]
+        return found
 
     def _sign(self) -> None:
         gathered, self._waiting = self._waiting, []

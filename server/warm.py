@@ -16,6 +16,7 @@ from audit.models import answer_of, dimension, weights_of_file
 from federation.blobs import BlobStore
 from federation.errors import ExportError, FederationError, LayerNotExportedError
 from server.errors import ArtefactError, RowContractError
+from server.fast_json import texts_of
 from server.live import ServedVersion
 
 _logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class WarmModels:
 
     def _load(self, served: ServedVersion) -> WarmModel:
         layers = served.charter["model"]["layers"]
-        encoder = RowEncoder(served.charter["features"])
+        encoder = RowEncoder(served.charter["features"], texts_of)
         try:
             limit = 8 * dimension(layers) + _WEIGHT_FILE_SLACK
             weights = weights_of_file(layers, self._file(served.version, limit))

@@ -30,6 +30,9 @@ class GatheringTransport:
         self._flush()
         self._transport.close()
 
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
     def abort(self) -> None:
         self._parts.clear()
         self._transport.abort()

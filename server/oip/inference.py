@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from audit.principal import Principal
 from audit.serving_bodies import LEGAL_BASES
@@ -36,8 +35,7 @@ _TAKEN: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inferred:
+class Inferred(NamedTuple):
     """What goes back: the head of the answer, and its tensors."""
 
     ask: InferAsk
@@ -240,6 +238,8 @@ def _parameters(answered: Answered) -> dict[str, str | int]:
 
 
 def _check_outputs(ask: InferAsk, signature: Signature) -> None:
+    if not ask.outputs:
+        return
     known = [kind.name for kind in signature.outputs]
     for name in ask.outputs:
         if name not in known:

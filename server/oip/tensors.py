@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -46,8 +47,7 @@ class TensorError(MalformedRequestError):
         super().__init__(f"{shown}: {problem}", fields=[{"field": shown, "problem": problem}])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor: its values flat, in row-major order."""
 
     name: str
@@ -56,14 +56,13 @@ class Tensor:
     values: Sequence[Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferAsk:
+class InferAsk(NamedTuple):
     """An inference request, whichever way it came."""
 
     id: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = MappingProxyType({})
     inputs: tuple[Tensor, ...] = ()
-    outputs: Mapping[str, bool | None] = field(default_factory=dict)  # name -> asked as binary?
+    outputs: Mapping[str, bool | None] = MappingProxyType({})  # name -> asked as binary?
     binary: bool = False  # of outputs that do not say
 
 
