@@ -67,6 +67,7 @@ class Sequencer(Generic[Request, Result]):
         self._waiting: deque[tuple[Request, _Waiter[Result]]] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._idle = self._called = False  # whether the thread waits; whether it is told to go on
+        self._whole = False  # whether those who wait include a crowd that has gathered already
         self._wakes_in: asyncio.AbstractEventLoop | None = None  # that will call `_wake`
         self._crowd = self._last = 0  # of loops: size of the last two batches, and of the last one
         self._seen = self._empty_turns = 0  # of the batch that gathers: how many, and turns without another
@@ -108,13 +109,14 @@ class Sequencer(Generic[Request, Result]):
         return future
 
     def submit_waiting(self, requests: Sequence[tuple[Request, LoopWaiter[Result]]]) -> None:
-        """`submit` several from their running loop: those of one batch are told in one turn of it.
+        """`submit` several that wait in loops: those of one batch are told in one turn. They are a crowd
+        already, so none is waited for.
 
         Raises:
             LedgerBusyError: too many requests would wait; none of these does.
             LedgerClosedError: as `submit`.
         """
-        self._queue(requests, asyncio.get_running_loop())
+        self._queue(requests, whole=True)
 
     def close(self) -> None:
         """Refuse new requests, finish those that wait, and stop the thread."""
@@ -129,6 +131,8 @@ class Sequencer(Generic[Request, Result]):
         self,
         items: Sequence[tuple[Request, _Waiter[Result]]],
         loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         with self._changed:
             if self._closed:
@@ -136,6 +140,7 @@ class Sequencer(Generic[Request, Result]):
             if len(self._waiting) + len(items) > self._max_pending:
                 raise LedgerBusyError(retry_after_s=_RETRY_AFTER_S, pending=len(self._waiting))
             self._waiting.extend(items)
+            self._whole = self._whole or whole
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="affidavit-sequencer", daemon=True)
                 self._thread.start()
@@ -164,7 +169,7 @@ class Sequencer(Generic[Request, Result]):
 
     def _is_few(self, count: int) -> bool:
         """Whether some of those whom the last two batches held are not back yet; one caller is no crowd."""
-        return count < min(self._crowd, _LARGE) and self._crowd > _ALONE
+        return not self._whole and count < min(self._crowd, _LARGE) and self._crowd > _ALONE
 
     def _call(self) -> None:
         self._idle, self._called = False, True
@@ -183,6 +188,7 @@ class Sequencer(Generic[Request, Result]):
                     return
                 count = min(len(self._waiting), self._max_batch)
                 taken = [self._waiting.popleft() for _ in range(count)]
+                self._whole = self._whole and bool(self._waiting)
                 self._seen = self._empty_turns = 0
                 last = 0 if isinstance(taken[0][1], Future) else count
                 self._crowd, self._last = self._last + last, last

@@ -47,6 +47,7 @@ _LARGE: Final = 32  # as many gain no more by another
 _FORMS: Final = 256
 _ALONE: Final = 2  # in two answers
 _EMPTY_TURNS: Final = 4
+_HELD_S: Final = 0.02  # a commit takes a few milliseconds; where it takes longer, its crowd is not waited for
 MAX_CROWD: Final = 64  # requests; the others of the turn are the next crowd
 
 
@@ -109,6 +110,9 @@ class _Together:
     def done(self) -> bool:
         return all(future.done() for future in self._futures)
 
+    def waiting(self) -> int:
+        return sum(not future.done() for future in self._futures)
+
     def set_exception(self, exception: Exception, /) -> None:
         for future in self._futures:
             if not future.done():
@@ -120,10 +124,13 @@ class Crowd:
 
     def __init__(self, service: PredictService) -> None:
         self._service = service
+        self._clean = contextvars.Context()  # in which no request's marks stand
         self._gathered: list[Job] = []
         self._durable: list[Job] = []
         self._forms: dict[tuple[Any, ...], tuple[PredictionForm, Principal, ServedVersion, Decision]] = {}
         self._told = self._told_before = 0  # how many were answered together last, and before that
+        self._sent: list[_Together] = []  # whose entries the log has
+        self._held: asyncio.TimerHandle | None = None  # ends the wait for those
         self._seen = self._empty_turns = 0  # of the crowd that gathers: how many, and turns without another
 
     def join(self, job: Job) -> asyncio.Future[Any]:
@@ -137,14 +144,16 @@ class Crowd:
         job.crowd, job.future, job.context = self, loop.create_future(), contextvars.copy_context()
         if not self._gathered:
             self._seen = self._empty_turns = 0
-            loop.call_soon(self._look, context=contextvars.Context())
+            loop.call_soon(self._look, context=self._clean)
         self._gathered.append(job)
+        if self._held is not None and len(self._gathered) >= self._with_the_log():
+            self._release()
         return job.future
 
     def durable(self, job: Job) -> None:
         """The entry of `job` is on disk; those of one batch are told so in one turn."""
         if not self._durable:
-            job.get_loop().call_soon(self._finish, context=contextvars.Context())
+            job.get_loop().call_soon(self._finish, context=self._clean)
         self._durable.append(job)
 
     def failed(self, job: Job, error: Exception) -> None:
@@ -153,22 +162,45 @@ class Crowd:
             told = error if isinstance(error, StaleViewError) else self._service.journal.failed(error)
             told.__cause__ = error
             job.future.set_exception(told)
+        self._release()
 
     def _look(self) -> None:
-        """At the end of a turn: go, unless some of those whom the last answers went to are not back yet."""
+        """At the end of a turn: go, unless others are worth waiting for.
+
+        As long as the log has more of ours than wait here, it would keep these waiting too. After that, those
+        whom the last answers went to are mostly back within a few turns.
+        """
         count = len(self._gathered)
         self._empty_turns = 0 if count > self._seen else self._empty_turns + 1
         self._seen = count
         usual = self._told + self._told_before
-        if count < min(usual, _LARGE) and usual > _ALONE and self._empty_turns < _EMPTY_TURNS:
-            asyncio.get_running_loop().call_soon(self._look)
+        if count >= _LARGE:
+            self._go()
+        elif count < self._with_the_log():
+            self._held = asyncio.get_running_loop().call_later(_HELD_S, self._go, context=self._clean)
+        elif count < usual and usual > _ALONE and self._empty_turns < _EMPTY_TURNS:
+            asyncio.get_running_loop().call_soon(self._look, context=self._clean)
         else:
             self._go()
 
+    def _with_the_log(self) -> int:
+        self._sent = [together for together in self._sent if not together.done()]
+        return sum(together.waiting() for together in self._sent)
+
+    def _release(self) -> None:
+        """Some of those with the log have been told: whoever was held looks again."""
+        if self._held is not None:
+            self._held.cancel()
+            self._held, self._empty_turns = None, 0
+            asyncio.get_running_loop().call_soon(self._look, context=self._clean)
+
     def _go(self) -> None:
+        if self._held is not None:
+            self._held.cancel()
+            self._held = None
         jobs, self._gathered = self._gathered[:MAX_CROWD], self._gathered[MAX_CROWD:]
         if self._gathered:
-            asyncio.get_running_loop().call_soon(self._go, context=contextvars.Context())
+            asyncio.get_running_loop().call_soon(self._go, context=self._clean)
         jobs = [job for job in jobs if not job.future.done()]
         for step in (self._read, self._choose, self._decide, self._encode):
             jobs = _each(step, jobs)
@@ -181,6 +213,7 @@ class Crowd:
                 job.begun = begun
             try:
                 together = _Together([job.future for job in jobs], self._service.journal)
+                self._sent.append(together)
                 self._service.journal.append_all([(job.entry, job) for job in jobs], together)
             except LedgerUnavailableError as error:
                 for job in jobs:
@@ -294,15 +327,18 @@ class Crowd:
         jobs, self._durable = self._durable, []
         self._told, self._told_before = len(jobs), self._told
         jobs = [job for job in jobs if not job.future.done()]
-        if not jobs:
-            return
-        service = self._service
         try:
-            receipts = service.receipting.receipts([job.sequenced for job in jobs])
-        except LedgerUnavailableError as error:
+            if jobs:
+                self._tell(jobs)
+        except Exception as error:  # noqa: BLE001 - their entries are durable; each of them hears of it
             for job in jobs:
-                job.future.set_exception(LedgerUnavailableError(str(error)))
-            return
+                if not job.future.done():
+                    job.future.set_exception(_another(error))
+        self._release()
+
+    def _tell(self, jobs: list[Job]) -> None:
+        service = self._service
+        receipts = service.receipting.receipts([job.sequenced for job in jobs])
         now = time.perf_counter()
         for job in jobs:
             service.monitoring.append_seconds.observe(now - job.begun)
@@ -310,15 +346,20 @@ class Crowd:
             job.context.run(
                 service.finished, job.answering, job.added, job.guard, job.sequenced, receipt, job.opened
             )
-            for job, receipt in zip(jobs, receipts)
+            for job, receipt in zip(jobs, receipts, strict=True)
         ]
-        for job, answer in zip(jobs, answered):
+        for job, answer in zip(jobs, answered, strict=True):
             try:
                 told = job.context.run(job.tell, answer)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - its caller hears of it
                 job.future.set_exception(error)
             else:
                 job.future.set_result(told)
+
+
+def _another(error: Exception) -> Exception:
+    """An error of several requests, for one of them: a raised one remembers where it was raised."""
+    return LedgerUnavailableError(str(error)) if isinstance(error, LedgerUnavailableError) else error
 
 
 def _each(step: Callable[[Job], bool], jobs: list[Job]) -> list[Job]:
