@@ -33,6 +33,7 @@ GRID_BITS: Final = 16
 MAX_SIGMA_GRID: Final = 1 << 32  # what sites can draw
 MAX_BINS: Final = 64
 SPREADS: Final = 3
+_JUDGED: Final = 1024
 EDGE: Final = 0.95  # of the encoded range [-1, 1]
 EDGE_LIMIT: Final = 0.5
 
@@ -184,7 +185,7 @@ class OodScorer:
         self._widths: tuple[int, ...] = ()
         self._surprise: list[float] = []
         self._limit = EDGE_LIMIT
-        self._limit_exact: Decimal | None = None
+        self._judged: dict[str, bool] = {}  # scores that many rows have
         if reference is not None and counts:
             self._widths = reference.widths
             self._learn(counts)
@@ -202,9 +203,12 @@ class OodScorer:
         """Return one encoded row's score."""
         value = self._by_sketch(encoded) if self._widths else self._by_bounds(encoded)
         text = rounded_text(value)
-        if self._limit_exact is None:
-            self._limit_exact = parse_decimal(self.limit)
-        return {"basis": self.basis, "out": parse_decimal(text) > self._limit_exact, "score": text}
+        is_out = self._judged.get(text)
+        if is_out is None:
+            if len(self._judged) >= _JUDGED:
+                self._judged.clear()
+            is_out = self._judged[text] = parse_decimal(text) > parse_decimal(self.limit)
+        return {"basis": self.basis, "out": is_out, "score": text}
 
     def differs(self, claimed: object, encoded: Sequence[float]) -> str:
         """Return how a claimed score differs from this one's by more than rounding, or ""."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from audit.principal import AttributeValue, Principal
@@ -91,7 +92,10 @@ def has_legal_effect(charter: dict[str, Any]) -> bool:
     return charter.get("decisions") == "legal_effect"
 
 
+_moment = lru_cache(maxsize=64)(datetime.fromisoformat)
+
+
 def age_days(registered_at: str, now: datetime) -> int:
     """Whole days since `registered_at`; none where the clock was set back."""
-    begun = datetime.fromisoformat(registered_at)
+    begun = _moment(registered_at)
     return max(0, int((now - begun).total_seconds()) // SECONDS_OF_DAY)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import orjson
 
 from audit.canonical import MAX_DEPTH, MAX_INTEGER, JsonValue, parse_strict
+from audit.encoding import number_texts
 
 _NUMBERS: Final = {float, int}
 _LONG: Final = 1 << 20  # the strict parser has a limit, above this
@@ -39,8 +40,11 @@ def write_json(value: Any) -> bytes:
 
 
 def texts_of(numbers: list[Any]) -> list[str]:
-    """Return each number's shortest text, as `audit.encoding.RowEncoder` takes it."""
-    return orjson.dumps(numbers)[1:-1].decode().split(",") if numbers else []
+    """Return `audit.encoding.number_texts` of numbers, in a fraction of its time."""
+    written = orjson.dumps(numbers)[1:-1] + b","
+    if b"e" in written or b"-0.0," in written:
+        return number_texts(numbers)
+    return written.replace(b".0,", b",")[:-1].decode().split(",") if numbers else []
 
 
 def _keys_of(value: Any) -> int:

@@ -97,14 +97,15 @@ class Hooks:
 
     def gather(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:
         """Return every provider's facts as one; a later provider's word replaces an earlier one's."""
-        if len(self.facts) == 1:
-            return self.facts[0].facts(principal, asked, served)
+        found = [provider.facts(principal, asked, served) for provider in self.facts]
+        said = [facts for facts in found if facts is not NO_FACTS]
+        if len(said) == 1:
+            return said[0]
         resource: dict[str, AttributeValue] = {}
         context: dict[str, AttributeValue] = {}
-        for provider in self.facts:
-            found = provider.facts(principal, asked, served)
-            resource.update(found.resource)
-            context.update(found.context)
+        for facts in said:
+            resource.update(facts.resource)
+            context.update(facts.context)
         return Facts(resource=resource, context=context)
 
     def annotate_now(self, answering: Answering) -> Annotation | None:

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from audit.encoding import NumberedRow
 from server.errors import MalformedRequestError
 
 MATRIX: Final = "rows"
@@ -158,8 +159,7 @@ class Signature:
         _check_count(tensor.shape[0], max_rows)
         values = _numbers(tensor.values)
         return [
-            dict(zip(self.names, values[start : start + width], strict=True))
-            for start in range(0, len(values), width)
+            NumberedRow(self.names, values[start : start + width]) for start in range(0, len(values), width)
         ]
 
     def _column(self, tensor: Tensor, kind: str) -> Sequence[Any]:
@@ -305,6 +305,9 @@ def _texts(name: str, data: bytes | memoryview, size: int) -> list[str]:
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
     """NaN stands for a missing value; a number too large for a double is left for the contract to refuse."""
+    total = sum(values)
+    if total == total:  # a NaN would make it one
+        return list(values)
     return [None if value != value else value for value in values]
 
 
