@@ -14,6 +14,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.deadlines import Deadlines
 from server.errors import (
     BodyTimeoutError,
     BodyTooLargeError,
@@ -61,6 +62,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, settings: Settings, monitoring: Monitoring) -> None:
         self._app, self._settings, self._monitoring = app, settings, monitoring
+        self._deadlines = Deadlines()
         self._shedder = Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,23 +103,31 @@ class Guard:
                     )
 
     async def _run(self, scope: Scope, receive: Receive, send: _Sending, marks: Marks) -> None:
-        if _has_control(scope["path"]):
-            # the router's patterns end in $, for which a path and the same path with a newline are one
-            odd = NoSuchRouteError("the path holds a control character")
-            await render(Request(scope), odd)(scope, receive, send)
-            return
+        settings, deadlines, body = self._settings, self._deadlines, None
         loop = asyncio.get_running_loop()
-        begun, body = loop.time(), None
+        begun = loop.time()
         try:
-            timeout_s = marks.timeout_s(self._settings.request_timeout_s)
-            async with asyncio.timeout_at(begun + min(self._settings.body_timeout_s, timeout_s)) as patience:
-                body = await self._body(scope, receive)
+            if _has_control(scope["path"]):
+                # the router's patterns end in $, for which a path and the same path with a newline are one
+                raise NoSuchRouteError("the path holds a control character")
+            timeout_s = marks.timeout_s(settings.request_timeout_s)
+            task = deadlines.start(loop, begun + min(settings.body_timeout_s, timeout_s))
+            try:
+                self._refuse_long(_declared(scope))
+                message = await receive()
+                first = message.get("body", b"")
+                whole = len(first) <= settings.max_body_bytes and not message.get("more_body", False)
+                body = first if whole else await self._whole(message, receive)
                 scope["affidavit.body"] = body
-                patience.reschedule(begun + timeout_s)
+                deadlines.move(task, begun + timeout_s)
                 await self._app(scope, _replayed(body, receive), send)
+            except asyncio.CancelledError:
+                if not deadlines.stop(task):
+                    raise
+                raise self._late(marks, timeout_s, body is not None) from None
+            finally:
+                deadlines.stop(task)
         except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text
-            if isinstance(error, TimeoutError):
-                error = self._late(marks, timeout_s, body is not None)
             if send.status:
                 _logger.error("an answer broke off: %s", type(error).__name__)
             else:
@@ -129,29 +139,30 @@ class Guard:
         said = f"no answer within {timeout_s:g} s"
         return TooBusyError(said) if marks.timeout is None else DeadlineError(said)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        limit = self._settings.max_body_bytes
-        refused = "a body may hold {} bytes; send fewer rows a request"
-        for name, value in scope["headers"]:
-            if name == b"content-length":
-                if value.isdigit() and int(value[:20]) > limit:
-                    raise BodyTooLargeError(refused.format(limit))
-                break
-        message = await receive()
-        if not message.get("more_body", False) and len(message.get("body", b"")) <= limit:
-            return bytes(message.get("body", b""))
+    def _refuse_long(self, size: int) -> None:
+        if size > self._settings.max_body_bytes:
+            limit = self._settings.max_body_bytes
+            raise BodyTooLargeError(f"a body may hold {limit} bytes; send fewer rows a request")
+
+    async def _whole(self, message: Message, receive: Receive) -> bytes:
         parts: list[bytes] = []
         size = 0
-        while True:
-            if message["type"] == "http.disconnect":
-                return b"".join(parts)
+        while message["type"] != "http.disconnect":
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > limit:
-                raise BodyTooLargeError(refused.format(limit))
+            self._refuse_long(size)
             if not message.get("more_body", False):
-                return b"".join(parts)
+                break
             message = await receive()
+        return b"".join(parts)
+
+
+def _declared(scope: Scope) -> int:
+    """How many bytes the request says that its body has; 0 where it says nothing that is a number."""
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value[:20]) if value.isdigit() else 0
+    return 0
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -21,6 +21,7 @@ REQUEST_ID: Final = b"x-request-id"
 TIMEOUT: Final = b"x-request-timeout"
 TRACEPARENT: Final = b"traceparent"
 
+_OURS: Final = frozenset({REQUEST_ID, TRACEPARENT, TIMEOUT})
 _HEX32 = re.compile(r"[0-9a-f]{32}")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
@@ -41,8 +42,11 @@ class Marks(NamedTuple):
         """Read them; what is not as it must be counts as absent, but for the timeout."""
         given: dict[bytes, str] = {}
         for name, value in headers:
-            if name in (REQUEST_ID, TRACEPARENT, TIMEOUT):
+            if name in _OURS:
                 given.setdefault(name, value.decode("latin-1").strip())
+        if not given:
+            request_id = hex_text(16)
+            return cls(request_id, request_id, None)
         request_id = parse_request_id(given.get(REQUEST_ID, "")) or hex_text(16)
         trace = parse_trace(given.get(TRACEPARENT, ""))
         return cls(
