@@ -47,7 +47,9 @@ class Alarming:
     def observe(self, answering: Answering, answered: Any) -> None:
         """Remember the rows, and judge the window now and then."""
         key = (answering.principal.id, answering.served.model)
-        window = self._windows.setdefault(key, Window())
+        window = self._windows.get(key)
+        if window is None:
+            window = self._windows[key] = Window()
         self._windows.move_to_end(key)
         while len(self._windows) > _PRINCIPALS:
             gone, _ = self._windows.popitem(last=False)

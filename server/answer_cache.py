@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from audit.principal import Principal
 from server.hooks import NO_FACTS, Facts
@@ -38,6 +38,8 @@ class AnswerCache:
 
     A provider of facts (`server.hooks`): that is how it learns who asks, before the model runs.
     """
+
+    is_shared: ClassVar[bool] = True  # a crowd is asked nothing that this remembers
 
     most: int  # requests remembered; 0: none
     kept_s: float

@@ -1,5 +1,4 @@
-"""Requests that arrive in one turn of the event loop are answered together: each step for all of them, then the
-next.
+"""Requests that arrive in one turn of the event loop are answered together: each step for all, then the next.
 
 Nothing is shared but the processor: every request has its own decision, salts, entry and receipt, as if it
 had come alone. A step that has just run for one request runs for the next in two thirds of the time, because
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -39,6 +39,8 @@ from server.live import ServedVersion
 from server.quotas import Taken
 from server.warm import WarmModel
 
+_logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from server.service import PredictService
 
@@ -63,9 +65,12 @@ class Job:
     read: Callable[[], Asked]
     tell: Callable[[Answered], Any]
     taken: Taken = field(default_factory=lambda: Taken(True))
-    asked: Asked | None = None
-    served: ServedVersion | None = None
-    guard: Guard | None = None
+    is_read: bool = False
+    is_chosen: bool = False
+    is_allowed: bool = False
+    asked: Asked = field(init=False)
+    served: ServedVersion = field(init=False)
+    guard: Guard = field(init=False)
     crowd: Crowd = field(init=False)
     future: asyncio.Future[Any] = field(init=False)
     context: contextvars.Context = field(init=False)
@@ -127,6 +132,7 @@ class Crowd:
         self._clean = contextvars.Context()  # in which no request's marks stand
         self._gathered: list[Job] = []
         self._durable: list[Job] = []
+        self._decided: dict[tuple[Any, ...], Decision] = {}
         self._forms: dict[tuple[Any, ...], tuple[PredictionForm, Principal, ServedVersion, Decision]] = {}
         self._told = self._told_before = 0  # how many were answered together last, and before that
         self._sent: list[_Together] = []  # whose entries the log has
@@ -202,6 +208,7 @@ class Crowd:
         if self._gathered:
             asyncio.get_running_loop().call_soon(self._go, context=self._clean)
         jobs = [job for job in jobs if not job.future.done()]
+        self._decided.clear()
         for step in (self._read, self._choose, self._decide, self._encode):
             jobs = _each(step, jobs)
         jobs = self._compute(jobs)
@@ -220,22 +227,28 @@ class Crowd:
                     job.future.set_exception(LedgerUnavailableError(str(error)))
 
     def _read(self, job: Job) -> bool:
-        if job.asked is None:
-            job.asked = job.read()
-        asked = job.asked
+        asked = job.asked = job.read()
+        job.is_read = True
         return not (asked.subject or asked.consent or asked.explain) and 0 < len(asked.rows) <= MAX_ROWS
 
     def _choose(self, job: Job) -> bool:
         service, asked = self._service, job.asked
         job.guard = service.live.guard
         job.served = service.live.choose(asked.model, asked.version, draw=True)
+        job.is_chosen = True
         return True
 
     def _decide(self, job: Job) -> bool:
-        service = self._service
-        question = service.question(job.principal, job.asked, job.served, job.taken)
-        job.decision = service.authorizer.decide(job.principal, question)
-        return job.decision.allowed
+        service, asked = self._service, job.asked
+        key = (id(job.principal), id(job.served), asked.purpose, asked.legal_basis, job.taken.allowed)
+        decision = self._decided.get(key)
+        if decision is None:
+            question = service.question(job.principal, asked, job.served, job.taken)
+            decision = service.authorizer.decide(job.principal, question)
+            if service.hooks.are_shared:
+                self._decided[key] = decision  # for this turn alone: what it rests on is as it was
+        job.decision, job.is_allowed = decision, decision.allowed
+        return decision.allowed
 
     def _encode(self, job: Job) -> bool:
         warm = self._service.warm.ready(job.served)
@@ -369,8 +382,8 @@ def _each(step: Callable[[Job], bool], jobs: list[Job]) -> list[Job]:
             if step(job):
                 left.append(job)
                 continue
-        except Exception:  # noqa: BLE001 - it meets it again alone, and tells its caller
-            pass
+        except Exception as error:  # noqa: BLE001 - it is met again alone, and told there
+            _logger.debug("sent back: %s", type(error).__name__)
         _send_back([job])
     return left
 

@@ -31,13 +31,12 @@ from audit.forward import forward
 from audit.models import weights_of_file
 from federation.errors import FederationError
 from server.errors import ArtefactError, MalformedRequestError, ServerError, TooBusyError
-from server.hooks import Annotation, Answering
+from server.hooks import NOTHING, Annotation, Answering
 from server.live import ServedVersion
 from server.monitoring import Monitoring
 
 MAX_ROWS: Final = 16
 _WAITING: Final = 8  # requests that may wait; more are told to come back
-_NOTHING: Final = Annotation()
 _KEPT: Final = 4
 _STEPS: Final = (64, 512)  # of the integral; more where the sum misses too much
 
@@ -71,7 +70,7 @@ class Explaining:
 
     def annotate(self, answering: Answering) -> Annotation | Awaitable[Annotation]:
         """Explain every row, or nothing where the request did not ask; errors as `explain`."""
-        return self.explain(answering) if answering.asked.explain else _NOTHING
+        return self.explain(answering) if answering.asked.explain else NOTHING
 
     async def explain(self, answering: Answering) -> Annotation:
         """Explain every row.

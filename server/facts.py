@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from audit.principal import AttributeValue, Principal
 from federation.registry import LIVE
@@ -29,6 +29,8 @@ _KEPT: Final = 256
 @dataclass(slots=True, kw_only=True)
 class DecisionFacts:
     """A provider of facts (`server.hooks`)."""
+
+    is_shared: ClassVar[bool] = True
 
     rules: RulesInForce
     clock: Clock

@@ -47,7 +47,7 @@ class Answering(NamedTuple):
     decision: Decision
     plain: Sequence[Mapping[str, Any]]  # the rows as they are committed to
     encoded: Sequence[Sequence[float]]  # the rows as the model sees them
-    answers: Sequence[Mapping[str, Any]]  # numbers as decimal text
+    answers: tuple[dict[str, Any], ...]  # numbers as decimal text
 
 
 class Annotation(NamedTuple):
@@ -63,8 +63,16 @@ class Annotation(NamedTuple):
         return [{**answer, **more} for answer, more in zip(answers, added, strict=True)]
 
 
+NOTHING: Final = Annotation()
+
+
 class FactProvider(Protocol):
-    """Gathers facts; the names it gives must stand in the policies' schema."""
+    """Gathers facts; the names it gives must stand in the policies' schema.
+
+    One that looks at who asks, at the version and at the request's purpose and legal basis, and at nothing
+    else of the request, may say so (`is_shared = True`): it is then asked once for all such requests of one
+    moment.
+    """
 
     def facts(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:
         """Return what is known now; quick, because it is on every request's path."""
@@ -94,6 +102,11 @@ class Hooks:
     facts: tuple[FactProvider, ...] = ()
     annotators: tuple[Annotator, ...] = ()
     observers: tuple[Observer, ...] = ()
+
+    @property
+    def are_shared(self) -> bool:
+        """Whether every provider of facts says that it looks at nothing that is a request's own."""
+        return all(getattr(provider, "is_shared", False) for provider in self.facts)
 
     def gather(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:
         """Return every provider's facts as one; a later provider's word replaces an earlier one's."""
@@ -138,10 +151,13 @@ class Hooks:
 
 
 def _together(found: Sequence[Annotation], answering: Answering) -> Annotation:
+    said = [added for added in found if added is not NOTHING]
+    if len(said) == 1 and len(said[0].rows) == len(answering.answers):
+        return said[0]
     shown: dict[str, Any] = {}
     body: dict[str, Any] = {}
     rows: list[dict[str, Any]] = [{} for _ in answering.answers]
-    for added in found:
+    for added in said:
         shown.update(added.shown)
         body.update(added.body)
         for row, more in zip(rows, added.rows, strict=False):

@@ -47,6 +47,8 @@ class Backlog:
     deadline, and who sees that none is made, whoever should make it, promises nothing more.
     """
 
+    is_shared: Final = True
+
     def __init__(self, limit_s: float, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._limit_s, self._now = limit_s, monotonic
         self._waiting: tuple[int, float] | None = None  # a size that no checkpoint covers, and since when

@@ -14,6 +14,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from audit.canonical import canonical_bytes
@@ -118,14 +119,15 @@ class PredictService:
             TooBusyError: the model's versions kept changing.
             Exception: whatever `read` raises.
         """
-        asked, taken = None, Taken(True)
+        taken = Taken(True)
         if self.quotas is not None and self.quotas.limits:
             asked = _checked(read())
             taken = await asyncio.to_thread(self.quotas.take, principal.id, len(asked.rows))
+            read = partial(_same, asked)
         self.batching.in_flight += 1
         try:
             for _ in range(_TRIES):
-                job = Job(principal, read, tell, taken, asked)
+                job = Job(principal, read, tell, taken)
                 try:
                     told = await self.crowd.join(job)
                     if told is SENT_BACK:
@@ -134,20 +136,21 @@ class PredictService:
                     return answered
                 except StaleViewError:
                     await asyncio.to_thread(self.live.refresh)
-                asked = job.asked
+                    read = partial(_same, job.asked)
             raise TooBusyError("the model's versions keep changing; try again")
         finally:
             self.batching.in_flight -= 1
 
     async def _alone(self, job: Job) -> Answered:
         """Answer what a crowd sent back: with the version that was drawn there, if any was."""
-        principal, taken, guard = job.principal, job.taken, job.guard
-        asked = _checked(job.read() if job.asked is None else job.asked)
-        if guard is None or job.served is None:
-            guard, served = self.live.guard, self.live.choose(asked.model, asked.version, draw=True)
-        else:
-            served = job.served
-        decision = await self._decide(principal, asked, served, guard, taken)
+        principal, asked = job.principal, _checked(job.asked if job.is_read else job.read())
+        if not job.is_chosen:
+            job.guard = self.live.guard
+            job.served = self.live.choose(asked.model, asked.version, draw=True)
+        guard, served = job.guard, job.served
+        decision = (
+            job.decision if job.is_allowed else await self._decide(principal, asked, served, guard, job.taken)
+        )
         warm = self.warm.ready(served)
         if warm is None:
             warm = await asyncio.to_thread(self.warm.get, served)
@@ -207,7 +210,7 @@ class PredictService:
         answered = Answered(
             model=served.model,
             version=served.version,
-            answers=tuple(answering.answers),
+            answers=answering.answers,
             decision=answering.decision,
             request_id=asked.request_id,
             leaf_index=sequenced.leaf_index,
@@ -320,6 +323,10 @@ class PredictService:
             if is_quota:
                 raise QuotaExceededError(denied, sequenced, taken.retry_after_s) from denied
             raise PredictionDeniedError(denied, sequenced) from denied
+
+
+def _same(asked: Asked) -> Asked:
+    return asked
 
 
 def _checked(asked: Asked) -> Asked:
