@@ -21,6 +21,7 @@ HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _WINDOW: Final = {"gzip": 31, "deflate": 15}
 COMPRESS_FROM_BYTES: Final = 1_024
 _TENSOR: Final = frozenset({"name", "shape", "datatype", "parameters", "data"})
+_SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _OUTPUT: Final = frozenset({"name", "parameters"})
 _REQUEST: Final = frozenset({"id", "parameters", "inputs", "outputs", "model_name", "model_version"})
 
@@ -77,7 +78,7 @@ def read_ask(body: bytes, header_length: str | None) -> InferAsk:
         document = parse_request(body)
     except AuditError as error:
         raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
-    if not isinstance(document, dict) or not set(document) <= _REQUEST or "inputs" not in document:
+    if not isinstance(document, dict) or not document.keys() <= _REQUEST or "inputs" not in document:
         raise MalformedRequestError("give an object with inputs, and perhaps id, parameters, outputs")
     identity = document.get("id") or ""  # KServe's client repeats the path's names, and sends null for none
     if not isinstance(identity, str) or len(identity) > 256:
@@ -120,14 +121,15 @@ def _inputs(value: object, raw: bytes) -> tuple[Tensor, ...]:
     tensors, position = [], 0
     for number, item in enumerate(value):
         where = f"inputs[{number}]"
-        if not isinstance(item, dict) or not set(item) <= _TENSOR or not isinstance(item.get("name"), str):
+        if not isinstance(item, dict) or not item.keys() <= _TENSOR or not isinstance(item.get("name"), str):
             raise TensorError(where, "give an object with name, shape, datatype, and data")
         name, datatype, shape = item["name"], item.get("datatype"), item.get("shape")
         if not isinstance(datatype, str) or datatype not in DATATYPES:
             raise TensorError(name, f"datatype: use one of {', '.join(sorted(DATATYPES))}")
         if not isinstance(shape, list) or not 1 <= len(shape) <= 8:
             raise TensorError(name, "shape: is not a list of sizes")
-        size = _parameters(f"{name}.parameters", item.get("parameters")).get("binary_data_size")
+        given = item.get("parameters")
+        size = None if given is None else _parameters(f"{name}.parameters", given).get("binary_data_size")
         if size is None:
             if "data" not in item:
                 raise TensorError(name, "has neither data nor parameters.binary_data_size")
@@ -164,6 +166,6 @@ def _outputs(value: object) -> dict[str, bool | None]:
 def _parameters(where: str, value: object) -> dict[str, Any]:
     if value is None:
         return {}
-    if not isinstance(value, dict) or any(isinstance(item, (list, dict)) for item in value.values()):
+    if not isinstance(value, dict) or not _SCALARS.issuperset(map(type, value.values())):
         raise MalformedRequestError(f"{where[:80]}: is not an object of texts, numbers and booleans")
     return dict(value)
