@@ -166,8 +166,8 @@ def answer_of(task: str, label: Mapping[str, Any], outputs: Sequence[float]) -> 
     if task == "regression":
         return {"label": label["name"], "value": rounded_text(value_of(label, outputs))}
     chances = probabilities(task, outputs)
-    best = max(range(len(chances)), key=lambda k: (chances[k], -k))
     if task == "binary":
         chosen = label["classes"][1 if chances[1] >= 0.5 else 0]
         return {"label": chosen, "probability": rounded_text(chances[1])}
+    best = max(range(len(chances)), key=lambda k: (chances[k], -k))
     return {"label": label["classes"][best], "probabilities": [rounded_text(chance) for chance in chances]}

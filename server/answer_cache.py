@@ -13,33 +13,20 @@ import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import Final
 
-from audit.principal import Principal
-from server.hooks import NO_FACTS, Facts
 from server.warm import WarmModel
-
-if TYPE_CHECKING:
-    from server.answers import Asked
-    from server.live import ServedVersion
 
 MAX_ROWS: Final = 16  # of one request; larger ones are not looked for
 
 Key = tuple[str, str, int | None, str, bytes]
 Outputs = list[list[float]]
-_ASKER: ContextVar[str] = ContextVar("affidavit_asker", default="")
 
 
 @dataclass(slots=True)
 class AnswerCache:
-    """One worker's; used from its event loop alone.
-
-    A provider of facts (`server.hooks`): that is how it learns who asks, before the model runs.
-    """
-
-    is_shared: ClassVar[bool] = True  # a crowd is asked nothing that this remembers
+    """One worker's; used from its event loop alone."""
 
     most: int  # requests remembered; 0: none
     kept_s: float
@@ -47,14 +34,10 @@ class AnswerCache:
     monotonic: Callable[[], float] = time.monotonic
     _kept: OrderedDict[Key, tuple[float, Outputs]] = field(default_factory=OrderedDict)
 
-    def facts(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:
-        """Return nothing; remember, for this request's task, who asks."""
-        _ASKER.set(principal.id)
-        return NO_FACTS
-
-    def key(self, warm: WarmModel, encoded: Sequence[Sequence[float]], site: int | None) -> Key | None:
+    def key(
+        self, warm: WarmModel, encoded: Sequence[Sequence[float]], site: int | None, asker: str
+    ) -> Key | None:
         """Return what names these rows of this asker; None where nothing may be kept."""
-        asker = _ASKER.get()
         if not warm.terms.cache or not self.most or not asker or not 0 < len(encoded) <= MAX_ROWS:
             return None
         flat = [value for row in encoded for value in row]

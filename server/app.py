@@ -267,7 +267,7 @@ def build_context(
             monitoring=monitoring,
             sealing=sealing,
             hooks=Hooks(
-                facts=(publisher.backlog, cache, facts),
+                facts=(publisher.backlog, facts),
                 annotators=(scoring, explaining),
                 observers=(alarming,),
             ),

@@ -46,9 +46,11 @@ class Batching:
         self.in_flight = 0  # requests between arrival and answer
         self.shared_runs = 0
 
-    async def run(self, warm: WarmModel, encoded: Rows, site: int | None) -> Outputs:
-        """Return the model's outputs for these rows; those of a moment ago where the charter allows it."""
-        key = None if self._cache is None else self._cache.key(warm, encoded, site)
+    async def run(self, warm: WarmModel, encoded: Rows, site: int | None, asker: str = "") -> Outputs:
+        """Return the model's outputs for these rows; those of a moment ago to the same asker where the
+        charter allows it.
+        """
+        key = None if self._cache is None else self._cache.key(warm, encoded, site, asker)
         if key is None or self._cache is None:
             return await self._computed(warm, encoded, site)
         kept = self._cache.get(key)

@@ -39,20 +39,18 @@ from server.live import ServedVersion
 from server.quotas import Taken
 from server.warm import WarmModel
 
-_logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from server.service import PredictService
 
+_logger = logging.getLogger(__name__)
+
 MAX_ROWS: Final = 16  # of one request; more take their time
+MAX_CROWD: Final = 64  # requests; the others of the turn are the next crowd
 _LARGE: Final = 32  # as many gain no more by another
-_FORMS: Final = 256
 _ALONE: Final = 2  # in two answers
 _EMPTY_TURNS: Final = 4
 _HELD_S: Final = 0.02  # a commit takes a few milliseconds; where it takes longer, its crowd is not waited for
-MAX_CROWD: Final = 64  # requests; the others of the turn are the next crowd
-
-
+_FORMS: Final = 256  # of callers and versions, whose entries' text is kept
 SENT_BACK: Final = object()
 """What a request is told that must be answered alone: nothing was done for it."""
 
@@ -148,11 +146,11 @@ class Crowd:
         """
         loop = asyncio.get_running_loop()
         job.crowd, job.future, job.context = self, loop.create_future(), contextvars.copy_context()
-        if not self._gathered:
+        self._gathered.append(job)
+        if len(self._gathered) == 1:
             self._seen = self._empty_turns = 0
             loop.call_soon(self._look, context=self._clean)
-        self._gathered.append(job)
-        if self._held is not None and len(self._gathered) >= self._with_the_log():
+        elif self._held is not None and len(self._gathered) >= self._with_the_log():
             self._release()
         return job.future
 
@@ -176,16 +174,18 @@ class Crowd:
         As long as the log has more of ours than wait here, it would keep these waiting too. After that, those
         whom the last answers went to are mostly back within a few turns.
         """
-        count = len(self._gathered)
+        if self._held is not None or not self._gathered:
+            return
+        loop, count = asyncio.get_running_loop(), len(self._gathered)
         self._empty_turns = 0 if count > self._seen else self._empty_turns + 1
         self._seen = count
         usual = self._told + self._told_before
         if count >= _LARGE:
             self._go()
         elif count < self._with_the_log():
-            self._held = asyncio.get_running_loop().call_later(_HELD_S, self._go, context=self._clean)
+            self._held = loop.call_later(_HELD_S, self._go, context=self._clean)
         elif count < usual and usual > _ALONE and self._empty_turns < _EMPTY_TURNS:
-            asyncio.get_running_loop().call_soon(self._look, context=self._clean)
+            loop.call_soon(self._look, context=self._clean)
         else:
             self._go()
 
@@ -215,16 +215,20 @@ class Crowd:
         for step in (self._annotate, self._commit, self._prepare):
             jobs = _each(step, jobs)
         if jobs:
-            begun = time.perf_counter()
+            self._append(jobs)
+
+    def _append(self, jobs: list[Job]) -> None:
+        journal, begun = self._service.journal, time.perf_counter()
+        for job in jobs:
+            job.begun = begun
+        together = _Together([job.future for job in jobs], journal)
+        try:
+            journal.append_all([(job.entry, job) for job in jobs], together)
+        except LedgerUnavailableError as error:
             for job in jobs:
-                job.begun = begun
-            try:
-                together = _Together([job.future for job in jobs], self._service.journal)
-                self._sent.append(together)
-                self._service.journal.append_all([(job.entry, job) for job in jobs], together)
-            except LedgerUnavailableError as error:
-                for job in jobs:
-                    job.future.set_exception(LedgerUnavailableError(str(error)))
+                job.future.set_exception(_another(error))
+        else:
+            self._sent.append(together)
 
     def _read(self, job: Job) -> bool:
         asked = job.asked = job.read()
@@ -352,9 +356,7 @@ class Crowd:
     def _tell(self, jobs: list[Job]) -> None:
         service = self._service
         receipts = service.receipting.receipts([job.sequenced for job in jobs])
-        now = time.perf_counter()
-        for job in jobs:
-            service.monitoring.append_seconds.observe(now - job.begun)
+        service.monitoring.append_seconds.observe(time.perf_counter() - jobs[0].begun)
         answered = [
             job.context.run(
                 service.finished, job.answering, job.added, job.guard, job.sequenced, receipt, job.opened

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -28,10 +29,17 @@ from server.schemas import NAME_PATTERN, VERSION_PATTERN
 
 _NAME: Final = NAME_PATTERN.strip("^$")
 _VERSION: Final = VERSION_PATTERN.strip("^$")
-_path: Final = re.compile(
+_fits: Final = re.compile(
     f"/v2/models/(?P<model>{_NAME})(?:/versions/(?P<version>{_VERSION}))?/infer"
     f"|/v1/models/(?P<name>{_NAME})/predict"
 ).fullmatch
+
+
+@lru_cache(maxsize=256)
+def _names_in(path: str) -> tuple[str | None, str | None, str | None] | None:
+    """The names of model, version and friendly model in a path that goes this way; else None."""
+    found = _fits(path)
+    return None if found is None else (found["model"], found["version"], found["name"])
 
 
 class Direct:
@@ -50,11 +58,11 @@ class Direct:
             or scope["method"] != "POST"
             or scope["query_string"]
             or scope.get("root_path")
-            or (found := _path(scope["path"])) is None
+            or (found := _names_in(scope["path"])) is None
         ):
             await self._app(scope, receive, send)
             return
-        model, version, name = found.groups()
+        model, version, name = found
         scope["route"] = self._predict if name else self._infer_version if version else self._infer
         context: Context = self._state.context
         body, request_id = scope["affidavit.body"], scope["affidavit.request_id"]
@@ -73,7 +81,7 @@ class Direct:
                 headers = {"content-type": "application/json"}
             else:
                 data, headers = await routes_oip.answer_infer(
-                    context, given, body, principal, model, version or "", request_id
+                    context, given, body, principal, model or "", version or "", request_id
                 )
         except (ServerError, AuditError, FederationError) as error:
             await render(Request(scope, receive), error)(scope, receive, send)

@@ -69,7 +69,7 @@ class Monitoring:
         )
         self.append_seconds = Histogram(
             "affidavit_ledger_append_seconds",
-            "Seconds until an entry was durable.",
+            "Seconds until entries that were appended together were durable.",
             buckets=_SECONDS,
             registry=self.registry,
         )

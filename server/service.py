@@ -156,7 +156,7 @@ class PredictService:
             warm = await asyncio.to_thread(self.warm.get, served)
         many = len(asked.rows) > _INLINE_ROWS
         plain, encoded = await asyncio.to_thread(encode, warm, asked) if many else encode(warm, asked)
-        answers = await self._answers(warm, encoded, warm.site_index(asked.site))
+        answers = await self._answers(warm, encoded, warm.site_index(asked.site), principal.id)
         answering = Answering(
             principal=principal,
             asked=asked,
@@ -229,10 +229,10 @@ class PredictService:
         return answered
 
     async def _answers(
-        self, warm: WarmModel, encoded: Sequence[Sequence[float]], site: int | None
+        self, warm: WarmModel, encoded: Sequence[Sequence[float]], site: int | None, asker: str
     ) -> tuple[dict[str, Any], ...]:
         """What the version says of encoded rows: a function of the three alone, of no request or person."""
-        return tuple(warm.answers_of(await self.batching.run(warm, encoded, site)))
+        return tuple(warm.answers_of(await self.batching.run(warm, encoded, site, asker)))
 
     async def _sealed(
         self,
