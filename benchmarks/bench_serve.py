@@ -1,6 +1,6 @@
 """Answers a CPU-second beside other servers: the same MLP 30-64-64-2, the same row, side by side in one run.
 
-    python benchmarks/bench_serve.py [--part peers|scale|all] [--seconds 5] [--repeats 2] [--connections 16]
+    python benchmarks/bench_serve.py [--part peers|scale|all] [--seconds 5] [--repeats 5] [--connections 16]
                                      [--only NAME …] [--write]
 
 Ours is the whole pipeline: an API key, Cedar's decision, the facts for it, metrics, and a durable entry in
@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -246,7 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("peers", "scale", "all"), default="all")
     parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--write", action="store_true", help="write docs/results/serving.md")
@@ -463,8 +464,9 @@ def page(results: dict[str, Result], skipped: dict[str, str], asked: argparse.Na
         "",
         (
             f"`make bench-serve`: MLP 30-64-64-2, one row a request, {asked.connections} connections, "
-            f"{asked.seconds:g} s, {asked.repeats} repeats in turns; medians. Load average at the end: "
-            f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, shared with the load generator."
+            f"{asked.seconds:g} s, {asked.repeats} repeats in turns; medians. CPython "
+            f"{platform.python_version()} for all. Load average at the end: {os.getloadavg()[0]:.1f} on "
+            f"{os.cpu_count()} cores, shared with the load generator."
         ),
         "",
         "| server | requests a CPU-second | requests a second | p50 ms | p99 ms | errors |",

@@ -127,6 +127,7 @@ class Crowd:
 
     def __init__(self, service: PredictService) -> None:
         self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._clean = contextvars.Context()  # in which no request's marks stand
         self._gathered: list[Job] = []
         self._durable: list[Job] = []
@@ -145,6 +146,8 @@ class Crowd:
             LedgerUnavailableError: the entry is not, or not known to be, durable.
         """
         loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # whoever gathered in another one is gone with it
+            self._loop, self._gathered, self._durable, self._sent, self._held = loop, [], [], [], None
         job.crowd, job.future, job.context = self, loop.create_future(), contextvars.copy_context()
         self._gathered.append(job)
         if len(self._gathered) == 1:

@@ -24,11 +24,6 @@ class Warm:
         self.version, self.charter, self.terms = version, charter, AnswerTerms(cache=cache)
 
 
-class Who:
-    def __init__(self, id):
-        self.id = id
-
-
 @pytest.fixture
 def told():
     return []
@@ -41,9 +36,7 @@ def now():
 
 @pytest.fixture
 def cache(told, now):
-    made = AnswerCache(3, 10.0, told.append, lambda: now[0])
-    made.facts(Who("p-1"), None, None)
-    return made
+    return AnswerCache(3, 10.0, told.append, lambda: now[0])
 
 
 @pytest.fixture
@@ -190,28 +183,26 @@ def test_operator_may_keep_nothing_whatever_a_charter_says(lab, row):
 def test_keys_differ_by_version_charter_site_asker_and_every_bit(cache):
     rows = [[1.0, 2.0], [3.0, 0.0]]
     keys = {
-        cache.key(Warm(), rows, None),
-        cache.key(Warm(version="w"), rows, None),
-        cache.key(Warm(charter="d"), rows, None),
-        cache.key(Warm(), rows, 0),
-        cache.key(Warm(), [[1.0, 2.0], [3.0, -0.0]], None),
-        cache.key(Warm(), [[1.0, 2.0], [3.0, 5e-324]], None),
-        cache.key(Warm(), rows[:1], None),
-        cache.key(Warm(), rows[::-1], None),
+        cache.key(Warm(), rows, None, "p-1"),
+        cache.key(Warm(version="w"), rows, None, "p-1"),
+        cache.key(Warm(charter="d"), rows, None, "p-1"),
+        cache.key(Warm(), rows, 0, "p-1"),
+        cache.key(Warm(), [[1.0, 2.0], [3.0, -0.0]], None, "p-1"),
+        cache.key(Warm(), [[1.0, 2.0], [3.0, 5e-324]], None, "p-1"),
+        cache.key(Warm(), rows[:1], None, "p-1"),
+        cache.key(Warm(), rows[::-1], None, "p-1"),
     }
-    cache.facts(Who("p-2"), None, None)
-    keys.add(cache.key(Warm(), rows, None))
+    keys.add(cache.key(Warm(), rows, None, "p-2"))
     assert len(keys) == 9
     assert None not in keys
-    assert cache.key(Warm(cache=False), rows, None) is None
-    assert cache.key(Warm(), [[1.0]] * (MAX_ROWS + 1), None) is None
-    assert cache.key(Warm(), [], None) is None
-    cache.facts(Who(""), None, None)
-    assert cache.key(Warm(), rows, None) is None, "nobody's"
+    assert cache.key(Warm(cache=False), rows, None, "p-1") is None
+    assert cache.key(Warm(), [[1.0]] * (MAX_ROWS + 1), None, "p-1") is None
+    assert cache.key(Warm(), [], None, "p-1") is None
+    assert cache.key(Warm(), rows, None, "") is None, "nobody's"
 
 
 def test_it_is_bounded_in_number_and_in_time_and_gives_copies(cache, told, now):
-    keys = [cache.key(Warm(), [[float(number)]], None) for number in range(4)]
+    keys = [cache.key(Warm(), [[float(number)]], None, "p-1") for number in range(4)]
     for number, key in enumerate(keys[:3]):
         cache.put(key, [[float(number)]])
     cache.get(keys[0])[0].append(666.0)  # whoever alters what they got alters nothing here
