@@ -1,5 +1,5 @@
-"""Requests that arrive together are answered together, and none of them can tell: not by its answer, its entry,
-its receipt, its error or its log lines, and none is left waiting.
+"""Requests that arrive together are answered together, and none can tell: not by its answer, its entry, its
+receipt, its error or its log lines, and none is left waiting.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from audit.errors import LedgerWriteError
 from server import crowd as crowds
+from server.answers import Asked
 from server.app import create_app
 from server.hooks import Annotation, Facts
 from server.logs import _MARKS
@@ -66,7 +67,7 @@ async def post(app, headers, document):
 
 @pytest.fixture
 def together(app, running):
-    """Return a function that sends requests (headers, document) at once and returns their answers in order."""
+    """Return a function that sends requests (headers, document) at once and returns the answers in order."""
 
     def send(asked, beside=None):
         async def storm():
@@ -222,7 +223,9 @@ def test_crowd_on_a_view_that_is_stale_is_answered_by_what_is_live_now(app, toge
     swap(lab, lab.version, other, "approved")
     replies = together([(headers, asked(row))] * 12)
     assert {(reply.status_code, reply.json()["version"]) for reply in replies} == {(200, other)}
-    assert [entry["body"]["version"] for entry in lab.entries("prediction")] == [lab.version] * 4 + [other] * 12
+    assert [entry["body"]["version"] for entry in lab.entries("prediction")] == [lab.version] * 4 + [
+        other
+    ] * 12
 
 
 @pytest.mark.parametrize("how", ["closed", "refused"])
@@ -239,7 +242,9 @@ def test_log_that_fails_answers_nobody_and_leaves_nobody_waiting(
     else:
         ledger._sequencer.close()
     replies = together([(warm, asked(row))] * 16)
-    assert {(reply.status_code, reply.json()["code"]) for reply in replies} == {(503, "audit.ledger_unavailable")}
+    assert {(reply.status_code, reply.json()["code"]) for reply in replies} == {
+        (503, "audit.ledger_unavailable")
+    }
     assert len(lab.entries("prediction")) == 1
 
 
@@ -360,14 +365,11 @@ def test_one_service_in_two_loops_leaves_nobody_of_the_first_one_behind(app, run
         principal = app.state.context.keys.authenticate(lab.tokens["consumer"])
 
     async def broken_off():
-        from server.answers import Asked
-
-        job = crowds.Job(principal, lambda: Asked("toy", "triage", [row], "ab" * 16), lambda answered: answered)
+        asked = Asked("toy", "triage", [row], "ab" * 16)
+        job = crowds.Job(principal, lambda: asked, lambda answered: answered)
         service.crowd.join(job)  # and the loop ends before its turn does
 
     async def whole():
-        from server.answers import Asked
-
         asked = Asked("toy", "triage", [row], "cd" * 16)
         return await asyncio.wait_for(service.predict(principal, asked), 20)
 
