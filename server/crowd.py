@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from audit.entries import RowCommitment
-from audit.errors import StaleViewError
+from audit.errors import AuditError, StaleViewError
 from audit.ledger import AppendRequest, Guard, Sequenced
 from audit.prediction_form import PredictionForm
-from audit.principal import Decision, Principal
+from audit.principal import Decision, Principal, Question
 from server.answers import (
     Answered,
     Asked,
@@ -32,7 +32,6 @@ from server.answers import (
     encode,
     entry_of,
 )
-from server.errors import LedgerUnavailableError
 from server.hooks import Annotation, Answering, with_fields
 from server.journal import ACTOR, Journal
 from server.live import ServedVersion
@@ -65,13 +64,14 @@ class Job:
     taken: Taken = field(default_factory=lambda: Taken(True))
     is_read: bool = False
     is_chosen: bool = False
-    is_allowed: bool = False
+    is_decided: bool = False
     asked: Asked = field(init=False)
     served: ServedVersion = field(init=False)
     guard: Guard = field(init=False)
     crowd: Crowd = field(init=False)
     future: asyncio.Future[Any] = field(init=False)
     context: contextvars.Context = field(init=False)
+    question: Question = field(init=False)
     decision: Decision = field(init=False)
     warm: WarmModel = field(init=False)
     site: int | None = field(init=False)
@@ -105,21 +105,22 @@ class Job:
 class _Together:
     """The requests whose entries were queued together, as far as they are waited for."""
 
-    __slots__ = ("_futures", "_journal")
+    __slots__ = ("_journal", "_waiting")
 
-    def __init__(self, futures: list[asyncio.Future[Any]], journal: Journal) -> None:
-        self._futures, self._journal = futures, journal
+    def __init__(self, jobs: list[Job], journal: Journal) -> None:
+        self._journal = journal
+        self._waiting = [(job.future, job.context) for job in jobs]
 
     def done(self) -> bool:
-        return all(future.done() for future in self._futures)
+        return not self.waiting()
 
     def waiting(self) -> int:
-        return sum(not future.done() for future in self._futures)
+        return sum(not future.done() for future, _ in self._waiting)
 
     def set_exception(self, exception: Exception, /) -> None:
-        for future in self._futures:
+        for future, context in self._waiting:
             if not future.done():
-                future.set_exception(self._journal.failed(exception))
+                future.set_exception(context.run(self._journal.failed, exception))
 
 
 class Crowd:
@@ -131,7 +132,7 @@ class Crowd:
         self._clean = contextvars.Context()  # in which no request's marks stand
         self._gathered: list[Job] = []
         self._durable: list[Job] = []
-        self._decided: dict[tuple[Any, ...], Decision] = {}
+        self._decided: dict[tuple[Any, ...], tuple[Question, Decision]] = {}
         self._forms: dict[tuple[Any, ...], tuple[PredictionForm, Principal, ServedVersion, Decision]] = {}
         self._told = self._told_before = 0  # how many were answered together last, and before that
         self._sent: list[_Together] = []  # whose entries the log has
@@ -146,9 +147,12 @@ class Crowd:
             LedgerUnavailableError: the entry is not, or not known to be, durable.
         """
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # whoever gathered in another one is gone with it
-            self._loop, self._gathered, self._durable, self._sent, self._held = loop, [], [], [], None
         job.crowd, job.future, job.context = self, loop.create_future(), contextvars.copy_context()
+        if self._loop is not loop:
+            if self._loop is not None and self._loop.is_running():
+                _send_back([job])  # a crowd is of one loop
+                return job.future
+            self._loop, self._gathered, self._durable, self._sent, self._held = loop, [], [], [], None
         self._gathered.append(job)
         if len(self._gathered) == 1:
             self._seen = self._empty_turns = 0
@@ -166,9 +170,9 @@ class Crowd:
     def failed(self, job: Job, error: Exception) -> None:
         """The entry of `job` is not known to be on disk."""
         if not job.future.done():
-            told = error if isinstance(error, StaleViewError) else self._service.journal.failed(error)
-            told.__cause__ = error
-            job.future.set_exception(told)
+            if not isinstance(error, StaleViewError):
+                error = job.context.run(self._service.journal.failed, error)
+            job.future.set_exception(error)
         self._release()
 
     def _look(self) -> None:
@@ -193,6 +197,7 @@ class Crowd:
             self._go()
 
     def _with_the_log(self) -> int:
+        """How many of ours the log has; those that were told are forgotten."""
         self._sent = [together for together in self._sent if not together.done()]
         return sum(together.waiting() for together in self._sent)
 
@@ -210,7 +215,15 @@ class Crowd:
         jobs, self._gathered = self._gathered[:MAX_CROWD], self._gathered[MAX_CROWD:]
         if self._gathered:
             asyncio.get_running_loop().call_soon(self._go, context=self._clean)
-        jobs = [job for job in jobs if not job.future.done()]
+        try:
+            self._take([job for job in jobs if not job.future.done()])
+        except Exception as error:
+            _logger.exception("a crowd was broken off")
+            for job in jobs:
+                if not job.future.done():
+                    job.future.set_exception(_another(error))
+
+    def _take(self, jobs: list[Job]) -> None:
         self._decided.clear()
         for step in (self._read, self._choose, self._decide, self._encode):
             jobs = _each(step, jobs)
@@ -224,12 +237,11 @@ class Crowd:
         journal, begun = self._service.journal, time.perf_counter()
         for job in jobs:
             job.begun = begun
-        together = _Together([job.future for job in jobs], journal)
+        together = _Together(jobs, journal)
         try:
             journal.append_all([(job.entry, job) for job in jobs], together)
-        except LedgerUnavailableError as error:
-            for job in jobs:
-                job.future.set_exception(_another(error))
+        except AuditError as error:
+            together.set_exception(error)
         else:
             self._sent.append(together)
 
@@ -247,15 +259,16 @@ class Crowd:
 
     def _decide(self, job: Job) -> bool:
         service, asked = self._service, job.asked
-        key = (id(job.principal), id(job.served), asked.purpose, asked.legal_basis, job.taken.allowed)
-        decision = self._decided.get(key)
-        if decision is None:
-            question = service.question(job.principal, asked, job.served, job.taken)
-            decision = service.authorizer.decide(job.principal, question)
+        same = (asked.purpose, asked.legal_basis, asked.consent, job.taken.allowed)
+        key = (id(job.principal), id(job.served), *same)
+        found = self._decided.get(key)
+        if found is None:
+            found = job.context.run(service.decided, job.principal, asked, job.served, job.taken)
             if service.hooks.are_shared:
-                self._decided[key] = decision  # for this turn alone: what it rests on is as it was
-        job.decision, job.is_allowed = decision, decision.allowed
-        return decision.allowed
+                self._decided[key] = found  # for this turn alone: what it rests on is as it was
+        job.question, job.decision = found
+        job.is_decided = True
+        return job.decision.allowed
 
     def _encode(self, job: Job) -> bool:
         warm = self._service.warm.ready(job.served)
@@ -300,7 +313,7 @@ class Crowd:
             encoded=job.encoded,
             answers=job.answers,
         )
-        added = self._service.hooks.annotate_now(job.answering)
+        added = job.context.run(self._service.hooks.annotate_now, job.answering)
         if added is None:
             return False
         job.added = added
@@ -354,30 +367,33 @@ class Crowd:
             for job in jobs:
                 if not job.future.done():
                     job.future.set_exception(_another(error))
+        self._with_the_log()
         self._release()
 
     def _tell(self, jobs: list[Job]) -> None:
         service = self._service
         receipts = service.receipting.receipts([job.sequenced for job in jobs])
         service.monitoring.append_seconds.observe(time.perf_counter() - jobs[0].begun)
-        answered = [
-            job.context.run(
-                service.finished, job.answering, job.added, job.guard, job.sequenced, receipt, job.opened
-            )
-            for job, receipt in zip(jobs, receipts, strict=True)
-        ]
-        for job, answer in zip(jobs, answered, strict=True):
+        answered: list[tuple[Job, Answered]] = []
+        for job, receipt in zip(jobs, receipts, strict=True):
+            made = (job.answering, job.added, job.guard, job.sequenced, receipt, job.opened)
             try:
-                told = job.context.run(job.tell, answer)
+                answered.append((job, job.context.run(service.finished, *made)))
             except Exception as error:  # noqa: BLE001 - its caller hears of it
                 job.future.set_exception(error)
-            else:
-                job.future.set_result(told)
+        for job, answer in answered:
+            try:
+                job.future.set_result(job.context.run(job.tell, answer))
+            except Exception as error:  # noqa: BLE001 - as above
+                job.future.set_exception(error)
 
 
 def _another(error: Exception) -> Exception:
     """An error of several requests, for one of them: a raised one remembers where it was raised."""
-    return LedgerUnavailableError(str(error)) if isinstance(error, LedgerUnavailableError) else error
+    try:
+        return type(error)(*error.args)
+    except Exception:  # noqa: BLE001 - it is made of more than its arguments
+        return error
 
 
 def _each(step: Callable[[Job], bool], jobs: list[Job]) -> list[Job]:

@@ -128,6 +128,8 @@ class Guard:
             finally:
                 deadlines.stop(task)
         except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text
+            if isinstance(error, TimeoutError):  # of something inside that has a limit of its own
+                error = TooBusyError("a part of the answer took too long; try again")
             if send.status:
                 _logger.error("an answer broke off: %s", type(error).__name__)
             else:

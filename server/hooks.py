@@ -69,9 +69,9 @@ NOTHING: Final = Annotation()
 class FactProvider(Protocol):
     """Gathers facts; the names it gives must stand in the policies' schema.
 
-    One that looks at who asks, at the version and at the request's purpose and legal basis, and at nothing
-    else of the request, may say so (`is_shared = True`): it is then asked once for all such requests of one
-    moment.
+    One that looks at who asks, at the version and at the request's purpose, legal basis and consent, and at
+    nothing else of the request, may say so (`is_shared = True`): it is then asked once for all such requests
+    of one moment.
     """
 
     def facts(self, principal: Principal, asked: Asked, served: ServedVersion) -> Facts:

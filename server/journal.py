@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final, Protocol
@@ -61,7 +62,7 @@ class _Patience:
             waiting.popleft()
         waiting.append((self.loop.time() + self._timeout_s, future))
         if self._timer is None:
-            self._timer = self.loop.call_later(self._timeout_s, self._look)
+            self._timer = self.loop.call_later(self._timeout_s, self._look, context=Context())
 
     def _look(self) -> None:
         self._timer, waiting, now = None, self._waiting, self.loop.time()
@@ -70,7 +71,7 @@ class _Patience:
             if not future.done():
                 future.set_exception(TimeoutError())
         if waiting:
-            self._timer = self.loop.call_at(waiting[0][0], self._look)
+            self._timer = self.loop.call_at(waiting[0][0], self._look, context=Context())
 
 
 class Journal:
@@ -117,12 +118,9 @@ class Journal:
         long, unless it waits no more.
 
         Raises:
-            LedgerUnavailableError: none of them was queued.
+            AuditError: none of them was queued.
         """
-        try:
-            self._ledger.append_waiting(entries)
-        except AuditError as error:
-            raise self.failed(error) from error
+        self._ledger.append_waiting(entries)
         self._patience_of(asyncio.get_running_loop()).watch(waiting)
 
     def append_now(self, body: Body, *, event_id: str | None = None) -> Sequenced:

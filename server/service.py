@@ -29,7 +29,6 @@ from audit.principal import (
     Decision,
     Principal,
     Question,
-    require,
 )
 from audit.vault_records import PERSON
 from server.answers import Answered, Asked, Commitments, Opened, commit_rows, encode, entry_of
@@ -144,13 +143,15 @@ class PredictService:
     async def _alone(self, job: Job) -> Answered:
         """Answer what a crowd sent back: with the version that was drawn there, if any was."""
         principal, asked = job.principal, _checked(job.asked if job.is_read else job.read())
+        job.asked, job.is_read = asked, True
         if not job.is_chosen:
             job.guard = self.live.guard
             job.served = self.live.choose(asked.model, asked.version, draw=True)
-        guard, served = job.guard, job.served
-        decision = (
-            job.decision if job.is_allowed else await self._decide(principal, asked, served, guard, job.taken)
-        )
+        if not job.is_decided:
+            job.question, job.decision = self.decided(principal, asked, job.served, job.taken)
+        guard, served, decision = job.guard, job.served, job.decision
+        if not decision.allowed:
+            raise await self._refused(job)
         warm = self.warm.ready(served)
         if warm is None:
             warm = await asyncio.to_thread(self.warm.get, served)
@@ -292,37 +293,41 @@ class PredictService:
         }
         return sequenced, opened, told
 
-    async def _decide(
-        self, principal: Principal, asked: Asked, served: ServedVersion, guard: Guard, taken: Taken
-    ) -> Decision:
+    def decided(
+        self, principal: Principal, asked: Asked, served: ServedVersion, taken: Taken
+    ) -> tuple[Question, Decision]:
+        """Return what the policies were asked, and what they said."""
         question = self.question(principal, asked, served, taken)
-        try:
-            return require(self.authorizer, principal, question)
-        except AccessDeniedError as denied:
-            for policy in denied.decision.policies:
-                self.monitoring.denials.labels("predict", policy).inc()
-            is_quota = denied.decision.policies == (QUOTA,)
-            if is_quota and not taken.is_first:
-                raise QuotaExceededError(denied, None, taken.retry_after_s) from denied
-            sequenced = await self.journal.append(
-                PredictionDenied(
-                    request_id=asked.request_id,
-                    model=served.model,
-                    purpose=asked.purpose,
-                    principal=principal.id,
-                    role=principal.role,
-                    reason="quota" if is_quota else "policy",
-                    policies=denied.decision.policies,
-                    policy_set=denied.decision.policy_set,
-                    version=served.version,
-                    legal_basis=asked.legal_basis or "",
-                    region=principal.region,
-                ),
-                guard=guard,
-            )
-            if is_quota:
-                raise QuotaExceededError(denied, sequenced, taken.retry_after_s) from denied
-            raise PredictionDeniedError(denied, sequenced) from denied
+        return question, self.authorizer.decide(principal, question)
+
+    async def _refused(self, job: Job) -> PredictionDeniedError:
+        """Make a refusal an entry; return what its caller is told."""
+        principal, asked, served, taken = job.principal, job.asked, job.served, job.taken
+        denied = AccessDeniedError(principal, job.question, job.decision)
+        for policy in denied.decision.policies:
+            self.monitoring.denials.labels("predict", policy).inc()
+        is_quota = denied.decision.policies == (QUOTA,)
+        if is_quota and not taken.is_first:
+            return QuotaExceededError(denied, None, taken.retry_after_s)
+        sequenced = await self.journal.append(
+            PredictionDenied(
+                request_id=asked.request_id,
+                model=served.model,
+                purpose=asked.purpose,
+                principal=principal.id,
+                role=principal.role,
+                reason="quota" if is_quota else "policy",
+                policies=denied.decision.policies,
+                policy_set=denied.decision.policy_set,
+                version=served.version,
+                legal_basis=asked.legal_basis or "",
+                region=principal.region,
+            ),
+            guard=job.guard,
+        )
+        if is_quota:
+            return QuotaExceededError(denied, sequenced, taken.retry_after_s)
+        return PredictionDeniedError(denied, sequenced)
 
 
 def _same(asked: Asked) -> Asked:

@@ -9,30 +9,35 @@ connection looks how long it has been quiet.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_logger = logging.getLogger(__name__)
+
 
 class _Turn:
     """The connections of one event loop that have something to write in this turn."""
 
-    __slots__ = ("__weakref__", "_loop", "_writing")
+    __slots__ = ("__weakref__", "_writing")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._writing: list[GatheringTransport] = []
 
-    def add(self, transport: GatheringTransport) -> None:
+    def add(self, transport: GatheringTransport, loop: asyncio.AbstractEventLoop) -> None:
         if not self._writing:
-            self._loop.call_soon(self._end)
+            loop.call_soon(self._end)
         self._writing.append(transport)
 
     def _end(self) -> None:
         writing, self._writing = self._writing, []
         for transport in writing:
-            transport.flush()
+            try:
+                transport.flush()
+            except Exception as error:  # noqa: BLE001 - of one connection; the others write all the same
+                _logger.warning("an answer cannot be sent: %s", type(error).__name__)
 
 
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, _Turn] = WeakKeyDictionary()
@@ -41,18 +46,18 @@ _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, _Turn] = WeakKeyDictionary(
 class GatheringTransport:
     """A transport that writes at the end of the loop's turn, and is the one that it wraps in all else."""
 
-    __slots__ = ("_parts", "_transport", "_turn")
+    __slots__ = ("_loop", "_parts", "_transport", "_turn")
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         turn = _turns.get(loop)
         if turn is None:
-            turn = _turns[loop] = _Turn(loop)
-        self._transport, self._turn = transport, turn
+            turn = _turns[loop] = _Turn()
+        self._transport, self._loop, self._turn = transport, loop, turn
         self._parts: list[bytes] = []
 
     def write(self, data: bytes) -> None:
         if not self._parts:
-            self._turn.add(self)
+            self._turn.add(self, self._loop)
         self._parts.append(data)
 
     def is_closing(self) -> bool:
@@ -63,7 +68,7 @@ class GatheringTransport:
         self._transport.close()
 
     def abort(self) -> None:
-        self._parts.clear()
+        self.drop()
         self._transport.abort()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
@@ -75,10 +80,13 @@ class GatheringTransport:
 
     def flush(self) -> None:
         """Write what has gathered."""
-        parts = self._parts
+        parts, self._parts = self._parts, []
         if parts:
             self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
-            parts.clear()
+
+    def drop(self) -> None:
+        """Forget what has gathered: nobody is there to read it."""
+        self._parts = []
 
 
 class GatheringProtocol(HttpToolsProtocol):
@@ -94,6 +102,8 @@ class GatheringProtocol(HttpToolsProtocol):
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
             self.timeout_keep_alive_task = None
+        gathering: Any = self.transport
+        gathering.drop()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:

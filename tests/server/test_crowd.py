@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from dataclasses import replace
 
@@ -376,3 +377,89 @@ def test_one_service_in_two_loops_leaves_nobody_of_the_first_one_behind(app, run
     asyncio.run(broken_off())
     assert asyncio.run(whole()).request_id == "cd" * 16
     assert len(lab.entries("prediction")) == 1
+
+
+def test_answer_that_breaks_after_its_entry_breaks_alone(app, together, warm, lab, row, monkeypatch):
+    service = type(predicting(app))
+    finished = service.finished
+
+    def broken(self, answering, *more):
+        if answering.asked.rows[0]["age"] == 31:
+            raise RuntimeError("unforeseen")
+        return finished(self, answering, *more)
+
+    monkeypatch.setattr(service, "finished", broken)
+    replies = together([(warm, asked({**row, "age": 30 + k})) for k in range(4)])
+    assert [reply.status_code for reply in replies] == [200, 500, 200, 200]
+    assert len(lab.entries("prediction")) == 5
+
+
+def test_queue_that_breaks_is_told_at_once(app, together, warm, row, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(app.state.context.coordinator.ledger._sequencer, "submit_waiting", broken)
+    replies = together([({**warm, "X-Request-Timeout": "20"}, asked(row))] * 3)
+    assert {(reply.status_code, reply.json()["code"]) for reply in replies} == {(500, "server.internal")}
+
+
+@pytest.mark.parametrize("how", ["refuses", "is closed", "hangs"])
+def test_each_line_about_a_failed_log_bears_the_marks_of_its_own_request(
+    app, together, warm, row, monkeypatch, caplog, how
+):
+    ledger, go_on = app.state.context.coordinator.ledger, threading.Event()
+    seen = []
+
+    class Marks(logging.Handler):
+        def emit(self, record):
+            if "durable" in record.getMessage():
+                seen.append((_MARKS.get() or {}).get("http.request.id"))
+
+    def hang(batch):
+        go_on.wait(30)
+        raise LedgerWriteError("the disk is full")
+
+    def refuse(batch):
+        raise LedgerWriteError("the disk is full")
+
+    handler = Marks()
+    logging.getLogger("server.journal").addHandler(handler)
+    try:
+        if how == "is closed":
+            ledger._sequencer.close()
+        else:
+            monkeypatch.setattr(ledger._sequencer, "_commit", hang if how == "hangs" else refuse)
+        monkeypatch.setattr(app.state.context.journal, "_timeout_s", 0.2)
+        monkeypatch.setattr(app.state.context.journal, "_patience", None)
+        replies = together([(warm, asked(row))] * 3)
+    finally:
+        go_on.set()
+        logging.getLogger("server.journal").removeHandler(handler)
+    assert {reply.status_code for reply in replies} == {503}
+    assert sorted(seen) == sorted(reply.headers["x-request-id"] for reply in replies)
+
+
+def test_nothing_is_kept_of_crowds_that_were_answered(app, together, warm, row):
+    for _ in range(5):
+        together([(warm, asked(row))] * 40)
+    assert predicting(app).crowd._sent == []
+
+
+def test_two_loops_at_once_share_no_crowd_and_lose_nobody(app, running, warm, lab, row):
+    service, before = predicting(app), len(lab.entries("prediction"))
+    principal = app.state.context.keys.recall(lab.tokens["consumer"])
+    found = []
+
+    async def many(name):
+        calls = [
+            service.predict(principal, Asked("toy", "triage", [row], f"{name}{k:030x}")) for k in range(20)
+        ]
+        found.extend(await asyncio.wait_for(asyncio.gather(*calls), 30))
+
+    threads = [threading.Thread(target=asyncio.run, args=(many(name),)) for name in ("aa", "bb")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({answered.request_id for answered in found}) == 40
+    assert len(lab.entries("prediction")) == before + 40

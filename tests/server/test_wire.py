@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
+import time
 
 import uvicorn
+import uvloop
 
 from server.wire import GatheringProtocol, GatheringTransport
 
@@ -115,3 +118,45 @@ def test_answers_in_parts_over_a_pipelined_connection_are_whole():
     places = [data.index(path) for path in (b"x-path: /a", b"x-path: /slow", b"x-path: /c")]
     assert places == sorted(places)
     assert data.count(b"0" * 70_000) == data.count(b"1" * 70_000) == data.count(b"2" * 70_000) == 3
+
+
+def test_connection_that_breaks_keeps_nobody_elses_answer():
+    """Under uvloop a write to a connection that was reset raises; others write in the same turn."""
+
+    async def run() -> list[bytes]:
+        go_on = asyncio.Event()
+
+        async def gathered(scope, receive, send):
+            await go_on.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"ok"})
+
+        config = uvicorn.Config(gathered, http=GatheringProtocol, lifespan="off", log_config=None, ws="none")
+        server = uvicorn.Server(config)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            callers = [socket.create_connection(listener.getsockname()) for _ in range(4)]
+            for caller in callers:
+                caller.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.sleep(0.1)
+            callers[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            callers[0].close()
+            go_on.set()
+            answers = []
+            for caller in callers[1:]:
+                caller.settimeout(10)
+                answers.append(await asyncio.to_thread(caller.recv, 4_096))
+                caller.close()
+            server.should_exit = True
+            await serving
+        return answers
+
+    for runner in (asyncio.Runner(), asyncio.Runner(loop_factory=uvloop.new_event_loop)):
+        begun = time.monotonic()
+        with runner:
+            answers = runner.run(run())
+        assert [answer[:15] for answer in answers] == [b"HTTP/1.1 200 OK"] * 3
+        assert time.monotonic() - begun < 4, "it waited for the connections to be closed"
