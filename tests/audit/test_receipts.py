@@ -3,9 +3,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from audit.checkpoints import Checkpoint
@@ -19,7 +20,14 @@ from audit.errors import (
 from audit.keys import SigningKey
 from audit.merkle import hash_leaf, inclusion_proof_of, root_of
 from audit.notes import NoteSigner, NoteVerifier
-from audit.receipts import MAX_BATCH, Receipt, issue_receipts, verify_kept, verify_receipt
+from audit.receipts import (
+    MAX_BATCH,
+    Receipt,
+    issue_documents,
+    issue_receipts,
+    verify_kept,
+    verify_receipt,
+)
 
 KEY = SigningKey.generate()
 LOG = NoteVerifier("hospital.example/log", KEY.verify_key)
@@ -155,3 +163,79 @@ def test_fuzzed_receipt_raises_declared_errors_only(change: dict[str, object]) -
 def test_batch_of_impossible_size_is_refused(count: int) -> None:
     with pytest.raises(MalformedReceiptError):
         issue_receipts(KEY, LOG.name, [(0, LEAVES[0])] * count, time=TIME, merge_deadline=DEADLINE)
+
+
+def same_documents(leaves: list[tuple[int, bytes]], origin: str = LOG.name) -> None:
+    documents = issue_documents(KEY, origin, leaves, time=TIME, merge_deadline=DEADLINE)
+    receipts = issue_receipts(KEY, origin, leaves, time=TIME, merge_deadline=DEADLINE)
+    assert documents == [receipt.to_json() for receipt in receipts]
+    assert [list(document) for document in documents] == [list(receipt.to_json()) for receipt in receipts]
+    for document, receipt in zip(documents, receipts, strict=True):
+        assert Receipt.from_json(document) == receipt
+        verify_receipt(receipt, NoteVerifier(origin, KEY.verify_key))
+
+
+@pytest.mark.parametrize("count", range(1, 41))
+def test_documents_of_a_batch_are_its_receipts(count: int) -> None:
+    same_documents([(1000 + index, hash_leaf(b"%d" % index)) for index in range(count)])
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2**53 - 1), st.binary(min_size=32, max_size=32)), min_size=1, max_size=9
+    )
+)
+@example([(2**53 - 1, b"\xff" * 32), (0, b"\0" * 32), (2**53 - 1, b"\xff" * 32)])
+def test_documents_of_leaves_in_any_order_are_their_receipts(leaves: list[tuple[int, bytes]]) -> None:
+    same_documents(leaves)
+
+
+@pytest.mark.parametrize("origin", ["x", "größe.example/log", 'quoted"\\.example', "%s.{}", "a" * 64])
+def test_documents_of_any_log_are_its_receipts(origin: str) -> None:
+    same_documents([(index, LEAVES[index]) for index in range(3)], origin)
+
+
+def test_documents_of_a_batch_share_nothing_that_can_be_changed() -> None:
+    leaves = [(index, LEAVES[index]) for index in range(4)]
+    documents = issue_documents(KEY, LOG.name, leaves, time=TIME, merge_deadline=DEADLINE)
+    for document in documents[1:]:
+        document["batch_path"].append("changed")  # type: ignore[union-attr]
+        document["origin"] = "changed"
+    verify_receipt(Receipt.from_json(documents[0]), LOG)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"leaves": []},
+        {"leaves": [(0, LEAVES[0])] * (MAX_BATCH + 1)},
+        {"leaves": [(-1, LEAVES[0])]},
+        {"leaves": [(0, LEAVES[0]), (-1, LEAVES[1])]},
+        {"leaves": [(2**53, LEAVES[0])]},
+        {"leaves": [(0, LEAVES[0]), (2**53, LEAVES[1]), (1, LEAVES[2])]},
+        {"leaves": [(-1, LEAVES[0]), (2**53, LEAVES[1])]},
+        {"leaves": [(0, LEAVES[0][:31])]},
+        {"leaves": [(0, LEAVES[0] + b"0")]},
+        {"leaves": [(0, LEAVES[0]), (1, LEAVES[1][:31])]},
+        {"leaves": [(0, LEAVES[0]), (1, LEAVES[1]), (2, b"")]},
+        {"leaves": [(0, LEAVES[0]), (1, LEAVES[1] + b"0"), (2, LEAVES[2])]},
+        {"origin": ""},
+        {"origin": "two words"},
+        {"origin": "a+b"},
+        {"origin": "line\nbreak"},
+        {"time": ""},
+        {"time": "2026-11-23 22:23:12Z"},
+        {"time": "2026-11-23T22:23:12+00:00"},
+        {"time": "2026-11-23T22:23:12.5Z"},
+        {"time": TIME + "\n"},
+        {"merge_deadline": "tomorrow"},
+        {"merge_deadline": DEADLINE.lower()},
+        {"merge_deadline": "2026-11-23T22:23:11Z"},
+    ],
+)
+def test_batch_of_documents_is_refused_where_its_receipts_are(change: dict[str, Any]) -> None:
+    given = {"leaves": [(0, LEAVES[0]), (1, LEAVES[1])], "origin": LOG.name, "time": TIME,
+             "merge_deadline": DEADLINE, **change}  # fmt: skip
+    for issue_batch in (issue_receipts, issue_documents):
+        with pytest.raises(MalformedReceiptError):
+            issue_batch(KEY, **given)

@@ -3,11 +3,19 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from audit.canonical import canonical_bytes
-from audit.encoding import EncodingError, RowEncoder, check_row, encode_row, input_size, plain_row
+from audit.encoding import (
+    EncodingError,
+    NumberedRow,
+    RowEncoder,
+    check_row,
+    encode_row,
+    input_size,
+    plain_row,
+)
 
 FEATURES = [
     {"name": "age", "type": "integer", "unit": "years", "lower": "0", "upper": "120", "transform": "none",
@@ -174,3 +182,100 @@ def test_quick_rows_are_committed_to_as_the_long_ways_are_whatever_their_feature
     assert plain == plain_row(row)
     assert plain.canonical() == canonical_bytes(plain_row(row))
     assert canonical_bytes(plain) == plain.canonical()
+
+
+NAMES = ("age", "dose")
+
+
+def same_reading(encoder: RowEncoder, names: tuple[str, ...], values: list[object]) -> object:
+    """A numbered row is read as the plain dictionary of the same, which it stays; return what is read."""
+    row, plain = NumberedRow(names, values), dict(zip(names, values, strict=True))
+    quick, expected = encoder.read_plain(row), encoder.read_plain(plain)
+    assert repr(quick) == repr(expected)
+    if quick is not None and expected is not None:
+        assert list(quick[0].items()) == list(expected[0].items())
+        assert quick[0].canonical() == expected[0].canonical()
+    assert repr(encoder.read(row)) == repr(encoder.read(plain))
+    assert repr(row) == repr(plain)
+    assert row.in_order is values
+    return quick
+
+
+@given(CELLS, CELLS)
+@example(60, 50)
+@example(60.0, -0.0)
+@example(60.5, 1.0)
+@example(math.nan, 1.0)
+@example(60, math.nan)
+@example(60, math.inf)
+@example(2**53, 1.0)
+@example(-0.0, 0)
+@example(True, False)
+def test_numbered_row_is_read_as_the_plain_row(age, dose):
+    for names, values in ((NAMES, [age, dose]), (NAMES[::-1], [dose, age])):
+        same_reading(RowEncoder(SCALES), names, values)
+
+
+@pytest.mark.parametrize("values", [[0, -0.1], [120, 100.7], [120.0, 1], [0.0, -0.0], [60, 1e-7], [1, 2]])
+def test_numbered_row_within_bounds_is_read_quickly_in_whichever_order_it_came(values):
+    encoder = RowEncoder(SCALES)
+    assert same_reading(encoder, NAMES, values) == same_reading(encoder, NAMES[::-1], values[::-1])
+    assert same_reading(encoder, NAMES, values) is not None
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (NAMES, [-1, 1.0]),
+        (NAMES, [121, 1.0]),
+        (NAMES, [120.00000000000001, 1.0]),
+        (NAMES, [60, 100.70000000000002]),
+        (NAMES, [60, -0.10000000000000002]),
+        (NAMES, [60.5, 1.0]),
+        (NAMES, [math.nan, 1.0]),
+        (NAMES, [60, math.nan]),
+        (NAMES, [60, -math.inf]),
+        (NAMES, [2**60, 1.0]),
+        (NAMES, [True, 1.0]),
+        (NAMES, [None, 1.0]),
+        (NAMES, ["60", 1.0]),
+        (("age",), [60]),
+        (("dose",), [1.0]),
+        ((), []),
+        ((*NAMES, "more"), [60, 1.0, 2.0]),
+        (("age", "age"), [60, 1.0]),
+        (("age", "Dose"), [60, 1.0]),
+    ],
+)
+def test_numbered_row_that_is_odd_is_left_to_the_long_way(names, values):
+    assert same_reading(RowEncoder(SCALES), names, values) is None
+
+
+def test_numbered_row_of_another_charter_is_not_taken_by_its_order():
+    """The same names in another order: each value goes to the feature of its name, not of its place."""
+    row = NumberedRow(("dose", "age"), [1, 60])
+    plain, encoded = RowEncoder(SCALES).read_plain(row)
+    assert plain == {"age": "60", "dose": "1"}
+    assert encoded == encode_row(SCALES, {"age": 60, "dose": 1})
+    assert (
+        RowEncoder(FEATURES).read_plain(NumberedRow(("age", "dose", "smoker", "stage"), [60, 10, 1, 3]))
+        is None
+    )
+
+
+@pytest.mark.parametrize("values", [[60], [60, 1.0, 2.0], []])
+def test_numbered_row_has_a_value_for_each_name(values):
+    with pytest.raises(ValueError, match="zip"):
+        NumberedRow(NAMES, values)
+
+
+def test_numbered_row_is_read_with_whichever_texts_the_encoder_is_given():
+    asked = []
+
+    def texts_of(numbers):
+        asked.append(list(numbers))
+        return [str(number) for number in numbers]
+
+    encoder = RowEncoder(SCALES, texts_of)
+    assert same_reading(encoder, NAMES, [60, 2.5]) is not None
+    assert asked == [[60, 2.5], [60, 2.5]]
