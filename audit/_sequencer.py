@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ from concurrent.futures import Future
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from audit.errors import AuditError, LedgerBusyError, LedgerClosedError, LedgerWriteError
+
+_logger = logging.getLogger(__name__)
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -253,4 +256,7 @@ def _complete(future: _Waiter[Result], outcome: Result | AuditError) -> None:
 def _complete_all(settled: list[_Settled[Any]]) -> None:
     for future, outcome in settled:
         if not future.done():  # its task may have given up meanwhile; the entry is durable all the same
-            _complete(future, outcome)
+            try:
+                _complete(future, outcome)
+            except Exception:  # the others of the batch are told all the same
+                _logger.exception("an entry is durable, and who waits for it could not be told")

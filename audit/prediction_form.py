@@ -19,6 +19,7 @@ from audit.entries import EntryError, Prediction, RowCommitment, encode_entry, i
 from audit.merkle import hash_leaf
 
 _TIME = "2000-01-01T00:00:00Z"
+_is_time = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z").fullmatch
 _are_hex = re.compile(r"[0-9a-f]{160}").fullmatch
 
 
@@ -55,15 +56,17 @@ class PredictionForm:
         """Return the entry as the ledger takes it: the commitments are hex SHA-256, the id 32 hex digits.
 
         Raises:
-            EntryError: one of them is not.
+            EntryError: one of them is not, or the time is none that entries have.
         """
         if not _are_hex(request_id + input + output) or len(request_id) != 32 or len(input) != 64:
             raise EntryError("request_id, rows", "are hexadecimal digits, 32 and twice 64")
+        if time != self._time:
+            if not _is_time(time):
+                raise EntryError("time", f"{time[:40]!r} is no RFC 3339 time in UTC with whole seconds")
+            self._columns, self._time = (*self._columns[:2], time, *self._columns[3:]), time
         event_id, nonce = entry_names(time)
         first, second, third, fourth, fifth, sixth, last = self._parts
         data = (
             f"{first}{request_id}{second}{input}{third}{output}{fourth}{event_id}{fifth}{nonce}{sixth}{time}{last}"
         ).encode()
-        if time != self._time:
-            self._columns, self._time = (*self._columns[:2], time, *self._columns[3:]), time
         return AppendRequest(event_id, hash_leaf(data), data, self._columns, guard)

@@ -344,7 +344,9 @@ def restore(
 def _listen(host: str, port: int) -> socket.socket:
     import socket
 
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # by its protocol an event loop knows connections that must not wait for small packets to fill (Nagle)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

@@ -37,8 +37,9 @@ class Deadlines:
         return task
 
     def move(self, task: asyncio.Task[object], at: float) -> None:
-        """Give a started task more time: `at` is no sooner than before."""
-        self._ends[task] = at
+        """Give a started task more time: `at` is no sooner than before. One that is late already stays so."""
+        if task in self._ends:
+            self._ends[task] = at
 
     def stop(self, task: asyncio.Task[object]) -> bool:
         """Let a task be; say whether it was late, and is rid of its cancellation."""

@@ -277,3 +277,14 @@ def test_prediction_that_no_log_would_take_has_no_form(change: dict[str, Any]) -
 def test_actor_that_no_entry_has_is_refused(actor: str) -> None:
     with pytest.raises(EntryError, match="actor"):
         PredictionForm(BODY, actor=actor)
+
+
+@pytest.mark.parametrize(
+    "time",
+    ["", "2026-11-23 22:23:12Z", "2026-11-23T22:23:12", 'x","type":"key.created', "2026-11-23T22:23:12Z\n"],
+)
+def test_time_that_no_entry_has_is_refused_and_forgotten(time):
+    form = PredictionForm(BODY, actor=ACTOR)
+    with pytest.raises(EntryError):
+        asked(form, time=time)
+    assert b'"time":"2026-11-23T22:23:12Z"' in asked(form, time="2026-11-23T22:23:12Z").body

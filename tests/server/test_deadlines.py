@@ -448,3 +448,40 @@ def test_what_becomes_of_tasks_is_what_asyncio_timeout_makes_of_each(scripts):
         return found
 
     assert run(main()) == run(all_of(scripts, as_asyncio_has_it))
+
+
+def test_second_loop_after_one_that_ended_with_its_timer_armed():
+    deadlines = Deadlines()
+
+    async def quick():
+        return await limited(deadlines, 0.03, asyncio.sleep(0))
+
+    async def slow():
+        return await asyncio.wait_for(limited(deadlines, 0.05, asyncio.sleep(0.5)), 5)
+
+    asyncio.run(quick())
+    assert asyncio.run(slow()) == "late"
+
+
+def test_task_that_put_a_cancellation_aside_before_is_late_all_the_same():
+    async def main():
+        task = asyncio.current_task()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return await limited(Deadlines(), 5, asyncio.sleep(60))
+
+    assert run(main()) == "late"
+
+
+def test_more_time_comes_too_late_for_a_task_that_is_late():
+    async def main():
+        deadlines, loop = Deadlines(), asyncio.get_running_loop()
+        task = deadlines.start(loop, loop.time() + 5)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        deadlines.move(task, loop.time() + 100)
+        await asyncio.sleep(600)
+        return deadlines.stop(task), task.cancelling()
+
+    assert run(main()) == (True, 0)
