@@ -83,9 +83,13 @@ def parse_decimal(text: object) -> Decimal:
     return Decimal(text)
 
 
+def _may_tie(text: str) -> bool:
+    return (text[-1] == "5" or "e" in text) and _TIE.fullmatch(text) is not None
+
+
 def rounded_text(value: float | Decimal, places: int = 6) -> str:
     """Return `value` rounded half to even at `places` decimals, as canonical text."""
-    if places == 6 and type(value) is float and -_SMALL < value < _SMALL and not _TIE.fullmatch(repr(value)):
+    if places == 6 and type(value) is float and -_SMALL < value < _SMALL and not _may_tie(repr(value)):
         # A format rounds the double itself, not its shortest text. They differ only where that text is a tie:
         # a tie between the two would be a text as short, and nearer to the double.
         text = f"{value:.6f}".rstrip("0").rstrip(".")

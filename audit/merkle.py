@@ -216,11 +216,11 @@ def inclusion_proofs_of(leaf_hashes: Sequence[bytes]) -> tuple[bytes, list[list[
     """Return the root over these leaves, of which there is at least one, and every leaf's inclusion proof."""
     row, places = list(leaf_hashes), list(range(len(leaf_hashes)))
     proofs: list[list[bytes]] = [[] for _ in leaf_hashes]
-    while len(row) > 1:
-        for leaf_index, place in enumerate(places):
-            if place ^ 1 < len(row):  # a last node without a sibling goes up as it is
-                proofs[leaf_index].append(row[place ^ 1])
-            places[leaf_index] = place >> 1
+    while (size := len(row)) > 1:
+        for proof, place in zip(proofs, places, strict=True):
+            if place ^ 1 < size:  # a last node without a sibling goes up as it is
+                proof.append(row[place ^ 1])
+        places = [place >> 1 for place in places]
         parents = [hash_node(left, right) for left, right in zip(row[::2], row[1::2], strict=False)]
         row = parents + row[2 * len(parents) :]
     return row[0], proofs

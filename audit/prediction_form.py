@@ -20,7 +20,6 @@ from audit.merkle import hash_leaf
 
 _TIME = "2000-01-01T00:00:00Z"
 _is_time = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z").fullmatch
-_are_hex = re.compile(r"[0-9a-f]{160}").fullmatch
 
 
 class PredictionForm:
@@ -58,7 +57,9 @@ class PredictionForm:
         Raises:
             EntryError: one of them is not, or the time is none that entries have.
         """
-        if not _are_hex(request_id + input + output) or len(request_id) != 32 or len(input) != 64:
+        if not (len(request_id) == 32 and len(input) == len(output) == 64) or not _is_hex(
+            request_id + input + output
+        ):
             raise EntryError("request_id, rows", "are hexadecimal digits, 32 and twice 64")
         if time != self._time:
             if not _is_time(time):
@@ -70,3 +71,11 @@ class PredictionForm:
             f"{first}{request_id}{second}{input}{third}{output}{fourth}{event_id}{fifth}{nonce}{sixth}{time}{last}"
         ).encode()
         return AppendRequest(event_id, hash_leaf(data), data, self._columns, guard)
+
+
+def _is_hex(text: str) -> bool:
+    """Whether these are lower-case hexadecimal digits: what writes them again is a pattern's double."""
+    try:
+        return bytes.fromhex(text).hex() == text
+    except ValueError:
+        return False

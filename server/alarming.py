@@ -54,14 +54,13 @@ class Alarming:
         while len(self._windows) > _PRINCIPALS:
             gone, _ = self._windows.popitem(last=False)
             self._since.pop(gone, None)
-        scores = answered.annotations.get("ood", ())
+        scores, answers = answered.annotations.get("ood", ()), answering.answers
         count = len(answering.encoded)
         for place in range(max(0, count - WINDOW), count):
             out = place < len(scores) and bool(scores[place]["out"])
-            margin = margin_of(answering.answers[place])
-            window.add(Look(row=tuple(answering.encoded[place]), margin=margin, out=out))
-        self._since[key] = self._since.get(key, 0) + count
-        if self._since[key] >= _EVERY and len(window.looks) >= LEAST:
+            window.add(Look(tuple(answering.encoded[place]), margin_of(answers[place]), out))
+        since = self._since[key] = self._since.get(key, 0) + count
+        if since >= _EVERY and len(window.looks) >= LEAST:
             self._since[key] = 0
             for suspicion in window.suspicions():
                 self._raise(suspicion, answering)

@@ -29,6 +29,7 @@ from server.schemas import NAME_PATTERN, VERSION_PATTERN
 
 _NAME: Final = NAME_PATTERN.strip("^$")
 _VERSION: Final = VERSION_PATTERN.strip("^$")
+_READ: Final = frozenset({b"authorization", *(name.encode() for name in routes_oip.HEADERS)})
 _fits: Final = re.compile(
     f"/v2/models/(?P<model>{_NAME})(?:/versions/(?P<version>{_VERSION}))?/infer"
     f"|/v1/models/(?P<name>{_NAME})/predict"
@@ -93,9 +94,11 @@ class Direct:
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """The request's headers; of several with one name the first, as Starlette has it."""
+    """Those of the request's headers that count here; of several with one name the first, as in Starlette."""
     return {
-        name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(list(scope["headers"]))
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in reversed(list(scope["headers"]))
+        if name in _READ
     }
 
 

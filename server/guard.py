@@ -25,7 +25,7 @@ from server.errors import (
     TooBusyError,
     render,
 )
-from server.logs import log_request, marked
+from server.logs import is_logged, log_request, marked
 from server.marks import Marks
 from server.monitoring import Monitoring
 from server.settings import Settings
@@ -92,7 +92,7 @@ class Guard:
                 if entered:
                     self._shedder.leave(seconds if _tells_load(scope) else None)
                 monitoring.answered(method, route, status, seconds)
-                if self._settings.access_log and (status >= 400 or not always):
+                if self._settings.access_log and (status >= 400 or not always) and is_logged():
                     log_request(
                         method=method,
                         route=route,

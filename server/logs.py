@@ -51,12 +51,15 @@ class marked:  # noqa: N801 - reads as a verb; a generator's context would cost 
         _MARKS.reset(self._token)
 
 
+def is_logged() -> bool:
+    """Whether requests' lines go anywhere."""
+    return access.isEnabledFor(logging.INFO)
+
+
 def log_request(
     *, method: str, route: str, status: int, seconds: float, principal: str, marks: Mapping[str, str]
 ) -> None:
     """Write the line of one answered request."""
-    if not access.isEnabledFor(logging.INFO):
-        return
     access.info(
         "%s %s %d",
         method,

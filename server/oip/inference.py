@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 from audit.principal import Principal
@@ -15,7 +16,7 @@ from server.errors import MalformedRequestError
 from server.fast_json import write_json
 from server.live import ServedVersion
 from server.oip.tensors import InferAsk, Signature, Tensor, TensorError, answer_tensors
-from server.proving import answer
+from server.proving import proved
 from server.schemas import NAME_PATTERN, PURPOSE_PATTERN, VERSION_PATTERN
 from server.watching import Level
 
@@ -98,6 +99,10 @@ class Inference:
             **words,
         )
 
+    def told(self, tell: Callable[[Inferred], Told], answered: Answered) -> Told | Answered:
+        """Return what `tell` makes of an answer; the answer itself where a proof is to come with it."""
+        return tell(self.tell(answered)) if self.level == "sequenced" else answered
+
     def tell(self, answered: Answered) -> Inferred:
         """Return what goes back of an answer."""
         served, ask = self._served, self._ask
@@ -119,13 +124,11 @@ async def infer(
     context: Context, principal: Principal, inference: Inference, tell: Callable[[Inferred], Told]
 ) -> Told:
     """Answer an inference request; errors as `PredictService.answer`, and MalformedRequestError."""
-    return await answer(
-        context,
-        principal,
-        inference.read,
-        lambda answered: tell(inference.tell(answered)),
-        lambda: inference.level,
-    )
+    predicting, tells = context.predicting, partial(inference.told, tell)
+    told = await predicting.answer(principal, inference.read, tells)
+    if isinstance(told, Answered):  # with a proof, which is not there yet
+        told = tell(inference.tell(await proved(context, told, inference.level)))
+    return told
 
 
 def _words(parameters: Mapping[str, Any]) -> dict[str, Any]:

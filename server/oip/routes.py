@@ -30,6 +30,7 @@ router = APIRouter(prefix="/v2", tags=["inference protocol"])
 Model = Annotated[str, Path(max_length=80, description="The model's name.")]
 Version = Annotated[str, Path(max_length=80, description="A version's digest, or `live`, or `candidate`.")]
 _HEADER_LENGTH: Final = HEADER_LENGTH.lower()
+HEADERS: Final = ("content-encoding", "accept-encoding", _HEADER_LENGTH, PURPOSE)  # that `answer_infer` reads
 _TENSOR: Final = {
     "type": "object",
     "required": ["name", "shape", "datatype"],
