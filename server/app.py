@@ -146,6 +146,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             await context.watching.stop()
             await context.rules_follower.stop()
             await context.publisher.stop()
+            monitoring.tallies.flush()
             context.keys.close()
             context.quotas.close()
             context.vault.close()

@@ -74,7 +74,7 @@ class Guard:
         logged, sending = marks.logged, _Sending(send, marks.request_id)
         begun, entered, always = time.perf_counter(), False, scope["path"] in _ALWAYS
         monitoring = self._monitoring
-        monitoring.in_flight.inc()
+        monitoring.tallies.enter()
         with marked(logged):
             try:
                 if not always:
@@ -88,7 +88,7 @@ class Guard:
                 seconds, status = time.perf_counter() - begun, sending.status
                 route = getattr(scope.get("route"), "path", "unknown")
                 method = scope["method"] if scope["method"] in _METHODS else "other"
-                monitoring.in_flight.dec()
+                monitoring.tallies.leave()
                 if entered:
                     self._shedder.leave(seconds if _tells_load(scope) else None)
                 monitoring.answered(method, route, status, seconds)

@@ -103,7 +103,8 @@ class Journal:
             raise
         except (AuditError, OSError, TimeoutError) as error:
             raise self.failed(error) from error
-        self._monitoring.append_seconds.observe(time.perf_counter() - begun)
+        monitoring = self._monitoring
+        monitoring.tallies.observe(monitoring.append_seconds, time.perf_counter() - begun)
         return sequenced
 
     def prepared(self, body: Body, guard: Guard) -> AppendRequest:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.metric_files import folder_of, forget_dead
+from server.tallies import Tallies
 
 if TYPE_CHECKING:
     from audit.ledger import Ledger
@@ -137,6 +138,7 @@ class Monitoring:
             registry=None,  # a gauge that nobody set says 0, which here would mean that a key has ended
             multiprocess_mode="mostrecent",
         )
+        self.tallies = Tallies(self.in_flight)
         self._has_network, self._looking = False, Lock()
         self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._rows: dict[str, Counter] = {}
@@ -156,15 +158,15 @@ class Monitoring:
         if found is None:
             found = self.requests.labels(method, route, str(status)), self.seconds.labels(route)
             self._answered[method, route, status] = found
-        found[0].inc()
-        found[1].observe(seconds)
+        self.tallies.count(found[0])
+        self.tallies.observe(found[1], seconds)
 
     def predicted(self, model: str, rows: int) -> None:
         """Count answered rows."""
         found = self._rows.get(model)
         if found is None:
             found = self._rows[model] = self.predicted_rows.labels(model)
-        found.inc(rows)
+        self.tallies.count(found, rows)
 
     def scored(self, model: str, basis: str, score: float, is_out: bool) -> None:
         """Count how far a row lies from what its model was trained on."""
@@ -172,9 +174,9 @@ class Monitoring:
         if found is None:
             found = self.ood_score.labels(model, basis), self.ood_rows.labels(model, basis)
             self._scored[model, basis] = found
-        found[0].observe(score)
+        self.tallies.observe(found[0], score)
         if is_out:
-            found[1].inc()
+            self.tallies.count(found[1])
 
     def look_at_network(self, home: Path, ledger: Ledger) -> None:
         """Take what the coordinator's network part says of its ends; without one nothing is said.
@@ -197,6 +199,7 @@ class Monitoring:
 
     def render(self) -> bytes:
         """Return the exposition text, format 0.0.4; of all workers, where there are several."""
+        self.tallies.flush()
         folder = folder_of()
         if folder is None:
             return generate_latest(self.registry)

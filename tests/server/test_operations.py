@@ -296,7 +296,8 @@ from server.monitoring import Monitoring
 monitoring = Monitoring()
 monitoring.predicted_rows.labels("toy").inc(int(sys.argv[1]))
 monitoring.tree_size.set(int(sys.argv[1]))
-monitoring.in_flight.inc(3)
+for _ in range(3):
+    monitoring.tallies.enter()
 if len(sys.argv) > 2:
     print(monitoring.render().decode())
 """
