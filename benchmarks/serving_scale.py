@@ -21,7 +21,7 @@ from typing import Any
 from serving_load import cpu_s, free_port, lua, milliseconds, ours, request_body, running, tree, wait_for, wrk
 
 ROOT = Path(__file__).resolve().parent.parent
-SCALE_CONNECTIONS = 64
+SCALE_CONNECTIONS = 256  # enough that both workers have whole crowds
 SCALE_HEADING = "## One worker and two"
 
 
