@@ -56,7 +56,7 @@ SENT_BACK: Final = object()
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way through the steps. It waits for its own entry (`audit.ledger.Waiter`)."""
+    """One request on its way through the steps. It waits for its own entry (`audit.ledger.LoopWaiter`)."""
 
     principal: Principal
     read: Callable[[], Asked]
