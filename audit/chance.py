@@ -17,7 +17,7 @@ _AT_ONCE: Final = 64  # pieces: a call for all of them costs hardly more than fo
 
 _NONCE_BYTES: Final = 16
 _ID_BYTES: Final = 7
-_TIME: Final = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
+TIME: Final = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")  # of an entry
 _ONLY_DIGITS: Final = str.maketrans("", "", "-T:Z")
 
 _ids_made = itertools.count()
@@ -53,7 +53,7 @@ def entry_names(time: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=8)
 def _moment(time: str) -> str:
-    return time.translate(_ONLY_DIGITS)[2:] if _TIME.fullmatch(time) else "0" * 12
+    return time.translate(_ONLY_DIGITS)[2:] if TIME.fullmatch(time) else "0" * 12
 
 
 os.register_at_fork(after_in_child=_pieces.clear)

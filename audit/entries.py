@@ -62,7 +62,7 @@ from audit.bodies import (
     VersionTransition,
 )
 from audit.canonical import canonical_bytes, parse_canonical
-from audit.chance import entry_names
+from audit.chance import TIME, entry_names
 from audit.cost_bodies import SiteEpsilon
 from audit.errors import AuditError
 from audit.refusal_codes import REFUSAL_CODES, RUN_FAILURE_CODES
@@ -151,7 +151,6 @@ _columns_in: dict[type[Any], tuple[str, ...]] = {}
 _BODY_COLUMNS: Final = ("model", "version", "run", "site", "round", "principal", "subject")
 _HEX32 = re.compile(r"[0-9a-f]{32}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
-_TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z")
 _ACTOR = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,95}")
 _DIGEST_FIELDS: Final = frozenset([
     "base_model", "charter", "context", "dataset", "digest", "gate_results", "enrolment",
@@ -171,7 +170,7 @@ class Entry:
     body: Body
 
     def __post_init__(self) -> None:
-        for name, pattern in (("event_id", _HEX32), ("nonce", _HEX32), ("time", _TIME), ("actor", _ACTOR)):
+        for name, pattern in (("event_id", _HEX32), ("nonce", _HEX32), ("time", TIME), ("actor", _ACTOR)):
             value = getattr(self, name)
             if not pattern.fullmatch(value):
                 raise EntryError(name, f"{value!r} does not match {pattern.pattern}")

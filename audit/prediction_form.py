@@ -7,19 +7,17 @@ same values, because the form is cut out of an entry that was made there.
 
 from __future__ import annotations
 
-import re
 import secrets
 from dataclasses import replace
 from itertools import pairwise
 
 from audit._append_request import append_request
 from audit._integrate import AppendRequest, Guard
-from audit.chance import entry_names
+from audit.chance import TIME, entry_names
 from audit.entries import EntryError, Prediction, RowCommitment, encode_entry, index_columns, new_entry
 from audit.merkle import hash_leaf
 
 _TIME = "2000-01-01T00:00:00Z"
-_is_time = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z").fullmatch
 
 
 class PredictionForm:
@@ -62,7 +60,7 @@ class PredictionForm:
         ):
             raise EntryError("request_id, rows", "are hexadecimal digits, 32 and twice 64")
         if time != self._time:
-            if not _is_time(time):
+            if not TIME.fullmatch(time):
                 raise EntryError("time", f"{time[:40]!r} is no RFC 3339 time in UTC with whole seconds")
             self._columns, self._time = (*self._columns[:2], time, *self._columns[3:]), time
         event_id, nonce = entry_names(time)
