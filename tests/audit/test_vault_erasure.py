@@ -278,6 +278,14 @@ def test_raw_scan_of_a_postgresql_data_directory_finds_nothing_of_the_erased(
     )
 
 
+@pytest.mark.parametrize("cut", [1, 29, 30, 31, 59])
+def test_raw_scan_finds_what_the_end_of_a_page_cuts_in_two(tmp_path: Path, cut: int) -> None:
+    needle, other = os.urandom(60), os.urandom(60)
+    file = tmp_path / "segment"
+    file.write_bytes(bytes(8192 - cut) + needle[:cut] + b"the next page's header" + needle[cut:])
+    assert scan([file], [needle, other]) == [("segment", needle)]
+
+
 def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 

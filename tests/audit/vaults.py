@@ -17,6 +17,7 @@ from audit.vault_records import (
     SealRequest,
 )
 from audit.vault_tables import SUBJECT, VAULT_HEAD
+from tests.raw_scan import halves
 
 ORIGIN = "hospital.example/log"
 TIME = "2026-11-23T22:23:12Z"
@@ -67,5 +68,11 @@ def traces(vault: Vault, names: list[str]) -> dict[str, list[bytes]]:
 
 
 def scan(paths: list[Path], needles: list[bytes]) -> list[tuple[str, bytes]]:
+    """Return which file holds which needle, or a half of it."""
     data = {path: path.read_bytes() for path in paths}
-    return [(path.name, needle) for path, text in data.items() for needle in needles if needle in text]
+    return [
+        (path.name, needle)
+        for path, text in data.items()
+        for needle in needles
+        if any(half in text for half in halves(needle))
+    ]
