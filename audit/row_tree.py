@@ -14,7 +14,7 @@ from typing import Final
 from audit.bodies import RowCommitment
 from audit.canonical import canonical_bytes
 from audit.errors import AuditError
-from audit.merkle import hash_leaf, inclusion_proof_of, root_from_inclusion_proof, root_of
+from audit.merkle import EMPTY_ROOT, hash_leaf, inclusion_proofs_of, root_from_inclusion_proof
 
 MAX_ROWS: Final = 1 << 20
 _MAX_PATH: Final = 20
@@ -32,18 +32,20 @@ def row_leaf(row: RowCommitment) -> bytes:
 
 
 class RowTree:
-    """The tree of one prediction's rows."""
+    """The tree of one prediction's rows; each of its nodes is hashed once, however many paths are asked for."""
 
     def __init__(self, rows: Sequence[RowCommitment]) -> None:
-        self._leaves = [row_leaf(row) for row in rows]
-
-    @property
-    def root(self) -> str:
-        return root_of(self._leaves).hex()
+        root, self._paths = inclusion_proofs_of([row_leaf(row) for row in rows]) if rows else (EMPTY_ROOT, [])
+        self.root = root.hex()
+        self._texts: dict[bytes, str] = {}
 
     def path(self, row: int) -> str:
         """Return the row's inclusion path as text: base64 hashes, joined by commas."""
-        return ",".join(base64.b64encode(node).decode() for node in inclusion_proof_of(self._leaves, row))
+        texts = self._texts
+        for node in self._paths[row]:
+            if node not in texts:
+                texts[node] = base64.b64encode(node).decode()
+        return ",".join([texts[node] for node in self._paths[row]])
 
 
 def parse_path(text: str) -> tuple[bytes, ...]:

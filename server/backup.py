@@ -8,6 +8,7 @@ signed checkpoint, or differs under it, is refused: signing on from there would 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import shutil
 import sqlite3
 import tarfile
 import tempfile
+import zlib
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +35,10 @@ from server.errors import ServerError
 FORMAT: Final = "affidavit-backup/1"
 _MANIFEST: Final = "backup.json"
 _MAX_BYTES: Final = 64 * 2**30
+_MAX_TAIL: Final = 2**20  # tar fills its last record, 10 KiB
+_UNREADABLE: Final = (
+    tarfile.TarError, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError,
+)  # fmt: skip
 _SKIPPED: Final = ("-wal", "-shm", "-journal", ".lock")
 
 
@@ -200,10 +206,10 @@ def _drop_journals(folder: Path) -> None:
 
 def _unpack(source: Path, target: Path) -> list[str]:
     try:
-        with tarfile.open(source, "r:gz") as archive:
+        with gzip.open(source) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             first = archive.next()
-            stream = archive.extractfile(first) if first is not None and first.name == _MANIFEST else None
-            manifest = json.loads(stream.read(2**20)) if stream is not None else None
+            listed = archive.extractfile(first) if first is not None and first.name == _MANIFEST else None
+            manifest = json.loads(listed.read(2**20)) if listed is not None else None
             if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
                 raise BackupError(f"{source}: is no backup of this release")
             digests = {f"home/{name}": str(digest) for name, digest in manifest["files"].items()}
@@ -220,12 +226,14 @@ def _unpack(source: Path, target: Path) -> list[str]:
                 if _digest(target / member.name) != digests[member.name]:
                     raise BackupError(f"{source}: {member.name} is altered; use another backup")
                 names.discard(member.name)
+            if len(stream.read(_MAX_TAIL + 1)) > _MAX_TAIL:  # at its end gzip compares its sum of the whole
+                raise BackupError(f"{source}: goes on after its last file, which no backup of ours does")
             if names or not digests:
                 raise BackupError(
                     f"{source}: lacks {min(names, default='everything')}; the file is cut short"
                 )
             return list(manifest["files"])
-    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise BackupError(f"{source}: cannot be read as a backup ({error})") from error
 
 

@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.soak_report import Report, recorder
 
 if TYPE_CHECKING:
     from federation.coordinator import Coordinator
+
+# A slow example is no fault of the code under test on a loaded machine, and every run sees the same ones.
+settings.register_profile(
+    "affidavit", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.load_profile("affidavit")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

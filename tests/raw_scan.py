@@ -68,7 +68,7 @@ def halves(raw: bytes) -> tuple[bytes, ...]:
     in PostgreSQL's write-ahead log in two pieces, and then one of its halves is whole.
     """
     middle = len(raw) // 2
-    return (raw[:middle], raw[middle:]) if middle >= 2 * MIN_BYTES else (raw,)
+    return (raw[:middle], raw[middle:]) if middle >= 4 * MIN_BYTES else (raw,)
 
 
 def scan(folders: Iterable[Path], needles: Iterable[tuple[str, bytes]]) -> list[Hit]:

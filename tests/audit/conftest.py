@@ -11,7 +11,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from audit.canonical import canonical_bytes
 from audit.entries import IndexColumns
@@ -22,12 +21,6 @@ from audit.vault import Vault
 
 ORIGIN = "hospital.example/log"
 TIME = "2026-11-23T22:23:12Z"
-
-# Shared, loaded machines: a slow example is no fault of the code under test.
-settings.register_profile(
-    "affidavit", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
-settings.load_profile("affidavit")
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,15 @@ def test_every_size_of_tree_has_paths_that_hold_for_their_own_row_only():
                     verify_row(rows[number], (number + 1) % count, count, tree.path(number), tree.root)
 
 
+def test_tree_of_the_most_rows_that_one_request_has_is_made_at_once():
+    """Its paths once took time by the square of the rows: a second for a thousand, minutes for these."""
+    rows = [RowCommitment(input=f"{k:064x}", output=f"{k + 1:064x}") for k in range(16_384)]
+    tree = RowTree(rows)
+    paths = [tree.path(number) for number in range(len(rows))]
+    for number in (0, 1, 8_191, 8_192, 16_383):
+        verify_row(rows[number], number, len(rows), paths[number], tree.root)
+
+
 def test_canary_answers_by_an_officers_signature_and_a_shadow_does_not(make_world):
     for state, verdict in (("canary", Verdict.VALID), ("shadow", Verdict.INVALID)):
         world = make_world()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 from clients.agent_server import AgentServer
 from clients.confinement import landlock_abi
 from clients.launcher import NOT_APPROVED, install_stub
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.soak
 BIN = Path(sys.executable).parent
@@ -49,7 +49,7 @@ def flower(tmp_path, repository):
         tmp_path / "bin", agent=f"unix:{tmp_path / 'run'}", site="alpha", scratch=tmp_path / "scratch"
     )
     shutil.copytree(Path(__file__).parent / "hostile_bundle", tmp_path / "app")
-    link_port, node_port = free_port(), free_port()
+    link_port, node_port = free_ports(2)
     home = tmp_path / "home"
     home.mkdir()
     (home / "config.toml").write_text(
@@ -120,12 +120,6 @@ def test_only_an_approved_bundle_runs_and_it_runs_confined(flower):
     assert json.loads(told["ask"]["answer"]["header"]) == {"error": "bad_request"}
     assert "hunter2" not in json.dumps(told["environment"])
     assert not list((folder / "scratch").glob("message-*/*"))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def await_health(port):

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -42,6 +41,7 @@ from federation.network.submit import end_of, submit
 from federation.resume import prepared_run
 from federation.run_hold import is_held
 from federation.service import TrainRequest, run_config, start_run
+from tests.ports import free_ports
 
 START_S: Final = 180.0
 SCIENTIST: Final = Principal(id="scientist", role="scientist")
@@ -106,14 +106,6 @@ def wide_charter(width: int) -> Callable[[dict[str, str], str], str]:
     """Return what makes the charter of a network of two hidden layers of `width`."""
     text = WIDE_CHARTER.replace("WIDTH", str(width))
     return lambda identities, officer: kills_charter(identities, officer, text)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 class Fleet:

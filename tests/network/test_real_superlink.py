@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -52,19 +51,12 @@ from federation.network.membership import InviteRequest, Membership
 from federation.network.pki import LOOPBACK, Pki, node_key_pem
 from federation.network.settings import NetworkHome, NetworkSettings
 from server.logs import FIELDS
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.slow
 
 START_S = 120.0
 LIFETIME_S = 24  # of the gateway's certificate: everything here goes on while it is exchanged
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 class World:

@@ -94,7 +94,7 @@ def test_revocation_while_a_key_is_being_looked_up_is_not_forgotten(store, monke
 
 
 def test_remembered_key_touches_no_database(store, monkeypatch):
-    keys = store()
+    keys = store(monotonic=Moved(1_000.0))
     text, _ = keys.create(role="consumer")
     first = keys.authenticate(text)
     monkeypatch.setattr(keys, "_row", lambda _: pytest.fail("read again"))

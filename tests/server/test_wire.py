@@ -131,7 +131,10 @@ def test_connection_that_breaks_keeps_nobody_elses_answer():
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
             await send({"type": "http.response.body", "body": b"ok"})
 
-        config = uvicorn.Config(gathered, http=GatheringProtocol, lifespan="off", log_config=None, ws="none")
+        config = uvicorn.Config(
+            gathered, http=GatheringProtocol, lifespan="off", log_config=None, ws="none",
+            timeout_keep_alive=120,
+        )  # fmt: skip
         server = uvicorn.Server(config)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -159,4 +162,4 @@ def test_connection_that_breaks_keeps_nobody_elses_answer():
         with runner:
             answers = runner.run(run())
         assert [answer[:15] for answer in answers] == [b"HTTP/1.1 200 OK"] * 3
-        assert time.monotonic() - begun < 4, "it waited for the connections to be closed"
+        assert time.monotonic() - begun < 60, "it waited for the connections to be closed"
