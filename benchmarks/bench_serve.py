@@ -1,7 +1,7 @@
 """Answers a CPU-second beside other servers: the same MLP 30-64-64-2, the same row, side by side in one run.
 
-    python benchmarks/bench_serve.py [--part peers|scale|all] [--seconds 3] [--repeats 9] [--connections 16]
-                                     [--only NAME …] [--write]
+    python benchmarks/bench_serve.py [--part peers|scale|rows|all] [--seconds 3] [--repeats 9]
+                                     [--connections 16] [--only NAME …] [--write]
 
 Ours is the whole pipeline: an API key, Cedar's decision, the facts for it, metrics, and a durable entry in
 the log before each answer. The others answer bare. Each runs as its users would run it, one worker, in an
@@ -10,7 +10,7 @@ why is said). CPU is that of the server's whole process tree, by /proc; load is 
 
 The part `scale` runs ours with one worker and with two, over SQLite and over PostgreSQL, and counts beside
 the server's CPU the database's and the load generator's: on two cores all of them share what two workers
-would need for themselves.
+would need for themselves. The part `rows` asks for many rows in one request.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def export(path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("peers", "scale", "all"), default="all")
+    parser.add_argument("--part", choices=("peers", "scale", "rows", "all"), default="all")
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--connections", type=int, default=16)
@@ -156,12 +156,16 @@ def main() -> int:
         return 2
     known = ("ours", "two", "fastapi", "mlserver", "kserve", "bentoml")
     names = [name for name in known if not asked.only or name in asked.only]
-    if asked.part != "scale":
+    if asked.part in ("peers", "all"):
         show(page(*beside(names, asked), asked), write=asked.write)
-    if asked.part != "peers" and not asked.only:
+    if asked.part in ("scale", "all") and not asked.only:
         from serving_scale import scale, scale_page
 
         show(scale_page(scale(asked), asked), write=asked.write)
+    if asked.part in ("rows", "all") and not asked.only:
+        from serving_rows import rows, rows_page
+
+        show(rows_page(rows(asked, started), NAMES, asked), write=asked.write)
     return 0
 
 
@@ -189,6 +193,8 @@ class Server:
     pid: int
     url: str
     script: Path
+    path: str
+    headers: dict[str, str]
 
 
 def beside(names: list[str], asked: argparse.Namespace) -> tuple[dict[str, Result], dict[str, str]]:
@@ -241,7 +247,7 @@ def started(name: str, base: Path, stack: ExitStack) -> Server | str:
     if problem:
         tail = (folder / "out.txt").read_text(errors="replace").strip().splitlines()[-1:]
         return f"{problem}; {' '.join(tail)[:160]}"
-    return Server(name, process.pid, url, lua(folder, path, body, headers))
+    return Server(name, process.pid, url, lua(folder, path, body, headers), path, headers)
 
 
 NAMES = {

@@ -23,8 +23,8 @@ def row() -> list[float]:
     return [round((k * 37 % 100) / 50 - 1, 4) for k in range(30)]
 
 
-def request_body() -> str:
-    inputs = [{"name": "rows", "shape": [1, 30], "datatype": "FP32", "data": row()}]
+def request_body(rows: int = 1) -> str:
+    inputs = [{"name": "rows", "shape": [rows, 30], "datatype": "FP32", "data": row() * rows}]
     return json.dumps({"inputs": inputs, "parameters": {"purpose": "triage"}})
 
 
