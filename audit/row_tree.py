@@ -32,7 +32,7 @@ def row_leaf(row: RowCommitment) -> bytes:
 
 
 class RowTree:
-    """The tree of one prediction's rows; each of its nodes is hashed once, however many paths are asked for."""
+    """The tree of one prediction's rows; each node is hashed once, however many paths are asked for."""
 
     def __init__(self, rows: Sequence[RowCommitment]) -> None:
         root, self._paths = inclusion_proofs_of([row_leaf(row) for row in rows]) if rows else (EMPTY_ROOT, [])

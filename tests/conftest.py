@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,16 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 
 def _without_collection(work: Callable[[], None]) -> Callable[[], None]:
-    """Of work that calls `sys._current_frames`: before Python 3.12 that holds a lock of the interpreter's
+    """Of slipcover's work, left out where a test measures memory, as what it keeps would count as the test's.
+
+    It calls `sys._current_frames`: before Python 3.12 that holds a lock of the interpreter's
     which every new thread needs, and where a collection begins there, and a finalizer in it lets another
     thread run that starts a third, all of them wait for ever (CPython's gh-106883).
     """
 
     def run() -> None:
+        if tracemalloc.is_tracing():
+            return
         is_enabled = gc.isenabled()
         gc.disable()
         try:

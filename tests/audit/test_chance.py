@@ -28,6 +28,8 @@ def test_no_piece_is_given_out_twice() -> None:
 
 def test_child_has_none_of_its_parents_stock() -> None:
     chance.piece()
+    while not chance._pieces:
+        chance.piece()
     stock = list(chance._pieces)
     assert stock
     reader, writer = os.pipe()

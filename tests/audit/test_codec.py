@@ -25,7 +25,6 @@ from audit.entries import (
     RoundAbandoned,
     SiteStatement,
     SiteUndelivered,
-    VersionRegistered,
     columns_of,
     decode_entry,
     encode_entry,
@@ -56,7 +55,7 @@ def bodies_of(kind: type[Any]) -> st.SearchStrategy[Any]:
     later = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     values = {name: values_of(hint, name) for name, hint in get_type_hints(kind).items()}
     values |= {name: st.just(default) | values[name] for name, default in later.items()}
-    if kind is VersionRegistered:
+    if "packed" in values:
         values["packed"] = st.just("")  # whoever makes one makes it whole; a decoded one may hold anything
     return st.builds(kind, **values)
 
@@ -95,7 +94,7 @@ def slow_columns(entry: Entry) -> IndexColumns:
 
 @given(BODIES, st.data())
 def test_odd_field_meets_the_same_fate_as_on_the_long_way(body: Any, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(sorted(get_type_hints(type(body)))))
+    name = data.draw(st.sampled_from(sorted(get_type_hints(type(body)).keys() - {"packed"})))
     odd = dataclasses.replace(body, **{name: data.draw(st.one_of(ANY_JSON, st.just("\ud800")))})
     entry = new_entry(odd, actor="tester", time=TIME)
     assert outcome(encode_entry, entry) == outcome(lambda e: canonical_bytes(entries._document(e)), entry)

@@ -23,6 +23,7 @@ from audit.errors import LedgerBusyError, LedgerUnreachableError
 from audit.fsck import fsck
 from audit.ledger import MAX_BATCH, MAX_PENDING, Ledger
 from tests.soak_report import Report
+from tests.waiting import wait_until
 
 WRITER = """
 import sys, json, time
@@ -250,22 +251,27 @@ def test_ended_server_sessions_lose_nothing(postgresql_server: Any, log_tools: S
 
 
 def crash(server: Any) -> None:
-    """Kill one session's process the hard way: the server ends every other and recovers."""
+    """Kill one session's process the hard way: the server ends every other, and recovers before we return."""
     psycopg = pytest.importorskip("psycopg")
     asked = "SELECT pid FROM pg_stat_activity WHERE application_name = 'affidavit' LIMIT 1"
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:  # the server may still recover from the last time
-        try:
-            found = server.execute(asked)
-        except psycopg.OperationalError:
-            time.sleep(0.02)
-            continue
-        for (pid,) in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            return
-        time.sleep(0.02)
-    raise TimeoutError("the server does not come back")
+    with psycopg.connect(server.url("postgres"), autocommit=True) as witness:
+        wait_until(lambda: killed(row[0]) if (row := witness.execute(asked).fetchone()) else False)
+        with contextlib.suppress(psycopg.OperationalError):
+            wait_until(lambda: witness.execute("SELECT 1") is None, "the server ends no other session")
+
+    def is_back() -> bool:
+        with contextlib.suppress(psycopg.OperationalError):
+            return bool(server.execute("SELECT 1"))
+        return False
+
+    wait_until(is_back, "the server does not come back")
+
+
+def killed(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        return True
+    return False
 
 
 def restart(server: Any) -> None:

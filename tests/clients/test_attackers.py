@@ -128,4 +128,4 @@ def test_multi_krum_keeps_a_stretched_backdoor_out():
 def test_stretched_updates_are_marked_for_the_officer_and_honest_sites_seldom():
     run = Run("scaling", RULES["multi_krum"])
     assert min(run.apart[:LIARS]) >= ROUNDS // 2
-    assert sum(run.apart[LIARS:]) <= 4  # of 80
+    assert sum(run.apart[LIARS:]) <= 12  # of 80; none in most runs

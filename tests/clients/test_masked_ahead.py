@@ -92,7 +92,7 @@ class Lab:
             home = DiesAfterShares(home, sent)
         with live_agents(links), Listening(client_app, {name: {} for name in connected}) as grid:
             grid.sent = sent
-            exchange = Exchange(grid, poll_s=0.001, discovery_s=1)
+            exchange = Exchange(grid, poll_s=0.001, discovery_s=3)
             try:
                 carry_out(grid, home, self.run, exchange=exchange, hold_s=0.2, principal="curie")
             except CrashError:

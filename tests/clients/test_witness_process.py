@@ -26,6 +26,7 @@ from audit.witness_request import MAX_REQUEST_BYTES, AddCheckpoint
 from clients.home import SiteHome
 from clients.witness_server import impatient_protocol
 from federation.trust import federation_policy
+from tests.ports import free_ports
 from tests.waiting import wait_until
 
 LEAVES = [hash_leaf(b"%d" % i) for i in range(30)]
@@ -48,9 +49,7 @@ def process(tmp_path_factory):
     log = NoteSigner("hospital.example/log", SigningKey.generate())
     vkey = home.keys().witness_signer("alpha").vkey
     home.join(federation_policy(log.vkey, {"alpha": vkey}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-P", "-m", "affidavit", "site", "serve-witness", "alpha"]
     with (base / "witness.log").open("w") as errors:
         running = subprocess.Popen(
@@ -63,6 +62,7 @@ def process(tmp_path_factory):
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
                 time.sleep(0.05)
+            assert running.poll() is None
             yield SimpleNamespace(port=port, url=f"http://127.0.0.1:{port}/w", log=log, home=home, vkey=vkey)
         finally:
             running.terminate()

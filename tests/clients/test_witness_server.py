@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audit.checkpoints import Checkpoint, add_signatures, open_checkpoint, sign_checkpoint
@@ -247,7 +247,7 @@ def test_question_becomes_a_conviction_when_the_tiles_tell(tmp_path: Path) -> No
 
 
 @given(st.binary(max_size=300) | st.binary(max_size=200).map(lambda tail: b"old 3\n" + tail))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_bytes_are_a_request_or_a_400(data: bytes) -> None:
     try:
         parsed = AddCheckpoint.parse(data)

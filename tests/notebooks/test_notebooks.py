@@ -8,6 +8,7 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 pytestmark = [
     pytest.mark.slow,  # starts a kernel and trains
@@ -18,10 +19,16 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cells(repository: Path) -> list[Any]:
+def cells(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     notebook = nbformat.read(repository / "notebooks" / "01_first_federation.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(repository)}})
+    sockets = str(tmp_path_factory.mktemp("kernel") / "k")  # no ports, which somebody else might take first
+    client = NotebookClient(
+        notebook,
+        timeout=120,
+        resources={"metadata": {"path": str(repository)}},
+        config=Config({"KernelManager": {"transport": "ipc", "ip": sockets}}),
+    )
     client.execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
