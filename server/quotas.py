@@ -3,28 +3,37 @@ database counts.
 
 A window is a fixed span of time (a minute, a day) that begins at a multiple of its length. `take` adds to the
 window's count in one statement that refuses to pass the limit, so no two workers can both take the last row.
-What was refused is not counted. The counts live beside the log: in its PostgreSQL database, or in `quota.db`
-of the coordinator's home, which survives a crash of any process; a power cut may lose the last moments.
+What was refused is not counted. Requests that come together are counted in one transaction, and those of one
+principal at once, as long as there is room for all of them; else one after the other, as they came.
+
+The counts live beside the log: in its PostgreSQL database, or in `quota.db` of the coordinator's home, which
+survives a crash of any process; a power cut may lose the last moments.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection, Engine, event, text
 
-from audit._store import open_engine
-from audit.location import log_location
+from audit._bulk import run
+from audit._sequencer import Sequencer
+from audit._store import open_engine, translated, writing
+from audit.errors import AuditError, LedgerBusyError
+from audit.location import Location, log_location
 from server.errors import LedgerUnavailableError
 
 FILE: Final = "quota.db"
+_MAX_BATCH: Final = 256
+_MAX_PENDING: Final = 4096
+_FREE_OF_THE_DISK: Final = text("SET LOCAL synchronous_commit = off")  # a power cut may lose moments
 _TABLE: Final = """
 CREATE TABLE IF NOT EXISTS quota_use (
     principal VARCHAR NOT NULL, span_s BIGINT NOT NULL, window_start BIGINT NOT NULL,
@@ -67,6 +76,11 @@ WHERE principal = :principal AND span_s = :span AND window_start = :start
 """)
 
 
+_UNCOUNTED: Final = "the quotas cannot be counted; there is no answer"
+
+Ask = tuple[str, int]  # principal and rows
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """At most `rows` in each window of `span_s` seconds."""
@@ -91,6 +105,9 @@ class Quotas:
         self.limits = tuple(sorted(limits, key=lambda limit: limit.span_s))
         self._clock = clock
         self._engine = _engine(home) if limits else None
+        self._sequencer: Sequencer[Ask, Taken] = Sequencer(
+            self._commit, max_batch=_MAX_BATCH, max_pending=_MAX_PENDING
+        )
 
     def take(self, principal: str, rows: int) -> Taken:
         """Count `rows` against every limit, or against none.
@@ -98,61 +115,114 @@ class Quotas:
         Raises:
             LedgerUnavailableError: the counts cannot be read, so nobody knows whether there is room.
         """
+        return self.take_all([(principal, rows)])[0]
+
+    def take_all(self, asks: Sequence[Ask]) -> list[Taken]:
+        """`take` for each of several, in one transaction.
+
+        Raises:
+            LedgerUnavailableError: as `take`; none was counted.
+        """
         if self._engine is None:
-            return Taken(True)
+            return [Taken(True)] * len(asks)
         now_s = int(self._clock().timestamp())
         try:
-            with self._engine.begin() as connection:
-                return self._take(connection, principal, rows, now_s)
-        except (DBAPIError, OSError) as error:
-            raise LedgerUnavailableError("the quotas cannot be counted; there is no answer") from error
+            with _counting(self._engine) as connection:
+                return self._take_all(connection, asks, now_s)
+        except (AuditError, OSError) as error:
+            raise LedgerUnavailableError(_UNCOUNTED) from error
+
+    async def taken(self, principal: str, rows: int) -> Taken:
+        """`take` beside the loop, together with whoever asks in the same turns of it.
+
+        Raises:
+            LedgerUnavailableError: as `take`.
+            LedgerBusyError: too many requests wait to be counted.
+        """
+        if self._engine is None:
+            return Taken(True)
+        try:
+            return await self._sequencer.submit_from_loop((principal, rows))
+        except LedgerBusyError:
+            raise
+        except AuditError as error:
+            raise LedgerUnavailableError(_UNCOUNTED) from error
 
     def close(self) -> None:
+        self._sequencer.close()
         if self._engine is not None:
             self._engine.dispose()
 
+    def _commit(self, asks: list[Ask]) -> list[Taken | AuditError]:
+        return [*self.take_all(asks)]
+
+    def _take_all(self, connection: Connection, asks: Sequence[Ask], now_s: int) -> list[Taken]:
+        wanted: dict[str, list[int]] = {}
+        for principal, rows in asks:
+            wanted.setdefault(principal, []).append(rows)
+        found: dict[str, Iterator[Taken]] = {}
+        for principal, counts in sorted(wanted.items()):  # in one order: workers lock these rows on a server
+            if len(counts) > 1 and self._full(connection, principal, sum(counts), now_s) is None:
+                found[principal] = iter([Taken(True)] * len(counts))
+            else:
+                each = [self._take(connection, principal, rows, now_s) for rows in counts]
+                found[principal] = iter(each)
+        return [next(found[principal]) for principal, _ in asks]
+
     def _take(self, connection: Connection, principal: str, rows: int, now_s: int) -> Taken:
-        if connection.dialect.name == "postgresql":  # a count needs no disk: a power cut may lose moments
-            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
-        passed: list[dict[str, int | str]] = []
+        full = self._full(connection, principal, rows, now_s)
+        if full is None:
+            return Taken(True)
+        row = {"principal": principal, "span": full.span_s, "start": now_s - now_s % full.span_s}
+        ((refused, window_start),) = run(connection, _REFUSE, row).fetchall()
+        return Taken(False, window_start + full.span_s - now_s, refused == 1)
+
+    def _full(self, connection: Connection, principal: str, rows: int, now_s: int) -> Limit | None:
+        """Count `rows` against every limit and return None, or against none and return the one in the way."""
+        passed: list[dict[str, Any]] = []
         for limit in self.limits:
-            start = now_s - now_s % limit.span_s
-            row: dict[str, int | str] = {"principal": principal, "span": limit.span_s, "start": start}
+            row = {"principal": principal, "span": limit.span_s, "start": now_s - now_s % limit.span_s}
             if rows <= limit.rows:
-                found = connection.execute(_TAKE, {**row, "count": rows, "limit": limit.rows}).first()
-                if found is not None:
-                    passed.append({**row, "start": found.window_start, "count": rows})
+                taken = run(connection, _TAKE, {**row, "count": rows, "limit": limit.rows}).fetchall()
+                if taken:
+                    passed.append({**row, "start": taken[0][0], "count": rows})
                     continue
-            for taken in passed:
-                connection.execute(_GIVE_BACK, taken)
-            refused = connection.execute(_REFUSE, row).one()
-            left_s = refused.window_start + limit.span_s - now_s
-            return Taken(False, left_s, refused.refused == 1)
-        return Taken(True)
+            for each in passed:
+                run(connection, _GIVE_BACK, each)
+            return limit
+        return None
+
+
+@contextlib.contextmanager
+def _counting(engine: Engine) -> Iterator[Connection]:
+    """A transaction, in its turn among all workers' of one machine or a server's."""
+    if engine.dialect.name == "sqlite":
+        with writing(engine) as connection:
+            yield connection
+        return
+    with translated(), engine.begin() as connection:
+        run(connection, _FREE_OF_THE_DISK)
+        yield connection
 
 
 def _engine(home: Path) -> Engine:
     location = log_location(home)
     if location.url is not None:
         engine = open_engine(location)
-    else:
-        path = home / FILE
-        if not path.exists():
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 10, "check_same_thread": False})
-
-        @event.listens_for(engine, "connect")
-        def _connected(connection: sqlite3.Connection, _: object) -> None:
-            connection.isolation_level = None
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-
-        @event.listens_for(engine, "begin")
-        def _begin(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    with engine.begin() as connection:
-        if location.url is not None:  # CREATE … IF NOT EXISTS races between two that make it at once
+        with engine.begin() as connection:  # CREATE … IF NOT EXISTS races between two that make it at once
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MAKING})")
+            connection.execute(text(_TABLE))
+        return engine
+    path = home / FILE
+    if not path.exists():
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    engine = open_engine(Location(path=path))
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    with writing(engine) as connection:
         connection.execute(text(_TABLE))
     return engine

@@ -121,7 +121,7 @@ class PredictService:
         taken = Taken(True)
         if self.quotas is not None and self.quotas.limits:
             asked = _checked(read())
-            taken = await asyncio.to_thread(self.quotas.take, principal.id, len(asked.rows))
+            taken = await self.quotas.taken(principal.id, len(asked.rows))
             read = partial(_same, asked)
         self.batching.in_flight += 1
         try:

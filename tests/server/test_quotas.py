@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import subprocess
 import sys
 import textwrap
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from audit.location import DATABASE
 from server.app import create_app
 from server.errors import LedgerUnavailableError
-from server.quotas import Limit, Quotas
+from server.quotas import Limit, Quotas, Taken
 from tests.postgresql import running_server
 
 PREDICT = "/v1/models/toy/predict"
@@ -192,3 +196,117 @@ def test_two_servers_share_one_quota(lab, as_role, row):
     ):
         codes = [ask(client, as_role("consumer"), row).status_code for client in (one, two) * 4]
     assert codes == [200] * 5 + [429] * 3
+
+
+# counted together
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_counted_together_is_as_counted_one_after_the_other(quotas, tmp_path_factory, monkeypatch, seed):
+    """Whoever cannot have all of it has what there is, in the order in which it was asked for."""
+    dice, clock = random.Random(seed), Now()
+    limits = (Limit(60, 20), Limit(86_400, 45))
+    together = quotas(*limits, clock=clock)
+    monkeypatch.delenv(DATABASE, raising=False)
+    apart = Quotas(tmp_path_factory.mktemp("apart"), clock, limits)
+    for _ in range(12):
+        asks = [(dice.choice("pqr"), dice.choice([1, 1, 1, 2, 5, 30])) for _ in range(dice.randrange(1, 14))]
+        told: dict[str, list[Taken]] = {}
+        for principal, taken in zip([p for p, _ in asks], together.take_all(asks), strict=True):
+            told.setdefault(principal, []).append(taken)
+        for principal, answers in told.items():
+            assert answers == [apart.take(p, rows) for p, rows in asks if p == principal]
+        clock.moment += timedelta(seconds=dice.choice([0, 7, 60]))
+    apart.close()
+
+
+def test_coroutines_take_exactly_the_limit_in_few_transactions(quotas, monkeypatch):
+    workers, batches = [quotas(Limit(60, 150)), quotas(Limit(60, 150))], []
+    for worker in workers:
+        monkeypatch.setattr(worker, "take_all", partial(_noted, worker.take_all, batches))
+
+    async def ask() -> list[Taken]:
+        return await asyncio.gather(*(workers[n % 2].taken("p", 1) for n in range(400)))
+
+    taken = asyncio.run(ask())
+    assert sum(found.allowed for found in taken) == 150
+    assert sum(found.is_first for found in taken) == 1
+    assert sum(batches) == 400
+    assert len(batches) < 40
+
+
+def _noted(take_all, batches, asks):
+    batches.append(len(asks))
+    return take_all(asks)
+
+
+def test_workers_whose_crowds_come_in_other_orders_wait_for_each_other_and_not_for_ever(quotas):
+    """On a server each principal's row is locked until the crowd's transaction ends."""
+    names = [f"principal-{n}" for n in range(12)]
+    workers, errors = [quotas(Limit(60, 10**6)), quotas(Limit(60, 10**6))], []
+
+    def ask(worker: Quotas, order: list[str]) -> None:
+        try:
+            for _ in range(60):
+                assert all(taken.allowed for taken in worker.take_all([(name, 1) for name in order]))
+        except LedgerUnavailableError as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=ask, args=pair) for pair in zip(workers, (names, names[::-1]), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert workers[0].take("principal-3", 10**6 - 120).allowed
+    assert not workers[1].take("principal-3", 1).allowed
+
+
+def test_counts_that_cannot_be_read_answer_nobody_of_a_crowd(tmp_path):
+    found = Quotas(tmp_path, Now(), (Limit(60, 100),))
+
+    async def ask() -> list[object]:
+        return await asyncio.gather(*(found.taken("p", 1) for _ in range(6)), return_exceptions=True)
+
+    assert [taken.allowed for taken in asyncio.run(ask())] == [True] * 6
+    found._engine.dispose()
+    (tmp_path / "quota.db").write_bytes(b"no database at all, whatever the name says" * 100)
+    for suffix in ("-wal", "-shm"):
+        (tmp_path / f"quota.db{suffix}").unlink(missing_ok=True)
+    assert {type(error) for error in asyncio.run(ask())} == {LedgerUnavailableError}
+    found.close()
+
+
+def test_who_gives_up_waiting_takes_nothing_from_the_others(quotas):
+    found = quotas(Limit(60, 100))
+
+    async def ask() -> list[object]:
+        asked = [asyncio.ensure_future(found.taken("p", 1)) for _ in range(8)]
+        await asyncio.sleep(0)
+        for task in asked[::2]:
+            task.cancel()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    told = asyncio.run(ask())
+    assert [taken.allowed for taken in told[1::2]] == [True] * 4
+    assert all(isinstance(error, asyncio.CancelledError) for error in told[::2])
+
+
+def test_crowd_under_a_quota_is_answered_as_far_as_it_goes(lab, as_role, row):
+    with TestClient(create_app(lab.settings(quota_rows_per_day=7), clock=lab.clock)) as client:
+
+        async def ask() -> list[int]:
+            transport = httpx.ASGITransport(client.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as caller:
+                body = {"purpose": "triage", "rows": [row]}
+                replies = await asyncio.gather(
+                    *(caller.post(PREDICT, headers=as_role("consumer"), json=body) for _ in range(12))
+                )
+            return [reply.status_code for reply in replies]
+
+        codes = client.portal.call(ask)
+    assert sorted(codes) == [200] * 7 + [429] * 5
+    assert len(lab.entries("prediction")) == 7
+    assert len(lab.entries("prediction.denied")) == 1
