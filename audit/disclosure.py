@@ -32,6 +32,8 @@ TERMS: Final = "terms"
 _PART = re.compile(r"context|terms|row\.(?:0|[1-9][0-9]{0,5})\.(?:input|output)")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME: Final = 256
+_SALT_HEAD: Final = b"affidavit/field-salt/v1\x00"
+_FIELD_HEAD: Final = b"affidavit/field/v1\x00"
 
 
 class DisclosureError(AuditError):
@@ -52,7 +54,18 @@ class SealedPart:
     values: Mapping[str, JsonValue]
 
     def root(self, part: str) -> str:
-        return root_of({name: self.open(part, name).commitment(part, name) for name in self.values})
+        """Return the root of all fields: as `open` and `commitment` make it, with the heads written once."""
+        place = part.encode() + b"\x00"
+        salt_head, field_head = _SALT_HEAD + place, _FIELD_HEAD + place
+        key = hmac.new(self.salt, salt_head, hashlib.sha256)
+        commitments = {}
+        for name, value in self.values.items():
+            text = name.encode()
+            salted = key.copy()
+            salted.update(text)
+            field = b"".join((field_head, text, b"\x00", salted.digest(), canonical_bytes(value)))
+            commitments[name] = hashlib.sha256(field).hexdigest()
+        return root_of(commitments)
 
     def open(self, part: str, name: str) -> OpenedField:
         value = canonical_bytes(self.values[name]).decode()
@@ -78,7 +91,7 @@ class OpenedField:
     def commitment(self, part: str, name: str) -> str:
         if len(self.salt) != SALT_SIZE:
             raise CommitmentError(f"the salt of {name[:80]!r} has {len(self.salt)} bytes, not {SALT_SIZE}")
-        head = b"\x00".join((b"affidavit/field/v1", part.encode(), name.encode(), b""))
+        head = _FIELD_HEAD + b"\x00".join((part.encode(), name.encode(), b""))
         return hashlib.sha256(head + self.salt + self.value.encode()).hexdigest()
 
 
@@ -112,7 +125,7 @@ def new_part(values: Mapping[str, JsonValue]) -> SealedPart:
 
 def field_salt(salt: bytes, part: str, name: str) -> bytes:
     """Return the 32-byte salt of one field."""
-    label = b"\x00".join((b"affidavit/field-salt/v1", part.encode(), name.encode()))
+    label = _SALT_HEAD + b"\x00".join((part.encode(), name.encode()))
     return hmac.digest(salt, label, "sha256")
 
 

@@ -14,6 +14,7 @@ Processes are ordered by the database. Nothing is cached but the master key.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import threading
@@ -143,11 +144,22 @@ class Vault:
             VaultRequestError: the person's id is empty, too long, or no text.
             LedgerBusyError, LedgerClosedError: the queue is full, or the vault was closed.
         """
+        return self._sequencer_for(request).submit(request)
+
+    def seal_from_loop(self, request: SealRequest) -> asyncio.Future[Sealed]:
+        """`seal` for a coroutine: the future is of its running loop, which is woken once for a whole batch.
+
+        Raises:
+            VaultRequestError, LedgerBusyError, LedgerClosedError: as `seal`.
+        """
+        return self._sequencer_for(request).submit_from_loop(request)
+
+    def _sequencer_for(self, request: SealRequest) -> Sequencer[SealRequest, Sealed]:
         check_name(request.name)
         with self._lock:
             if self._pid != os.getpid():
                 self._start()
-        return self._sequencer.submit(request)
+        return self._sequencer
 
     def parts(self, event_id: str, *, type: str, pseudonym: str | None = None) -> dict[str, SealedPart]:
         """Open what was sealed for one entry.

@@ -38,8 +38,7 @@ class Sealing:
             kind=kind, name=name, event_id=event_id, type=type, time=self.journal.now_text(), parts=parts
         )
         try:
-            future = self.vault.seal(request)
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.timeout_s)
+            return await asyncio.wait_for(self.vault.seal_from_loop(request), self.timeout_s)
         except VaultRequestError as error:
             problem = [{"field": "subject", "problem": str(error)}]
             raise MalformedRequestError(str(error), fields=problem) from error

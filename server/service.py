@@ -11,13 +11,13 @@ before the entry is written, and the entry holds a pseudonym and roots of commit
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from audit.canonical import canonical_bytes
+from audit.chance import entry_names
 from audit.disclosure import CONTEXT, new_part
 from audit.entries import Prediction, PredictionDenied, RowCommitment
 from audit.errors import StaleViewError
@@ -248,7 +248,7 @@ class PredictService:
         In this order an acknowledged entry never lacks its record. What a failed append leaves in the vault
         has no entry, was told to nobody, and is swept.
         """
-        event_id = secrets.token_hex(16)
+        event_id, _ = entry_names(self.journal.now_text())
         said = {"legal_basis": asked.legal_basis, "consent": asked.consent}
         context = new_part(
             {"purpose": body.purpose, "request_id": body.request_id, **{k: v for k, v in said.items() if v}}
