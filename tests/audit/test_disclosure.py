@@ -8,6 +8,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from audit.canonical import canonical_bytes
 from audit.disclosure import (
@@ -198,3 +200,18 @@ def test_row_opened_by_its_salt_makes_the_same_root_as_its_fields() -> None:
     for salt, text in (("zz", "{}"), ("ab" * 32, "[]"), ("ab" * 16, "{}"), ("ab" * 32, "{ }")):
         with pytest.raises(AuditError):
             opened_row("row.0.input", salt, text)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+VALUES = st.dictionaries(
+    TEXT.filter(lambda name: name and "\0" not in name),
+    TEXT | st.integers(-(2**53) + 1, 2**53 - 1) | st.booleans() | st.none() | st.lists(TEXT, max_size=2),
+    max_size=6,
+)
+
+
+@given(VALUES, st.sampled_from(["context", "terms", "row.0.input", "row.31.output"]))
+def test_root_of_all_is_made_of_each_fields_own_commitment(values: dict[str, Any], part: str) -> None:
+    made = new_part(values)
+    each = {name: made.open(part, name).commitment(part, name) for name in values}
+    assert made.root(part) == root_of(each) == made.disclose(part, list(values)[::2]).root(part)

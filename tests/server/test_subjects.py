@@ -281,7 +281,7 @@ def test_answer_waits_for_the_vault_and_no_entry_is_written_without_it(client, l
     vault = client.app.state.context.vault
 
     class Busy:
-        def submit(self, request):
+        def submit_from_loop(self, request):
             raise LedgerBusyError(retry_after_s=1, pending=4096)
 
         def close(self):
