@@ -40,7 +40,13 @@ class RowTree:
         self._texts: dict[bytes, str] = {}
 
     def path(self, row: int) -> str:
-        """Return the row's inclusion path as text: base64 hashes, joined by commas."""
+        """Return the row's inclusion path as text: base64 hashes, joined by commas.
+
+        Raises:
+            RowPathError: there is no such row.
+        """
+        if not 0 <= row < len(self._paths):
+            raise RowPathError(f"there is no row {row} of {len(self._paths)}")
         texts = self._texts
         for node in self._paths[row]:
             if node not in texts:

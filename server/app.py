@@ -148,7 +148,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             await context.publisher.stop()
             monitoring.tallies.flush()
             context.keys.close()
-            context.quotas.close()
+            await to_thread.run_sync(context.quotas.close)
             context.vault.close()
             context.coordinator.close()
 

@@ -13,6 +13,7 @@ survives a crash of any process; a power cut may lose the last moments.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +27,20 @@ from sqlalchemy import Connection, Engine, event, text
 from audit._bulk import run
 from audit._sequencer import Sequencer
 from audit._store import open_engine, translated, writing
-from audit.errors import AuditError, LedgerBusyError
+from audit.errors import AuditError, LedgerBusyError, LedgerWriteError
 from audit.location import Location, log_location
 from server.errors import LedgerUnavailableError
+
+_logger = logging.getLogger(__name__)
 
 FILE: Final = "quota.db"
 _MAX_BATCH: Final = 256
 _MAX_PENDING: Final = 4096
-_FREE_OF_THE_DISK: Final = text("SET LOCAL synchronous_commit = off")  # a power cut may lose moments
+_MAX_STUCK: Final = 2  # locked counts of one batch that are waited for; a count is locked for a moment only
+_SETTINGS: Final = text(
+    "SELECT set_config('synchronous_commit', 'off', true), set_config('lock_timeout', '500', true)"
+)
+"""A power cut may lose moments; and who stands still in a transaction keeps nobody else's quota for long."""
 _TABLE: Final = """
 CREATE TABLE IF NOT EXISTS quota_use (
     principal VARCHAR NOT NULL, span_s BIGINT NOT NULL, window_start BIGINT NOT NULL,
@@ -105,9 +112,7 @@ class Quotas:
         self.limits = tuple(sorted(limits, key=lambda limit: limit.span_s))
         self._clock = clock
         self._engine = _engine(home) if limits else None
-        self._sequencer: Sequencer[Ask, Taken] = Sequencer(
-            self._commit, max_batch=_MAX_BATCH, max_pending=_MAX_PENDING
-        )
+        self._start()
 
     def take(self, principal: str, rows: int) -> Taken:
         """Count `rows` against every limit, or against none.
@@ -118,43 +123,72 @@ class Quotas:
         return self.take_all([(principal, rows)])[0]
 
     def take_all(self, asks: Sequence[Ask]) -> list[Taken]:
-        """`take` for each of several, in one transaction.
+        """`take` for each of several, together.
 
         Raises:
-            LedgerUnavailableError: as `take`; none was counted.
+            LedgerUnavailableError: as `take`; some may have been counted.
         """
-        if self._engine is None:
-            return [Taken(True)] * len(asks)
-        now_s = int(self._clock().timestamp())
-        try:
-            with _counting(self._engine) as connection:
-                return self._take_all(connection, asks, now_s)
-        except (AuditError, OSError) as error:
-            raise LedgerUnavailableError(_UNCOUNTED) from error
+        told = []
+        for outcome in self._commit(asks):
+            if isinstance(outcome, AuditError):
+                raise LedgerUnavailableError(_UNCOUNTED) from outcome
+            told.append(outcome)
+        return told
 
     async def taken(self, principal: str, rows: int) -> Taken:
         """`take` beside the loop, together with whoever asks in the same turns of it.
 
         Raises:
             LedgerUnavailableError: as `take`.
-            LedgerBusyError: too many requests wait to be counted.
         """
         if self._engine is None:
             return Taken(True)
+        if self._pid != os.getpid():  # a forked child has no thread that counts
+            self._start()
         try:
             return await self._sequencer.submit_from_loop((principal, rows))
-        except LedgerBusyError:
-            raise
         except AuditError as error:
             raise LedgerUnavailableError(_UNCOUNTED) from error
 
     def close(self) -> None:
+        """Finish what is being counted; may wait for a database, so no event loop calls it."""
         self._sequencer.close()
         if self._engine is not None:
             self._engine.dispose()
 
-    def _commit(self, asks: list[Ask]) -> list[Taken | AuditError]:
-        return [*self.take_all(asks)]
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._sequencer: Sequencer[Ask, Taken] = Sequencer(
+            self._commit, max_batch=_MAX_BATCH, max_pending=_MAX_PENDING
+        )
+
+    def _commit(self, asks: Sequence[Ask]) -> list[Taken | AuditError]:
+        """Count together; where somebody's count is locked, each principal by itself."""
+        principals = sorted({principal for principal, _ in asks})
+        try:
+            return [*self._counted(asks)]
+        except LedgerBusyError as error:
+            if len(principals) == 1:
+                return _not_counted(asks, error)
+        except (AuditError, OSError) as error:
+            return _not_counted(asks, error)
+        found: dict[str, Iterator[Taken | AuditError]] = {}
+        stuck: list[AuditError] = []
+        for principal in principals:
+            own = [ask for ask in asks if ask[0] == principal]
+            if len(stuck) < _MAX_STUCK:
+                outcomes = self._commit(own)
+                stuck += [outcome for outcome in outcomes[:1] if isinstance(outcome, AuditError)]
+            else:
+                outcomes = [stuck[-1]] * len(own)
+            found[principal] = iter(outcomes)
+        return [next(found[principal]) for principal, _ in asks]
+
+    def _counted(self, asks: Sequence[Ask]) -> list[Taken]:
+        if self._engine is None:
+            return [Taken(True)] * len(asks)
+        with _counting(self._engine) as connection:
+            return self._take_all(connection, asks, int(self._clock().timestamp()))
 
     def _take_all(self, connection: Connection, asks: Sequence[Ask], now_s: int) -> list[Taken]:
         wanted: dict[str, list[int]] = {}
@@ -193,6 +227,12 @@ class Quotas:
         return None
 
 
+def _not_counted(asks: Sequence[Ask], error: AuditError | OSError) -> list[Taken | AuditError]:
+    _logger.error("quotas cannot be counted: %s: %s", getattr(error, "code", type(error).__name__), error)
+    named = error if isinstance(error, AuditError) else LedgerWriteError(f"quotas: {error}")
+    return [named] * len(asks)
+
+
 @contextlib.contextmanager
 def _counting(engine: Engine) -> Iterator[Connection]:
     """A transaction, in its turn among all workers' of one machine or a server's."""
@@ -201,7 +241,7 @@ def _counting(engine: Engine) -> Iterator[Connection]:
             yield connection
         return
     with translated(), engine.begin() as connection:
-        run(connection, _FREE_OF_THE_DISK)
+        run(connection, _SETTINGS).fetchall()
         yield connection
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -223,7 +225,7 @@ def test_counted_together_is_as_counted_one_after_the_other(quotas, tmp_path_fac
 def test_coroutines_take_exactly_the_limit_in_few_transactions(quotas, monkeypatch):
     workers, batches = [quotas(Limit(60, 150)), quotas(Limit(60, 150))], []
     for worker in workers:
-        monkeypatch.setattr(worker, "take_all", partial(_noted, worker.take_all, batches))
+        monkeypatch.setattr(worker, "_counted", partial(_noted, worker._counted, batches))
 
     async def ask() -> list[Taken]:
         return await asyncio.gather(*(workers[n % 2].taken("p", 1) for n in range(400)))
@@ -235,9 +237,9 @@ def test_coroutines_take_exactly_the_limit_in_few_transactions(quotas, monkeypat
     assert len(batches) < 40
 
 
-def _noted(take_all, batches, asks):
+def _noted(counted, batches, asks):
     batches.append(len(asks))
-    return take_all(asks)
+    return counted(asks)
 
 
 def test_workers_whose_crowds_come_in_other_orders_wait_for_each_other_and_not_for_ever(quotas):
@@ -264,7 +266,73 @@ def test_workers_whose_crowds_come_in_other_orders_wait_for_each_other_and_not_f
     assert not workers[1].take("principal-3", 1).allowed
 
 
-def test_counts_that_cannot_be_read_answer_nobody_of_a_crowd(tmp_path):
+def test_count_that_somebody_keeps_locked_stops_its_own_principal_alone(server, tmp_path, monkeypatch):
+    """As a worker that stands still in its transaction would, for as long as the server bears it."""
+    psycopg = pytest.importorskip("psycopg")
+    url = server.new_schema()
+    monkeypatch.setenv(DATABASE, url)
+    found = Quotas(tmp_path, Now(), (Limit(60, 100),))
+    assert found.take("b", 1).allowed
+
+    async def ask() -> list[object]:
+        asked = (found.taken(name, 1) for name in "abcabd")
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    with psycopg.connect(url) as holder:
+        holder.execute("UPDATE quota_use SET used = used WHERE principal = 'b'")
+        told = asyncio.run(ask())
+        assert [type(answer) for answer in told] == [
+            Taken, LedgerUnavailableError, Taken, Taken, LedgerUnavailableError, Taken,
+        ]  # fmt: skip
+        holder.rollback()
+    assert found.take("b", 99).allowed, "nothing was counted that was not answered"
+    assert not found.take("a", 99).allowed
+    assert found.take("a", 98).allowed
+    found.close()
+
+
+def test_time_is_looked_at_once_nobody_else_counts(tmp_path):
+    """Who waits for the lock over a window's end would begin a window that is over, and end the others'."""
+    looked = []
+
+    def clock() -> datetime:
+        looked.append(START)
+        return START
+
+    found = Quotas(tmp_path, clock, (Limit(60, 10),))
+    with closing(sqlite3.connect(tmp_path / "quota.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        thread = threading.Thread(target=found.take, args=("p", 1))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert looked == []
+        holder.execute("ROLLBACK")
+        thread.join(60)
+    assert looked == [START]
+    found.close()
+
+
+def test_forked_child_counts_too(tmp_path):
+    script = textwrap.dedent("""
+        import asyncio, datetime, os, pathlib, sys
+        from server.quotas import Limit, Quotas
+        now = datetime.datetime(2026, 11, 29, 12, tzinfo=datetime.UTC)
+        made = lambda: Quotas(pathlib.Path(sys.argv[1]), lambda: now, (Limit(60, 10),))
+        found = made()
+        assert asyncio.run(found.taken("p", 1)).allowed
+        child = os.fork()
+        if child == 0:
+            found._engine = made()._engine  # a child opens its database anew
+            assert asyncio.run(asyncio.wait_for(found.taken("p", 9), 30)).allowed
+            sys.exit()
+        assert os.waitpid(child, 0)[1] == 0
+        assert not asyncio.run(found.taken("p", 1)).allowed
+    """)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+
+
+def test_counts_that_cannot_be_read_answer_nobody_of_a_crowd(tmp_path, caplog):
     found = Quotas(tmp_path, Now(), (Limit(60, 100),))
 
     async def ask() -> list[object]:
@@ -276,6 +344,7 @@ def test_counts_that_cannot_be_read_answer_nobody_of_a_crowd(tmp_path):
     for suffix in ("-wal", "-shm"):
         (tmp_path / f"quota.db{suffix}").unlink(missing_ok=True)
     assert {type(error) for error in asyncio.run(ask())} == {LedgerUnavailableError}
+    assert "audit.ledger_corrupt" in caplog.text, "the operator is told why"
     found.close()
 
 
