@@ -41,7 +41,7 @@ def seeds_of(opened: dict[str, Answer], owners: tuple[str, ...]) -> dict[str, by
 
 
 def is_hidden(found: list[int], true: list[int]) -> bool:
-    return all(abs(a - b) > 2**32 for a, b in zip(found, true, strict=True))
+    return all(abs(a - b) > 2**40 for a, b in zip(found, true, strict=True))
 
 
 def test_of_a_whole_set_shares_come_with_the_signature_and_the_secrets_go(masked: Driver) -> None:

@@ -306,7 +306,7 @@ def test_receipt_of_either_worker_is_the_logs_and_its_proof_comes(on_either):
 def test_roll_back_by_the_command_counts_in_both_workers_at_once(on_either, tmp_path, report):
     returned_s, started_s, told = roll_back_under_load(on_either, tmp_path)
     assert (told.errors, told.broken, told.shed) == ([], 0, 0)
-    assert returned_s < 10  # that a second is enough is shown beside the swaps, by the best of several tries
+    assert returned_s < 1
     assert started_s < 30  # the command's own start included, on a machine that does other things
     report(
         "serving_swaps",

@@ -35,7 +35,7 @@ def seeded() -> Callable[[int], UnsafeSeededRandom]:
 
 @dataclass(frozen=True)
 class NoiseAlarms:
-    """What is wrong with releases that should be pure noise of a declared sigma, at 1e-9 a test."""
+    """What is wrong with releases that should be pure noise of a declared sigma, at 1e-6 a test."""
 
     chi_square: bool
     correlation: bool
@@ -52,7 +52,7 @@ def noise_alarms() -> Callable[[NDArray[np.int64], float], NoiseAlarms]:
         """releases: shape (steps, dimension)."""
         z = releases / sigma
         steps, dimension = z.shape
-        low, high = stats.chi2.ppf([5e-10, 1 - 5e-10], z.size)
+        low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], z.size)
         total = float((z**2).sum())
         gram = z @ z.T / np.sqrt(dimension)
         largest = np.abs(gram[np.triu_indices(steps, 1)]).max()
@@ -60,8 +60,8 @@ def noise_alarms() -> Callable[[NDArray[np.int64], float], NoiseAlarms]:
         quietest = (z**2).sum(axis=1).min()
         return NoiseAlarms(
             chi_square=not low <= total <= high,
-            correlation=bool(largest > stats.norm.isf(5e-10 / pairs)),
-            silence=bool(quietest < stats.chi2.ppf(1e-9 / steps, dimension)),
+            correlation=bool(largest > stats.norm.isf(5e-7 / pairs)),
+            silence=bool(quietest < stats.chi2.ppf(1e-6 / steps, dimension)),
         )
 
     return judge
