@@ -153,7 +153,7 @@ def test_no_sum_without_its_noise_is_anywhere_at_the_coordinator(ran):
     assert len(needles) > 40
     assert len(alone) > 40
     assert scan(kept_by_coordinator(base), needles) == []
-    # One number is three bytes of chance, which pages hold in one of eight thousand runs; two numbers are none.
+    # One number is three bytes of chance, which pages hold in one of 8,000 runs; two are none.
     assert len({hit.what for hit in scan(kept_by_coordinator(base), alone)}) <= 1
     from audit.weights import decode_update
 
