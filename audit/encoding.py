@@ -317,7 +317,7 @@ class _Feature:
             return self._problem("wrong_type", f"{_shown(value)} is not a whole number")
         outside = None
         if not self.lower <= number <= self.upper:
-            unit = f" {self.unit}" if self.unit else ""
+            unit = f" {self.unit}" if self.unit not in ("", "1") else ""  # "1": a number without one
             bounds = f"{self.lower:g} to {self.upper:g}{unit}"
             outside = self._problem("out_of_bounds", f"{_shown(value)} is outside {bounds}; check the unit")
             number = min(max(number, self.lower), self.upper)

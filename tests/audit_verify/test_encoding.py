@@ -44,6 +44,14 @@ def test_spellings_of_one_value_encode_alike():
     assert encode_row(FEATURES, {**ROW, "stage": 3}) == encode_row(FEATURES, {**ROW, "stage": "3"})
 
 
+@pytest.mark.parametrize("unit", ["", "1"])
+def test_a_value_beyond_the_bounds_of_a_number_without_a_unit_names_none(unit):
+    column = {"name": "x", "type": "number", "unit": unit, "lower": "0.5", "upper": "2", "transform": "none",
+              "missing": "refuse"}  # fmt: skip
+    (problem,) = check_row([column], {"x": "3"})
+    assert "'3' is outside 0.5 to 2; check the unit" in str(problem)
+
+
 def test_a_value_beyond_its_bounds_is_clamped_and_reported_with_its_unit():
     row = {**ROW, "age": 130, "dose": -5}
     assert encode_row(FEATURES, row)[:2] == [1.0, -1.0]
