@@ -269,7 +269,7 @@ def status(home: Home = None, as_json: AsJson = False) -> None:
         name: {"value": str(value) if isinstance(value, Path) else value, "source": loaded.sources[name]}
         for name, value in loaded.settings.model_dump().items()
     }
-    state = _home_state(base_home(home), loaded.settings.coordinator_home)
+    state = _home_state(base_home(home), loaded.settings.coordinator_home, loaded.settings.signer_home)
     rows = [[name, item["value"], item["source"]] for name, item in values.items()]
     shown = table("", ("setting", "value", "source"), rows)
     lines = "\n".join(f"{name:<12} {value}" for name, value in state.items())
@@ -334,7 +334,7 @@ def restore(
     from server.backup import restore as put_back
 
     base = base_home(home)
-    report = put_back(file, base / "coordinator", base / "signer")
+    report = put_back(file, base / "coordinator")
     shown = (
         f"restored {report.tree_size} entries of {report.origin} to {report.path}; check: affidavit log fsck"
     )
@@ -403,7 +403,7 @@ def _write_secret(path: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def _home_state(base: Path, coordinator: Path) -> dict[str, str]:
+def _home_state(base: Path, coordinator: Path, signer: Path) -> dict[str, str]:
     from audit.errors import AuditError
     from audit.ledger import Ledger
     from audit.location import log_location
@@ -414,7 +414,7 @@ def _home_state(base: Path, coordinator: Path) -> dict[str, str]:
             state["log"] = f"{ledger.origin}, {ledger.tree_size} entries"
     except AuditError as error:
         state["log"] = f"none ({error})"
-    state["signer"] = "present" if (base / "signer").is_dir() else "none"
+    state["signer"] = "present" if signer.is_dir() else "none"
     for role in ("sites", "officers"):
         folder = base / role
         names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

@@ -6,6 +6,7 @@ Order: flag > environment > file > default. The file is `config.yaml` in the coo
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from audit.errors import LocationError
+from audit.signing_home import signer_home_of
 from server.errors import SettingsError
 
 PREFIX: Final = "AFFIDAVIT_"
@@ -108,6 +111,7 @@ def load_settings(
         base: the folder that holds the homes, in place of `.affidavit`.
 
     Raises:
+        SignerElsewhereError: the home is a copy, and names the original's signer.
         SettingsError: a value or a name is not one of `Settings`; the message says where it came from.
     """
     environ = os.environ if environ is None else environ
@@ -132,6 +136,10 @@ def load_settings(
     for name, value in _file_values(path).items():
         if sources.get(name, "default") == "default":
             values[name], sources[name] = value, f"file {path}"
+    signer = PREFIX + "SIGNER_HOME"
+    if not environ.get(signer) and "signer_home" not in given:
+        with contextlib.suppress(LocationError):  # no home yet, or one that names no signer
+            values["signer_home"], sources["signer_home"] = signer_home_of(home, environ), f"file {path}"
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
