@@ -325,8 +325,8 @@ class SignerElsewhereError(SignerError):
     def __init__(self, *, config: Path, named: Path, other: Path, beside: Path | None) -> None:
         own = f"`signer_home: ../{beside.name}` for the one at {beside}" if beside is not None else "its own"
         super().__init__(
-            f"{config}: names the signer {named}, which is that of {other}. A copied home must not sign for the "
-            f"original: name the right signer there ({own}), or in AFFIDAVIT_SIGNER_HOME"
+            f"{config}: names the signer {named}, which is that of {other}. A copied home must not sign for "
+            f"the original: name the right signer there ({own}), or in AFFIDAVIT_SIGNER_HOME"
         )
         self.config, self.named, self.other, self.beside = config, named, other, beside
 

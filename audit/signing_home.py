@@ -42,9 +42,9 @@ def signer_home_of(
     """Return the signer's home of a coordinator's home, by the one rule that every command follows.
 
     AFFIDAVIT_SIGNER_HOME comes first, then `signer_home` of the server's own settings in `config.yaml`, then
-    the `signer_home` that `affidavit init` wrote there. A relative path counts from the coordinator's home, so
-    a home that is moved takes its signer along. An absolute one counts as it is; where nothing is there any
-    more and the folder beside the home is a signer, the home was moved with it, and that folder is meant.
+    the `signer_home` that `affidavit init` wrote there. A relative path counts from the coordinator's home,
+    so a home that is moved takes its signer along. An absolute one counts as it is; where nothing is there
+    any more and a signer lies beside the home, the home was moved with it, and that one is meant.
     `config` is another place of `config.yaml`, for a home that is not in its place yet.
 
     Raises:

@@ -80,7 +80,7 @@ def serve(
 
     from federation.coordinator import Coordinator
     from server import logs, metric_files
-    from server.settings import load_settings
+    from server.settings import load_settings, unknown_variables
 
     flags = {
         "host": host,
@@ -95,6 +95,8 @@ def serve(
     if level not in logging.getLevelNamesMapping():
         raise CommandError(f"log_level {settings.log_level!r} is unknown; use info", code="server.settings")
     logs.configure(settings.log_format, level)
+    for line in unknown_variables(os.environ):
+        logging.getLogger(__name__).warning("%s", line)
     from audit.location import log_location
 
     place = log_location(settings.coordinator_home)
@@ -105,24 +107,23 @@ def serve(
         )
     with Coordinator.open(settings.coordinator_home, settings.signer_home) as coordinator:
         coordinator.publisher.step()  # who may not sign is told here, in one line
-    if settings.workers > 1:
-        if settings.grpc_port == 0:
-            raise CommandError(
-                "grpc_port 0 is one worker's; name a port that all share", code="server.settings"
-            )
-        metric_files.prepare(settings.coordinator_home / metric_files.FOLDER)
+    if settings.workers > 1 and settings.grpc_port == 0:
+        raise CommandError("grpc_port 0 is one worker's; name a port that all share", code="server.settings")
     from server.app import create_app
-    from server.workers import Supervisor, run_worker
+    from server.workers import Supervisor, run_worker, stop_at_hang_up
 
     create_app(settings)  # what is wrong with the policies is told before anything listens
     listener = _listen(settings.host, settings.port)
-    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    url = f"http://{settings.address(listener.getsockname()[1])}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
     if settings.workers == 1:
+        stop_at_hang_up()
         run_worker(settings, listener, level.lower())
-    elif Supervisor(settings, listener, level.lower()).run():
-        raise CommandError("no worker could be kept alive; the log says why", code="server.workers")
+        return
+    with closing(metric_files.prepare(settings.coordinator_home / metric_files.FOLDER)):
+        if Supervisor(settings, listener, level.lower()).run():
+            raise CommandError("no worker could be kept alive; the log says why", code="server.workers")
 
 
 @keys.command("create")
@@ -342,6 +343,7 @@ def restore(
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    import errno
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -353,7 +355,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        raise CommandError(f"{host} port {port}: {error.strerror}; choose another --port") from error
+        ours = not isinstance(error, socket.gaierror) and error.errno != errno.EADDRNOTAVAIL
+        fix = "choose another --port" if ours else "give an address of this machine as --host"
+        raise CommandError(f"{host} port {port}: {error.strerror}; {fix}") from error
     return listener
 
 

@@ -7,7 +7,9 @@ Order: flag > environment > file > default. The file is `config.yaml` in the coo
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,15 @@ from audit.signing_home import signer_home_of
 from server.errors import SettingsError
 
 PREFIX: Final = "AFFIDAVIT_"
+OTHER_VARIABLES: Final = frozenset(
+    PREFIX + name
+    for name in (
+        "AGENT", "API_KEY", "DATABASE", "DATABASE_PASSWORD", "DATABASE_PASSWORD_FILE", "DEBUG", "HOME",
+        "PASSPHRASE", "RELAY_BELL", "SIGNER_PASSPHRASE", "SIGNER_PASSPHRASE_FILE", "SITES",
+        "SUPERNODE_POLL_S", "VAULT", "VAULT_PASSPHRASE", "VAULT_PASSPHRASE_FILE",
+    )
+)  # fmt: skip  # what commands and agents read besides the server's settings
+_OF_KUBERNETES: Final = re.compile(PREFIX + r"(SERVICE_|PORT_[0-9]+_)")
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
@@ -79,6 +90,16 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("checkpoint_late_s: at most merge_delay_s, which receipts promise")
         return self
 
+    @model_validator(mode="after")
+    def _has_a_port_for_each(self) -> Settings:
+        if self.grpc_port is not None and self.grpc_port == self.port != 0:
+            raise ValueError(f"grpc_port: {self.port} is the port of HTTP; choose another")
+        return self
+
+    def address(self, port: int) -> str:
+        """Return host and port as URLs write them: an IPv6 address stands in brackets."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
     @property
     def late_s(self) -> float:
         """How long an entry may wait for a checkpoint before nothing is answered any more."""
@@ -89,6 +110,21 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     def _by_commas(cls, value: Any) -> Any:
         """The environment holds one text."""
         return tuple(filter(None, value.replace(" ", "").split(","))) if isinstance(value, str) else value
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return, for each AFFIDAVIT_… of the environment that nothing reads, what to tell the operator.
+
+    What Kubernetes sets for a service of that name (AFFIDAVIT_SERVICE_HOST, AFFIDAVIT_PORT_80_TCP) is let be.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    told = []
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in known or _OF_KUBERNETES.match(name):
+            continue
+        close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+        told.append(f"{name} is no setting, and is ignored" + (f"; {close[0]} is one" if close else ""))
+    return told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,10 @@ class Shedder:
         """
         if self.in_flight >= max(min(FLOOR, self.most), int(self.limit)):
             retry_s = min(_RETRY_MOST_S, 1 + int(self.target_s))
-            raise OverloadedError(f"{self.in_flight} requests are being worked on; come back in {retry_s} s")
+            raise OverloadedError(
+                f"{self.in_flight} requests are being worked on; come back in {retry_s} s",
+                retry_after_s=retry_s,
+            )
         self.in_flight += 1
 
     def leave(self, seconds: float | None) -> None:

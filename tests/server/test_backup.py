@@ -62,7 +62,7 @@ def test_restore_finds_the_signer_that_the_backup_names(lab, home, tmp_path):
 
 
 def test_backup_leaves_out_the_workers_metrics_which_are_no_databases(lab, home, tmp_path):
-    folder = metric_files.prepare(home / metric_files.FOLDER, {})
+    folder = metric_files.prepare(home / metric_files.FOLDER, {}).path
     (folder / "counter_12.db").write_bytes(bytes(1 << 16))  # what `serve --workers` leaves
     backup(home, tmp_path / "b.tar.gz")
     with tarfile.open(tmp_path / "b.tar.gz") as archive:

@@ -1,4 +1,4 @@
-"""Whose signer a home signs with: moved, copied, restored and mounted homes, and signers on disks of their own."""
+"""Whose signer a home signs with: moved, copied and mounted homes, and signers on disks of their own."""
 
 from __future__ import annotations
 
