@@ -110,20 +110,20 @@ def serve(
     if settings.workers > 1 and settings.grpc_port == 0:
         raise CommandError("grpc_port 0 is one worker's; name a port that all share", code="server.settings")
     from server.app import create_app
-    from server.workers import Supervisor, run_worker, stop_at_hang_up
+    from server.workers import Supervisor, run_worker, stopping_gently
 
     create_app(settings)  # what is wrong with the policies is told before anything listens
     listener = _listen(settings.host, settings.port)
     url = f"http://{settings.address(listener.getsockname()[1])}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
-    if settings.workers == 1:
-        stop_at_hang_up()
-        run_worker(settings, listener, level.lower())
-        return
-    with closing(metric_files.prepare(settings.coordinator_home / metric_files.FOLDER)):
-        if Supervisor(settings, listener, level.lower()).run():
-            raise CommandError("no worker could be kept alive; the log says why", code="server.workers")
+    with stopping_gently():
+        if settings.workers == 1:
+            run_worker(settings, listener, level.lower())
+            return
+        with closing(metric_files.prepare(settings.coordinator_home / metric_files.FOLDER)):
+            if Supervisor(settings, listener, level.lower()).run():
+                raise CommandError("no worker could be kept alive; the log says why", code="server.workers")
 
 
 @keys.command("create")
@@ -353,6 +353,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
+    except UnicodeError as error:
+        listener.close()
+        raise CommandError(f"{host}: is no host; give an address of this machine as --host") from error
     except OSError as error:
         listener.close()
         ours = not isinstance(error, socket.gaierror) and error.errno != errno.EADDRNOTAVAIL

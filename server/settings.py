@@ -22,15 +22,12 @@ from audit.signing_home import signer_home_of
 from server.errors import SettingsError
 
 PREFIX: Final = "AFFIDAVIT_"
-OTHER_VARIABLES: Final = frozenset(
-    PREFIX + name
-    for name in (
-        "AGENT", "API_KEY", "DATABASE", "DATABASE_PASSWORD", "DATABASE_PASSWORD_FILE", "DEBUG", "HOME",
-        "PASSPHRASE", "RELAY_BELL", "SIGNER_PASSPHRASE", "SIGNER_PASSPHRASE_FILE", "SITES",
-        "SUPERNODE_POLL_S", "VAULT", "VAULT_PASSPHRASE", "VAULT_PASSPHRASE_FILE",
-    )
-)  # fmt: skip  # what commands and agents read besides the server's settings
-_OF_KUBERNETES: Final = re.compile(PREFIX + r"(SERVICE_|PORT_[0-9]+_)")
+OTHER_VARIABLES: Final = frozenset({  # what commands and agents read besides the server's settings
+    "AGENT", "API_KEY", "DATABASE", "DATABASE_PASSWORD", "DATABASE_PASSWORD_FILE", "DEBUG", "HOME",
+    "PASSPHRASE", "RELAY_BELL", "SIGNER_PASSPHRASE", "SIGNER_PASSPHRASE_FILE", "SITES", "SUPERNODE_POLL_S",
+    "VAULT", "VAULT_PASSPHRASE", "VAULT_PASSPHRASE_FILE",
+})  # fmt: skip
+_OF_KUBERNETES: Final = re.compile(r"SERVICE_|PORT_[0-9]+_")
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
@@ -117,13 +114,14 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
     What Kubernetes sets for a service of that name (AFFIDAVIT_SERVICE_HOST, AFFIDAVIT_PORT_80_TCP) is let be.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    known = {name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
     told = []
-    for name in sorted(environ):
-        if not name.startswith(PREFIX) or name in known or _OF_KUBERNETES.match(name):
+    for name in sorted(name.removeprefix(PREFIX) for name in environ if name.startswith(PREFIX)):
+        if name in known or _OF_KUBERNETES.match(name):
             continue
         close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-        told.append(f"{name} is no setting, and is ignored" + (f"; {close[0]} is one" if close else ""))
+        meant = f"; {PREFIX}{close[0]} is one" if close else ""
+        told.append(f"{PREFIX}{name} is no setting, and is ignored{meant}")
     return told
 
 

@@ -20,7 +20,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -140,10 +141,24 @@ def run_worker(
         raise getattr(app.state, "start_error", None) or ServerError("the server did not start")
 
 
-def stop_at_hang_up() -> None:
-    """Let SIGHUP do what SIGTERM does, unless whoever started us had it ignored (`nohup`)."""
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+@contextmanager
+def stopping_gently() -> Iterator[None]:
+    """Let SIGTERM end this process with 0 once what is under way is done, and let SIGHUP do the same, unless
+    whoever started us had it ignored (`nohup`).
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, _end_well)
+    if before[signal.SIGHUP] is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _hang_up)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_well(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)  # uvicorn raises the signal again when it has finished
 
 
 def _hang_up(number: int, frame: FrameType | None) -> None:
@@ -225,7 +240,6 @@ class Supervisor:
         """Return the exit code: 0 stopped, 1 no worker ever became ready."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        stop_at_hang_up()
         folder = metric_files.folder_of()
         while not self._stopping.is_set() and not self._is_hopeless():
             now = self._monotonic()

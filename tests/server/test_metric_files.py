@@ -6,6 +6,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -134,11 +135,37 @@ def test_file_system_that_reserves_nothing_is_written_to_instead(tmp_path, monke
 def test_worker_on_a_really_full_disk_lives(tmp_path):
     with file_system("tmpfs", tmp_path) as disk:
         environ = dict(os.environ)
-        with_room = metric_files.prepare(disk / "metrics", environ)
-        fill(disk, 0)
-        _, printed = worker(environ, "5", "print")
-        assert "affidavit_predicted_rows" not in of(printed)
-        with_room.close()
+        with closing(metric_files.prepare(disk / "metrics", environ)):
+            fill(disk, 0)
+            _, printed = worker(environ, "5", "print")
+        assert 'affidavit_predicted_rows_total{model="toy"}' not in of(printed)
+
+
+GROWING = """
+import sys
+from server.monitoring import Monitoring
+monitoring = Monitoring()
+print("made", flush=True)
+sys.stdin.readline()
+for number in range(3_000):
+    monitoring.denials.labels(f"an action, number {number}", "policy").inc()
+print("alive", flush=True)
+"""
+
+
+def test_worker_whose_disk_fills_while_it_counts_lives(tmp_path):
+    with file_system("tmpfs", tmp_path) as disk:
+        environ = dict(os.environ)
+        with closing(metric_files.prepare(disk / "metrics", environ)):
+            process = subprocess.Popen(
+                [sys.executable, "-c", GROWING],
+                env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            with process:
+                assert process.stdout.readline() == "made\n"
+                fill(disk, 0)
+                assert process.communicate("go\n")[0] == "alive\n"
+            assert process.returncode == 0
 
 
 # starts

@@ -247,8 +247,9 @@ def test_above_the_limit_nobody_is_taken_and_waiting_for_witnesses_is_no_load():
     shedder = Shedder(most=2, target_s=1.0)
     shedder.enter()
     shedder.enter()
-    with pytest.raises(OverloadedError, match="come back"):
+    with pytest.raises(OverloadedError, match="come back in 2 s") as caught:
         shedder.enter()
+    assert caught.value.extra == {"retry_after_s": 2}
     shedder.leave(None)
     shedder.enter()
     assert shedder.limit == 2.0
