@@ -43,8 +43,8 @@ def signer_home_of(
 
     AFFIDAVIT_SIGNER_HOME comes first, then `signer_home` of the server's own settings in `config.yaml`, then
     the `signer_home` that `affidavit init` wrote there. A relative path counts from the coordinator's home,
-    so a home that is moved takes its signer along. An absolute one counts as it is; where nothing is there
-    any more and a signer lies beside the home, the home was moved with it, and that one is meant.
+    so a home that is moved takes its signer along. An absolute one counts as it is; where its whole folder is
+    gone and a signer lies beside the home, the home was moved with it, and that one is meant.
     `config` is another place of `config.yaml`, for a home that is not in its place yet.
 
     Raises:
@@ -62,7 +62,7 @@ def signer_home_of(
         return Path(os.path.abspath(home / named))
     beside = Path(os.path.abspath(home)).parent / _BESIDE
     has_own = beside.is_dir() and not _is_same(beside, named)
-    if has_own and not named.exists():
+    if has_own and not named.parent.exists():  # a disk that is not mounted leaves the folder that it goes to
         return beside
     other = named.parent / "coordinator"
     if (

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 IN_A_ROW: Final = 3
-_PATIENCE_S: Final = 1.0  # for a trial, before the answer is given without it
+_PATIENCE_S: Final = 0.5  # for a trial, before the answer is given without it
 _LONGEST_S: Final = 30.0
 _ROOM_BYTES: Final = 1 << 18
 

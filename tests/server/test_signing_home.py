@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from audit.errors import LocationError, SignerElsewhereError
+from audit.errors import LocationError, SignerElsewhereError, SignerMissingError
 from audit.signer import Signer
 from audit.signing_home import named_for, publish_here, signer_home_of
 from federation.coordinator import Coordinator
@@ -112,6 +112,15 @@ def test_signer_on_a_disk_of_its_own_signs_even_beside_a_left_over_one(tmp_path)
     publish(base)
     assert Signer.open(disk).state().checkpoint.tree_size == 1
     assert Signer.open(base / "signer").state().checkpoint.tree_size == 0
+
+
+def test_left_over_signer_does_not_stand_in_for_a_disk_that_is_not_mounted(tmp_path):
+    disk = tmp_path / "disk" / "keys"
+    base = make(tmp_path / "a", disk)
+    shutil.copytree(disk, base / "signer")
+    shutil.rmtree(disk)
+    with pytest.raises(SignerMissingError, match=str(disk)):
+        Coordinator.open(base / "coordinator")
 
 
 def test_two_homes_over_one_database_may_share_a_signer(tmp_path):
