@@ -68,12 +68,9 @@ def missing_values(data: bytes, names: Sequence[str]) -> dict[str, frozenset[int
 
     An encoded number does not tell: what is missing lies where the middle of the declared range does.
 
-    `data` is a file that `read_public_set` has read.
+    `data` is a file that `read_public_set` has read; both pass over empty lines.
     """
-    reader = csv.DictReader(
-        io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True
-    )  # drops empty lines
-    rows = list(reader)
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
     return {
         name: frozenset(place for place, row in enumerate(rows) if is_missing(row[name])) for name in names
     }

@@ -26,7 +26,7 @@ _BREAKS: Final = re.compile("[\x00-\x20\x7f-\x9f\u2028\u2029]+")
 _SPECIAL: Final = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 _NUMBERED: Final = re.compile(r"^(\d{1,9})([.)])")
 _FIRST: Final = re.compile(r"^[#+=:-]")
-_is_plain_code = re.compile(r"[A-Za-z0-9+/=:.-]+").fullmatch
+_is_plain_code = re.compile(r"[A-Za-z0-9+/=:.-]+( [A-Za-z0-9+/=:.-]+)*").fullmatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from federation.registry import Version
 
 _ABOUT: Final = (
     "Made from what the federation's log and its files held at {} entries; anybody who holds both makes the "
-    "same card. The headings are those of Annex IV of Regulation (EU) 2024/1689. It is no legal assessment: it "
-    "shows what the log shows, and says NO EVIDENCE where that shows nothing; what somebody merely signed "
+    "same card. The headings are those of Annex IV of Regulation (EU) 2024/1689. It is no legal assessment: "
+    "it shows what the log shows, and says NO EVIDENCE where that shows nothing; what somebody merely signed "
     "is ATTESTED. The card is not signed and checks no signature: `affidavit verify` does, on an evidence "
     "file."
 )
@@ -56,7 +56,7 @@ def card_of(ledger: Ledger, digest: str, find_blob: FindBlob | None = None) -> C
         model=version.model,
         version=version.digest,
         title=f"{version.model}, version {version.digest[:12]}",
-        about=told(_ABOUT, ledger.tree_size()),
+        about=told(_ABOUT, ledger.tree_size),
         sections=(
             _section("General description", "1", _general(version, charter)),
             _section("Elements and development", "2", _elements(ledger, charter)),
@@ -100,8 +100,8 @@ def _general(version: Version, charter: Charter) -> Iterator[Block]:
     yield Paragraph(
         told(
             "An answer for any other purpose FAILS when it is verified; the server's own policies refuse and "
-            "log it. Who provides and deploys the system, and on which hardware: NO EVIDENCE; the log does not "
-            "hold it."
+            "log it. Who provides and deploys the system, and on which hardware: NO EVIDENCE; the log does "
+            "not hold it."
         )
     )
 
@@ -147,8 +147,8 @@ def _data(charter: Charter) -> Iterator[Block]:
     yield _table(("feature", "type", "unit", "range", "missing"), [_feature(f) for f in charter.features])
     yield Paragraph(
         told(
-            "Where the data came from, how they were collected, labelled and cleaned: NO EVIDENCE in the log; "
-            "each site answers for its own."
+            "Where the data came from, how they were collected, labelled and cleaned: NO EVIDENCE in the "
+            "log; each site answers for its own."
         )
     )
 
@@ -220,8 +220,8 @@ def _attributions(charter: Charter) -> str:
     terms = AnswerTerms.of_charter(charter.document)
     if terms.label_only:
         return (
-            "Attributions of an answer to single features are refused: the charter lets out labels alone, and "
-            "they would tell the score."
+            "Attributions of an answer to single features are refused: the charter lets out labels alone, "
+            "and they would tell the score."
         )
     if terms.decimals < EXACT:
         return (
@@ -239,8 +239,8 @@ def _distance(ledger: Ledger, version: Version, charter: Charter) -> Iterator[Bl
     if charter.reference is None or sketched is None or not sketched.sketch:
         yield Paragraph(
             told(
-                "NO EVIDENCE of what the training rows were like: {}. Each answer bears a score by the declared "
-                "bounds alone.",
+                "NO EVIDENCE of what the training rows were like: {}. Each answer bears a score by the "
+                "declared bounds alone.",
                 "the charter asks for no sketch of them"
                 if charter.reference is None
                 else "the log holds no sketch of them, which the charter asks for",
@@ -250,8 +250,8 @@ def _distance(ledger: Ledger, version: Version, charter: Charter) -> Iterator[Bl
     left_out = f", without {', '.join(sketched.missing)}" if sketched.missing else ""
     yield Paragraph(
         told(
-            "Each answer bears a score of how far its input lies from the training rows, by a sketch of {} bins "
-            "a number that {} sites released with noise{} (`{}`). A verifier adds it up again; that the "
+            "Each answer bears a score of how far its input lies from the training rows, by a sketch of {} "
+            "bins a number that {} sites released with noise{} (`{}`). A verifier adds it up again; that the "
             "rows were counted as said is ATTESTED.",
             charter.reference.bins,
             len(sketched.statements),
@@ -302,8 +302,8 @@ def _appropriate(version: Version, charter: Charter) -> Iterator[Block]:
     metrics = ", ".join(sorted({gate.metric for gate in version.registered.gates})) or "no metric"
     yield Paragraph(
         told(
-            "The charter judges a version by {}, each against a trivial baseline. Why that is appropriate for "
-            "the purposes {}: NO EVIDENCE in the log.",
+            "The charter judges a version by {}, each against a trivial baseline. Why that is appropriate "
+            "for the purposes {}: NO EVIDENCE in the log.",
             metrics,
             ", ".join(charter.purposes),
         )
@@ -315,7 +315,8 @@ def _risks(charter: Charter) -> Iterator[Block]:
         told(
             "A risk management system in the sense of Article 9: NO EVIDENCE in the log. What the software "
             "enforces: purposes ({}), gates before approval, a privacy budget at each site, access by policy "
-            "with every refusal logged. Who can lie about what, and what answers, is tabled in the threat model.",
+            "with every refusal logged. Who can lie about what, and what answers, is tabled in the threat "
+            "model.",
             ", ".join(charter.purposes),
         )
     )
@@ -379,7 +380,8 @@ def _post_market() -> Iterator[Block]:
     yield Paragraph(
         told(
             "A post-market monitoring plan: NO EVIDENCE in the log. What the log keeps for it: every answer "
-            "and refusal, the score of every input, alarms and who closed them, reviews, approvals, roll-backs."
+            "and refusal, the score of every input, alarms and who closed them, reviews, approvals, "
+            "roll-backs."
         )
     )
 
