@@ -44,12 +44,12 @@ class Lifetime:
     is_understated: bool  # the entry claims less than the run, or the releases before it, cost
 
 
-def lifetimes(ledger: Ledger, version: Version) -> tuple[Lifetime, ...]:
-    """Return each cost's lifetime, in the order of `version.registered.costs`."""
+def lifetimes(ledger: Ledger, version: Version, delta: Decimal) -> tuple[Lifetime, ...]:
+    """Return each cost's lifetime at the charter's delta, in the order of `version.registered.costs`."""
     then = _by_population(registry.statements(ledger, before=version.leaf_index))
     now = _by_population(registry.statements(ledger))
     return tuple(
-        _lifetime(cost, version, then.get(_key(cost), []), now.get(_key(cost), []))
+        _lifetime(cost, delta, version.registered.run, then.get(_key(cost), []), now.get(_key(cost), []))
         for cost in version.registered.costs
     )
 
@@ -57,7 +57,7 @@ def lifetimes(ledger: Ledger, version: Version) -> tuple[Lifetime, ...]:
 def privacy_blocks(ledger: Ledger, version: Version, charter: Charter) -> Iterator[Block]:
     """Yield what the card's section on privacy holds."""
     privacy, costs = charter.privacy, version.registered.costs
-    spent = lifetimes(ledger, version)
+    spent = lifetimes(ledger, version, privacy.delta)
     yield Paragraph(
         told(
             "Epsilon for one **{}**, relation {} ({}), delta {}; the charter allows {} for a run. The "
@@ -78,7 +78,6 @@ def privacy_blocks(ledger: Ledger, version: Version, charter: Charter) -> Iterat
             "the same by RDP, a looser bound",
             "epsilon of all releases in this log, at registration",
             "epsilon of all releases in this log, now",
-            "delta",
         ),
         tuple(
             (
@@ -88,7 +87,6 @@ def privacy_blocks(ledger: Ledger, version: Version, charter: Charter) -> Iterat
                 cost.run_epsilon_rdp,
                 f"{_shown(life.claimed)} (first {life.releases_then} releases)",
                 f"{_shown(life.now)} (first {life.releases_now} releases)",
-                cost.delta,
             )
             for cost, life in zip(costs, spent, strict=True)
         ),
@@ -109,6 +107,9 @@ def privacy_blocks(ledger: Ledger, version: Version, charter: Charter) -> Iterat
                 "was made, which lacks the accountant to count them again."
             )
         )
+    other = [cost.site for cost in costs if Decimal(cost.delta) != privacy.delta]
+    if other:
+        yield Paragraph(told("**Claimed at another delta than the charter's: {}.**", ", ".join(other)))
     low = [cost.site for cost, life in zip(costs, spent, strict=True) if life.is_understated]
     if low:
         yield Paragraph(told("**The entry claims less than the releases cost: {}.**", ", ".join(low)))
@@ -147,19 +148,22 @@ def _other_units(charter: Charter) -> Iterator[Block]:
 
 
 def _lifetime(
-    cost: SiteEpsilon, version: Version, then: Sequence[SiteStatement], now: Sequence[SiteStatement]
+    cost: SiteEpsilon,
+    delta: Decimal,
+    run: str,
+    then: Sequence[SiteStatement],
+    now: Sequence[SiteStatement],
 ) -> Lifetime:
-    delta = Decimal(cost.delta)
-    in_run = [statement for statement in now if statement.run == version.registered.run]
-    run, ever = _as_registered(in_run, cost.unit, delta), _as_registered(now, cost.unit, delta)
+    in_run = [statement for statement in now if statement.run == run]
+    once, ever = _as_registered(in_run, cost.unit, delta), _as_registered(now, cost.unit, delta)
     before = ever if len(then) == len(now) else _as_registered(then, cost.unit, delta)
     return Lifetime(
         claimed=cost.lifetime_epsilon,
         releases_then=len(then),
         now=_higher(cost.lifetime_epsilon, ever or _bound(now, cost.unit, delta)),
         releases_now=len(now),
-        is_recounted=run is not None and before is not None,
-        is_understated=_is_below(cost.run_epsilon, run) or _is_below(cost.lifetime_epsilon, before),
+        is_recounted=once is not None and before is not None,
+        is_understated=_is_below(cost.run_epsilon, once) or _is_below(cost.lifetime_epsilon, before),
     )
 
 

@@ -99,9 +99,9 @@ def _general(version: Version, charter: Charter) -> Iterator[Block]:
     )
     yield Paragraph(
         told(
-            "An answer for any other purpose FAILS when it is verified; the server's own policies refuse and "
-            "log it. Who provides and deploys the system, and on which hardware: NO EVIDENCE; the log does "
-            "not hold it."
+            "An answer for any other purpose fails verification once its purpose is opened; the policies "
+            "that come with the server refuse and log it. Who provides and deploys the system, and on which "
+            "hardware: NO EVIDENCE; the log does not hold it."
         )
     )
 

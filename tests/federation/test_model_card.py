@@ -46,6 +46,7 @@ fairness: {groups: [ward, x]}
 gates: [{metric: auc, source: public_set, margin_over_baseline: 0.1}]
 """
 
+DELTA = Decimal("0.00001")
 ANNEX_IV = [str(number) for number in range(1, 10)]
 
 
@@ -301,7 +302,7 @@ def test_epsilon_of_all_releases_goes_on_after_the_registration(evil):
     made, _ = evil
     federation, version = made.federation, made.version
     ledger, homes = federation.coordinator.ledger, federation.homes
-    first = lifetimes(ledger, version)
+    first = lifetimes(ledger, version, DELTA)
     run_federation(
         made.charter,
         homes,
@@ -309,7 +310,7 @@ def test_epsilon_of_all_releases_goes_on_after_the_registration(evil):
         federation.scientist.key,
         public_set=federation.public_file,
     )
-    now = lifetimes(ledger, version)
+    now = lifetimes(ledger, version, DELTA)
     for before, after, site in zip(first, now, ("a", "b"), strict=True):
         assert before.now == before.claimed == after.claimed
         assert (before.releases_then, before.releases_now) == (2, 2)
@@ -328,27 +329,31 @@ def test_epsilon_of_all_releases_goes_on_after_the_registration(evil):
 
 def test_a_claim_below_what_the_releases_cost_is_said_and_never_shown_as_spent(run):
     ledger, version = run.federation.coordinator.ledger, run.version
-    honest = lifetimes(ledger, version)
+    honest = lifetimes(ledger, version, DELTA)
     assert not any(life.is_understated for life in honest)
     for field in ("run_epsilon", "lifetime_epsilon"):
         low = tuple(replace(cost, **{field: "0.5"}) for cost in version.registered.costs)
         forged = replace(version, registered=replace(version.registered, epsilons=low))
-        found = lifetimes(ledger, forged)
+        found = lifetimes(ledger, forged, DELTA)
         assert all(life.is_understated for life in found)
         assert [life.now for life in found] == [life.now for life in honest]
         blocks = [b.text for b in privacy_blocks(ledger, forged, run.charter) if isinstance(b, Paragraph)]
         assert "The entry claims less than the releases cost: a, b." in blocks
+    lax = tuple(replace(cost, delta="0.1") for cost in version.registered.costs)
+    forged = replace(version, registered=replace(version.registered, epsilons=lax))
+    blocks = [b.text for b in privacy_blocks(ledger, forged, run.charter) if isinstance(b, Paragraph)]
+    assert "Claimed at another delta than the charter's: a, b." in blocks
 
 
 def test_without_the_accountant_a_card_bounds_what_is_spent_and_says_what_it_did_not_count(run, monkeypatch):
     ledger, version = run.federation.coordinator.ledger, run.version
-    honest = lifetimes(ledger, version)
+    honest = lifetimes(ledger, version, DELTA)
 
     def lacking(*_):
         raise AccountingError("PLD needs dp-accounting")
 
     monkeypatch.setattr(card_privacy, "lifetime_epsilon", lacking)
-    for life, before in zip(lifetimes(ledger, version), honest, strict=True):
+    for life, before in zip(lifetimes(ledger, version, DELTA), honest, strict=True):
         assert Decimal(life.now) >= Decimal(before.now)
         assert not life.is_recounted
         assert not life.is_understated
