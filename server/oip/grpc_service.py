@@ -21,6 +21,7 @@ from audit.principal import AccessDeniedError, Principal, Question, require
 from federation.errors import FederationError
 from server.context import Context, record_denial
 from server.errors import STATUS, MalformedRequestError, SettingsError, UnauthenticatedError
+from server.oip.codec import asked_as_binary
 from server.oip.inference import (
     EXTENSIONS,
     PURPOSE,
@@ -44,6 +45,7 @@ _STATUS: Final = {
     422: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _CONTENTS: Final = {
     "BOOL": "bool_contents",
@@ -223,7 +225,9 @@ def read_ask(request: Any) -> InferAsk:
         id=request.id,
         parameters=_parameters(request.parameters),
         inputs=tuple(tensors),
-        outputs={item.name: None for item in request.outputs},
+        outputs={
+            item.name: asked_as_binary(item.name, _parameters(item.parameters)) for item in request.outputs
+        },
         binary=bool(raw),
     )
 
