@@ -135,6 +135,12 @@ class BodyTooLargeError(ServerError):
     code = "request.too_large"
 
 
+class HeadTooLargeError(ServerError):
+    """The request line and the header fields are larger, or more, than the server reads."""
+
+    code = "request.head_too_large"
+
+
 class BodyTimeoutError(ServerError):
     code = "request.timeout"
 
@@ -200,6 +206,7 @@ STATUS: Final[dict[str, int]] = {
     "request.no_such_route": 404,
     "request.too_large": 413,
     "request.timeout": 408,
+    "request.head_too_large": 431,
     "predict.row_outside_contract": 422,
     "keys.bad_request": 422,
     "keys.not_found": 404,
@@ -280,6 +287,7 @@ TITLES: Final[dict[int, str]] = {
     415: "Unsupported media type",
     422: "The request cannot be processed",
     429: "Too much in this time",
+    431: "The request's head is too large",
     500: "Internal error",
     501: "Not available on this server",
     503: "Try again later",
