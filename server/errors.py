@@ -145,6 +145,12 @@ class BodyTimeoutError(ServerError):
     code = "request.timeout"
 
 
+class IncompleteBodyError(ServerError):
+    """The connection ended before the body that the head had announced."""
+
+    code = "request.incomplete"
+
+
 class MalformedRequestError(ServerError):
     """The body is not what the route reads; `fields` in `extra` names each field and the fix."""
 
@@ -207,6 +213,7 @@ STATUS: Final[dict[str, int]] = {
     "request.too_large": 413,
     "request.timeout": 408,
     "request.head_too_large": 431,
+    "request.incomplete": 400,
     "predict.row_outside_contract": 422,
     "keys.bad_request": 422,
     "keys.not_found": 404,
