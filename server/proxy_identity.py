@@ -6,8 +6,8 @@ own authorities, and passes it on in that header, as RFC 9440 writes it (`:base6
 Only a connection from `mtls_trusted_proxies` may say so; from anywhere else the header is ignored and
 counted. A proxy that adds its header to one that the client sent, rather than replacing it, would let anybody
 be anybody. So the header holds one certificate and not a character more: two headers, two values joined by a
-comma, and text before, between or after are refused, whichever way round. Whoever can open a connection from a
-trusted address is believed: give the proxy an address of its own, and let nothing else run there.
+comma, and text before, between or after are refused, whichever way round. Whoever can open a connection from
+a trusted address is believed: give the proxy an address of its own, and let nothing else run there.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def proxy_identity(
 def _certificate(text: str) -> x509.Certificate:
     """The one certificate that the whole of `text` is.
 
-    A parser of PEM looks for the first block and skips what is around it; a proxy that appends would leave the
-    client's own choice in front.
+    A parser of PEM looks for the first block and skips what is around it; a proxy that appends would leave
+    the client's own choice in front.
     """
     found = _one_rfc9440(text) or _one_pem(unquote(text, errors="strict"))
     if found is None:
