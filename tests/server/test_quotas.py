@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from audit.location import DATABASE
 from server.app import create_app
 from server.errors import LedgerUnavailableError
-from server.quotas import Limit, Quotas, Taken
+from server.quotas import CLOCKS_S, Limit, Quotas, Taken
 from tests.postgresql import running_server
 
 PREDICT = "/v1/models/toy/predict"
@@ -134,6 +134,71 @@ def test_machine_whose_clock_is_ahead_gives_nobody_a_second_window(quotas, ahead
     assert there.take("p", 6).allowed
     assert not here.take("p", 6).allowed
     assert here.take("p", 4).allowed
+
+
+@pytest.mark.parametrize("skew_s", [0, 1, 30, 59, 60, 90, -90, 121, -121, 3_600, -3_600, 86_400, -86_400])
+def test_machines_whose_clocks_differ_give_one_quota_a_window(quotas, skew_s):
+    """Over window after window, whoever asks first in it, and for the day's limit as for the minute's."""
+    ours, theirs = Now(), Now()
+    theirs.moment += timedelta(seconds=skew_s)
+    limits = Limit(60, 5), Limit(86_400, 23)
+    here, there = quotas(*limits, clock=ours), quotas(*limits, clock=theirs)
+    ahead, behind = (there, here) if skew_s > 0 else (here, there)
+    for number, (allowed, firsts) in enumerate([(5, 1), (5, 1), (5, 1), (5, 1), (3, 1), (0, 0)]):
+        order = (behind, ahead) if number % 2 else (ahead, behind)
+        taken = [order[ask % 2].take("p", 1) for ask in range(40)]
+        assert sum(found.allowed for found in taken) == allowed
+        assert sum(found.is_first for found in taken) == firsts, "one entry a window, whichever refused"
+        assert all(found.retry_after_s > 0 for found in taken if not found.allowed)
+        for clock in (ours, theirs):
+            clock.moment += timedelta(seconds=60)
+
+
+@pytest.mark.parametrize("skew_s", [90, 121, 3_600])
+def test_machine_further_ahead_that_joins_begins_one_window_early_and_no_more(quotas, skew_s):
+    ours, theirs = Now(), Now()
+    theirs.moment += timedelta(seconds=skew_s)
+    here, there = quotas(Limit(60, 5), clock=ours), quotas(Limit(60, 5), clock=theirs)
+    assert here.take("p", 5).allowed
+    assert sum((there, here)[ask % 2].take("p", 1).allowed for ask in range(100)) == 5
+
+
+@pytest.mark.parametrize("skew_s", [121, 3_600])
+def test_who_is_behind_alone_waits_for_as_long_as_it_is_told(quotas, skew_s):
+    """The machine that was ahead is gone, and its window is used up."""
+    ours, theirs = Now(), Now()
+    theirs.moment += timedelta(seconds=skew_s)
+    assert quotas(Limit(60, 5), clock=theirs).take("p", 5).allowed
+    here = quotas(Limit(60, 5), clock=ours)
+    refused = here.take("p", 1)
+    assert not refused.allowed
+    assert skew_s < refused.retry_after_s <= skew_s + 60
+    ours.moment += timedelta(seconds=refused.retry_after_s - 1)
+    assert not here.take("p", 1).allowed
+    ours.moment += timedelta(seconds=1)
+    assert here.take("p", 5).allowed
+
+
+def test_clock_that_is_set_back_begins_no_window_anew(quotas):
+    clock = Now()
+    found = quotas(Limit(60, 5), clock=clock)
+    assert found.take("p", 5).allowed
+    for back_s in (60, 121, 3_600):
+        clock.moment = START - timedelta(seconds=back_s)
+        assert not found.take("p", 1).allowed
+    clock.moment = START + timedelta(seconds=60)
+    assert found.take("p", 5).allowed
+
+
+@pytest.mark.parametrize("span_s", [60, 86_400])
+def test_window_begins_anew_only_behind_a_clock_that_cannot_be_right(quotas, span_s):
+    far = Now()
+    far.moment += timedelta(seconds=CLOCKS_S + span_s)
+    assert quotas(Limit(span_s, 1), clock=far).take("p", 1).allowed
+    assert not quotas(Limit(span_s, 1)).take("p", 1).allowed, "a day and a window ahead still counts"
+    far.moment += timedelta(seconds=span_s)
+    assert quotas(Limit(span_s, 1), clock=far).take("p", 1).allowed
+    assert quotas(Limit(span_s, 1)).take("p", 1).allowed
 
 
 def test_window_far_in_the_future_stops_nobody_for_ever(quotas):
