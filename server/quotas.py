@@ -110,6 +110,7 @@ class Quotas:
 
     def __init__(self, home: Path, clock: Callable[[], datetime], limits: tuple[Limit, ...]) -> None:
         self.limits = tuple(sorted(limits, key=lambda limit: limit.span_s))
+        self.most_rows = min((limit.rows for limit in limits), default=0)  # that one request may ask
         self._clock = clock
         self._engine = _engine(home) if limits else None
         self._start()
