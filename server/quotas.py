@@ -56,7 +56,8 @@ _TAKE: Final = text("""
 INSERT INTO quota_use (principal, span_s, window_start, used, refused)
 VALUES (:principal, :span, :start, :count, 0)
 ON CONFLICT (principal, span_s) DO UPDATE SET
-    used = CASE WHEN quota_use.window_start BETWEEN :start AND :far THEN quota_use.used + :count ELSE :count END,
+    used = CASE WHEN quota_use.window_start BETWEEN :start AND :far
+        THEN quota_use.used + :count ELSE :count END,
     refused = CASE WHEN quota_use.window_start BETWEEN :start AND :far THEN quota_use.refused ELSE 0 END,
     window_start = CASE WHEN quota_use.window_start BETWEEN :start AND :far
         THEN quota_use.window_start ELSE :start END

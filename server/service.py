@@ -338,9 +338,9 @@ def _same(asked: Asked) -> Asked:
 
 
 def _fits(asked: Asked, most: int) -> None:
-    """Refuse what no window has room for, however long its caller waits; nobody else's rows are in its way."""
+    """Refuse what no window has room for, however long its caller waits."""
     if len(asked.rows) > most:
-        problem = f"{len(asked.rows)} rows, and the quota of a whole window is {most}: send fewer rows a request"
+        problem = f"{len(asked.rows)} rows, and the quota of a whole window is {most}: send fewer a request"
         raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
 
 
