@@ -466,3 +466,34 @@ def test_two_loops_at_once_share_no_crowd_and_lose_nobody(app, running, warm, la
         thread.join()
     assert len({answered.request_id for answered in found}) == 40
     assert len(lab.entries("prediction")) == before + 40
+
+
+def test_loops_that_come_in_the_same_moment_take_the_crowd_one_after_the_other(
+    app, running, warm, lab, row, monkeypatch
+):
+    """Whoever saw nobody there, and came second, threw away what the first had begun to gather."""
+    service, both, looking = predicting(app), threading.Event(), []
+    principal = app.state.context.keys.authenticate(lab.tokens["consumer"])
+
+    class Ended:
+        def is_running(self) -> bool:
+            looking.append(threading.get_ident())
+            if len(looking) == 2:
+                both.set()
+            both.wait(0.5)  # for another that looks in the same moment, where one can
+            return False
+
+    monkeypatch.setattr(service.crowd, "_loop", Ended())
+    found = []
+
+    async def one(name):
+        asked = Asked("toy", "triage", [row], f"{name}{0:030x}")
+        found.append(await asyncio.wait_for(service.predict(principal, asked), 60))
+
+    threads = [threading.Thread(target=asyncio.run, args=(one(name),)) for name in ("aa", "bb")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert len(looking) == 1, "the second finds the first's loop in its place"
