@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -486,17 +487,11 @@ def test_loops_that_come_in_the_same_moment_take_the_crowd_one_after_the_other(
             both.wait(0.5)  # for another that looks in the same moment, where one can
             return False
 
-    monkeypatch.setattr(service.crowd, "_loop", Ended())
-    found = []
-
     async def one(name):
         asked = Asked("toy", "triage", [row], f"{name}{0:030x}")
-        found.append(await asyncio.wait_for(service.predict(principal, asked), 60))
+        return await asyncio.wait_for(service.predict(principal, asked), 60)
 
-    threads = [threading.Thread(target=asyncio.run, args=(one(name),)) for name in ("aa", "bb")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 2
+    monkeypatch.setattr(service.crowd, "_loop", Ended())
+    with ThreadPoolExecutor(2) as pool:
+        assert len({told.request_id for told in pool.map(asyncio.run, (one("aa"), one("bb")))}) == 2
     assert len(looking) == 1, "the second finds the first's loop in its place"
