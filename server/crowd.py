@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -131,6 +132,7 @@ class Crowd:
     def __init__(self, service: PredictService) -> None:
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._claiming = threading.Lock()
         self._clean = contextvars.Context()  # in which no request's marks stand
         self._gathered: list[Job] = []
         self._durable: list[Job] = []
@@ -150,11 +152,9 @@ class Crowd:
         """
         loop = asyncio.get_running_loop()
         job.crowd, job.future, job.context = self, loop.create_future(), contextvars.copy_context()
-        if self._loop is not loop:
-            if self._loop is not None and self._loop.is_running():
-                _send_back([job])  # a crowd is of one loop
-                return job.future
-            self._loop, self._gathered, self._durable, self._sent, self._held = loop, [], [], [], None
+        if self._loop is not loop and not self._is_claimed_by(loop):
+            _send_back([job])  # a crowd is of one loop
+            return job.future
         self._gathered.append(job)
         if len(self._gathered) == 1:
             self._seen = self._empty_turns = 0
@@ -162,6 +162,14 @@ class Crowd:
         elif self._held is not None and len(self._gathered) >= self._with_the_log():
             self._release()
         return job.future
+
+    def _is_claimed_by(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Make this loop's requests the crowd, unless another loop that runs did so first."""
+        with self._claiming:
+            if self._loop is not None and self._loop.is_running():
+                return False
+            self._loop, self._gathered, self._durable, self._sent, self._held = loop, [], [], [], None
+            return True
 
     def durable(self, job: Job) -> None:
         """The entry of `job` is on disk; those of one batch are told so in one turn."""

@@ -61,11 +61,14 @@ class Guard:
     one.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, monitoring: Monitoring) -> None:
+    def __init__(
+        self, app: ASGIApp, *, settings: Settings, monitoring: Monitoring, shedder: Shedder | None = None
+    ) -> None:
+        """`shedder` is the worker's, where calls over gRPC count beside requests."""
         self._app, self._settings, self._monitoring = app, settings, monitoring
         self._deadlines = Deadlines()
         self._arriving = 0  # requests whose body is on its way
-        self._shedder = Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
+        self._shedder = shedder or Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -161,7 +164,7 @@ class Guard:
             OverloadedError: too many bodies are on their way.
         """
         message = await receive()
-        body = message.get("body", b"")
+        body: bytes = message.get("body", b"")
         if message["type"] == "http.request" and not message.get("more_body", False):
             self._refuse_long(len(body))
             return body
