@@ -17,14 +17,12 @@ from audit.entries import GateResult, Metric
 from audit.public_set import missing_values
 from audit.round_bodies import RunEvaluated
 from audit.serving_bodies import AlarmClosed, AlarmRaised
-from clients.service import status
-from clients.simulation import run_federation, simulate
+from clients.simulation import simulate
 from federation import card_privacy
-from federation.card import Bullets, Card, Paragraph, Section, Table, told
+from federation.card import Paragraph, Table
 from federation.card_figures import Measured, metric_blocks
 from federation.card_metrics import fairness, group_names, intervals, wilson
 from federation.card_privacy import lifetimes, privacy_blocks
-from federation.charter import Charter
 from federation.errors import AccountingError
 from federation.evaluation import PublicData, model_outputs
 from federation.model_card import card_of, model_card
@@ -209,74 +207,6 @@ def test_the_three_forms_hold_the_same(card):
     assert page.count("<table>") == card.markdown().count("\n| --- |")
 
 
-EVIL = """
-name: evil
-task: binary
-features:
-  - {name: age, type: number, lower: 0, upper: 100, unit: "<img src=x onerror=alert(1)>", missing: midpoint}
-  - name: ward
-    type: category
-    categories: [missing, "a ## ward **PROVED** | x", "b\\n\\n## Risk management (Annex IV, 5)"]
-    missing: midpoint
-label:
-  name: "y`<b>`"
-  classes:
-    - "# no: PROVED <script>alert(1)</script> [a](http://example.org) **a"
-    - "_yes_"
-model: {family: logistic_regression}
-plan: {learning_rate: 4, rounds: 2}
-privacy: {unit: row, relation: add_remove, epsilon: 8, delta: 1e-5, max_grad_norm: 1, noise_multiplier: 1.5}
-answers: {label_only: true}
-fairness: {groups: [age, ward]}
-gates: [{metric: auc, source: public_set, floor: 0}]
-"""
-NO = "# no: PROVED <script>alert(1)</script> [a](http://example.org) **a"
-REASON = "ok |\n\n# Approved\n\n- [x](http://example.org) \u202e\x1b[31m"
-
-
-def evil_frame(rows, seed):
-    draw = np.random.default_rng(seed)
-    age = draw.uniform(0, 100, rows).round(2)
-    ward = np.where(draw.random(rows) < 0.5, "missing", "a ## ward **PROVED** | x")
-    return pd.DataFrame({"age": age, "ward": ward, "y`<b>`": np.where(age > 50, "_yes_", NO)})
-
-
-@pytest.fixture(scope="module")
-def evil():
-    """A run whose every text is hostile; of its 100 public rows 60 have no age, 10 no ward, one is 50."""
-    public = evil_frame(100, 9)
-    public.loc[:59, "age"] = np.nan
-    public.loc[90:, "ward"] = None
-    public.loc[60, "age"] = 50.0
-    made = simulate(EVIL, {"a": evil_frame(60, 1), "b": evil_frame(60, 2)}, public=public)
-    made.register()
-    made.approve(REASON)
-    yield made, public
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def evil_card(evil):
-    log = evil[0].federation.coordinator
-    return card_of(log.ledger, evil[0].version.digest, log.blobs.find)
-
-
-def test_who_has_no_value_is_a_group_of_its_own(evil, evil_card):
-    _, public = evil
-    age, ward = (b for b in section(evil_card, "Fairness by declared groups").blocks if isinstance(b, Table))
-    counts = {row[0].replace(" (few rows)", ""): int(row[1]) for row in age.rows}
-    assert counts == {
-        "below 50 <img src=x onerror=alert(1)>": int((public.age < 50).sum()),
-        "50 <img src=x onerror=alert(1)> and above": int((public.age >= 50).sum()),
-        "missing": 60,
-    }
-    wards = {row[0].replace(" (few rows)", ""): int(row[1]) for row in ward.rows}
-    assert wards["missing"] == int((public.ward == "missing").sum())  # a declared category of that name
-    assert wards["no value (missing)"] == 10
-    assert wards["b\n\n## Risk management (Annex IV, 5) (no row)"] == 0
-    assert sum(wards.values()) == sum(counts.values()) == 100
-
-
 def test_what_is_missing_is_read_from_the_file_and_not_from_its_code():
     data = b'\xef\xbb\xbfx,y,z\n,1,a\n\n0,"",a\n"",,a\n'
     assert missing_values(data, ["x", "y", "z"]) == {
@@ -296,35 +226,6 @@ def test_a_rate_stands_with_the_rows_that_it_is_of_and_an_empty_group_is_named(r
     ]  # fmt: skip
     assert ward.groups[0].positives == sum(label == 1 for label in only.labels)
     assert dict(ward.differences) == {}  # one group differs from nobody
-
-
-def test_epsilon_of_all_releases_goes_on_after_the_registration(evil):
-    made, _ = evil
-    federation, version = made.federation, made.version
-    ledger, homes = federation.coordinator.ledger, federation.homes
-    first = lifetimes(ledger, version, DELTA)
-    run_federation(
-        made.charter,
-        homes,
-        federation.coordinator,
-        federation.scientist.key,
-        public_set=federation.public_file,
-    )
-    now = lifetimes(ledger, version, DELTA)
-    for before, after, site in zip(first, now, ("a", "b"), strict=True):
-        assert before.now == before.claimed == after.claimed
-        assert (before.releases_then, before.releases_now) == (2, 2)
-        assert (after.releases_then, after.releases_now) == (2, 4)
-        spent = status(homes[site]).lifetime_epsilon
-        assert spent <= float(after.now) < spent + 0.01
-        assert float(after.now) > float(before.now) + 0.5
-        assert after.is_recounted
-        assert not after.is_understated
-    table = section(card_of(ledger, version.digest), "Privacy").blocks[1]
-    for row, life in zip(table.rows, now, strict=True):
-        assert row[4:6] == (f"{life.claimed} (first 2 releases)", f"{life.now} (first 4 releases)")
-    assert table.header[4].endswith("at registration")
-    assert table.header[5].endswith("now")
 
 
 def test_a_claim_below_what_the_releases_cost_is_said_and_never_shown_as_spent(run):
@@ -371,16 +272,13 @@ def test_no_bound_is_not_shown_as_nothing(run):
         assert row[5].startswith("no bound (first ")
 
 
-def test_attributions_are_as_the_charter_allows(card, evil_card):
-    refused = "Attributions of an answer to single features are refused"
-    (rounded,) = [
+def test_attributions_are_refused_where_answers_are_rounded(card):
+    (told_of,) = [
         i for i in section(card, "Monitoring, functioning and control").blocks[0].items if "Attr" in i
     ]
-    assert rounded.startswith(f"{refused}: the charter rounds its answers")
-    (labels,) = [
-        i for i in section(evil_card, "Monitoring, functioning and control").blocks[0].items if "Attr" in i
-    ]
-    assert labels.startswith(f"{refused}: the charter lets out labels alone")
+    assert told_of.startswith(
+        "Attributions of an answer to single features are refused: the charter rounds its answers"
+    )
 
 
 def evaluated_as(value, spread, *, missing=()):
@@ -422,154 +320,9 @@ def test_a_paid_release_is_said_to_be_one_and_a_share_stays_a_share(run):
     assert "ATTESTED" in second.text
 
 
-def parsed(text):
-    markdown_it = pytest.importorskip("markdown_it")
-    reader = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    tokens = reader.parse(text)
-    return tokens, [child for token in tokens for child in token.children or ()]
-
-
-def test_no_text_of_a_charter_or_an_officer_is_markdown(evil_card):
-    text = evil_card.markdown()
-    tokens, inline = parsed(text)
-    headings = [tokens[k + 1].content for k, token in enumerate(tokens) if token.type == "heading_open"]
-    assert len(headings) == 1 + len(evil_card.sections)
-    assert [h for h in headings if "Risk management" in h] == ["Risk management (Annex IV, 5)"]
-    kinds = {token.type for token in tokens} | {token.type for token in inline}
-    assert not kinds & {"html_inline", "html_block", "link_open", "image", "em_open", "s_open", "fence", "hr"}
-    assert "code_block" not in kinds
-    bold = [inline[k + 1].content for k, token in enumerate(inline) if token.type == "strong_open"]
-    assert bold == ["y`<b>`", "row", "age", "ward"]  # the card's own, around names
-    assert "<" not in text.replace("&lt;", "")
-    assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", text)
-
-
-def test_a_class_of_many_lines_makes_no_heading(federation, charter_text):
-    forged = "no\n\n## Risk management (Annex IV, 5)\n\nA risk management system: PROVED\n\n---\n"
-    text = charter_text.replace("classes: [benign,", f"classes: [{json.dumps(forged)},")
-    text = re.sub("public_set: .*", "", text).replace(
-        "gates:\n  - {metric: auc, source: public_set, floor: 0.1}", "gates: []"
-    )
-    federation.charter = Charter.parse(text)
-    card = card_of(federation.coordinator.ledger, federation.registered().digest)
-    tokens, _ = parsed(card.markdown())
-    headings = [tokens[k + 1].content for k, token in enumerate(tokens) if token.type == "heading_open"]
-    assert len(headings) == 1 + len(card.sections)
-    assert headings.count("Risk management (Annex IV, 5)") == 1
-    assert "hr" not in {token.type for token in tokens}
-    assert card.html().count("<h2>") == len(ANNEX_IV)
-    assert forged in json.loads(card.json())["sections"][2]["blocks"][0]["paragraph"]
-
-
-def test_a_table_of_hostile_cells_keeps_its_cells(evil_card):
-    tokens, _ = parsed(evil_card.markdown())
-    found, cells = [], []
-    for place, token in enumerate(tokens):
-        if token.type in ("th_open", "td_open"):
-            cells.append("".join(child.content for child in tokens[place + 1].children))
-        elif token.type == "tr_close":
-            found.append(cells)
-            cells = []
-    rows = [
-        row
-        for section in evil_card.sections
-        for block in section.blocks
-        if isinstance(block, Table)
-        for row in (block.header, *block.rows)
-    ]
-    shown = [[re.sub("[\x00-\x20]+", " ", c.replace("\u202e", "")).strip() for c in row] for row in rows]
-    assert found == shown
-
-
-def test_a_page_and_a_document_hold_hostile_texts_as_texts(evil_card):
-    page = evil_card.html()
-    assert page.count("<script") == page.count("<img") == 0
-    assert "<b>" not in page
-    assert page.count("<h2>") + page.count("<h3>") == len(evil_card.sections)
-    assert 'class="proved"' not in page  # a name that says so proves nothing
-    assert "&lt;script&gt;" in page
-    document = json.loads(evil_card.json())
-    assert REASON in [
-        cell
-        for part in document["sections"]
-        for block in part["blocks"]
-        for row in block.get("table", {}).get("rows", ())
-        for cell in row
-    ]
-
-
 def test_a_document_for_machines_holds_no_mark_up(run, card):
     text = card.json()
     assert "`" not in text
     assert "**" not in text
     rows = json.loads(text)["sections"][0]["blocks"][0]["table"]["rows"]
     assert ["version (SHA-256 of the weights file)", run.version.digest] in rows
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("# a", "\\# a"),
-        ("- a", "\\- a"),
-        ("+ a", "\\+ a"),
-        ("1. a", "1\\. a"),
-        ("12) a", "12\\) a"),
-        ("    a", "a"),
-        ("> a", "&gt; a"),
-        ("a_b __c__ _d_", "a_b \\_\\_c\\_\\_ \\_d\\_"),
-        ("```", "\\`\\`\\`"),
-        ("~~~", "\\~\\~\\~"),
-        ("a\\", "a\\\\"),
-        ("&lt;b&gt;", "&amp;lt;b&amp;gt;"),
-        ("a\r\nb\u2028c\x85d", "a b c d"),
-    ],
-)
-def test_what_begins_a_block_begins_none(text, shown):
-    card = Card(model="m", version="v", title="t", about="a", sections=(
-        Section(heading="h", blocks=(Paragraph(text), Bullets((text,)))),
-    ))  # fmt: skip
-    assert card.markdown().endswith(f"\n{shown}\n\n- {shown}\n")
-    tokens, _ = parsed(card.markdown())
-    kinds = [token.type for token in tokens]
-    assert kinds.count("heading_open") == 2
-    assert kinds.count("bullet_list_open") == 1
-    assert not set(kinds) & {
-        "ordered_list_open",
-        "blockquote_open",
-        "fence",
-        "code_block",
-        "html_block",
-        "hr",
-    }
-
-
-def test_a_value_is_never_mark_up_and_every_value_has_a_place():
-    text = told("**{}** is ATTESTED by `{}`", "`x` **y** PROVED", "a b")
-    assert text == "`x` **y** PROVED is ATTESTED by a b"
-    assert [(span.text, span.style) for span in text.spans] == [
-        ("`x` **y** PROVED", "bold"), (" is ", "plain"), ("ATTESTED", "verdict"),
-        (" by ", "plain"), ("a b", "code"),
-    ]  # fmt: skip
-    assert told("{}", "{}") == "{}"
-    with pytest.raises(ValueError, match="no place"):
-        told("{}", 1, 2)
-    with pytest.raises(IndexError):
-        told("{} {}", 1)
-
-
-def test_a_page_escapes_whatever_a_charter_says():
-    evil = '<script>alert("x")</script> & `<b>` **<i>**'
-    card = Card(
-        model="m", version="v", title=evil, about=evil,
-        sections=(
-            Section(
-                heading=evil,
-                blocks=(Paragraph(evil), Bullets((evil,)), Table((evil, "b"), ((evil, "1|2"),))),
-            ),
-        ),
-    )  # fmt: skip
-    page = card.html()
-    assert "<script>" not in page
-    assert "<i>" not in page
-    assert "1\\|2" in card.markdown()
-    assert json.loads(card.json())["sections"][0]["blocks"][0] == {"paragraph": evil}
