@@ -69,6 +69,7 @@ from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
 from server.shadowing import Shadowing
+from server.shedding import Shedder
 from server.tracing import Traced, Tracing
 from server.warm import WarmModels
 from server.watching import Watching
@@ -127,6 +128,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     """
     text = read_policies(settings.policies) if settings.policies else shipped_policies()
     authorizer, monitoring = CedarAuthorizer(text), Monitoring()
+    shedder = Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
     tracing = Tracing(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
 
     @asynccontextmanager
@@ -152,7 +154,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             if settings.grpc_port is not None:
                 from server.oip.grpc_service import InferenceServer
 
-                grpc_server = InferenceServer(context, app.version)
+                grpc_server = InferenceServer(context, app.version, shedder)
                 app.state.grpc_port = await grpc_server.start(settings.address(settings.grpc_port))
                 _logger.info("gRPC on port %d", app.state.grpc_port)
             context.readiness.state = "ready"
@@ -226,7 +228,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     app.add_middleware(Direct, routes=app.router.routes, state=app.state)
     if tracing is not None:
         app.add_middleware(Traced, tracing=tracing)
-    app.add_middleware(Guard, settings=settings, monitoring=monitoring)
+    app.add_middleware(Guard, settings=settings, monitoring=monitoring, shedder=shedder)
     return app
 
 

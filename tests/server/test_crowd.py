@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -469,3 +470,28 @@ def test_two_loops_at_once_share_no_crowd_and_lose_nobody(app, running, warm, la
         thread.join()
     assert len({answered.request_id for answered in found}) == 40
     assert len(lab.entries("prediction")) == before + 40
+
+
+def test_loops_that_come_in_the_same_moment_take_the_crowd_one_after_the_other(
+    app, running, warm, lab, row, monkeypatch
+):
+    """Whoever saw nobody there, and came second, threw away what the first had begun to gather."""
+    service, both, looking = predicting(app), threading.Event(), []
+    principal = app.state.context.keys.authenticate(lab.tokens["consumer"])
+
+    class Ended:
+        def is_running(self) -> bool:
+            looking.append(threading.get_ident())
+            if len(looking) == 2:
+                both.set()
+            both.wait(0.5)  # for another that looks in the same moment, where one can
+            return False
+
+    async def one(name):
+        asked = Asked("toy", "triage", [row], f"{name}{0:030x}")
+        return await asyncio.wait_for(service.predict(principal, asked), 60)
+
+    monkeypatch.setattr(service.crowd, "_loop", Ended())
+    with ThreadPoolExecutor(2) as pool:
+        assert len({told.request_id for told in pool.map(asyncio.run, (one("aa"), one("bb")))}) == 2
+    assert len(looking) == 1, "the second finds the first's loop in its place"
