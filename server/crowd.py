@@ -33,6 +33,7 @@ from server.answers import (
     encode,
     entry_of,
 )
+from server.errors import ServerError
 from server.hooks import Annotation, Answering, with_fields
 from server.journal import ACTOR, Journal
 from server.live import ServedVersion
@@ -64,6 +65,7 @@ class Job:
     tell: Callable[[Answered], Any]
     taken: Taken = field(default_factory=lambda: Taken(True))
     is_read: bool = False
+    refused: ServerError | None = None  # what reading it said
     is_chosen: bool = False
     is_decided: bool = False
     asked: Asked = field(init=False)
@@ -254,7 +256,11 @@ class Crowd:
             self._sent.append(together)
 
     def _read(self, job: Job) -> bool:
-        asked = job.asked = job.read()
+        try:
+            asked = job.asked = job.read()
+        except ServerError as error:
+            job.refused = error  # told where it is answered alone, without reading it again
+            raise
         job.is_read = True
         return not (asked.subject or asked.consent or asked.explain) and 0 < len(asked.rows) <= MAX_ROWS
 

@@ -74,6 +74,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        asked = scope["method"]
+        if asked == "HEAD":  # GET's answer, of which whoever serves us sends no body: RFC 9110 section 9.3.2
+            scope = {**scope, "method": "GET"}
         marks = Marks.of_headers(scope["headers"])
         scope["affidavit.request_id"], scope["affidavit.trace_id"] = marks.request_id, marks.trace_id
         logged, sending = marks.logged, _Sending(send, marks.request_id)
@@ -91,7 +94,7 @@ class Guard:
             finally:
                 seconds, status = time.perf_counter() - begun, sending.status
                 route = getattr(scope.get("route"), "path", "unknown")
-                method = scope["method"] if scope["method"] in _METHODS else "other"
+                method = asked if asked in _METHODS else "other"
                 monitoring.tallies.leave()
                 if "affidavit.entered" in scope:  # a body's time on the way says nothing about this worker
                     took_s = begun + seconds - scope["affidavit.entered"]
@@ -211,5 +214,4 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 def _tells_load(scope: Scope) -> bool:
     """Whether how long a request took says how busy the worker is: not of one that waits for witnesses."""
-    path = str(scope["path"])
-    return path.endswith(("/predict", "/infer")) and b"wait=" not in scope["query_string"]
+    return str(scope["path"]).endswith(("/predict", "/infer")) and "affidavit.waits" not in scope

@@ -145,6 +145,8 @@ class PredictService:
 
     async def _alone(self, job: Job) -> Answered:
         """Answer what a crowd sent back: with the version that was drawn there, if any was."""
+        if job.refused is not None:
+            raise job.refused
         principal, asked = job.principal, _checked(job.asked if job.is_read else job.read())
         job.asked, job.is_read = asked, True
         if not job.is_chosen:

@@ -36,6 +36,7 @@ from server.errors import (
 )
 from server.logs import is_logged, log_request, marked
 from server.marks import Marks
+from server.oip.codec import asked_as_binary
 from server.oip.health import HEALTH, Health, HealthCheckRequest, HealthCheckResponse
 from server.oip.inference import (
     EXTENSIONS,
@@ -323,7 +324,9 @@ def read_ask(request: Any) -> InferAsk:
         id=request.id,
         parameters=_parameters(request.parameters),
         inputs=tuple(tensors),
-        outputs={item.name: None for item in request.outputs},
+        outputs={
+            item.name: asked_as_binary(item.name, _parameters(item.parameters)) for item in request.outputs
+        },
         binary=bool(raw),
     )
 
