@@ -42,6 +42,7 @@ from server.alarming import Alarming
 from server.answer_cache import AnswerCache
 from server.batching import Batching
 from server.context import Caller, Context, authorise, context_of
+from server.denials import Denials
 from server.direct import Direct
 from server.errors import ArtefactError, NotReadyError
 from server.explaining import Explaining
@@ -284,6 +285,7 @@ def build_context(
         first_policies=authorizer.text,
         authorizer=authorizer,
         journal=journal,
+        denials=Denials(journal, monitoring, clock),
         live=live,
         predicting=PredictService(
             live=live,
