@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 class AuditError(Exception):
     """Base of every error `audit` raises on purpose."""
@@ -322,8 +317,9 @@ class SignerElsewhereError(SignerError):
 
     code = "audit.signer_elsewhere"
 
-    def __init__(self, *, config: Path, named: Path, other: Path, beside: Path | None) -> None:
-        own = f"`signer_home: ../{beside.name}` for the one at {beside}" if beside is not None else "its own"
+    def __init__(self, *, config: str, named: str, other: str, beside: str) -> None:
+        """All are paths; `beside` is the signer next to the copied home, "" where there is none."""
+        own = f"`signer_home: ../signer` for the one at {beside}" if beside else "its own"
         super().__init__(
             f"{config}: names the signer {named}, which is that of {other}. A copied home must not sign for "
             f"the original: name the right signer there ({own}), or in AFFIDAVIT_SIGNER_HOME"

@@ -70,7 +70,9 @@ def signer_home_of(
         and not _is_same(other, home)
         and (has_own or _are_apart(home, other, environ))
     ):
-        raise SignerElsewhereError(config=path, named=named, other=other, beside=beside if has_own else None)
+        raise SignerElsewhereError(
+            config=str(path), named=str(named), other=str(other), beside=str(beside) if has_own else ""
+        )
     return named
 
 

@@ -161,9 +161,9 @@ def _signer_of(home: Path, unpacked: Path) -> Path:
     try:
         return signer_home_of(home, config=unpacked / CONFIG)
     except SignerElsewhereError as error:  # restored beside the original, with a signer put beside it too
-        if error.beside is None:
+        if not error.beside:
             raise
-        return error.beside
+        return Path(error.beside)
 
 
 def _check_against_signer(ledger: Ledger, signer_home: Path) -> None:

@@ -117,7 +117,7 @@ def serve(
     url = f"http://{settings.address(listener.getsockname()[1])}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
-    with stopping_gently():
+    with listener, stopping_gently():
         if settings.workers == 1:
             run_worker(settings, listener, level.lower())
             return

@@ -70,6 +70,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to take connections; what the start left in memory stays, and is not looked through again."""
         await super().startup(sockets)
+        if not self.started:
+            return
         gc.collect()
         gc.set_threshold(*_COLLECT)
         gc.freeze()  # else the collector stops every request for tens of milliseconds, now and then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 
 import pytest
@@ -22,8 +23,9 @@ def test_one_worker_that_cannot_start_says_why_in_one_line_and_exits_with_1(
     own.approve()
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
+    thresholds = gc.get_threshold()
     result = own.run("serve", *(options or ["--port", "0"]))
-    assert result.code == 1
+    assert (result.code, gc.get_threshold()) == (1, thresholds)
     last = result.err.splitlines()[-1]
     assert last.startswith("error server.settings: ")
     assert said in last
