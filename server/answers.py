@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -65,8 +66,10 @@ def encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[li
     if None not in quick:
         read = [found for found in quick if found is not None]
         return [plain for plain, _ in read], [encoded for _, encoded in read]
-    plain = []
+    plain, most = [], len(warm.encoder.names)
     for number, row in enumerate(asked.rows):
+        if len(row) > most:
+            raise _too_wide(number, row, frozenset(warm.encoder.names))
         try:
             plain.append(plain_row(row))
         except EncodingError as error:
@@ -76,6 +79,16 @@ def encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[li
             ]
             raise RowContractError(f"row {number}, {error}", fields=fields) from error
     return plain, warm.encode(plain)
+
+
+def _too_wide(number: int, row: Mapping[str, Any], names: frozenset[str]) -> RowContractError:
+    """The error of a row with more features than the charter has; some that are not its are named."""
+    problem = "is not in the charter; leave it out"
+    fields = [
+        {"row": number, "field": name[:80], "problem": problem, "code": "unknown_field"}
+        for name in islice((name for name in row if name not in names), 50)
+    ]
+    return RowContractError(f"row {number}, {fields[0]['field']}: {problem}", fields=fields)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from server.live import ServedVersion
 _logger = logging.getLogger(__name__)
 
 _KEPT: Final = 32
+_SHOWN: Final = 100  # of the fields outside the contract
 _WEIGHT_FILE_SLACK: Final = 1 << 20
 
 Forward = Callable[[Sequence[Sequence[float]], int | None], list[list[float]]]
@@ -49,6 +50,8 @@ class WarmModel:
         encoded: list[list[float]] = []
         fields: list[dict[str, Any]] = []
         for number, row in enumerate(rows):
+            if len(fields) >= _SHOWN:
+                break
             values, problems = self.encoder.read(row)
             encoded.append(values)
             if problems:
@@ -59,7 +62,7 @@ class WarmModel:
         if fields:
             first = fields[0]
             raise RowContractError(
-                f"row {first['row']}, {first['field']}: {first['problem']}", fields=fields[:100]
+                f"row {first['row']}, {first['field']}: {first['problem']}", fields=fields[:_SHOWN]
             )
         return encoded
 

@@ -369,6 +369,35 @@ def test_flood_of_problems_is_named_in_part_and_looked_at_once(client, as_role, 
     assert (fields[0]["field"], len(fields)) == (first, count)
 
 
+def test_row_of_far_too_many_features_is_refused_before_it_is_encoded(client, as_role, row, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("was encoded")
+
+    monkeypatch.setattr("server.answers.plain_row", never)
+    wide = {**row, **{f"k{number}": 1.5 for number in range(3_000)}}
+    body = {"purpose": "triage", "rows": [wide]}
+    problem = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
+    assert problem["code"] == "predict.row_outside_contract"
+    assert problem["detail"] == "row 0, k0: is not in the charter; leave it out"
+    assert [field["field"] for field in problem["fields"]] == [f"k{number}" for number in range(50)]
+
+
+def test_rows_outside_the_contract_are_encoded_once(client, as_role, row, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("was encoded again")
+
+    monkeypatch.setattr("server.service.encode", never)
+    body = {"purpose": "triage", "rows": [row, {**row, "age": 500}]}
+    problem = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
+    assert (problem["code"], problem["fields"][0]["row"]) == ("predict.row_outside_contract", 1)
+
+
+def test_problems_of_many_rows_are_named_in_part(client, as_role):
+    body = {"purpose": "triage", "rows": [{"a": 1, "b": 2, "c": 3}] * 1_000}
+    problem = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
+    assert (problem["code"], len(problem["fields"])) == ("predict.row_outside_contract", 100)
+
+
 def test_malformed_request_is_read_once(client, lab):
     reads = []
 
