@@ -78,6 +78,7 @@ class Job:
     plain: list[dict[str, Any]] = field(init=False)
     encoded: list[list[float]] = field(init=False)
     answers: tuple[dict[str, Any], ...] = field(init=False)
+    margins: tuple[float | None, ...] = field(init=False)
     answering: Answering = field(init=False)
     added: Annotation = field(init=False)
     commitments: RowCommitment | Commitments = field(init=False)
@@ -296,6 +297,7 @@ class Crowd:
                 stop = start + len(job.encoded)
                 try:
                     job.answers = tuple(warm.answers_of(outputs[start:stop]))
+                    job.margins = warm.margins_of(outputs[start:stop])
                 except Exception:  # noqa: BLE001 - as above
                     _send_back([job])
                 else:
@@ -312,6 +314,7 @@ class Crowd:
             plain=job.plain,
             encoded=job.encoded,
             answers=job.answers,
+            margins=job.margins,
         )
         added = job.context.run(self._service.hooks.annotate_now, job.answering)
         if added is None:

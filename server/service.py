@@ -31,7 +31,7 @@ from audit.principal import (
     Question,
 )
 from audit.vault_records import PERSON
-from server.answers import Answered, Asked, Commitments, Opened, commit_rows, encode, entry_of
+from server.answers import Answered, Asked, Commitments, Opened, commit_rows, encode, entry_of, never_final
 from server.batching import Batching
 from server.crowd import SENT_BACK, Crowd, Job
 from server.errors import MalformedRequestError, TooBusyError
@@ -157,7 +157,8 @@ class PredictService:
             warm = await asyncio.to_thread(self.warm.get, served)
         many = len(asked.rows) > _INLINE_ROWS
         plain, encoded = await asyncio.to_thread(encode, warm, asked) if many else encode(warm, asked)
-        answers = await self._answers(warm, encoded, warm.site_index(asked.site), principal.id)
+        outputs = await self.batching.run(warm, encoded, warm.site_index(asked.site), principal.id)
+        answers = tuple(warm.answers_of(outputs))
         answering = Answering(
             principal=principal,
             asked=asked,
@@ -166,18 +167,19 @@ class PredictService:
             plain=plain,
             encoded=encoded,
             answers=answers,
+            margins=warm.margins_of(outputs),
         )
         added = await self.hooks.annotate(answering)
-        outputs, sealed = added.outputs(answers), None
+        said, sealed = added.outputs(answers), None
         if asked.subject is None:
             commitments, opened = (
-                await asyncio.to_thread(commit_rows, plain, outputs) if many else commit_rows(plain, outputs)
+                await asyncio.to_thread(commit_rows, plain, said) if many else commit_rows(plain, said)
             )
             body = with_fields(entry_of(answering, commitments), added.body)
             sequenced = await self.journal.append(body, guard=guard)
         else:
             body = with_fields(entry_of(answering, Commitments()), added.body)
-            sequenced, opened, sealed = await self._sealed(body, asked, plain, outputs, guard)
+            sequenced, opened, sealed = await self._sealed(body, asked, plain, said, guard)
         receipt = await self.receipting.receipt(sequenced)
         return self.finished(answering, added, guard, sequenced, receipt, opened, sealed)
 
@@ -222,18 +224,13 @@ class PredictService:
             sealed=sealed,
             annotations=added.shown,
             review=sequenced.event_id if has_legal_effect(served.charter) else "",
+            never_final=never_final(answering.principal.role, served.transition),
         )
         self.hooks.observe(answering, answered)
         if self.shadowing is not None:
             for shadow in self.live.shadows(served.model):
                 self.shadowing.ask(shadow, answering, answered.leaf_hash)
         return answered
-
-    async def _answers(
-        self, warm: WarmModel, encoded: Sequence[Sequence[float]], site: int | None, asker: str
-    ) -> tuple[dict[str, Any], ...]:
-        """What the version says of encoded rows: a function of the three alone, of no request or person."""
-        return tuple(warm.answers_of(await self.batching.run(warm, encoded, site, asker)))
 
     async def _sealed(
         self,

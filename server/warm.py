@@ -18,6 +18,7 @@ from federation.errors import ExportError, FederationError, LayerNotExportedErro
 from server.errors import ArtefactError, RowContractError
 from server.fast_json import texts_of
 from server.live import ServedVersion
+from server.probing import margin_of
 
 _logger = logging.getLogger(__name__)
 
@@ -88,6 +89,14 @@ class WarmModel:
             return [self.terms.released(answer_of(self.task, self.label, row)) for row in outputs]
         except AuditError as error:
             raise RowContractError(f"the version has no answer to such a row: {error}") from error
+
+    def margins_of(self, outputs: Sequence[Sequence[float]]) -> tuple[float | None, ...]:
+        """Return `margin_of` each exact answer where less than that is let out, else nothing: who studies the
+        model by labels alone is not to be missed because labels alone are let out.
+        """
+        if not self.terms.is_restricted:
+            return ()
+        return tuple(margin_of(answer_of(self.task, self.label, row)) for row in outputs)
 
 
 class WarmModels:
