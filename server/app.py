@@ -227,7 +227,7 @@ def build_context(
     limits = (Limit(60, settings.quota_rows_per_minute), Limit(86_400, settings.quota_rows_per_day))
     quotas = Quotas(settings.coordinator_home, clock, tuple(limit for limit in limits if limit.rows))
     facts = DecisionFacts(rules=rules, clock=clock, follow_s=settings.rules_follow_s)
-    warm = WarmModels(coordinator.blobs)
+    warm = WarmModels(coordinator.blobs, live.in_use)
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
     alarming = Alarming(journal, monitoring)

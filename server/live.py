@@ -101,6 +101,7 @@ class _Route:
     """Who answers for one model."""
 
     first: ServedVersion  # the live version, else the newest
+    live: ServedVersion | None
     canary: ServedVersion | None
     candidate: ServedVersion | None  # the newest that is neither live nor retired
     shadows: tuple[ServedVersion, ...]
@@ -198,13 +199,29 @@ class LiveModels:
                 return canary
             return route.first
         if version == "live":
-            return route.first
+            if route.live is None:
+                raise VersionNotFoundError(f"model {model!r} has no live version now")
+            return route.live
         if version == "candidate":
             if route.candidate is None:
                 raise VersionNotFoundError(f"model {model!r} has no candidate now")
             return route.candidate
         found = self._versions.get((model, version))
         return found if found is not None else self.version(model, version)
+
+    def instead_of(self, canary: ServedVersion) -> ServedVersion | None:
+        """Return, in the present view, the live version beside which a canary is tried; None: there is none."""
+        route = self._routes.get(canary.model)
+        return route.live if route is not None and canary.state == CANARY else None
+
+    def in_use(self) -> frozenset[tuple[str, str]]:
+        """Return (version, charter) of all that answers, a canary, or is asked beside what answers."""
+        versions = list(self._versions.values())
+        return frozenset(
+            (found.version, found.charter_digest)
+            for found in versions
+            if found.is_answering or found.state == SHADOW
+        )
 
     def shadows(self, model: str) -> tuple[ServedVersion, ...]:
         """Return, in the present view, the versions that are asked beside the one that answers."""
@@ -312,14 +329,15 @@ def _route(newest_first: list[ServedVersion]) -> _Route:
     def find(*states: str) -> ServedVersion | None:
         return next((version for version in newest_first if version.state in states), None)
 
-    live = [version for version in newest_first if version.state == LIVE]
-    return (
-        _Route(  # of two, the one that became live last: a swap makes the new one live, then retires the old
-            first=max(live, key=lambda version: version.moved_index) if live else newest_first[0],
-            canary=find(CANARY),
-            candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
-            shadows=tuple(version for version in newest_first if version.state == SHADOW),
-        )
+    # of two, the one that became live last: a swap makes the new one live, then retires the old
+    found = [version for version in newest_first if version.state == LIVE]
+    live = max(found, key=lambda version: version.moved_index) if found else None
+    return _Route(
+        first=live or newest_first[0],
+        live=live,
+        canary=find(CANARY),
+        candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
+        shadows=tuple(version for version in newest_first if version.state == SHADOW),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from server.probing import margin_of
 
 _logger = logging.getLogger(__name__)
 
-_KEPT: Final = 32
+_KEPT: Final = 32  # beside those in use
 _WEIGHT_FILE_SLACK: Final = 1 << 20
 
 Forward = Callable[[Sequence[Sequence[float]], int | None], list[list[float]]]
@@ -100,10 +101,15 @@ class WarmModel:
 
 
 class WarmModels:
-    """The versions in memory, loaded once each, by digest, and checked before they answer anybody."""
+    """The versions in memory, loaded once each, by digest, and checked before they answer anybody.
 
-    def __init__(self, blobs: BlobStore) -> None:
-        self._blobs = blobs
+    What is in use (live, canary, shadow) is never put out, however many there are; of the others the ones that
+    were looked for last are kept.
+    """
+
+    def __init__(self, blobs: BlobStore, in_use: Callable[[], Collection[tuple[str, str]]]) -> None:
+        """Prepare; `in_use` gives (version, charter) of what must stay."""
+        self._blobs, self._in_use = blobs, in_use
         self._models: OrderedDict[tuple[str, str], WarmModel] = OrderedDict()  # by version and charter
         self._lock = threading.Lock()
 
@@ -112,7 +118,12 @@ class WarmModels:
 
         Two charters may name the same weights, and let out more or less of what they say.
         """
-        return self._models.get((served.version, served.charter_digest))
+        key = (served.version, served.charter_digest)
+        found = self._models.get(key)
+        if found is not None:
+            with suppress(KeyError):  # another thread put it out meanwhile
+                self._models.move_to_end(key)
+        return found
 
     def get(self, served: ServedVersion) -> WarmModel:
         """Return the version, loading it when needed.
@@ -125,10 +136,18 @@ class WarmModels:
             warm = self._models.get(key)
             if warm is None:
                 warm = self._models[key] = self._load(served)
-                while len(self._models) > _KEPT:
-                    self._models.popitem(last=False)
+                self._make_room(key)
             self._models.move_to_end(key)
             return warm
+
+    def _make_room(self, key: tuple[str, str]) -> None:
+        """Put out those that were longest not looked for, of what is neither in use nor the newest."""
+        if len(self._models) <= _KEPT:
+            return
+        in_use = self._in_use()
+        others = [known for known in list(self._models) if known != key and known not in in_use]
+        for known in others[: max(0, len(others) + (key not in in_use) - _KEPT)]:
+            del self._models[known]
 
     def _load(self, served: ServedVersion) -> WarmModel:
         layers = served.charter["model"]["layers"]
