@@ -121,9 +121,7 @@ def export_entry(
     otherwise one answer would buy the exact weights.
     """
     require(authorizer, principal, about_entry(ledger.entry(leaf_index), leaf_index, "evidence.export"))
-    return export_evidence(
-        ledger, blobs, leaf_index=leaf_index, is_for_caller=principal.role in CALLER_ROLES
-    )
+    return export_evidence(ledger, blobs, leaf_index=leaf_index, is_for_caller=principal.role in CALLER_ROLES)
 
 
 def export_matching(

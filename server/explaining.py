@@ -157,7 +157,7 @@ def _kept_back(terms: AnswerTerms) -> str:
         return "the model's charter lets out labels alone, and attributions would tell the score"
     if terms.is_restricted:
         return (
-            f"the model's charter lets out answers of {terms.decimals} decimals alone (answers.decimals), and "
+            f"the model's charter lets out answers of {terms.decimals} decimals (answers.decimals), and "
             "attributions would tell the rest; ask without explain"
         )
     return ""

@@ -210,7 +210,7 @@ class LiveModels:
         return found if found is not None else self.version(model, version)
 
     def instead_of(self, canary: ServedVersion) -> ServedVersion | None:
-        """Return, in the present view, the live version beside which a canary is tried; None: there is none."""
+        """Return, in the present view, the live version beside which a canary is tried; None: none."""
         route = self._routes.get(canary.model)
         return route.live if route is not None and canary.state == CANARY else None
 

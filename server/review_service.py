@@ -155,7 +155,9 @@ def record_review(
     stored, prediction = _decision(ledger, decision)
     review = _review(ledger, live, stored, prediction)
     if review.never_final:
-        raise ReviewNotNeededError(f"decision {decision} is {review.never_final}, so there is no review of it")
+        raise ReviewNotNeededError(
+            f"decision {decision} is {review.never_final}, so there is no review of it"
+        )
     if not review.required:
         raise ReviewNotNeededError(
             f"decision {decision} has no legal effect by its charter; nothing to review"

@@ -324,7 +324,7 @@ class PredictService:
         return sequenced, opened, told
 
     def would_allow(self, principal: Principal, asked: Asked, version: ServedVersion) -> bool:
-        """Whether the policies would let `version` answer this if it were live: by its own charter's terms."""
+        """Whether the policies would let `version` answer this were it live: by its own charter's terms."""
         _, decision = self.decided(principal, asked, replace(version, state=LIVE), Taken(True))
         return decision.allowed
 

@@ -92,8 +92,9 @@ class WarmModel:
             raise RowContractError(f"the version has no answer to such a row: {error}") from error
 
     def margins_of(self, outputs: Sequence[Sequence[float]]) -> tuple[float | None, ...]:
-        """Return `margin_of` each exact answer where less than that is let out, else nothing: who studies the
-        model by labels alone is not to be missed because labels alone are let out.
+        """Return `margin_of` each exact answer where less than that is let out, else nothing.
+
+        Who studies the model by labels alone is not to be missed because labels alone are let out.
         """
         if not self.terms.is_restricted:
             return ()
@@ -103,7 +104,7 @@ class WarmModel:
 class WarmModels:
     """The versions in memory, loaded once each, by digest, and checked before they answer anybody.
 
-    What is in use (live, canary, shadow) is never put out, however many there are; of the others the ones that
+    What is in use (live, canary, shadow) is never put out, however many there are; of the others those that
     were looked for last are kept.
     """
 

@@ -216,7 +216,7 @@ def expect(found: object, wanted: object, *, code: str, field: str, entry: int) 
 
 
 def kept_back(answers: AnswerTerms) -> str:
-    """Return why a file of the model may be missing, and who has it: words to end a gap's detail with, or ""."""
+    """Return why a file of the model may be missing, and who has it: the end of a gap's detail, or ""."""
     if not answers.is_restricted:
         return ""
     return (

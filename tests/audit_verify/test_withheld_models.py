@@ -8,8 +8,8 @@ from audit.evidence import read_evidence
 from audit.principal import LocalOwner, Principal
 from audit.service import SearchRequest, add_answer, export_asked, export_entry
 from audit.verify import Verdict, Word
-from audit.verify.answer import ANSWER
 from audit.verify.aggregation import REPLAY, WEIGHTS
+from audit.verify.answer import ANSWER
 from tests.audit_verify.judging import says
 from tests.audit_verify.test_forged_sketches import SketchingWorld
 from tests.audit_verify.world import World

@@ -140,8 +140,8 @@ class Lab:
         return digest
 
     def register(
-        self, charter_digest: str, *, weights: list[float] = WEIGHTS, epsilon: str = "2.9", model: str = MODEL,
-        counted: tuple[str, ...] = ("alpha", "beta"),
+        self, charter_digest: str, *, weights: list[float] = WEIGHTS, epsilon: str = "2.9",
+        model: str = MODEL, counted: tuple[str, ...] = ("alpha", "beta"),
     ) -> str:  # fmt: skip
         digest = self.coordinator.blobs.put(model_file(LAYERS, weights))
         sequenced = self.coordinator.append(

@@ -231,13 +231,17 @@ def alarms_after(lab, headers, rows, at_once):
     ("answers", "at_once"), [("labels", 16), ("labels", 128), ("no decimals", 16), ("remembered", 16)]
 )
 def test_rows_along_the_boundary_alarm_whatever_the_charter_lets_out(lab, as_role, answers, at_once):
-    rows = [{"age": 30 + n % 60, "fever": n % 2 == 0, "ward": ("north", "south")[n // 60]} for n in range(120)]
+    rows = [
+        {"age": 30 + n % 60, "fever": n % 2 == 0, "ward": ("north", "south")[n // 60]} for n in range(120)
+    ]
     restricted(lab, [0.0] * 7, ANSWERS[answers])
     found = alarms_after(lab, as_role("consumer"), rows, at_once)
     assert found == [("extraction", "share_near_boundary")]
 
 
 def test_rows_far_from_the_boundary_alarm_nobody_under_labels_alone(lab, as_role):
-    rows = [{"age": 30 + n % 60, "fever": n % 2 == 0, "ward": ("north", "south")[n // 60]} for n in range(120)]
+    rows = [
+        {"age": 30 + n % 60, "fever": n % 2 == 0, "ward": ("north", "south")[n // 60]} for n in range(120)
+    ]
     restricted(lab, [0.0, 0.0, 0.0, 0.0, 5.0, 0.0, 0.0], ANSWERS["labels"])
     assert alarms_after(lab, as_role("consumer"), rows, 16) == []

@@ -1,4 +1,4 @@
-"""Trials under another charter: a canary costs nobody an answer, a shadow is asked nothing it may not answer."""
+"""Trials under another charter: a canary costs nobody an answer, a shadow is asked what it may answer."""
 
 from __future__ import annotations
 
@@ -197,7 +197,10 @@ def test_live_names_nothing_where_nothing_is_live(lab, as_role, row, door, role)
             assert (reply.status_code, reply.headers["affidavit-code"]) == (404, "models.version_not_found")
             for path in ("live", "live/ready"):
                 found = client.get(f"/v2/models/toy/versions/{path}", headers=as_role(role))
-                assert (found.status_code, found.headers["affidavit-code"]) == (404, "models.version_not_found")
+                assert (found.status_code, found.headers["affidavit-code"]) == (
+                    404,
+                    "models.version_not_found",
+                )
         else:
             reply = ask(client, as_role(role), row, version="live")
             assert (reply.status_code, reply.json()["code"]) == (404, "models.version_not_found")
