@@ -139,6 +139,12 @@ class BodyTimeoutError(ServerError):
     code = "request.timeout"
 
 
+class IncompleteBodyError(ServerError):
+    """The connection ended before the body that the head had announced."""
+
+    code = "request.incomplete"
+
+
 class MalformedRequestError(ServerError):
     """The body is not what the route reads; `fields` in `extra` names each field and the fix."""
 
@@ -200,6 +206,7 @@ STATUS: Final[dict[str, int]] = {
     "request.no_such_route": 404,
     "request.too_large": 413,
     "request.timeout": 408,
+    "request.incomplete": 400,
     "predict.row_outside_contract": 422,
     "keys.bad_request": 422,
     "keys.not_found": 404,

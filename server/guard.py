@@ -19,6 +19,7 @@ from server.errors import (
     BodyTimeoutError,
     BodyTooLargeError,
     DeadlineError,
+    IncompleteBodyError,
     NoSuchRouteError,
     OverloadedError,
     ServerError,
@@ -63,6 +64,7 @@ class Guard:
     def __init__(self, app: ASGIApp, *, settings: Settings, monitoring: Monitoring) -> None:
         self._app, self._settings, self._monitoring = app, settings, monitoring
         self._deadlines = Deadlines()
+        self._arriving = 0  # requests whose body is on its way
         self._shedder = Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,15 +74,14 @@ class Guard:
         marks = Marks.of_headers(scope["headers"])
         scope["affidavit.request_id"], scope["affidavit.trace_id"] = marks.request_id, marks.trace_id
         logged, sending = marks.logged, _Sending(send, marks.request_id)
-        begun, entered, always = time.perf_counter(), False, scope["path"] in _ALWAYS
+        begun, always = time.perf_counter(), scope["path"] in _ALWAYS
         monitoring = self._monitoring
         monitoring.tallies.enter()
         with marked(logged):
             try:
                 if not always:
-                    self._shedder.enter()
-                    entered = True
-                await self._run(scope, receive, sending, marks)
+                    self._shedder.look()
+                await self._run(scope, receive, sending, marks, always)
             except OverloadedError as error:
                 monitoring.shed.labels("in_flight").inc()
                 await render(Request(scope), error)(scope, receive, sending)
@@ -89,8 +90,9 @@ class Guard:
                 route = getattr(scope.get("route"), "path", "unknown")
                 method = scope["method"] if scope["method"] in _METHODS else "other"
                 monitoring.tallies.leave()
-                if entered:
-                    self._shedder.leave(seconds if _tells_load(scope) else None)
+                if "affidavit.entered" in scope:  # a body's time on the way says nothing about this worker
+                    took_s = begun + seconds - scope["affidavit.entered"]
+                    self._shedder.leave(took_s if _tells_load(scope) else None)
                 monitoring.answered(method, route, status, seconds)
                 if self._settings.access_log and (status >= 400 or not always) and is_logged():
                     log_request(
@@ -102,7 +104,7 @@ class Guard:
                         marks=logged,
                     )
 
-    async def _run(self, scope: Scope, receive: Receive, send: _Sending, marks: Marks) -> None:
+    async def _run(self, scope: Scope, receive: Receive, send: _Sending, marks: Marks, always: bool) -> None:
         settings, deadlines, body = self._settings, self._deadlines, None
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -114,11 +116,10 @@ class Guard:
             task = deadlines.start(loop, begun + min(settings.body_timeout_s, timeout_s))
             try:
                 self._refuse_long(_declared(scope))
-                message = await receive()
-                first = message.get("body", b"")
-                whole = len(first) <= settings.max_body_bytes and not message.get("more_body", False)
-                body = first if whole else await self._whole(message, receive)
-                scope["affidavit.body"] = body
+                scope["affidavit.body"] = body = await self._body(receive)
+                if not always:
+                    self._shedder.enter()
+                    scope["affidavit.entered"] = time.perf_counter()
                 deadlines.move(task, begun + timeout_s)
                 await self._app(scope, _replayed(body, receive), send)
             except asyncio.CancelledError:
@@ -127,6 +128,8 @@ class Guard:
                 raise self._late(marks, timeout_s, body is not None) from None
             finally:
                 deadlines.stop(task)
+        except OverloadedError:
+            raise
         except Exception as error:  # noqa: BLE001 - the last resort: logged there, answered without its text
             if isinstance(error, TimeoutError):  # of something inside that has a limit of its own
                 error = TooBusyError("a part of the answer took too long; try again")
@@ -136,7 +139,7 @@ class Guard:
                 await render(Request(scope), error)(scope, receive, send)
 
     def _late(self, marks: Marks, timeout_s: float, has_body: bool) -> ServerError:
-        if not has_body:
+        if not has_body and self._settings.body_timeout_s <= timeout_s:
             return BodyTimeoutError(f"the body did not arrive within {self._settings.body_timeout_s:g} s")
         said = f"no answer within {timeout_s:g} s"
         return TooBusyError(said) if marks.timeout is None else DeadlineError(said)
@@ -146,17 +149,39 @@ class Guard:
             limit = self._settings.max_body_bytes
             raise BodyTooLargeError(f"a body may hold {limit} bytes; send fewer rows a request")
 
+    async def _body(self, receive: Receive) -> bytes:
+        """Read the body to its end. Most come whole with the head; of others only so many are read at once.
+
+        Raises:
+            BodyTooLargeError: it is longer than may be.
+            IncompleteBodyError: the connection ended before the body did.
+            OverloadedError: too many bodies are on their way.
+        """
+        message = await receive()
+        body = message.get("body", b"")
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self._refuse_long(len(body))
+            return body
+        if self._arriving >= self._settings.max_in_flight:
+            raise OverloadedError(f"{self._arriving} bodies are on their way; come back in a few seconds")
+        self._arriving += 1
+        try:
+            return await self._whole(message, receive)
+        finally:
+            self._arriving -= 1
+
     async def _whole(self, message: Message, receive: Receive) -> bytes:
         parts: list[bytes] = []
         size = 0
-        while message["type"] != "http.disconnect":
+        while True:
+            if message["type"] == "http.disconnect":
+                raise IncompleteBodyError("the connection ended before the body did; nothing was asked")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             self._refuse_long(size)
             if not message.get("more_body", False):
-                break
+                return b"".join(parts)
             message = await receive()
-        return b"".join(parts)
 
 
 def _declared(scope: Scope) -> int:

@@ -25,7 +25,7 @@ _OURS: Final = frozenset({REQUEST_ID, TRACEPARENT, TIMEOUT})
 _HEX32 = re.compile(r"[0-9a-f]{32}")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
-_SECONDS = re.compile(r"[0-9]{1,5}(?:\.[0-9]{1,3})?")
+_SECONDS = re.compile(r"(?:[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})")
 _ZEROS: Final = "0" * 32
 
 

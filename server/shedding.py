@@ -3,7 +3,9 @@
 The limit follows the latency that the worker sees: each answer in time raises it a little, each late one
 lowers it by a share, between a floor and a ceiling (additive increase, multiplicative decrease). A request
 above the limit is told to come back (`503`, `Retry-After`) before its body is read: that costs next to
-nothing, and nothing about it is in the log. Health, readiness and metrics are never shed.
+nothing, and nothing about it is in the log. A request counts from the moment its body is here: those that
+send one slowly, or never, say nothing about load and take nobody's place. Health, readiness and metrics are
+never shed.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class Shedder:
     def __post_init__(self) -> None:
         self.limit = float(self.most)
 
-    def enter(self) -> None:
-        """Take one more.
+    def look(self) -> None:
+        """See whether there is room for one more, before its body is read.
 
         Raises:
             OverloadedError: too many are being worked on.
@@ -40,6 +42,14 @@ class Shedder:
         if self.in_flight >= max(min(FLOOR, self.most), int(self.limit)):
             retry_s = min(_RETRY_MOST_S, 1 + int(self.target_s))
             raise OverloadedError(f"{self.in_flight} requests are being worked on; come back in {retry_s} s")
+
+    def enter(self) -> None:
+        """Take one more, whose body is here: who sends one slowly takes nobody's place.
+
+        Raises:
+            OverloadedError: too many are being worked on.
+        """
+        self.look()
         self.in_flight += 1
 
     def leave(self, seconds: float | None) -> None:

@@ -15,7 +15,18 @@ from datetime import UTC, datetime
 from audit.errors import AuditError
 from audit.evidence import EvidenceError, read_evidence
 from audit.tlog_policy import Policy
-from audit.verify import aggregation, answer, approval, budget, disclosed, history, members, review, training
+from audit.verify import (
+    aggregation,
+    answer,
+    approval,
+    budget,
+    disclosed,
+    history,
+    members,
+    review,
+    rules,
+    training,
+)
 from audit.verify.chain import Chain, FailError, GapError, Outcome
 from audit.verify.report import EXIT_CODES, EpsilonLine, Report, Step, Verdict, Word
 
@@ -43,6 +54,7 @@ _RUN: tuple[tuple[str, Check], ...] = (
 )
 _PREDICTION: tuple[tuple[str, Check], ...] = (
     (answer.DECISION, answer.check_decision),
+    (rules.RULES, rules.check_rules),
     (answer.ANSWER, answer.check_answer),
     (review.REVIEW, review.check_review),
 )

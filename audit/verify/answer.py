@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from audit.commitments import commit, parse_salt, verify_opening
 from audit.decimals import parse_decimal
 from audit.disclosure import DisclosureError, opened_row, verify_disclosed
 from audit.encoding import RowEncoder
-from audit.entries import Prediction, RowCommitment, VersionTransition
+from audit.entries import Prediction, RowCommitment, VersionRegistered, VersionTransition
 from audit.errors import AuditError, LogKeyError
 from audit.forward import forward
 from audit.models import answer_of
@@ -26,20 +27,20 @@ from audit.verify.disclosed import opened_context, opened_rows
 from audit.verify.history import CHECKPOINT, INCLUSION, LINKS
 from audit.verify.members import CHARTER
 from audit.verify.report import Word
-from audit.verify.review import check_terms, rules_told
+from audit.verify.review import check_terms
 
 TEST_ONLY: Final = "prediction.test_only"
 DECISION, ANSWER, RECEIPT = "The decision to answer", "The answer", "The receipt"
 _TOLERANCE: Final = Decimal("0.000001")
+_TOLD: Final = 3  # rows of which the report names the answers
 
 
 def check_decision(chain: Chain) -> Outcome:
-    """Allowed by named policies, for a purpose of the charter, by a version that was live."""
+    """For a purpose of the charter and within its terms, by a version that was live."""
     charter, leaf = need(chain.charter, CHARTER), need(chain.prediction, LINKS)
     transition, body = need(chain.transition, LINKS), leaf.body
-    if body.role == "tester" and transition.body.to_state not in ANSWERING:
-        raise GapError(TEST_ONLY, "a tester's answer by a version that was not live: nothing may rest on it",
-                       leaf.index)  # fmt: skip
+    if body.role == "tester":  # who may also ask what is not live, or drifts: the entry does not say whether
+        raise GapError(TEST_ONLY, "a tester's answer: nothing may rest on it", leaf.index)
     if transition.body.to_state not in ANSWERING:
         expect(
             transition.body.to_state,
@@ -63,9 +64,9 @@ def check_decision(chain: Chain) -> Outcome:
         if later.body.model == body.model and transition.index < later.index < leaf.index:
             _check_still_live(later, body.version, leaf.index)
     asked = "a purpose that stays closed" if purpose is None else purpose
-    allowed = f"logged as allowed by {', '.join(body.policies)} to role {body.role} for {asked}"
-    allowed += rules_told(chain, leaf.index, body.policy_set, body.policies)
+    allowed = f"asked by role {body.role} for {asked}, within the charter's terms"
     registered = need(chain.registered, LINKS)
+    _check_age(chain, charter.max_age_days, registered, leaf)
     since = range(registered.index + 1, leaf.index)  # an old signature may have been logged a second time
     if purpose is not None and all(index in chain.located for index in since):
         return Outcome(word=Word.PROVED, detail=f"{allowed}; the version was live when it answered")
@@ -122,9 +123,11 @@ def check_answer(chain: Chain) -> Outcome:
             raise FailError("answer.additions", f"row {number}: {problem}", leaf.index)
     count, of = len(opened), leaf.body.row_count
     shown = f"{count} of {of} rows" if of else f"{count} row{'s' if count > 1 else ''}"
+    numbers = [int(row["row"]) for row in chain.evidence.opened or ()] if of else range(count)
+    told = _told(numbers, [answered for _, answered, _ in parts])
     return Outcome(
         word=Word.PROVED,
-        detail=f"{shown} opened; this version gives exactly this answer"
+        detail=f"{shown} opened ({told}); this version gives exactly this answer"
         + _rounding(charter.serving.answers)
         + said_of([added for _, _, added in parts]),
     )
@@ -170,6 +173,24 @@ def _check_still_live(later: Leaf[VersionTransition], version: str, entry: int) 
             "prediction.version_not_live",
             f"leaf {later.index} had made the version {later.body.to_state}",
             entry,
+        )
+
+
+def _check_age(
+    chain: Chain, max_age_days: int, registered: Leaf[VersionRegistered], leaf: Leaf[Prediction]
+) -> None:
+    """The version answered within the charter's days since its registration; a minute is given to clocks."""
+    if not max_age_days:
+        return
+    begun, asked = (
+        datetime.fromisoformat(chain.located[i].entry.time) for i in (registered.index, leaf.index)
+    )
+    if asked - begun >= timedelta(days=max_age_days + 1, minutes=1):
+        raise FailError(
+            "prediction.version_too_old",
+            f"the charter lets a version answer for {max_age_days} days after its registration, and it was "
+            f"registered {(asked - begun).days} days before",
+            leaf.index,
         )
 
 
@@ -259,6 +280,18 @@ def _value(row: Mapping[str, str], commitment: str, field: str, number: int, sea
     salt, value = parse_salt(row[f"{field}_salt"]), row[field].encode()
     verify_opening(commitment, field=field, salt=salt, value=value)
     return parse_canonical(value)
+
+
+def _told(numbers: Sequence[int], answers: Sequence[Mapping[str, Any]]) -> str:
+    """Return which rows these are, counted from 1, and their answers: one row passes for no other."""
+    said = []
+    for number, answer in list(zip(numbers, answers, strict=True))[:_TOLD]:
+        given = [f"{name} {answer[name]}" for name in ("probability", "value") if name in answer]
+        said.append(
+            f"row {number + 1}: " + ", ".join([str(answer.get("label", ""))[:60], *given]).strip(", ")
+        )
+    more = len(answers) - len(said)
+    return "; ".join([*said, f"and {more} more"] if more else said)
 
 
 def _rounding(terms: AnswerTerms) -> str:

@@ -1,11 +1,9 @@
-"""Steps on the rules that decided a prediction, and on the person who must stand behind it (GDPR Art. 22)."""
+"""Steps on the charter's terms for a prediction, and on the person behind it (GDPR Art. 22)."""
 
 from __future__ import annotations
 
-import hashlib
-
 from audit.entries import Prediction
-from audit.serving_bodies import LEGAL_BASES, REVIEW_OUTCOMES, PolicyChanged, PredictionReviewed
+from audit.serving_bodies import LEGAL_BASES, REVIEW_OUTCOMES, PredictionReviewed
 from audit.verify.chain import Chain, FailError, GapError, Leaf, Outcome, expect, need, verify_body
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
@@ -45,36 +43,6 @@ def check_review(chain: Chain) -> Outcome:
         code="review.unsigned",
         detail=f"by the log's operator: confirmed by a holder of an officer's key, {review.body.principal}",
     )
-
-
-def rules_told(chain: Chain, leaf_index: int, policy_set: str, policies: tuple[str, ...]) -> str:
-    """Return who put the rules of a decision in force, where the file shows them; "" where it does not.
-
-    Raises:
-        FailError: the text is another than the decision names, lacks a policy that it names, or its signer is
-        no
-            officer of the charter.
-    """
-    charter = need(chain.charter, CHARTER)
-    found = [
-        leaf
-        for leaf in chain.leaves(PolicyChanged)
-        if leaf.body.policy_set == policy_set and leaf.index < leaf_index
-    ]
-    if not found:
-        return ""
-    leaf = found[-1]
-    digest = hashlib.sha256(leaf.body.text.encode()).hexdigest()
-    expect(leaf.body.policy_set, digest, code="rules.text", field="policy_set", entry=leaf.index)
-    if leaf.body.officer not in charter.officers:
-        raise FailError(
-            "rules.not_an_officer", f"{leaf.body.officer} is no officer of the charter", leaf.index
-        )
-    verify_body(leaf.body, leaf.body.officer, code="rules.signature", who="the officer", entry=leaf.index)
-    for name in policies:
-        if f'@id("{name}")' not in leaf.body.text:
-            raise FailError("rules.no_such_policy", f"the rules hold no policy {name[:60]!r}", leaf_index)
-    return f", by the rules that {charter.officers[leaf.body.officer]} put in force in entry {leaf.index}"
 
 
 def check_terms(chain: Chain, legal_basis: str | None, region: str, entry: int) -> None:

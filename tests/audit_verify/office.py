@@ -40,6 +40,7 @@ class Office:
         self.log, self.blobs = MemoryLog(), {}
         self.log_key = log_key or SigningKey.generate()
         self.hospitals: list[Hospital] = []
+        self.time = "2026-11-23T11:00:00Z"  # of the entries to come
 
     @property
     def log_signer(self) -> NoteSigner:
@@ -64,7 +65,7 @@ class Office:
         body = hook(self, body) if hook else body
         if body is None:
             return -1, ZERO_DIGEST
-        leaf = encode_entry(new_entry(body, actor=actor, time="2026-11-23T11:00:00Z"))
+        leaf = encode_entry(new_entry(body, actor=actor, time=self.time))
         self.log.leaves.append(leaf)
         return len(self.log.leaves) - 1, hash_leaf(leaf).hex()
 

@@ -10,7 +10,7 @@ import pytest
 from audit.evidence import read_evidence, write_evidence
 from audit.verify import Verdict, Word
 
-SIGNED_ONLY = {"The noise and the data"}
+SIGNED_ONLY = {"The noise and the data", "The rules that allowed it"}
 
 
 def test_an_honest_prediction_is_valid_and_every_step_says_what_it_knows(honest):

@@ -2,65 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import dataclasses
-import hashlib
-from typing import Any
-
 import pytest
 
-from audit.entries import ZERO_DIGEST, Prediction, decode_entry, signing_payload
+from audit.entries import ZERO_DIGEST
 from audit.keys import SigningKey
-from audit.merkle import hash_leaf
-from audit.serving_bodies import PolicyChanged, PredictionReviewed
-from audit.verify import Report, Verdict, Word
-from tests.audit_verify.world import World
+from audit.verify import Verdict, Word
+from tests.audit_verify.court import Court
 
 REVIEW, DECISION = "The review by a person", "The decision to answer"
-RULES = '@id("consumer-may-predict") permit (principal, action, resource);'
-
-
-class Court(World):
-    """A federation whose charter may ask for more, and which reviews and changes rules."""
-
-    def __init__(self, body: dict[str, Any] | None = None, **terms: Any) -> None:
-        lie = {"prediction": lambda _, given: dataclasses.replace(given, **(body or {}))}
-        super().__init__(rounds=2, charter_changes=lambda document: document.update(terms), before=lie)
-
-    def told(self, change: Any = None) -> tuple[int, list[dict[str, str]]]:
-        digest = self.train()
-        live = self.approve(digest, self.register(digest))
-        if change is not None:
-            self.append(change(self))
-        return self.predict(digest, live)
-
-    def review(self, index: int, *, key: SigningKey | None = None, **changed: Any) -> None:
-        leaf = self.log.leaves[index]
-        stored = decode_entry(leaf)
-        prediction: Prediction = stored.body
-        body = PredictionReviewed(
-            decision=stored.event_id, prediction=hash_leaf(leaf).hex(), model=prediction.model,
-            version=prediction.version, outcome="confirmed", reason="", principal="p-officer", role="officer",
-            officer="" if key is None else key.text, signature="",
-        )  # fmt: skip
-        body = dataclasses.replace(body, **changed)
-        self.append(body if key is None else sealed(body, key))
-
-    def judged(self, index: int, opened: Any) -> Report:
-        return self.report(self.evidence(index, opened=opened))
-
-
-def sealed(body: Any, key: SigningKey) -> Any:
-    return dataclasses.replace(body, signature=base64.b64encode(key.sign(*signing_payload(body))).decode())
-
-
-def rules(world: Court, *, text: str = RULES, key: SigningKey | None = None, **changed: Any) -> PolicyChanged:
-    officer = key or world.officer
-    body = PolicyChanged(
-        policy_set=hashlib.sha256(text.encode()).hexdigest(), schema_digest="ab" * 32, text=text,
-        previous_change=ZERO_DIGEST, officer=officer.text, reason="", signature="",
-    )  # fmt: skip
-    return sealed(dataclasses.replace(body, **changed), officer)
 
 
 @pytest.fixture
@@ -167,41 +116,6 @@ def test_decision_within_the_charters_terms_is_valid():
         {"legal_basis": "public_task", "region": "eu"}, legal_basis="required", regions=["ch", "eu"]
     )
     assert world.judged(*world.told()).verdict is Verdict.VALID
-
-
-DIGEST = hashlib.sha256(RULES.encode()).hexdigest()
-
-
-def test_rules_that_decided_are_named_with_their_officer():
-    world = Court({"policy_set": DIGEST})
-    report = world.judged(*world.told(rules))
-    assert report.verdict is Verdict.VALID
-    assert "by the rules that Ada put in force in entry" in report.step(DECISION).detail
-
-
-def test_rules_of_nobody_are_not_named():
-    world = Court()
-    assert "put in force" not in world.judged(*world.told(rules)).step(DECISION).detail
-
-
-@pytest.mark.parametrize(
-    ("made", "code"),
-    [
-        (lambda world: rules(world, key=SigningKey.generate()), "rules.not_an_officer"),
-        (lambda world: rules(world, text=RULES + " ", policy_set=DIGEST), "rules.text"),
-        (lambda world: dataclasses.replace(rules(world), reason="x"), "rules.signature"),
-    ],
-    ids=["stranger", "other text", "changed afterwards"],
-)
-def test_rules_that_lie_fail(made, code):
-    world = Court({"policy_set": DIGEST})
-    step = world.judged(*world.told(made)).step(DECISION)
-    assert (step.word, step.code) == (Word.FAIL, code)
-
-
-def test_policy_that_the_rules_do_not_hold_fails():
-    world = Court({"policy_set": DIGEST, "policies": ("everybody-may",)})
-    assert world.judged(*world.told(rules)).step(DECISION).code == "rules.no_such_policy"
 
 
 def test_testers_answer_by_a_candidate_is_never_valid():
