@@ -258,7 +258,7 @@ def export(
     asked = {name: value for name, value in terms.items() if value is not None}
     if (index is None) == (not asked):
         raise CommandError("give an entry's index, or terms such as --version", code="command.usage")
-    receipt, opened = _answer_parts(answer)
+    receipt, opened, context = _answer_parts(answer)
     if url:
         from urllib.parse import urlencode
 
@@ -269,7 +269,7 @@ def export(
     if receipt is not None or opened is not None:
         from audit.service import add_answer
 
-        data = add_answer(data, receipt=receipt, opened=opened)
+        data = add_answer(data, receipt=receipt, opened=opened, context=context)
     out.write_bytes(data)
     emit(
         {"file": str(out), "size_bytes": len(data)},
@@ -355,15 +355,38 @@ def _export_here(base: Path, index: int | None, asked: dict[str, str]) -> bytes:
         return export_asked(ledger, blob, _owner(), LocalOwner(), SearchRequest(**asked))  # type: ignore[arg-type]
 
 
-def _answer_parts(path: Path | None) -> tuple[Any, Any]:
+def _answer_parts(path: Path | None) -> tuple[Any, Any, tuple[int, str, str] | None]:
+    """Return receipt, opened rows, and what opens the context, of an answer of either protocol."""
     if path is None:
-        return None, None
+        return None, None, None
     from audit.canonical import parse_strict
+    from audit.errors import AuditError
 
-    document = parse_strict(path.read_bytes(), allow_floats=True)
+    document: Any = parse_strict(path.read_bytes(), allow_floats=True)
+    told = document.get("parameters") if isinstance(document, dict) else None
+    if isinstance(told, dict):  # the inference protocol's parameters are JSON texts
+        try:
+            document = {
+                name: parse_strict(str(told[name]).encode(), allow_floats=True)
+                for name in ("receipt", "opened", "sealed")
+                if name in told
+            }
+        except AuditError as error:
+            raise CommandError(
+                f"{path}: parameters: receipt, opened or sealed is no JSON: {error}"
+            ) from error
     if not isinstance(document, dict) or "receipt" not in document or "opened" not in document:
-        raise CommandError(f"{path}: is not an answer of the API; it needs receipt and opened")
-    return document["receipt"], document["opened"]
+        raise CommandError(
+            f"{path}: is not an answer of the API; it needs receipt and opened, or has them in parameters"
+        )
+    receipt, sealed = document["receipt"], document.get("sealed")
+    if sealed is None:
+        return receipt, document["opened"], None
+    try:
+        context = (int(receipt["leaf_index"]), str(sealed["context_salt"]), str(sealed["context"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"{path}: sealed has no context, or receipt no leaf_index") from error
+    return receipt, document["opened"], context
 
 
 def _about(item: dict[str, Any]) -> str:

@@ -177,6 +177,16 @@ def opened_row(part: str, salt: str, text: str) -> tuple[str, dict[str, Any]]:
     return SealedPart(raw, values).root(part), values
 
 
+def context_of_answer(salt: str, text: str) -> DisclosedPart:
+    """Return the context that a caller was told, open as far as it says what the answer was for.
+
+    Raises:
+        DisclosureError: salt and text are none.
+    """
+    _, values = opened_row(CONTEXT, salt, text)
+    return SealedPart(parse_salt(salt), values).disclose(CONTEXT, ("purpose", "legal_basis"))
+
+
 def choose(parts: Mapping[str, SealedPart], fields: Iterable[str]) -> dict[str, DisclosedPart]:
     """Open the fields that are named: `age` in every part, or one by its path, `row.0.input.age`.
 

@@ -14,9 +14,17 @@ from typing import Any, Final
 from audit.canonical import canonical_bytes
 from audit.checkpoints import parse_checkpoint_note
 from audit.closure import BlobSource, Closure, EvidenceGapError, EvidenceLog, StoredLeaf
+from audit.disclosure import CONTEXT, context_of_answer
 from audit.entries import columns_of
 from audit.errors import AuditError
-from audit.evidence import Evidence, EvidenceTooLargeError, read_evidence, scope_of, write_evidence
+from audit.evidence import (
+    Evidence,
+    EvidenceError,
+    EvidenceTooLargeError,
+    read_evidence,
+    scope_of,
+    write_evidence,
+)
 from audit.merkle import hash_leaf
 from audit.notes import parse_note
 from audit.principal import AccessDeniedError, Authorizer, Decision, Principal, require
@@ -268,13 +276,27 @@ def add_answer(
     *,
     receipt: Mapping[str, Any] | bytes | None = None,
     opened: Sequence[Mapping[str, str]] | None = None,
+    context: tuple[int, str, str] | None = None,
 ) -> bytes:
     """Return the evidence file with the caller's receipt and opened rows added.
 
+    Args:
+        context: of an answer about a named person: its leaf, and the salt in hex and the canonical text of
+            its context, of which purpose and legal basis are opened and the rest stays closed.
+
     Raises:
-        EvidenceError: `data` is no evidence file.
+        EvidenceError: `data` is no evidence file, or has no such leaf.
+        DisclosureError: the context is none.
     """
-    return write_evidence(_with_answer(read_evidence(data), receipt, opened))
+    evidence = _with_answer(read_evidence(data), receipt, opened)
+    if context is not None:
+        index, salt, text = context
+        if index not in evidence.entries:
+            raise EvidenceError("disclosed.json", f"the answer is leaf {index}, which is not in the file")
+        disclosed = dict(evidence.disclosed or {})
+        disclosed[index] = {**disclosed.get(index, {}), CONTEXT: context_of_answer(salt, text)}
+        evidence = replace(evidence, disclosed=disclosed)
+    return write_evidence(evidence)
 
 
 def _witnesses(note: bytes) -> int:

@@ -74,11 +74,16 @@ def encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[li
     if None not in quick:
         read = [found for found in quick if found is not None]
         return [plain for plain, _ in read], [encoded for _, encoded in read]
-    try:
-        plain = [plain_row(row) for row in asked.rows]
-    except EncodingError as error:
-        fields = [{"field": found.field, "problem": found.message} for found in error.problems]
-        raise RowContractError(str(error), fields=fields) from error
+    plain = []
+    for number, row in enumerate(asked.rows):
+        try:
+            plain.append(plain_row(row))
+        except EncodingError as error:
+            fields = [
+                {"row": number, "field": found.field, "problem": found.message, "code": found.code}
+                for found in error.problems
+            ]
+            raise RowContractError(f"row {number}, {error}", fields=fields) from error
     return plain, warm.encode(plain)
 
 

@@ -42,6 +42,7 @@ from server.alarming import Alarming
 from server.answer_cache import AnswerCache
 from server.batching import Batching
 from server.context import Caller, Context, authorise, context_of
+from server.denials import Denials
 from server.direct import Direct
 from server.errors import ArtefactError, NotReadyError
 from server.explaining import Explaining
@@ -69,6 +70,7 @@ from server.sealing import Sealing
 from server.service import PredictService
 from server.settings import Settings
 from server.shadowing import Shadowing
+from server.shedding import Shedder
 from server.tracing import Traced, Tracing
 from server.warm import WarmModels
 from server.watching import Watching
@@ -112,6 +114,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     """
     text = read_policies(settings.policies) if settings.policies else shipped_policies()
     authorizer, monitoring = CedarAuthorizer(text), Monitoring()
+    shedder = Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
     tracing = Tracing(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
 
     @asynccontextmanager
@@ -128,7 +131,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
             if settings.grpc_port is not None:
                 from server.oip.grpc_service import InferenceServer
 
-                grpc_server = InferenceServer(context, app.version)
+                grpc_server = InferenceServer(context, app.version, shedder)
                 app.state.grpc_port = await grpc_server.start(f"{settings.host}:{settings.grpc_port}")
                 _logger.info("gRPC on port %d", app.state.grpc_port)
             context.readiness.state = "ready"
@@ -202,7 +205,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     app.add_middleware(Direct, routes=app.router.routes, state=app.state)
     if tracing is not None:
         app.add_middleware(Traced, tracing=tracing)
-    app.add_middleware(Guard, settings=settings, monitoring=monitoring)
+    app.add_middleware(Guard, settings=settings, monitoring=monitoring, shedder=shedder)
     return app
 
 
@@ -258,6 +261,7 @@ def build_context(
         first_policies=authorizer.text,
         authorizer=authorizer,
         journal=journal,
+        denials=Denials(journal, monitoring, clock),
         live=live,
         predicting=PredictService(
             live=live,

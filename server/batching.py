@@ -21,6 +21,7 @@ MAX_ROWS: Final = 256
 _INLINE_ROWS: Final = 16  # more rows than this are computed beside the event loop
 _SMOOTH: Final = 0.1
 
+_Key = tuple[int, int | None, asyncio.AbstractEventLoop]
 Rows = Sequence[Sequence[float]]
 Outputs = list[list[float]]
 
@@ -34,7 +35,7 @@ class _Gathering:
 
 
 class Batching:
-    """Runs models for the requests of one event loop."""
+    """Runs models for the requests of a worker; those of one event loop share runs."""
 
     def __init__(
         self, cache: AnswerCache | None = None, clock: Callable[[], float] = time.perf_counter
@@ -42,7 +43,7 @@ class Batching:
         self._cache = cache
         self._clock = clock
         self._cost_s: dict[int, float] = {}  # by model in memory: seconds of a run of one row, smoothed
-        self._gathering: dict[tuple[int, int | None], _Gathering] = {}
+        self._gathering: dict[_Key, _Gathering] = {}
         self.in_flight = 0  # requests between arrival and answer
         self.shared_runs = 0
 
@@ -65,12 +66,13 @@ class Batching:
         cost_s = self._cost_s.get(id(warm))
         if self.in_flight < 2 or cost_s is None or cost_s < WORTH_S:
             return self._alone(warm, encoded, site)
-        key = (id(warm), site)
+        loop = asyncio.get_running_loop()
+        key = (id(warm), site, loop)  # a future is woken by its own loop alone
         gathering = self._gathering.get(key)
         if gathering is None or gathering.rows + len(encoded) > MAX_ROWS:
             gathering = self._gathering[key] = _Gathering(warm, site)
-            asyncio.get_running_loop().call_soon(self._together, key, gathering)
-        future: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
+            loop.call_soon(self._together, key, gathering)
+        future: asyncio.Future[Outputs] = loop.create_future()
         gathering.waiting.append((encoded, future))
         gathering.rows += len(encoded)
         return await future
@@ -87,7 +89,7 @@ class Batching:
             self._cost_s.clear()
         self._cost_s[id(warm)] = before + _SMOOTH * (taken_s - before)
 
-    def _together(self, key: tuple[int, int | None], gathering: _Gathering) -> None:
+    def _together(self, key: _Key, gathering: _Gathering) -> None:
         if self._gathering.get(key) is gathering:
             del self._gathering[key]
         rows = [row for encoded, _ in gathering.waiting for row in encoded]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from server.answers import (
     encode,
     entry_of,
 )
+from server.errors import ServerError
 from server.hooks import Annotation, Answering, with_fields
 from server.journal import ACTOR, Journal
 from server.live import ServedVersion
@@ -63,6 +65,7 @@ class Job:
     tell: Callable[[Answered], Any]
     taken: Taken = field(default_factory=lambda: Taken(True))
     is_read: bool = False
+    refused: ServerError | None = None  # what reading it said
     is_chosen: bool = False
     is_decided: bool = False
     asked: Asked = field(init=False)
@@ -130,6 +133,7 @@ class Crowd:
     def __init__(self, service: PredictService) -> None:
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._claiming = threading.Lock()
         self._clean = contextvars.Context()  # in which no request's marks stand
         self._gathered: list[Job] = []
         self._durable: list[Job] = []
@@ -149,11 +153,9 @@ class Crowd:
         """
         loop = asyncio.get_running_loop()
         job.crowd, job.future, job.context = self, loop.create_future(), contextvars.copy_context()
-        if self._loop is not loop:
-            if self._loop is not None and self._loop.is_running():
-                _send_back([job])  # a crowd is of one loop
-                return job.future
-            self._loop, self._gathered, self._durable, self._sent, self._held = loop, [], [], [], None
+        if self._loop is not loop and not self._is_claimed_by(loop):
+            _send_back([job])  # a crowd is of one loop
+            return job.future
         self._gathered.append(job)
         if len(self._gathered) == 1:
             self._seen = self._empty_turns = 0
@@ -161,6 +163,14 @@ class Crowd:
         elif self._held is not None and len(self._gathered) >= self._with_the_log():
             self._release()
         return job.future
+
+    def _is_claimed_by(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Make this loop's requests the crowd, unless another loop that runs did so first."""
+        with self._claiming:
+            if self._loop is not None and self._loop.is_running():
+                return False
+            self._loop, self._gathered, self._durable, self._sent, self._held = loop, [], [], [], None
+            return True
 
     def durable(self, job: Job) -> None:
         """The entry of `job` is on disk; those of one batch are told so in one turn."""
@@ -247,7 +257,11 @@ class Crowd:
             self._sent.append(together)
 
     def _read(self, job: Job) -> bool:
-        asked = job.asked = job.read()
+        try:
+            asked = job.asked = job.read()
+        except ServerError as error:
+            job.refused = error  # told where it is answered alone, without reading it again
+            raise
         job.is_read = True
         return not (asked.subject or asked.consent or asked.explain) and 0 < len(asked.rows) <= MAX_ROWS
 

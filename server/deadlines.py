@@ -1,5 +1,7 @@
 """Time limits of many requests by one timer: what `asyncio.timeout` does, without a timer for each.
 
+`OwnLimit` is for the few requests whose limit stands in their body, and costs the others next to nothing.
+
 A task that is late is cancelled, and its `stop` says so; then the cancellation is nobody else's, and the
 caller makes of it what it likes.
 """
@@ -7,6 +9,8 @@ caller makes of it what it likes.
 from __future__ import annotations
 
 import asyncio
+
+from server.errors import DeadlineError
 
 
 class Deadlines:
@@ -63,3 +67,39 @@ class Deadlines:
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self._next = loop.call_at(at, self._look, loop), at
+
+
+class OwnLimit:
+    """A context manager in which a limit may be set, by whoever reads it, in whichever task.
+
+    Raises:
+        DeadlineError: at the end of what was too late.
+    """
+
+    __slots__ = ("_begun", "_is_late", "_loop", "_seconds", "_task", "_timer")
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[object] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_late, self._seconds = False, 0.0
+
+    def __enter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task, self._begun = asyncio.current_task(self._loop), self._loop.time()
+
+    def set(self, seconds: float) -> None:
+        """Have the task that entered cancelled `seconds` after it did; only the first word counts."""
+        if self._task is not None and self._timer is None:
+            self._seconds = seconds
+            self._timer = self._loop.call_at(self._begun + seconds, self._end, self._task)
+
+    def _end(self, task: asyncio.Task[object]) -> None:
+        self._is_late = True
+        task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        task, self._task = self._task, None
+        if self._timer is not None:
+            self._timer.cancel()
+            if self._is_late and task is not None and task.uncancel() <= 0 and kind is asyncio.CancelledError:
+                raise DeadlineError(f"no answer within {self._seconds:g} s") from None

@@ -77,12 +77,12 @@ class Direct:
                 note_principal(scope, principal.id)
             if name:
                 data = await routes_models.answer_predict(
-                    context, body, principal, name, "sequenced", request_id
+                    context, given, body, principal, name, "sequenced", request_id
                 )
                 headers = {"content-type": "application/json"}
             else:
                 data, headers = await routes_oip.answer_infer(
-                    context, given, body, principal, model or "", version or "", request_id
+                    context, given, body, principal, model or "", version or "", request_id, scope
                 )
         except (ServerError, AuditError, FederationError) as error:
             await render(Request(scope, receive), error)(scope, receive, send)

@@ -135,6 +135,12 @@ class BodyTooLargeError(ServerError):
     code = "request.too_large"
 
 
+class HeadTooLargeError(ServerError):
+    """The request line and the header fields are larger, or more, than the server reads."""
+
+    code = "request.head_too_large"
+
+
 class BodyTimeoutError(ServerError):
     code = "request.timeout"
 
@@ -206,6 +212,7 @@ STATUS: Final[dict[str, int]] = {
     "request.no_such_route": 404,
     "request.too_large": 413,
     "request.timeout": 408,
+    "request.head_too_large": 431,
     "request.incomplete": 400,
     "predict.row_outside_contract": 422,
     "keys.bad_request": 422,
@@ -287,6 +294,7 @@ TITLES: Final[dict[int, str]] = {
     415: "Unsupported media type",
     422: "The request cannot be processed",
     429: "Too much in this time",
+    431: "The request's head is too large",
     500: "Internal error",
     501: "Not available on this server",
     503: "Try again later",
@@ -364,6 +372,17 @@ def render(request: Request, error: Exception) -> JSONResponse:
     return _answer(request, status, code, str(error), **extra)
 
 
+def _allowed(request: Request) -> list[str]:
+    """The methods that some route takes at the request's path; `server.guard` answers HEAD where GET is."""
+    from starlette.routing import Match
+
+    found: set[str] = set()
+    for route in request.app.router.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted(found | {"HEAD"} if "GET" in found else found)
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers, so that no answer of the application is anything but a problem document."""
     from fastapi.exceptions import RequestValidationError
@@ -381,7 +400,10 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only
         codes = {404: "request.no_such_route", 405: "request.method_not_allowed"}
         code = codes.get(error.status_code, "request.refused")
-        return _answer(request, error.status_code, code, str(error.detail))
+        answer = _answer(request, error.status_code, code, str(error.detail))
+        if error.status_code == 405:
+            answer.headers["Allow"] = ", ".join(_allowed(request))
+        return answer
 
     app.add_exception_handler(ServerError, ours)
     app.add_exception_handler(AuditError, ours)

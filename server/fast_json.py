@@ -8,6 +8,7 @@ hashed or signed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
@@ -19,19 +20,28 @@ _NUMBERS: Final = {float, int}
 _LONG: Final = 1 << 20  # the strict parser has a limit, above this
 
 
-def parse_request(data: bytes) -> JsonValue:
-    """Return what `parse_strict(data, allow_floats=True)` does; errors as there."""
-    # every array and object opens with a bracket, so that as few of them cannot nest deeper
-    if len(data) <= _LONG and data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+def parse_request(data: bytes, check: Callable[[JsonValue], None] | None = None) -> JsonValue:
+    """Return what `parse_strict(data, allow_floats=True)` does; errors as there.
+
+    `check` is shown the value before anything else is done with it, and may refuse it by an error of its own:
+    what is far too much need not be read strictly.
+    """
+    if len(data) <= _LONG:
         try:
             value: JsonValue = orjson.loads(data)
         except ValueError:
-            return parse_strict(data, allow_floats=True)
-        # A key is followed by a colon. Where there are as many colons as keys in the value, no key was given
-        # twice; a text that holds one makes them more, and then the strict parser looks.
-        if _keys_of(value) == data.count(b":"):
-            return value
-    return parse_strict(data, allow_floats=True)
+            value = None  # the strict parser says why
+        else:
+            if check is not None:
+                check(value)
+            # A key is followed by a colon. Where there are as many colons as keys in the value, no key was
+            # given twice; a text that holds one makes them more, and then the strict parser looks.
+            if _keys_of(value) == data.count(b":"):
+                return value
+    value = parse_strict(data, allow_floats=True)
+    if check is not None:
+        check(value)
+    return value
 
 
 def write_json(value: Any) -> bytes:
@@ -48,9 +58,15 @@ def texts_of(numbers: list[Any]) -> list[str]:
 
 
 def _keys_of(value: Any) -> int:
-    """How many keys the value's objects have; -1, which is no count of colons, where a number is in doubt."""
-    count, left = 0, [value]
-    for item in left:  # which grows by what is found inside
+    """How many keys the value's objects have; -1, which is no count of colons, where a number is in doubt, or
+    whether it is nested too deep.
+    """
+    count, left, end, depth = 0, [value], 1, 0
+    for place, item in enumerate(left):  # which grows by what is found inside
+        if place == end:  # all before stood less deep
+            end, depth = len(left), depth + 1
+            if depth >= MAX_DEPTH:
+                return -1
         kind = type(item)
         if kind is dict:
             count += len(item)

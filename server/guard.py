@@ -61,16 +61,22 @@ class Guard:
     one.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, monitoring: Monitoring) -> None:
+    def __init__(
+        self, app: ASGIApp, *, settings: Settings, monitoring: Monitoring, shedder: Shedder | None = None
+    ) -> None:
+        """`shedder` is the worker's, where calls over gRPC count beside requests."""
         self._app, self._settings, self._monitoring = app, settings, monitoring
         self._deadlines = Deadlines()
         self._arriving = 0  # requests whose body is on its way
-        self._shedder = Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
+        self._shedder = shedder or Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        asked = scope["method"]
+        if asked == "HEAD":  # GET's answer, of which whoever serves us sends no body: RFC 9110 section 9.3.2
+            scope = {**scope, "method": "GET"}
         marks = Marks.of_headers(scope["headers"])
         scope["affidavit.request_id"], scope["affidavit.trace_id"] = marks.request_id, marks.trace_id
         logged, sending = marks.logged, _Sending(send, marks.request_id)
@@ -88,7 +94,7 @@ class Guard:
             finally:
                 seconds, status = time.perf_counter() - begun, sending.status
                 route = getattr(scope.get("route"), "path", "unknown")
-                method = scope["method"] if scope["method"] in _METHODS else "other"
+                method = asked if asked in _METHODS else "other"
                 monitoring.tallies.leave()
                 if "affidavit.entered" in scope:  # a body's time on the way says nothing about this worker
                     took_s = begun + seconds - scope["affidavit.entered"]
@@ -158,7 +164,7 @@ class Guard:
             OverloadedError: too many bodies are on their way.
         """
         message = await receive()
-        body = message.get("body", b"")
+        body: bytes = message.get("body", b"")
         if message["type"] == "http.request" and not message.get("more_body", False):
             self._refuse_long(len(body))
             return body
@@ -208,5 +214,4 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 def _tells_load(scope: Scope) -> bool:
     """Whether how long a request took says how busy the worker is: not of one that waits for witnesses."""
-    path = str(scope["path"])
-    return path.endswith(("/predict", "/infer")) and b"wait=" not in scope["query_string"]
+    return str(scope["path"]).endswith(("/predict", "/infer")) and "affidavit.waits" not in scope

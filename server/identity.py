@@ -41,7 +41,7 @@ class Identities:
         Raises:
             UnauthenticatedError: nobody that we know.
             IssuerUnreachableError: a token, and the issuer's keys are not to be had.
-            TooBusyError: too many unknown keys at once.
+            TooBusyError: too many unknown keys, or too many tokens that wait for their issuer's keys.
         """
         fingerprint = "" if self.certificates is None else self.certificates.fingerprint(request)
         if credentials is not None:
@@ -58,6 +58,8 @@ class Identities:
         recalled = source.recall(credentials)
         if recalled is not None:
             return recalled
+        if isinstance(source, TokenVerifier):  # whose issuer may be silent: its callers keep no key waiting
+            return await source.authenticated(credentials)
         return await to_thread.run_sync(source.authenticate, credentials)
 
     def recalled(self, credentials: str) -> Principal | None:

@@ -4,10 +4,16 @@ Keys count for `LIFESPAN_S` after a fetch. A token that names a key we lack make
 `COOLDOWN_S`, because anybody can invent key ids. When a fetch fails, the last keys count for `stale_s` more;
 after that no token can be judged and all are refused with an error that says so. Only https is fetched (http
 from this machine alone), no redirect is followed, and only public signature keys are kept.
+
+An issuer may also be silent: it takes the connection and says nothing. So one fetch at a time is under way,
+on a thread of its own; who has a key that still counts never waits for it, and who has none waits until
+`WAIT_S` after that fetch began, however many come, and nobody fetches again beside it. The next try comes no
+sooner than `RETRY_S` after the last one ended.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -15,23 +21,29 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from http.client import HTTPException
 from typing import IO, Any, Final
 
 import jwt
 
-from server.errors import IssuerUnreachableError, SettingsError
+from server.errors import IssuerUnreachableError, SettingsError, TooBusyError
 
 _logger = logging.getLogger(__name__)
 
 LIFESPAN_S: Final = 300.0
 COOLDOWN_S: Final = 30.0  # between two looks for an unknown key id
-RETRY_S: Final = 5.0  # between two tries of an issuer that failed
+RETRY_S: Final = 5.0  # between the end of a try that failed and the next
+WAIT_S: Final = 3.0  # after a fetch began: whoever waits for it waits no longer
+MAX_WAITING: Final = 64  # requests of one worker that wait for a fetch; more are told to come back
 MAX_BYTES: Final = 1 << 20
 MAX_KEYS: Final = 64
 MIN_RSA_BITS: Final = 2_048
-_TIMEOUT_S: Final = 5.0
+_TIMEOUT_S: Final = 5.0  # of one step: connecting, and each reading
+_MOST_S: Final = 15.0  # of reading one document
+_CHUNK: Final = 1 << 16
 _PUBLIC: Final = frozenset({"RSA", "EC", "OKP"})
 _LOCAL: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -53,16 +65,20 @@ def fetch(url: str) -> bytes:
     """Return a small document.
 
     Raises:
-        OSError: it cannot be had, redirects, or is too large.
+        OSError: it cannot be had, redirects, is too large, or comes too slowly.
     """
     opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
+    data, begun = b"", time.monotonic()
     try:
         with opener.open(url, timeout=_TIMEOUT_S) as reply:
-            data: bytes = reply.read(MAX_BYTES + 1)
+            while piece := reply.read1(_CHUNK):
+                data += piece
+                if len(data) > MAX_BYTES:
+                    raise OSError(f"{url}: more than {MAX_BYTES} bytes")
+                if time.monotonic() - begun > _MOST_S:
+                    raise OSError(f"{url}: not all there after {_MOST_S:g} s")
     except HTTPException as error:
         raise OSError(f"{url}: {type(error).__name__}") from error
-    if len(data) > MAX_BYTES:
-        raise OSError(f"{url}: more than {MAX_BYTES} bytes")
     return data
 
 
@@ -79,8 +95,24 @@ def check_url(url: str, setting: str) -> str:
     return url
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What one fetch found."""
+
+    keys: Mapping[str, jwt.PyJWK]
+    fetched: float  # when, by the clock
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A fetch under way."""
+
+    until: float  # by the clock: nobody waits for it any longer
+    done: Future[None]
+
+
 class IssuerKeys:
-    """The keys of one issuer."""
+    """The keys of one issuer; for several threads and an event loop."""
 
     def __init__(
         self,
@@ -90,55 +122,108 @@ class IssuerKeys:
         stale_s: float = 3_600.0,
         fetch: Fetch = fetch,
         clock: Callable[[], float] = time.monotonic,
+        wait_s: float | None = None,
     ) -> None:
         self._issuer = check_url(issuer, "oidc_issuer")
         self._jwks_url = check_url(jwks_url, "oidc_jwks_url") if jwks_url else ""
         self._stale_s, self._fetch, self._clock = stale_s, fetch, clock
-        self._keys: dict[str, jwt.PyJWK] = {}
-        self._fetched = self._tried = float("-inf")
+        self._wait_s = WAIT_S if wait_s is None else wait_s
+        self._known = _Known({}, float("-inf"))
+        self._tried = float("-inf")  # when the last try began, and once it has ended, when that was
         self._failed = ""
-        self._lock = threading.Lock()
+        self._flight: _Flight | None = None
+        self._waiting = 0
+        self._lock = threading.Lock()  # held for bookkeeping alone, never during a fetch
         self.fetches = 0  # that were tried
 
     def key(self, kid: str) -> jwt.PyJWK:
-        """Return the key of that id; blocks while it is fetched.
+        """Return the key of that id; blocks for at most `WAIT_S`, and not at all where a key is at hand.
 
         Raises:
             UnknownKeyError: the issuer has none.
             IssuerUnreachableError: what is known is too old, and no more is to be had.
         """
-        key = self._keys.get(kid)
-        if key is not None and self._clock() - self._fetched < LIFESPAN_S:
-            return key
-        with self._lock:  # one fetches, the others wait for what it finds
-            self._look(kid)
-            if self._clock() - self._fetched >= LIFESPAN_S + self._stale_s:
-                raise IssuerUnreachableError(
-                    f"the keys of {self._issuer} cannot be fetched ({self._failed}), so no token counts; "
-                    "try again later, or use an API key",
-                    retry_after_s=int(RETRY_S),
-                )
-            key = self._keys.get(kid)
+        flight = self._look(kid)
+        if flight is not None:
+            wait([flight.done], self._left_s(flight))
+        return self.at_hand(kid)
+
+    async def sought(self, kid: str) -> None:
+        """Wait, without a thread, for what `key` would block for; `at_hand` then says what came of it.
+
+        Raises:
+            TooBusyError: more requests than `MAX_WAITING` wait already.
+        """
+        flight = self._look(kid)
+        if flight is None or (left_s := self._left_s(flight)) <= 0:
+            return
+        if self._waiting >= MAX_WAITING:
+            raise TooBusyError("too many tokens wait for their issuer's keys; try again")
+        self._waiting += 1
+        try:
+            await asyncio.wait([asyncio.wrap_future(flight.done)], timeout=left_s)
+        finally:
+            self._waiting -= 1
+
+    def at_hand(self, kid: str) -> jwt.PyJWK:
+        """Return the key of that id as far as is known now; never blocks.
+
+        Raises:
+            UnknownKeyError, IssuerUnreachableError: as `key`.
+        """
+        known = self._known
+        if self._clock() - known.fetched >= LIFESPAN_S + self._stale_s:
+            why = self._failed or "it has not answered yet"
+            raise IssuerUnreachableError(
+                f"the keys of {self._issuer} cannot be fetched ({why}), so no token counts; "
+                "try again later, or use an API key",
+                retry_after_s=int(RETRY_S),
+            )
+        key = known.keys.get(kid)
         if key is None:
             raise UnknownKeyError
         return key
 
-    def _look(self, kid: str) -> None:
-        now = self._clock()
-        is_fresh = now - self._fetched < LIFESPAN_S
-        if is_fresh and (kid in self._keys or now - self._tried < COOLDOWN_S):
-            return
-        if not is_fresh and self._failed and now - self._tried < RETRY_S:
-            return
-        self._tried = now
+    def _left_s(self, flight: _Flight) -> float:
+        return max(0.0, flight.until - self._clock())
+
+    def _look(self, kid: str) -> _Flight | None:
+        """Begin a fetch where one is due; return the one under way that `kid` has to wait for."""
+        now, known = self._clock(), self._known
+        age, is_known = now - known.fetched, kid in known.keys
+        if age < LIFESPAN_S and is_known:
+            return None
+        with self._lock:
+            if self._flight is None and self._is_due(kid, now):
+                self._begin(now)
+            # with a key that still counts nobody waits: the fetch is for those who come later
+            return None if is_known and age < LIFESPAN_S + self._stale_s else self._flight
+
+    def _is_due(self, kid: str, now: float) -> bool:
+        if now - self._known.fetched < LIFESPAN_S:
+            return kid not in self._known.keys and now - self._tried >= COOLDOWN_S
+        return not self._failed or now - self._tried >= RETRY_S
+
+    def _begin(self, now: float) -> None:
+        flight = _Flight(now + self._wait_s, Future())
+        thread = threading.Thread(target=self._fly, args=(flight,), name="issuer-keys", daemon=True)
+        thread.start()
+        self._flight, self._tried = flight, now
         self.fetches += 1
+
+    def _fly(self, flight: _Flight) -> None:
+        found, failed = None, ""
         try:
             found = self._read()
-        except (OSError, ValueError, KeyError, TypeError, jwt.PyJWTError) as error:
-            self._failed = f"{type(error).__name__}: {error}"[:200]
-            _logger.error("the keys of %s cannot be fetched: %s", self._issuer, self._failed)
-            return
-        self._keys, self._fetched, self._failed = found, self._clock(), ""
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the next try must be possible
+            failed = f"{type(error).__name__}: {error}"[:200]
+            _logger.error("the keys of %s cannot be fetched: %s", self._issuer, failed)
+        with self._lock:
+            now = self._clock()
+            if found is not None:
+                self._known = _Known(found, now)
+            self._failed, self._tried, self._flight = failed, now, None
+        flight.done.set_result(None)
 
     def _read(self) -> dict[str, jwt.PyJWK]:
         url = self._jwks_url or self._discovered()

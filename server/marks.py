@@ -90,6 +90,11 @@ def parse_trace(text: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found and found[1] != _ZEROS and found[2] != "0" * 16 else None
 
 
+def note_waiting(scope: Scope) -> None:
+    """Remember that a request waits for a checkpoint: how long it takes says nothing about load."""
+    scope["affidavit.waits"] = True
+
+
 def note_principal(scope: Scope, principal: str) -> None:
     """Remember whose request it is, by pseudonym, for its line in the log."""
     scope["affidavit.principal"] = principal

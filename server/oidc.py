@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import Any, Final
 
 import jwt
+from anyio import CapacityLimiter, to_thread
 
 from audit.principal import ROLES, Principal
 from server.errors import SettingsError, UnauthenticatedError
@@ -36,8 +37,10 @@ MAX_TOKEN_CHARS: Final = 16_384
 REMEMBERED_S: Final = 60.0
 LEEWAY_S: Final = 30  # between the issuer's clock and ours, for `nbf` and `iat`; `exp` has none
 _CACHE_SIZE: Final = 4_096
+_THREADS: Final = 4  # that judge tokens: none of those which check API keys or readiness
 _REFUSED: Final = "the token is malformed, expired, or not this issuer's for this service"
 _TYPES: Final = frozenset({"jwt", "at+jwt", "application/at+jwt"})
+_NOT_OURS: Final = (jwt.PyJWTError, UnknownKeyError, ValueError, TypeError, RecursionError)
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -67,6 +70,7 @@ class TokenVerifier:
     ) -> None:
         self._issuer, self._audience, self._keys, self._claims = issuer, audience, keys, claims
         self._pseudonym, self._clock = pseudonym, clock
+        self._threads = CapacityLimiter(_THREADS)
         self._known: OrderedDict[bytes, tuple[Principal, int, float]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -81,38 +85,45 @@ class TokenVerifier:
         return principal
 
     def authenticate(self, token: str) -> Principal:
-        """Return whom the token is about; blocks while keys are fetched.
+        """Return whom the token is about; blocks while keys are fetched, for at most `server.jwks.WAIT_S`.
 
         Raises:
             UnauthenticatedError: it does not count; the answer never says why, the server's own log does.
             IssuerUnreachableError: the issuer's keys are not to be had.
         """
+        return self._judged(token, self._keys.key)
+
+    async def authenticated(self, token: str) -> Principal:
+        """`authenticate` for an event loop: waits for keys without a thread, and judges on one of its own.
+
+        Raises:
+            UnauthenticatedError, IssuerUnreachableError: as `authenticate`.
+            TooBusyError: too many wait for the issuer's keys.
+        """
+        try:
+            algorithm_and_kid = _header(token)
+        except _NOT_OURS as error:
+            raise _refused(error) from error
+        await self._keys.sought(algorithm_and_kid[1])
+        return await to_thread.run_sync(self._judged, token, self._keys.at_hand, limiter=self._threads)
+
+    def _judged(self, token: str, key_of: Callable[[str], jwt.PyJWK]) -> Principal:
         recalled = self.recall(token)
         if recalled is not None:
             return recalled
         try:
-            claims = self._verified(token)
+            claims = self._verified(token, key_of)
             principal = self._principal(claims)
-        except (jwt.PyJWTError, UnknownKeyError, ValueError, TypeError, RecursionError) as error:
-            _logger.info("a token was refused: %s: %s", type(error).__name__, str(error)[:200])
-            raise UnauthenticatedError(_REFUSED) from error
+        except _NOT_OURS as error:
+            raise _refused(error) from error
         self._remember(token, principal, int(claims["exp"]))
         return principal
 
-    def _verified(self, token: str) -> Mapping[str, Any]:
-        if len(token) > MAX_TOKEN_CHARS or not token.isascii():
-            raise ValueError("longer than any token of ours, or no ASCII")
-        header = jwt.get_unverified_header(token)
-        algorithm, kid, kind = header.get("alg"), header.get("kid"), header.get("typ", "JWT")
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm {str(algorithm)[:20]!r} is none that we take")
-        if not isinstance(kid, str) or not 0 < len(kid) <= 256:
-            raise ValueError("it names no key")
-        if "crit" in header or not isinstance(kind, str) or kind.lower() not in _TYPES:
-            raise ValueError("it is of another kind, or asks for what we do not know")
+    def _verified(self, token: str, key_of: Callable[[str], jwt.PyJWK]) -> Mapping[str, Any]:
+        algorithm, kid = _header(token)
         claims: Mapping[str, Any] = jwt.decode(
             token,
-            self._keys.key(kid),
+            key_of(kid),
             algorithms=[algorithm],
             audience=self._audience,
             issuer=self._issuer,
@@ -161,6 +172,26 @@ class TokenVerifier:
             self._known.move_to_end(digest)
             while len(self._known) > _CACHE_SIZE:
                 self._known.popitem(last=False)
+
+
+def _header(token: str) -> tuple[str, str]:
+    """The algorithm and the key's id that a token names, both of ours in form; errors are `_NOT_OURS`."""
+    if len(token) > MAX_TOKEN_CHARS or not token.isascii():
+        raise ValueError("longer than any token of ours, or no ASCII")
+    header = jwt.get_unverified_header(token)
+    algorithm, kid, kind = header.get("alg"), header.get("kid"), header.get("typ", "JWT")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm {str(algorithm)[:20]!r} is none that we take")
+    if not isinstance(kid, str) or not 0 < len(kid) <= 256:
+        raise ValueError("it names no key")
+    if "crit" in header or not isinstance(kind, str) or kind.lower() not in _TYPES:
+        raise ValueError("it is of another kind, or asks for what we do not know")
+    return algorithm, kid
+
+
+def _refused(error: Exception) -> UnauthenticatedError:
+    _logger.info("a token was refused: %s: %s", type(error).__name__, str(error)[:200])
+    return UnauthenticatedError(_REFUSED)
 
 
 def token_verifier(

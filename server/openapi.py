@@ -22,6 +22,7 @@ _ALWAYS: Final = {
     "405": "`request.method_not_allowed`",
     "408": "`request.timeout`: the body took too long to arrive",
     "413": "`request.too_large`: send fewer rows a request",
+    "431": "`request.head_too_large`: the request line and header fields are too large or too many",
     "422": "`request.malformed`: `fields` names each field and the fix",
     "500": "`server.internal`: a fault of ours; `instance` names the request for the operator",
     "503": "`server.busy`, or the log cannot record the request; come back after `Retry-After`",

@@ -5,8 +5,9 @@ Off unless `mtls_header` is set. The proxy ends TLS, asks for the client's certi
 own authorities, and passes it on in that header, as RFC 9440 writes it (`:base64 of DER:`) or as escaped PEM.
 Only a connection from `mtls_trusted_proxies` may say so; from anywhere else the header is ignored and
 counted. A proxy that adds its header to one that the client sent, rather than replacing it, would let anybody
-be anybody: two headers are refused. Whoever can open a connection from a trusted address is believed: give
-the proxy an address of its own, and let nothing else run there.
+be anybody. So the header holds one certificate and not a character more: two headers, two values joined by a
+comma, and text before, between or after are refused, whichever way round. Whoever can open a connection from
+a trusted address is believed: give the proxy an address of its own, and let nothing else run there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import base64
 import binascii
 import hashlib
 import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,6 +31,13 @@ from server.errors import SettingsError, UnauthenticatedError
 from server.settings import Settings
 
 MAX_HEADER_CHARS: Final = 16_384
+_BASE64: Final = "[A-Za-z0-9+/]+={0,2}"
+_one_rfc9440: Final = re.compile(f":({_BASE64}):").fullmatch
+_one_pem: Final = re.compile(
+    r"-----BEGIN CERTIFICATE-----\r?\n"
+    rf"((?:[A-Za-z0-9+/]+\r?\n)*{_BASE64})\r?\n"
+    r"-----END CERTIFICATE-----(?:\r?\n)?"
+).fullmatch
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -102,6 +111,16 @@ def proxy_identity(
 
 
 def _certificate(text: str) -> x509.Certificate:
-    if text.startswith(":") and text.endswith(":") and len(text) > 2:
-        return x509.load_der_x509_certificate(base64.b64decode(text[1:-1], validate=True))
-    return x509.load_pem_x509_certificate(unquote(text).encode())
+    """The one certificate that the whole of `text` is.
+
+    A parser of PEM looks for the first block and skips what is around it; a proxy that appends would leave
+    the client's own choice in front.
+    """
+    found = _one_rfc9440(text) or _one_pem(unquote(text, errors="strict"))
+    if found is None:
+        raise ValueError("neither one RFC 9440 byte sequence nor one block of PEM")
+    der = base64.b64decode("".join(found[1].split()), validate=True)
+    certificate = x509.load_der_x509_certificate(der)
+    if certificate.public_bytes(Encoding.DER) != der:
+        raise ValueError("more bytes than the certificate's")
+    return certificate

@@ -3,6 +3,8 @@ database counts.
 
 A window is a fixed span of time (a minute, a day) that begins at a multiple of its length. `take` adds to the
 window's count in one statement that refuses to pass the limit, so no two workers can both take the last row.
+Machines whose clocks differ share a window, that of the clock furthest ahead, as long as they differ by no
+more than `CLOCKS_S`. Who is behind may meet a used window for longer: by as much as the clocks differ.
 What was refused is not counted. Requests that come together are counted in one transaction, and those of one
 principal at once, as long as there is room for all of them; else one after the other, as they came.
 
@@ -36,6 +38,7 @@ _logger = logging.getLogger(__name__)
 FILE: Final = "quota.db"
 _MAX_BATCH: Final = 256
 _MAX_PENDING: Final = 4096
+CLOCKS_S: Final = 86_400  # machines whose clocks differ by no more than this, and a window, count together
 _MAX_STUCK: Final = 2  # locked counts of one batch that are waited for; a count is locked for a moment only
 _SETTINGS: Final = text(
     "SELECT set_config('synchronous_commit', 'off', true), set_config('lock_timeout', '500', true)"
@@ -53,27 +56,26 @@ _TAKE: Final = text("""
 INSERT INTO quota_use (principal, span_s, window_start, used, refused)
 VALUES (:principal, :span, :start, :count, 0)
 ON CONFLICT (principal, span_s) DO UPDATE SET
-    used = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+    used = CASE WHEN quota_use.window_start BETWEEN :start AND :far
         THEN quota_use.used + :count ELSE :count END,
-    refused = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
-        THEN quota_use.refused ELSE 0 END,
-    window_start = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+    refused = CASE WHEN quota_use.window_start BETWEEN :start AND :far THEN quota_use.refused ELSE 0 END,
+    window_start = CASE WHEN quota_use.window_start BETWEEN :start AND :far
         THEN quota_use.window_start ELSE :start END
-WHERE quota_use.window_start NOT BETWEEN :start AND :start + :span OR quota_use.used + :count <= :limit
+WHERE quota_use.window_start NOT BETWEEN :start AND :far OR quota_use.used + :count <= :limit
 RETURNING window_start
 """)
-"""A stored window that is over, or so far ahead that only a wrong clock can have begun it, begins anew. One
-window ahead is another machine's clock: its window is used until ours gets there.
+"""A stored window that is over by our clock begins anew. One that begins later is another machine's, whose
+clock is ahead: its window counts until ours gets there. So a window's start never moves backwards, and the
+machine that is furthest ahead says for all when the next one begins. Only a window that begins later than
+`far` is a broken clock's, and begins anew too, or it would stop its principal for ever.
 """
 _REFUSE: Final = text("""
 INSERT INTO quota_use (principal, span_s, window_start, used, refused)
 VALUES (:principal, :span, :start, 0, 1)
 ON CONFLICT (principal, span_s) DO UPDATE SET
-    used = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
-        THEN quota_use.used ELSE 0 END,
-    refused = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
-        THEN quota_use.refused + 1 ELSE 1 END,
-    window_start = CASE WHEN quota_use.window_start BETWEEN :start AND :start + :span
+    used = CASE WHEN quota_use.window_start BETWEEN :start AND :far THEN quota_use.used ELSE 0 END,
+    refused = CASE WHEN quota_use.window_start BETWEEN :start AND :far THEN quota_use.refused + 1 ELSE 1 END,
+    window_start = CASE WHEN quota_use.window_start BETWEEN :start AND :far
         THEN quota_use.window_start ELSE :start END
 RETURNING refused, window_start
 """)
@@ -81,7 +83,6 @@ _GIVE_BACK: Final = text("""
 UPDATE quota_use SET used = used - :count
 WHERE principal = :principal AND span_s = :span AND window_start = :start
 """)
-
 
 _UNCOUNTED: Final = "the quotas cannot be counted; there is no answer"
 
@@ -110,6 +111,7 @@ class Quotas:
 
     def __init__(self, home: Path, clock: Callable[[], datetime], limits: tuple[Limit, ...]) -> None:
         self.limits = tuple(sorted(limits, key=lambda limit: limit.span_s))
+        self.most_rows = min((limit.rows for limit in limits), default=0)  # that one request may ask
         self._clock = clock
         self._engine = _engine(home) if limits else None
         self._start()
@@ -207,7 +209,7 @@ class Quotas:
         full = self._full(connection, principal, rows, now_s)
         if full is None:
             return Taken(True)
-        row = {"principal": principal, "span": full.span_s, "start": now_s - now_s % full.span_s}
+        row = _window(principal, full, now_s)
         ((refused, window_start),) = run(connection, _REFUSE, row).fetchall()
         return Taken(False, window_start + full.span_s - now_s, refused == 1)
 
@@ -215,7 +217,7 @@ class Quotas:
         """Count `rows` against every limit and return None, or against none and return the one in the way."""
         passed: list[dict[str, Any]] = []
         for limit in self.limits:
-            row = {"principal": principal, "span": limit.span_s, "start": now_s - now_s % limit.span_s}
+            row = _window(principal, limit, now_s)
             if rows <= limit.rows:
                 taken = run(connection, _TAKE, {**row, "count": rows, "limit": limit.rows}).fetchall()
                 if taken:
@@ -225,6 +227,12 @@ class Quotas:
                 run(connection, _GIVE_BACK, each)
             return limit
         return None
+
+
+def _window(principal: str, limit: Limit, now_s: int) -> dict[str, Any]:
+    start = now_s - now_s % limit.span_s
+    far = start + limit.span_s + CLOCKS_S
+    return {"principal": principal, "span": limit.span_s, "start": start, "far": far}
 
 
 def _not_counted(asks: Sequence[Ask], error: AuditError | OSError) -> list[Taken | AuditError]:

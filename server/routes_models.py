@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Final, Literal
 
 from anyio import to_thread
@@ -19,10 +21,15 @@ from server.context import Caller, Context, authorise, context_of
 from server.errors import MalformedRequestError, request_id_of
 from server.fast_json import parse_request, write_json
 from server.live import ServedVersion
+from server.marks import note_waiting
+from server.oip.codec import decompressed
 from server.proving import answer
 from server.schemas import DIGEST_PATTERN, NAME_PATTERN, PredictRequest, PredictResponse, body_of, problems
 from server.watching import Level
 
+_MEMBERS: Final = frozenset(PredictRequest.model_fields)
+_VALUES: Final = frozenset({str, int, float, bool, type(None)})  # of `server.schemas.Value`
+_SHOWN: Final = 50
 _CARD_TYPES: Final = {"markdown": "text/markdown", "json": "application/json", "html": "text/html"}
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -60,16 +67,36 @@ async def predict(
     With `subject`, the entry holds a random pseudonym in place of the person, and the row, the answer, the
     purpose and the salts are kept in the vault, where an officer can export them or erase them for good.
     """
+    if wait != "sequenced":
+        note_waiting(request.scope)
     body = await answer_predict(
-        context_of(request), await request.body(), principal, name, wait, request_id_of(request)
+        context_of(request),
+        request.headers,
+        await request.body(),
+        principal,
+        name,
+        wait,
+        request_id_of(request),
     )
     return Response(body, media_type="application/json")
 
 
 async def answer_predict(
-    context: Context, body: bytes, principal: Principal, name: str, wait: Level, request_id: str
+    context: Context,
+    headers: Mapping[str, str],
+    body: bytes,
+    principal: Principal,
+    name: str,
+    wait: Level,
+    request_id: str,
 ) -> bytes:
-    """Answer `predict`, by whichever way it came; errors as `PredictService.predict`."""
+    """Answer `predict`, by whichever way it came; errors as `PredictService.predict`.
+
+    `headers` are the request's, their names in lower case.
+    """
+    encoding = headers.get("content-encoding", "")
+    if encoding:
+        body = decompressed(body, encoding, limit=context.settings.max_body_bytes)
 
     def read() -> Asked:
         asked = _parse(body, max_rows=context.settings.max_rows)
@@ -215,19 +242,53 @@ def numbers(answer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(body: bytes, *, max_rows: int) -> PredictRequest:
     try:
-        asked = PredictRequest.model_validate(parse_request(body))
+        return PredictRequest.model_validate(parse_request(body, partial(_check_size, max_rows)))
     except AuditError as error:
         raise MalformedRequestError(f"the body is not strict JSON: {error}") from error
     except ValidationError as error:
-        fields = [
-            {"field": ".".join(map(str, found["loc"])), "problem": found["msg"]}
-            for found in error.errors(include_url=False, include_input=False)[:50]
-        ]
-        raise MalformedRequestError(f"{fields[0]['field']}: {fields[0]['problem']}", fields=fields) from error
-    if len(asked.rows) > max_rows:
-        problem = f"{len(asked.rows)} rows; at most {max_rows} fit in one entry, send several requests"
-        raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
-    return asked
+        raise _malformed(
+            (".".join(map(str, found["loc"])), found["msg"])
+            for found in error.errors(include_url=False, include_input=False)
+        ) from error
+
+
+def _check_size(max_rows: int, document: object) -> None:
+    """Refuse at once what would be many problems to describe, or no row; the schema says the rest.
+
+    Raises:
+        MalformedRequestError: more rows than fit, a member that the schema does not have, or a value that is
+            no text, number, boolean or null.
+    """
+    if not isinstance(document, dict):
+        return
+    if not document.keys() <= _MEMBERS:
+        unknown = (name for name in document if name not in _MEMBERS)
+        raise _malformed((name[:80], "is not a member of the request; leave it out") for name in unknown)
+    rows = document.get("rows")
+    if not isinstance(rows, list):
+        return
+    if len(rows) > max_rows:
+        problem = f"{len(rows)} rows; at most {max_rows} fit in one entry, send several requests"
+        raise _malformed([("rows", problem)])
+    if set(map(type, rows)) <= {dict} and all(_VALUES.issuperset(map(type, row.values())) for row in rows):
+        return
+    raise _malformed(_problems(rows))
+
+
+def _problems(rows: list[Any]) -> Iterator[tuple[str, str]]:
+    for number, row in enumerate(rows):
+        if type(row) is not dict:
+            yield f"rows.{number}", "is not an object of features"
+            continue
+        for name, value in row.items():
+            if type(value) not in _VALUES:
+                yield f"rows.{number}.{name[:80]}", "is not a number, a text, true, false or null"
+
+
+def _malformed(problems: Iterable[tuple[str, str]]) -> MalformedRequestError:
+    """The error of the first problems; the others are not even looked for."""
+    fields = [{"field": field, "problem": problem} for field, problem in islice(problems, _SHOWN)]
+    return MalformedRequestError(f"{fields[0]['field']}: {fields[0]['problem']}", fields=fields)
 
 
 def _summary(version: ServedVersion) -> dict[str, Any]:

@@ -317,7 +317,7 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
         422: "`request.malformed`: `fields` names each field and the fix",
         501: "`explain.not_available`: this server cannot explain this model's answers",
         504: "`request.deadline`: no answer within `X-Request-Timeout`",
-        429: "`predict.quota`: the caller's quota is used up; come back after `Retry-After`",
+        429: "`predict.quota`: the caller's quota is used up, whatever else; come back after `Retry-After`",
         503: "the log could not record the request, so there is no answer; come back after `Retry-After`",
     }.items()
 }

@@ -69,7 +69,9 @@ class PredictionDeniedError(AccessDeniedError):
 
 
 class QuotaExceededError(PredictionDeniedError):
-    """Nothing but the quota stood against it. The first refusal of a window is an entry, no later one."""
+    """The quota stood against it, whatever else did. The first refusal of a window is an entry, no later one:
+    else who is over quota could fill the log by asking for another purpose.
+    """
 
     code = "predict.quota"
 
@@ -115,7 +117,7 @@ class PredictService:
             PredictionDeniedError: the policies refused; it is in the log.
             QuotaExceededError: the caller's quota is used up.
             RowContractError: a row is outside the charter's data contract.
-            MalformedRequestError: more rows than a sealed entry holds.
+            MalformedRequestError: more rows than a sealed entry or a whole quota holds.
             ArtefactError: the registry's copy of the version cannot be used.
             LedgerUnavailableError: the entry did not become durable, so there is no answer.
             TooBusyError: the model's versions kept changing.
@@ -124,6 +126,7 @@ class PredictService:
         taken = Taken(True)
         if self.quotas is not None and self.quotas.limits:
             asked = _checked(read())
+            _fits(asked, self.quotas.most_rows)
             taken = await self.quotas.taken(principal.id, len(asked.rows))
             read = partial(_same, asked)
         self.batching.in_flight += 1
@@ -145,6 +148,8 @@ class PredictService:
 
     async def _alone(self, job: Job) -> Answered:
         """Answer what a crowd sent back: with the version that was drawn there, if any was."""
+        if job.refused is not None:
+            raise job.refused
         principal, asked = job.principal, _checked(job.asked if job.is_read else job.read())
         job.asked, job.is_read = asked, True
         if not job.is_chosen:
@@ -341,8 +346,8 @@ class PredictService:
         denied = AccessDeniedError(principal, job.question, job.decision)
         for policy in denied.decision.policies:
             self.monitoring.denials.labels("predict", policy).inc()
-        is_quota = denied.decision.policies == (QUOTA,)
-        if is_quota and not taken.is_first:
+        is_quota = QUOTA in denied.decision.policies
+        if is_quota and not (taken.allowed or taken.is_first):
             return QuotaExceededError(denied, None, taken.retry_after_s)
         sequenced = await self.journal.append(
             PredictionDenied(
@@ -367,6 +372,13 @@ class PredictService:
 
 def _same(asked: Asked) -> Asked:
     return asked
+
+
+def _fits(asked: Asked, most: int) -> None:
+    """Refuse what no window has room for, however long its caller waits."""
+    if len(asked.rows) > most:
+        problem = f"{len(asked.rows)} rows, and the quota of a whole window is {most}: send fewer a request"
+        raise MalformedRequestError(f"rows: {problem}", fields=[{"field": "rows", "problem": problem}])
 
 
 def _checked(asked: Asked) -> Asked:

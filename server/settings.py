@@ -35,6 +35,9 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     policies: Path | None = None  # a Cedar file in place of the shipped rules
     max_body_bytes: Annotated[int, Field(ge=1_024, le=64 * 2**20)] = 1_048_576
     max_rows: Annotated[int, Field(ge=1, le=16_384)] = 1_024  # of one request: one entry, a tree of rows
+    max_header_bytes: Annotated[int, Field(ge=4_096, le=2**20)] = 65_536  # request line and header fields
+    header_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0  # from a request's first byte
+    max_connections: Annotated[int, Field(ge=16, le=1_000_000)] = 4_096  # of a worker
     body_timeout_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     request_timeout_s: Annotated[float, Field(gt=0, le=3_600)] = 30.0
     max_in_flight: Annotated[int, Field(ge=1, le=65_536)] = 512  # requests that a worker takes at once

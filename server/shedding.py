@@ -41,7 +41,8 @@ class Shedder:
         """
         if self.in_flight >= max(min(FLOOR, self.most), int(self.limit)):
             retry_s = min(_RETRY_MOST_S, 1 + int(self.target_s))
-            raise OverloadedError(f"{self.in_flight} requests are being worked on; come back in {retry_s} s")
+            said = f"{self.in_flight} requests are being worked on; come back in {retry_s} s"
+            raise OverloadedError(said, retry_after_s=retry_s)
 
     def enter(self) -> None:
         """Take one more, whose body is here: who sends one slowly takes nobody's place.

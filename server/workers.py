@@ -16,6 +16,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import threading
@@ -32,7 +33,7 @@ import uvicorn
 
 from server import logs, metric_files
 from server.settings import Settings
-from server.wire import GatheringProtocol
+from server.wire import Limits, protocol_within
 
 _logger = logging.getLogger(__name__)
 
@@ -102,6 +103,19 @@ class DrainingServer(uvicorn.Server):
         timer.start()
 
 
+def limits_of(settings: Settings, refused: Callable[[str], None]) -> Limits:
+    """What connections may cost a worker; each is a file, of which the log's databases need some too."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = settings.max_connections if files == resource.RLIM_INFINITY else files * 3 // 4
+    return Limits(
+        header_bytes=settings.max_header_bytes,
+        header_s=settings.header_timeout_s,
+        raw_body_bytes=8 * settings.max_body_bytes + settings.max_header_bytes,
+        connections=min(settings.max_connections, room),
+        refused=refused,
+    )
+
+
 def run_worker(
     settings: Settings, listener: socket.socket, log_level: str, beat: Callable[[], None] | None = None
 ) -> None:
@@ -115,6 +129,11 @@ def run_worker(
         if context is not None:
             context.readiness.state = "draining"
 
+    def count_refusal(reason: str) -> None:
+        context = getattr(app.state, "context", None)
+        if context is not None:
+            context.monitoring.shed.labels(reason).inc()
+
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -125,7 +144,7 @@ def run_worker(
         timeout_graceful_shutdown=int(settings.request_timeout_s) + 1,
         server_header=False,
         ws="none",
-        http=GatheringProtocol,
+        http=protocol_within(limits_of(settings, count_refusal)),
         backlog=1024,
     )
     DrainingServer(config, on_drain, settings.drain_s, beat).run(sockets=[listener])

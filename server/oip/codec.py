@@ -8,6 +8,7 @@ size limit as a plain one.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -20,6 +21,8 @@ from server.oip.tensors import DATATYPES, MAX_TENSORS, InferAsk, Tensor, TensorE
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _WINDOW: Final = {"gzip": 31, "deflate": 15}
 COMPRESS_FROM_BYTES: Final = 1_024
+_MEMBERS: Final = 64  # of one gzip body: each costs a copy of what follows it
+_QVALUE: Final = re.compile(r"q\s*=\s*(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)", re.ASCII | re.IGNORECASE)
 _TENSOR: Final = frozenset({"name", "shape", "datatype", "parameters", "data"})
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _OUTPUT: Final = frozenset({"name", "parameters"})
@@ -38,28 +41,45 @@ def decompressed(body: bytes, encoding: str, *, limit: int) -> bytes:
         return body
     if name not in _WINDOW:
         raise MalformedRequestError(f"Content-Encoding {name[:20]!r} is not read; use gzip, deflate or none")
-    opener = zlib.decompressobj(_WINDOW[name])
-    try:
-        data = opener.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise MalformedRequestError(f"the body is not {name}") from error
-    if len(data) > limit:
-        raise BodyTooLargeError(f"a body may hold {limit} bytes; send fewer rows a request")
-    if not opener.eof or opener.unused_data:
-        raise MalformedRequestError(f"the body is not whole {name}")
-    return data
+    data, rest = b"", body
+    for _ in range(_MEMBERS if name == "gzip" else 1):  # gzip's files may follow one another: RFC 1952, 2.2
+        opener = zlib.decompressobj(_WINDOW[name])
+        try:
+            data += opener.decompress(rest, limit + 1 - len(data))
+        except zlib.error as error:
+            raise MalformedRequestError(f"the body is not {name}") from error
+        if len(data) > limit:
+            raise BodyTooLargeError(f"a body may hold {limit} bytes; send fewer rows a request")
+        if not opener.eof:
+            break
+        rest = opener.unused_data
+        if not rest:
+            return data
+    raise MalformedRequestError(f"the body is not whole {name}, or of more than {_MEMBERS} members")
 
 
 def compressed(body: bytes, accepted: str) -> tuple[bytes, str]:
     """Return the body in an encoding that the caller accepts, and its name; a small body stays plain."""
     if len(body) < COMPRESS_FROM_BYTES:
         return body, ""
-    wanted = {part.strip().split(";")[0].strip().lower() for part in accepted.split(",")}
-    for name in ("gzip", "deflate"):
-        if name in wanted:
-            packer = zlib.compressobj(1, zlib.DEFLATED, _WINDOW[name])
-            return packer.compress(body) + packer.flush(), name
-    return body, ""
+    name = _coding(accepted)
+    if not name:
+        return body, ""
+    packer = zlib.compressobj(1, zlib.DEFLATED, _WINDOW[name])
+    return packer.compress(body) + packer.flush(), name
+
+
+def _coding(accepted: str) -> str:
+    """The encoding that an `Accept-Encoding` likes best, RFC 9110 section 12.5.3; "": none of ours."""
+    likes: dict[str, float] = {}
+    for part in accepted.split(","):
+        coding, _, weight = part.partition(";")
+        found = _QVALUE.fullmatch(weight.strip()) if weight else None
+        likes.setdefault(coding.strip().lower(), float(found[1]) if found else 0.0 if weight else 1.0)
+    others = likes.get("*", 0.0)
+    best = max(("gzip", "deflate"), key=lambda name: likes.get(name, others))
+    like = likes.get(best, others)
+    return best if like and like >= likes.get("identity", 0.0) else ""
 
 
 def read_ask(body: bytes, header_length: str | None) -> InferAsk:
@@ -83,6 +103,9 @@ def read_ask(body: bytes, header_length: str | None) -> InferAsk:
     identity = document.get("id") or ""  # KServe's client repeats the path's names, and sends null for none
     if not isinstance(identity, str) or len(identity) > 256:
         raise MalformedRequestError("id: is not a text of at most 256 characters")
+    model, version = document.get("model_name") or "", document.get("model_version") or ""
+    if not isinstance(model, str) or not isinstance(version, str):
+        raise MalformedRequestError("model_name, model_version: are not texts; the path names both")
     parameters = _parameters("parameters", document.get("parameters"))
     return InferAsk(
         id=identity,
@@ -90,6 +113,8 @@ def read_ask(body: bytes, header_length: str | None) -> InferAsk:
         inputs=_inputs(document["inputs"], raw),
         outputs=_outputs(document.get("outputs")),
         binary=parameters.get("binary_data_output") is True,
+        model=model,
+        version=version,
     )
 
 
@@ -156,11 +181,26 @@ def _outputs(value: object) -> dict[str, bool | None]:
     for number, item in enumerate(value):
         if not isinstance(item, dict) or not set(item) <= _OUTPUT or not isinstance(item.get("name"), str):
             raise TensorError(f"outputs[{number}]", "give an object with name, and perhaps parameters")
-        binary = _parameters(f"outputs[{number}].parameters", item.get("parameters")).get("binary_data")
-        if binary is not None and type(binary) is not bool:
-            raise TensorError(item["name"], "binary_data: is true or false")
-        asked[item["name"]] = binary
+        given = _parameters(f"outputs[{number}].parameters", item.get("parameters"))
+        asked[item["name"]] = asked_as_binary(item["name"], given)
     return asked
+
+
+def asked_as_binary(name: str, parameters: Mapping[str, Any]) -> bool | None:
+    """Return whether an output is to come raw; None: its parameters do not say.
+
+    Raises:
+        TensorError: they ask for what is not offered, such as a classification or shared memory.
+    """
+    binary = None
+    for key, value in parameters.items():
+        if key != "binary_data":
+            known = "`binary_data` alone; there is no classification and no shared memory"
+            raise TensorError(name, f"outputs: parameter {key[:80]!r} is not offered, {known}")
+        if type(value) is not bool:
+            raise TensorError(name, "binary_data: is true or false")
+        binary = value
+    return binary
 
 
 def _parameters(where: str, value: object) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 The caller's key travels in the metadata as `authorization: Bearer …`, what the answer is for in the
 parameter `purpose` or the metadata `affidavit-purpose`. Errors are gRPC statuses; the trailing metadata
-`affidavit-code` holds the stable code, `affidavit-entry` the leaf that records a refusal.
+`affidavit-code` holds the stable code, `affidavit-entry` the leaf that records a refusal, `retry-after` the
+seconds after which another try may do, `x-request-id` the id of the entry and the log lines.
+
+What the outermost layer does for HTTP (`server.guard`) is done here for each call: an id, a place among the
+worker's requests, a time limit that the caller's deadline shortens, a measurement and a line. A message is
+read before its call is known, so a call is told to come back after it was read, not before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -19,8 +24,20 @@ from anyio import to_thread
 
 from audit.principal import AccessDeniedError, Principal, Question, require
 from federation.errors import FederationError
-from server.context import Context, record_denial
-from server.errors import STATUS, MalformedRequestError, SettingsError, UnauthenticatedError
+from server.context import Context
+from server.errors import (
+    STATUS,
+    DeadlineError,
+    MalformedRequestError,
+    OverloadedError,
+    SettingsError,
+    TooBusyError,
+    UnauthenticatedError,
+)
+from server.logs import is_logged, log_request, marked
+from server.marks import Marks
+from server.oip.codec import asked_as_binary
+from server.oip.health import HEALTH, Health, HealthCheckRequest, HealthCheckResponse
 from server.oip.inference import (
     EXTENSIONS,
     PURPOSE,
@@ -33,6 +50,7 @@ from server.oip.inference import (
 )
 from server.oip.messages import RPCS, SERVICE, message
 from server.oip.tensors import MAX_TENSORS, InferAsk, Tensor, TensorError, from_raw, size_of, to_raw
+from server.shedding import Shedder
 
 _logger = logging.getLogger(__name__)
 
@@ -43,8 +61,13 @@ _STATUS: Final = {
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     422: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL,
+    501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+_ALWAYS: Final = frozenset({"ServerLive", "ServerReady"})  # answered however many requests there are
+_GONE: Final = 499  # in the log, of a caller that ended its call
 _CONTENTS: Final = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -59,14 +82,27 @@ _CONTENTS: Final = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-Handler = Callable[[Any, Any], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call, as its handler sees it."""
+
+    metadata: Mapping[str, str]
+    marks: Marks
+    principal: str = field(default="")
+
+
+Handler = Callable[[Any, _Call], Awaitable[Any]]
 
 
 class InferenceServer:
     """One gRPC server of one process; `start`, then `stop`."""
 
-    def __init__(self, context: Context, version: str) -> None:
-        self._context, self._version = context, version
+    def __init__(self, context: Context, version: str, shedder: Shedder) -> None:
+        """`shedder` is the worker's, which counts what comes over HTTP too."""
+        self._context, self._version, self._shedder = context, version, shedder
+        self._health = Health(context.readiness.problem, frozenset({SERVICE}))
         self._server: Any = None
         self.port = 0
 
@@ -85,13 +121,28 @@ class InferenceServer:
         )
         handlers = {
             rpc: grpc.unary_unary_rpc_method_handler(
-                self._guarded(rpc, getattr(self, f"_{_snake(rpc)}")),
+                self._guarded(f"/{SERVICE}/{rpc}", getattr(self, f"_{_snake(rpc)}"), rpc in _ALWAYS),
                 request_deserializer=message(f"{rpc}Request").FromString,
                 response_serializer=message(f"{rpc}Response").SerializeToString,
             )
             for rpc in RPCS
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        forms = {
+            "request_deserializer": HealthCheckRequest.FromString,
+            "response_serializer": HealthCheckResponse.SerializeToString,
+        }
+        health = {
+            "Check": grpc.unary_unary_rpc_method_handler(
+                self._guarded(f"/{HEALTH}/Check", self._check, True), **forms
+            ),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._health.watch, **forms),
+        }
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(SERVICE, handlers),
+                grpc.method_handlers_generic_handler(HEALTH, health),
+            )
+        )
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
@@ -101,79 +152,127 @@ class InferenceServer:
 
     async def stop(self, grace_s: float) -> None:
         """Take nothing new, and finish what is under way within `grace_s`."""
+        self._health.stop()
         if self._server is not None:
             await self._server.stop(grace_s)
 
-    def _guarded(self, rpc: str, handler: Handler) -> Handler:
+    def _guarded(self, route: str, handler: Handler, always: bool) -> Callable[[Any, Any], Awaitable[Any]]:
+        monitoring = self._context.monitoring
+
         async def call(request: Any, call_context: Any) -> Any:
-            begun, status = time.perf_counter(), "OK"
-            try:
-                async with asyncio.timeout(self._context.settings.request_timeout_s):
-                    return await handler(request, call_context)
-            except Exception as error:  # noqa: BLE001 - the one place where errors become gRPC statuses
-                code, kind, detail, entry = _status_of(error)
-                status = kind.name
-                trailing = [("affidavit-code", code)]
-                if entry is not None:
-                    trailing.append(("affidavit-entry", str(entry["leaf_index"])))
-                call_context.set_trailing_metadata(trailing)
-                await call_context.abort(kind, detail)
-            finally:
-                route = f"/{SERVICE}/{rpc}"
-                self._context.monitoring.requests.labels("gRPC", route, status).inc()
-                self._context.monitoring.seconds.labels(route).observe(time.perf_counter() - begun)
+            metadata = _metadata(call_context)
+            marks = Marks.of_headers((name.encode(), value.encode()) for name, value in metadata.items())
+            made = _Call(metadata, marks)
+            begun, entered, kind, status = time.perf_counter(), False, grpc.StatusCode.OK, 200
+            trailing = [("x-request-id", marks.request_id)]
+            monitoring.tallies.enter()
+            with marked(marks.logged):
+                try:
+                    if not always:
+                        self._shedder.enter()
+                        entered = True
+                    answer = await self._in_time(handler, request, made, call_context.time_remaining())
+                    call_context.set_trailing_metadata(trailing)
+                    return answer
+                except asyncio.CancelledError:  # the caller ended the call, or its deadline did
+                    kind, status = grpc.StatusCode.CANCELLED, _GONE
+                    raise
+                except Exception as error:  # noqa: BLE001 - the one place where errors become gRPC statuses
+                    if isinstance(error, OverloadedError):
+                        monitoring.shed.labels("in_flight").inc()
+                    status, kind, detail, said = _told(error)
+                    trailing += said
+                finally:
+                    seconds = time.perf_counter() - begun
+                    monitoring.tallies.leave()
+                    if entered:
+                        self._shedder.leave(seconds if _tells_load(request) else None)
+                    monitoring.requests.labels("gRPC", route, kind.name).inc()
+                    monitoring.seconds.labels(route).observe(seconds)
+                    if self._context.settings.access_log and (status >= 400 or not always) and is_logged():
+                        log_request(
+                            method="gRPC",
+                            route=route,
+                            status=status,
+                            seconds=seconds,
+                            principal=made.principal,
+                            marks=marks.logged,
+                        )
+            call_context.set_trailing_metadata(trailing)
+            return await call_context.abort(kind, detail)
 
         return call
 
-    async def _principal(self, call_context: Any) -> Principal:
-        given = _metadata(call_context).get("authorization", "")
-        scheme, _, key = given.partition(" ")
+    async def _in_time(self, handler: Handler, request: Any, made: _Call, left_s: float | None) -> Any:
+        """Answer within the server's limit, or the caller's deadline where that is sooner.
+
+        Raises:
+            DeadlineError: the caller's deadline passed.
+            TooBusyError: the server's limit did.
+        """
+        most_s = self._context.settings.request_timeout_s
+        limit_s = min(made.marks.timeout_s(most_s), most_s if left_s is None else left_s)
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                return await handler(request, made)
+        except TimeoutError as error:
+            if limit.expired() and limit_s < most_s:
+                raise DeadlineError(f"no answer within {limit_s:g} s") from error
+            raise TooBusyError("no answer in time; try again") from error
+
+    async def _principal(self, made: _Call) -> Principal:
+        scheme, _, key = made.metadata.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise UnauthenticatedError("an API key is needed: send the metadata `authorization: Bearer …`")
-        return await self._context.identities.holder(key)
+        principal = await self._context.identities.holder(key)
+        made.principal = principal.id
+        return principal
 
-    async def _reader(self, call_context: Any) -> None:
-        principal = await self._principal(call_context)
+    async def _reader(self, made: _Call) -> None:
+        principal = await self._principal(made)
         try:
             require(self._context.authorizer, principal, Question(action="models.read", resource="service"))
         except AccessDeniedError as denied:
-            await record_denial(self._context, denied, secrets.token_hex(16))
+            await self._context.denials.record(denied, made.marks.request_id)
             raise
 
-    async def _server_live(self, request: Any, call_context: Any) -> Any:
+    async def _check(self, request: Any, made: _Call) -> Any:
+        return await self._health.check(request)
+
+    async def _server_live(self, request: Any, made: _Call) -> Any:
         return message("ServerLiveResponse")(live=True)
 
-    async def _server_ready(self, request: Any, call_context: Any) -> Any:
+    async def _server_ready(self, request: Any, made: _Call) -> Any:
         problem = await to_thread.run_sync(self._context.readiness.problem)
         return message("ServerReadyResponse")(ready=not problem)
 
-    async def _model_ready(self, request: Any, call_context: Any) -> Any:
-        await self._reader(call_context)
+    async def _model_ready(self, request: Any, made: _Call) -> Any:
+        await self._reader(made)
         self._context.live.refresh()
         served = served_version(self._context, request.name, request.version)
         good = await to_thread.run_sync(is_ready, self._context, served)
         return message("ModelReadyResponse")(ready=good)
 
-    async def _server_metadata(self, request: Any, call_context: Any) -> Any:
+    async def _server_metadata(self, request: Any, made: _Call) -> Any:
         return message("ServerMetadataResponse")(
             name="affidavit", version=self._version, extensions=EXTENSIONS
         )
 
-    async def _model_metadata(self, request: Any, call_context: Any) -> Any:
-        await self._reader(call_context)
+    async def _model_metadata(self, request: Any, made: _Call) -> Any:
+        await self._reader(made)
         self._context.live.refresh()
         served = served_version(self._context, request.name, request.version)
         return message("ModelMetadataResponse")(**metadata(self._context, served))
 
-    async def _model_infer(self, request: Any, call_context: Any) -> Any:
-        principal = await self._principal(call_context)
+    async def _model_infer(self, request: Any, made: _Call) -> Any:
+        principal = await self._principal(made)
         inference = Inference(
             self._context,
             request.model_name,
             request.model_version,
             lambda: read_ask(request),
-            purpose=_metadata(call_context).get(PURPOSE, ""),
-            request_id=secrets.token_hex(16),
+            purpose=made.metadata.get(PURPOSE, ""),
+            request_id=made.marks.request_id,
         )
         return await infer(self._context, principal, inference, _reply)
 
@@ -183,7 +282,9 @@ def _reply(answer: Inferred) -> Any:
         model_name=answer.model, model_version=answer.version, id=answer.ask.id
     )
     for name, value in answer.parameters.items():
-        if isinstance(value, int):
+        if isinstance(value, bool):  # which is an int too
+            reply.parameters[name].bool_param = value
+        elif isinstance(value, int):
             reply.parameters[name].int64_param = value
         else:
             reply.parameters[name].string_param = value
@@ -223,7 +324,9 @@ def read_ask(request: Any) -> InferAsk:
         id=request.id,
         parameters=_parameters(request.parameters),
         inputs=tuple(tensors),
-        outputs={item.name: None for item in request.outputs},
+        outputs={
+            item.name: asked_as_binary(item.name, _parameters(item.parameters)) for item in request.outputs
+        },
         binary=bool(raw),
     )
 
@@ -257,19 +360,29 @@ def _metadata(call_context: Any) -> dict[str, str]:
     return {key: value for key, value in pairs if isinstance(value, str)}
 
 
-def _status_of(error: Exception) -> tuple[str, Any, str, Mapping[str, int | str] | None]:
-    if isinstance(error, TimeoutError):
-        return "server.busy", grpc.StatusCode.UNAVAILABLE, "no answer in time; try again", None
+def _tells_load(request: Any) -> bool:
+    """Whether how long a call took says how busy the worker is: not of one that waits for witnesses."""
+    return isinstance(request, message("ModelInferRequest")) and "wait" not in request.parameters
+
+
+def _told(error: Exception) -> tuple[int, Any, str, list[tuple[str, str]]]:
+    """The status that HTTP would have, gRPC's, what is said, and the trailing metadata that belongs to it."""
     code = str(getattr(error, "code", "server.internal"))
     status = STATUS.get(code)
     if status is None:
-        _logger.error("gRPC code=%s: %s", code, error, exc_info=error)
-        return "server.internal", grpc.StatusCode.INTERNAL, "the server failed; its log has the reason", None
-    kind = _STATUS.get(status, grpc.StatusCode.FAILED_PRECONDITION)
-    detail = str(error)
-    if isinstance(error, FederationError):
-        detail = f"{code}: {detail}"
-    return code, kind, detail, error.entry if isinstance(error, AccessDeniedError) else None
+        # its text may quote what the caller sent, so type and places alone are logged
+        _logger.error("gRPC code=%s: %s", code, type(error).__name__, exc_info=error)
+        said = [("affidavit-code", "server.internal")]
+        return 500, _STATUS[500], "the server failed; its log has the reason", said
+    trailing = [("affidavit-code", code)]
+    if isinstance(error, AccessDeniedError) and error.entry is not None:
+        trailing.append(("affidavit-entry", str(error.entry["leaf_index"])))
+    if status in (429, 503):
+        extra = getattr(error, "extra", {})
+        retry_s = int(extra.get("retry_after_s", getattr(error, "retry_after_s", 1)))
+        trailing.append(("retry-after", str(max(1, retry_s))))
+    detail = f"{code}: {error}" if isinstance(error, FederationError) else str(error)
+    return status, _STATUS.get(status, grpc.StatusCode.FAILED_PRECONDITION), detail, trailing
 
 
 def _snake(name: str) -> str:

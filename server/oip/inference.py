@@ -12,6 +12,7 @@ from audit.principal import Principal
 from audit.serving_bodies import LEGAL_BASES
 from server.answers import Answered, Asked
 from server.context import Context
+from server.deadlines import OwnLimit
 from server.errors import MalformedRequestError
 from server.fast_json import write_json
 from server.live import ServedVersion
@@ -31,8 +32,25 @@ _is_name = re.compile(NAME_PATTERN).fullmatch
 _KEPT: Final = 256
 _signatures: dict[str, Signature] = {}
 _COMMON: Final = frozenset({"purpose", "binary_data_output"})  # what most requests say, and no more
+_NO_EFFECT: Final = {
+    "priority": (int,),
+    "sequence_id": (int, str),
+    "sequence_start": (bool,),
+    "sequence_end": (bool,),
+}
 _TAKEN: Final = frozenset(
-    {"purpose", "site", "subject", "legal_basis", "consent", "explain", "wait", "binary_data_output"}
+    {
+        "purpose",
+        "site",
+        "subject",
+        "legal_basis",
+        "consent",
+        "explain",
+        "wait",
+        "timeout",
+        "binary_data_output",
+        *_NO_EFFECT,
+    }
 )
 
 
@@ -59,6 +77,7 @@ class Inference:
         "_served",
         "_version",
         "level",
+        "limit",
     )
 
     def __init__(
@@ -74,10 +93,12 @@ class Inference:
         self._context, self._model, self._version, self._read = context, model, version, read
         self._purpose, self._request_id = purpose, request_id
         self.level: Level = "sequenced"
+        self.limit = OwnLimit()
 
     def read(self) -> Asked:
         """Return what the use case is asked; MalformedRequestError: it is no request to this model."""
         ask = self._ask = self._read()
+        self._check_names(ask)
         served = self._served = served_version(self._context, self._model, self._version)
         signature = _signature(served)
         _check_outputs(ask, signature)
@@ -90,6 +111,9 @@ class Inference:
             )
         words = _words(ask.parameters)
         self.level = _level(ask.parameters)
+        timeout_s = _timeout_s(ask.parameters)
+        if timeout_s:
+            self.limit.set(min(timeout_s, self._context.settings.request_timeout_s))
         return Asked(
             model=self._model,
             purpose=text,
@@ -98,6 +122,17 @@ class Inference:
             request_id=self._request_id,
             **words,
         )
+
+    def _check_names(self, ask: InferAsk) -> None:
+        for field, said, named in (
+            ("model_name", ask.model, self._model),
+            ("model_version", ask.version, self._version),
+        ):
+            if said and said != named:
+                problem = "is another than the path's; leave it out, and name in the path what shall answer"
+                raise MalformedRequestError(
+                    f"{field}: {problem}", fields=[{"field": field, "problem": problem}]
+                )
 
     def told(self, tell: Callable[[Inferred], Told], answered: Answered) -> Told | Answered:
         """Return what `tell` makes of an answer; the answer itself where a proof is to come with it."""
@@ -125,10 +160,11 @@ async def infer(
 ) -> Told:
     """Answer an inference request; errors as `PredictService.answer`, and MalformedRequestError."""
     predicting, tells = context.predicting, partial(inference.told, tell)
-    told = await predicting.answer(principal, inference.read, tells)
-    if isinstance(told, Answered):  # with a proof, which is not there yet
-        told = tell(inference.tell(await proved(context, told, inference.level)))
-    return told
+    with inference.limit:
+        told = await predicting.answer(principal, inference.read, tells)
+        if isinstance(told, Answered):  # with a proof, which is not there yet
+            told = tell(inference.tell(await proved(context, told, inference.level)))
+        return told
 
 
 def _words(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,6 +184,11 @@ def _words(parameters: Mapping[str, Any]) -> dict[str, Any]:
     explain = parameters.get("explain", False)
     if type(explain) is not bool:
         raise MalformedRequestError("parameters.explain: is true or false")
+    for name, kinds in _NO_EFFECT.items():
+        if name in parameters and type(parameters[name]) not in kinds:
+            raise MalformedRequestError(
+                f"parameters.{name}: is of another kind; leave it out, it has no effect"
+            )
     if not parameters.keys() <= _TAKEN:
         unknown = sorted(parameters.keys() - _TAKEN)
         raise MalformedRequestError(f"parameters.{unknown[0][:80]}: is not known; leave it out")
@@ -261,8 +302,21 @@ def _level(parameters: Mapping[str, Any]) -> Level:
             raise MalformedRequestError("parameters.wait: is sequenced, checkpointed or witnessed")
 
 
+def _timeout_s(parameters: Mapping[str, Any]) -> float:
+    """How long the request may take, which the protocol's clients say in microseconds; 0: they do not."""
+    value = parameters.get("timeout", 0)
+    if type(value) is not int or value < 0:
+        raise MalformedRequestError("parameters.timeout: is a whole number of microseconds")
+    return value / 1e6
+
+
 def _text(parameters: Mapping[str, Any], name: str) -> str:
-    value = parameters.get(name, "")
+    """Return a text that is given, or "" where none is: an empty one would say what nobody can have meant."""
+    if name not in parameters:
+        return ""
+    value = parameters[name]
     if not isinstance(value, str):
         raise MalformedRequestError(f"parameters.{name}: is not a text")
+    if not value:
+        raise MalformedRequestError(f"parameters.{name}: is empty; give it, or leave it out")
     return value

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Final
 from anyio import to_thread
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from audit.principal import Principal
 from server.context import Caller, Context, authorise, context_of
 from server.errors import ArtefactError, NotReadyError, request_id_of
+from server.marks import note_waiting
 from server.oip.codec import HEADER_LENGTH, compressed, decompressed, read_ask, write_answer
 from server.oip.inference import (
     EXTENSIONS,
@@ -168,6 +170,7 @@ async def _infer(request: Request, principal: Caller, model: str, version: str) 
         model,
         version,
         request_id_of(request),
+        request.scope,
     )
     return Response(body, headers=headers)
 
@@ -180,10 +183,11 @@ async def answer_infer(
     model: str,
     version: str,
     request_id: str,
+    scope: Scope,
 ) -> tuple[bytes, dict[str, str]]:
     """Answer `infer`, by whichever way it came: return the body and its headers; errors as `infer`.
 
-    `headers` are the request's, their names in lower case.
+    `headers` are the request's, their names in lower case; `scope` is told whether it waited for a proof.
     """
     encoding = headers.get("content-encoding", "")
     if encoding:
@@ -196,7 +200,11 @@ async def answer_infer(
         purpose=headers.get(PURPOSE, ""),
         request_id=request_id,
     )
-    data, length = await infer(context, principal, inference, _written)
+    try:
+        data, length = await infer(context, principal, inference, _written)
+    finally:
+        if inference.level != "sequenced":
+            note_waiting(scope)
     sent = {"content-type": "application/json" if length is None else "application/octet-stream"}
     if length is not None:
         sent[HEADER_LENGTH] = str(length)

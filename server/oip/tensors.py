@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -38,6 +39,10 @@ _LAYOUT: Final = {
 DATATYPES: Final = frozenset({*_LAYOUT, "BYTES"})
 _OF_FEATURE: Final = {"number": "FP64", "integer": "INT64", "boolean": "BOOL", "category": "BYTES"}
 _LENGTH: Final = struct.Struct("<I")
+_NO_NULL: Final = (
+    "data holds null, which is no value of the protocol; where a feature is missing leave its tensor out, "
+    'send NaN in a binary tensor, or "" in BYTES'
+)
 
 
 class TensorError(MalformedRequestError):
@@ -65,6 +70,8 @@ class InferAsk(NamedTuple):
     inputs: tuple[Tensor, ...] = ()
     outputs: Mapping[str, bool | None] = MappingProxyType({})  # name -> asked as binary?
     binary: bool = False  # of outputs that do not say
+    model: str = ""  # which the body names once more; "": it does not
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +250,8 @@ def flat(name: str, datatype: str, shape: Sequence[int], data: object) -> list[A
     """Read a tensor's JSON values, nested or flat, and check each against the datatype.
 
     Raises:
-        TensorError: a value is of another kind, or there are not as many as the shape says.
+        TensorError: a value is of another kind, there are not as many as the shape says, or they are nested
+            otherwise than it says.
     """
     size = size_of(name, shape)
     if not isinstance(data, list):
@@ -251,8 +259,7 @@ def flat(name: str, datatype: str, shape: Sequence[int], data: object) -> list[A
     values: list[Any] = data
     kinds = set(map(type, values))
     if list in kinds:
-        values = []
-        _flatten(name, data, values, size, len(shape))
+        values = _unnested(name, data, shape)
         kinds = set(map(type, values))
     if len(values) != size:
         raise TensorError(name, f"data has {len(values)} values, its shape {size}")
@@ -266,21 +273,34 @@ def flat(name: str, datatype: str, shape: Sequence[int], data: object) -> list[A
         fits = kinds <= {int}
     else:
         raise TensorError(name, f"datatype {datatype[:20]!r} is unknown; use one of {sorted(DATATYPES)}")
+    if type(None) in kinds:
+        raise TensorError(name, _NO_NULL)
     if not fits:
         raise TensorError(name, f"data holds a value that is no {datatype}")
     return values
 
 
-def _flatten(name: str, data: list[Any], values: list[Any], size: int, depth: int) -> None:
-    for value in data:
-        if isinstance(value, list):
-            if depth <= 1:
-                raise TensorError(name, "data is nested deeper than its shape")
-            _flatten(name, value, values, size, depth - 1)
-        else:
-            values.append(value)
-        if len(values) > size:
-            raise TensorError(name, f"data has more values than its shape's {size}")
+def _unnested(name: str, data: list[Any], shape: Sequence[int]) -> list[Any]:
+    """The values of nested lists whose lengths are the shape's, level by level."""
+    items, lengths = data, {len(data)}
+    for level, length in enumerate(shape):
+        if level:
+            if not set(map(type, items)) <= {list}:
+                raise TensorError(
+                    name, f"data: level {level} is not all lists; nest as the shape, or not at all"
+                )
+            lengths = set(map(len, items))
+            items = list(chain.from_iterable(items))
+        if not lengths <= {length}:
+            found = "/".join(map(str, sorted(lengths)[:4]))
+            raise TensorError(
+                name,
+                f"data: level {level} has {found} items, where shape {list(shape)} says {length}; "
+                "nest as the shape, or give one flat list in row-major order",
+            )
+    if list in set(map(type, items)):
+        raise TensorError(name, "data is nested deeper than its shape")
+    return items
 
 
 def _texts(name: str, data: bytes | memoryview, size: int) -> list[str]:

@@ -139,7 +139,7 @@ def test_a_site_whose_whole_home_is_an_old_copy_joins_no_further_run(tmp_path):
 def train_over_a_bad_network(folder, fault, minimum_sites=3):
     """Set up a federation, then carry a run of it out with messages lost as `fault` says."""
     patient = CALIBRATED.replace(
-        "rounds: 3", f"rounds: 3, round_timeout_s: 4, minimum_sites: {minimum_sites}"
+        "rounds: 3", f"rounds: 3, round_timeout_s: 12, minimum_sites: {minimum_sites}"
     )
     made = simulate(patient, SITES, public=PUBLIC, folder=folder)
     agents = {name: Agent.open(home) for name, home in made.federation.homes.items()}

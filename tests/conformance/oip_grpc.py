@@ -48,7 +48,8 @@ labels = [label.decode() for label in got.as_numpy("label").tolist()]
 chances = got.as_numpy("probability").tolist()
 chosen = server.infer(
     "toy", tensors(3), outputs=[client.InferRequestedOutput("label")], headers=headers, parameters=purpose,
-    model_version=version, compression_algorithm="gzip",
+    model_version=version, compression_algorithm="gzip", timeout=25_000_000, priority=1, sequence_id=5,
+    sequence_start=True,
 )  # fmt: skip
 assert [output.name for output in chosen.get_response().outputs] == ["label"]
 shown = chosen.get_response().parameters
@@ -60,6 +61,9 @@ for status, call in {
     "UNAUTHENTICATED": lambda: server.infer("toy", tensors(1), parameters=purpose),
     "PERMISSION_DENIED": lambda: server.infer(
         "toy", tensors(1), headers=headers, parameters={"purpose": "marketing"}
+    ),
+    "DEADLINE_EXCEEDED": lambda: server.infer(
+        "toy", tensors(1), headers=headers, parameters=purpose, timeout=1
     ),
     "INVALID_ARGUMENT": lambda: server.infer("toy", tensors(1, 500), headers=headers, parameters=purpose),
     "UNIMPLEMENTED": lambda: server.get_model_repository_index(headers=headers),

@@ -62,8 +62,9 @@ for binary in (False, True):
 assert all(answer == answers[0] for answer in answers), answers
 
 plain = server.infer(
-    "toy", tensors(1, binary=True), model_version=version, headers=fresh(), parameters=purpose
-)
+    "toy", tensors(1, binary=True), model_version=version, headers=fresh(), parameters=purpose,
+    timeout=25_000_000, priority=1, sequence_id=5, sequence_start=True, sequence_end=True,
+)  # fmt: skip
 shown = plain.get_response()["parameters"]
 assert shown["model_digest"] == version
 assert json.loads(shown["receipt"])["leaf_index"] == shown["leaf_index"]
@@ -72,6 +73,10 @@ for wanted, call in {
     "no model": lambda: server.infer("other", tensors(1, binary=True), headers=fresh(), parameters=purpose),
     "key is needed": lambda: server.infer("toy", tensors(1, binary=True), parameters=purpose),
     "purpose": lambda: server.infer("toy", tensors(1, binary=True), headers=fresh()),
+    "classification": lambda: server.infer(
+        "toy", tensors(1, binary=True), headers=fresh(), parameters=purpose,
+        outputs=[client.InferRequestedOutput("probability", class_count=1)],
+    ),
     "refused": lambda: server.infer(
         "toy", tensors(1, binary=True), headers=fresh(), parameters={"purpose": "marketing"}
     ),

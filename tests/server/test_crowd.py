@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from server.app import create_app
 from server.hooks import Annotation, Facts
 from server.logs import _MARKS
 from tests.server.test_runtime import OTHER, second, swap
+from tests.waiting import Moved
 
 PREDICT = "/v1/models/toy/predict"
 
@@ -32,6 +34,7 @@ def app(lab):
 @pytest.fixture
 def running(app):
     with TestClient(app) as client:
+        app.state.context.keys._monotonic = Moved(1_000.0)  # a key stays known, however slow the machine
         yield client
 
 
@@ -448,7 +451,8 @@ def test_nothing_is_kept_of_crowds_that_were_answered(app, together, warm, row):
     assert predicting(app).crowd._sent == []
 
 
-def test_two_loops_at_once_share_no_crowd_and_lose_nobody(app, running, warm, lab, row):
+def test_two_loops_at_once_share_no_crowd_and_lose_nobody(app, running, warm, lab, row, monkeypatch):
+    monkeypatch.setattr("server.batching.WORTH_S", 0.0)  # nor a run of the model
     service, before = predicting(app), len(lab.entries("prediction"))
     principal = app.state.context.keys.authenticate(lab.tokens["consumer"])
     found = []
@@ -466,3 +470,28 @@ def test_two_loops_at_once_share_no_crowd_and_lose_nobody(app, running, warm, la
         thread.join()
     assert len({answered.request_id for answered in found}) == 40
     assert len(lab.entries("prediction")) == before + 40
+
+
+def test_loops_that_come_in_the_same_moment_take_the_crowd_one_after_the_other(
+    app, running, warm, lab, row, monkeypatch
+):
+    """Whoever saw nobody there, and came second, threw away what the first had begun to gather."""
+    service, both, looking = predicting(app), threading.Event(), []
+    principal = app.state.context.keys.authenticate(lab.tokens["consumer"])
+
+    class Ended:
+        def is_running(self) -> bool:
+            looking.append(threading.get_ident())
+            if len(looking) == 2:
+                both.set()
+            both.wait(0.5)  # for another that looks in the same moment, where one can
+            return False
+
+    async def one(name):
+        asked = Asked("toy", "triage", [row], f"{name}{0:030x}")
+        return await asyncio.wait_for(service.predict(principal, asked), 60)
+
+    monkeypatch.setattr(service.crowd, "_loop", Ended())
+    with ThreadPoolExecutor(2) as pool:
+        assert len({told.request_id for told in pool.map(asyncio.run, (one("aa"), one("bb")))}) == 2
+    assert len(looking) == 1, "the second finds the first's loop in its place"

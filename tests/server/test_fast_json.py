@@ -218,3 +218,39 @@ def test_number_of_every_size_has_its_canonical_text():
         for number in numbers:
             assert texts_of([number]) == number_texts([number])
         assert texts_of(numbers) == number_texts(numbers)
+
+
+def many(rows: int, inner: bytes = b'{"a":[1]}') -> bytes:
+    return b"[" + b",".join([inner] * rows) + b"]"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        many(100), many(100, b'{"a":1,"a":1}'), many(100, b'{"a":":"}'), many(100, b"9007199254740993"),
+        many(40, around(b"1", MAX_DEPTH - 1, True)), many(40, around(b"1", MAX_DEPTH, True)),
+        many(40, around(b"", MAX_DEPTH - 1, True)), many(40, around(b"", MAX_DEPTH, True)),
+        many(40, around(b"1", MAX_DEPTH - 1, False)), many(40, around(b"1", MAX_DEPTH, False)),
+        many(99, b'["[{"]'), many(99, b'"\\ud800"'),
+    ],
+    ids=lambda data: repr(data[:24]),
+)  # fmt: skip
+def test_many_brackets_are_read_alike(data):
+    same(data)
+
+
+def test_what_is_refused_at_first_sight_is_read_no_further():
+    class FirstSightError(Exception):
+        pass
+
+    def refuse(value):
+        raise FirstSightError(len(value))
+
+    for data in (many(3), many(3, b'{"a":1,"a":":"}'), b'"' + b"x" * (1 << 20) + b'"'):
+        with pytest.raises(FirstSightError):
+            parse_request(data, refuse)
+    seen = []
+    assert parse_request(b'[":", 1]', seen.append) == [":", 1]
+    assert seen[-1] == [":", 1]
+    with pytest.raises(MalformedJsonError):
+        parse_request(b"[1,]", refuse)

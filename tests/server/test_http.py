@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 
 import pytest
@@ -14,10 +15,11 @@ from audit.evidence import read_evidence
 from audit.keys import SigningKey
 from audit.merkle import hash_leaf, verify_consistency, verify_inclusion
 from audit.notes import KeyType, NoteSigner, NoteVerifier
+from audit.principal import Principal
 from audit.tlog_proof import TlogProof
 from audit.verify import verify_evidence
 from server.app import create_app
-from server.errors import STATUS, TITLES
+from server.errors import STATUS, TITLES, MalformedRequestError
 
 PREDICT = "/v1/models/toy/predict"
 
@@ -320,3 +322,98 @@ def test_an_exact_answers_evidence_holds_the_model(client, lab, as_role, row):
     answer = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
     path = f"/v1/audit/evidence/{answer['entry']['leaf_index']}"
     assert lab.version in read_evidence(client.get(path, headers=as_role("consumer")).content).artefacts
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/healthz", "GET, HEAD"), ("/v2", "GET, HEAD"), ("/v2/models/toy/infer", "POST"), (PREDICT, "POST"),
+        ("/v1/keys", "GET, HEAD, POST"), ("/v1/models/toy", "GET, HEAD"),
+    ],
+)  # fmt: skip
+def test_method_that_no_route_takes_is_told_which_do(client, path, allowed):
+    for method in ("PATCH", "TRACE", "PROPFIND"):
+        reply = client.request(method, path)
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+
+
+def test_head_is_get_without_its_body(client, as_role):
+    for path in ("/healthz", "/readyz", "/v2", "/v2/health/live", "/v2/health/ready", "/openapi.json"):
+        head, whole = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == whole.headers["content-length"]
+    headers = as_role("consumer")
+    assert client.head("/v2/models/toy", headers=headers).status_code == 200
+    assert client.head("/v2/models/toy").status_code == 401
+    assert client.head("/v2/models/toy/infer", headers=headers).headers["allow"] == "POST"
+    assert client.head("/nothing").status_code == 404
+
+
+@pytest.mark.parametrize("query", ["", "?as=a-stranger"])
+def test_compressed_rows_are_read_under_the_same_limit(guarded_app, lab, as_role, row, query):
+    headers = {**as_role("consumer"), "Content-Encoding": "gzip"}
+    body = json.dumps({"purpose": "triage", "rows": [row]}).encode()
+    with TestClient(guarded_app) as client:
+        sent = {"good": gzip.compress(body), "bomb": gzip.compress(b" " * 1_000_000), "plain": body}
+        found = {
+            name: client.post(PREDICT + query, headers=headers, content=data) for name, data in sent.items()
+        }
+    assert {name: reply.status_code for name, reply in found.items()} == {
+        "good": 200, "bomb": 413, "plain": 422,
+    }  # fmt: skip
+    assert len(lab.entries("prediction")) == 1
+
+
+FLOODS = {
+    "rows": ({"rows": [{"": []}] * 3_000}, "rows", 1),
+    "values": ({"rows": [{"": []}] * 1_000}, "rows.0.", 50),
+    "features": ({"rows": [{str(k): [] for k in range(3_000)}]}, "rows.0.0", 50),
+    "members": ({"rows": [{}], **{f"x{k}": 0 for k in range(3_000)}}, "x0", 50),
+    "no rows at all": ({"rows": [1] * 1_000}, "rows.0", 50),
+    "long names": ({"rows": [{"n" * 50_000: {}}]}, "rows.0." + "n" * 80, 1),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_flood_of_problems_is_named_in_part_and_looked_at_once(client, as_role, flood, monkeypatch):
+    """Neither the schema nor the strict parser ever sees it, and nobody reads it a second time."""
+    more, first, count = FLOODS[flood]
+    body = json.dumps({"purpose": "tri:age", **more})  # the colon makes the quick parser doubt
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("looked at by the slow way")
+
+    monkeypatch.setattr("server.fast_json.parse_strict", never)
+    monkeypatch.setattr("server.schemas.PredictRequest.model_validate", never)
+    reply = client.post(PREDICT, headers=as_role("consumer"), content=body)
+    assert (reply.status_code, reply.json()["code"]) == (422, "request.malformed")
+    fields = reply.json()["fields"]
+    assert (fields[0]["field"], len(fields)) == (first, count)
+
+
+def test_malformed_request_is_read_once(client, lab):
+    reads = []
+
+    def read():
+        reads.append(None)
+        raise MalformedRequestError("no request")
+
+    async def ask():
+        with pytest.raises(MalformedRequestError, match="no request"):
+            await client.app.state.context.predicting.answer(
+                Principal(id="p", role="consumer"), read, lambda answered: answered
+            )
+
+    client.portal.call(ask)
+    assert len(reads) == 1
+
+
+def test_schema_refuses_what_the_first_look_lets_through(client, as_role):
+    for body, field in (
+        ({"purpose": 1, "rows": [{}]}, "purpose"), ({"purpose": "triage", "rows": []}, "rows"),
+        ({"purpose": "triage", "rows": {}}, "rows"), ({"rows": [{}]}, "purpose"),
+        ({"purpose": "triage", "rows": [{}], "subject": ""}, "subject"),
+    ):  # fmt: skip
+        reply = client.post(PREDICT, headers=as_role("consumer"), json=body)
+        assert (reply.status_code, reply.json()["fields"][0]["field"]) == (422, field)
+    assert client.post(PREDICT, headers=as_role("consumer"), json=[]).status_code == 422

@@ -207,14 +207,21 @@ def test_each_connection_is_closed_in_its_own_time(protocol):
     assert all(map(is_timeout, run(main(), sockets=True)))
 
 
-def test_connection_that_never_asked_is_not_closed(protocol):
+def test_connection_that_never_asks_is_closed_as_a_quiet_one_is(protocol):
+    """uvicorn's own protocol would keep it for ever."""
+
     async def main():
         async with served(protocol) as (_, connect):
-            client = await connect()
-            await asyncio.sleep(3 * KEEP_S)
-            assert await client.asked("/a") == b"/a "
+            client, loop = await connect(), asyncio.get_running_loop()
+            begun = loop.time()
+            if protocol is HttpToolsProtocol:
+                await asyncio.sleep(3 * KEEP_S)
+                assert await client.asked("/a") == b"/a "
+                return KEEP_S
+            await client.quiet_s()
+            return loop.time() - begun
 
-    run(main(), sockets=True)
+    assert is_timeout(run(main(), sockets=True))
 
 
 def test_pipelined_requests_are_all_answered_in_order_and_the_connection_kept(protocol):

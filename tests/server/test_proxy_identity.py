@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from server.app import create_app
 from server.errors import SettingsError
 from server.proxy_identity import proxy_identity
+from tests.server.conftest import stocked_lab
 
 HEADER = "Client-Cert"
 
@@ -32,8 +33,16 @@ def certificate(*, days: int = 30, begun_days: int = 1) -> x509.Certificate:
     return builder.sign(key, hashes.SHA256())
 
 
+def der(found: x509.Certificate) -> bytes:
+    return found.public_bytes(Encoding.DER)
+
+
+def sequence(data: bytes) -> str:
+    return f":{base64.b64encode(data).decode()}:"
+
+
 def rfc9440(found: x509.Certificate) -> str:
-    return f":{base64.b64encode(found.public_bytes(Encoding.DER)).decode()}:"
+    return sequence(der(found))
 
 
 def escaped(found: x509.Certificate) -> str:
@@ -99,6 +108,108 @@ def test_two_headers_are_refused(lab, bound):
     with served(lab) as client:
         headers = [(HEADER, rfc9440(other)), (HEADER, rfc9440(bound))]
         assert client.get("/v1/models", headers=headers).status_code == 401
+
+
+def pem(found: x509.Certificate) -> str:
+    return found.public_bytes(Encoding.PEM).decode()
+
+
+FORMS = {"rfc9440": rfc9440, "pem": escaped, "mixed": None}
+JOINTS = {
+    "comma": ",",
+    "comma and space": ", ",
+    "space": " ",
+    "spaces": "    ",
+    "tab": "\t",
+    "nothing": "",
+    "semicolon": ";",
+    "escaped comma": "%2C",
+    "escaped newline": "%0A",
+    "escaped newlines": "%0D%0A%0D%0A",
+    "escaped space": "%20",
+    "escaped zero byte": "%00",
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A server where one certificate is an operator's and another a consumer's."""
+    home = stocked_lab(tmp_path_factory.mktemp("pair") / "homes")
+    victim, attacker = certificate(), certificate()
+    home.key("operator", certificate=victim.fingerprint(hashes.SHA256()).hex())
+    home.key("consumer", certificate=attacker.fingerprint(hashes.SHA256()).hex())
+    with served(home) as client:
+        yield client, victim, attacker
+    home.close()
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_appended_certificate_makes_nobody(pair, form, joint):
+    client, victim, attacker = pair
+    make = FORMS[form]
+    writers = (make, make) if make else (rfc9440, escaped)
+    for first, second in ((victim, attacker), (attacker, victim), (victim, victim)):
+        value = writers[0](first) + JOINTS[joint] + writers[1](second)
+        assert client.get("/v1/keys", headers={HEADER: value}).status_code == 401, (form, joint)
+    for one in (rfc9440(victim), escaped(victim)):
+        assert client.get("/v1/keys", headers={HEADER: one}).status_code == 200
+
+
+AROUND = {
+    "two blocks in one escaped value": lambda v, a: quote(pem(v) + pem(a)),
+    "two blocks the other way round": lambda v, a: quote(pem(a) + pem(v)),
+    "text before": lambda v, a: quote("subject=CN = ward-3\n" + pem(v)),
+    "text after": lambda v, a: quote(pem(v) + "trailing"),
+    "newline before": lambda v, a: quote("\n" + pem(v)),
+    "two newlines after": lambda v, a: quote(pem(v) + "\n"),
+    "space after": lambda v, a: quote(pem(v) + " "),
+    "raw text after": lambda v, a: escaped(v) + "x",
+    "comma alone after": lambda v, a: escaped(v) + ",",
+    "comma alone before": lambda v, a: "," + escaped(v),
+    "a chain": lambda v, a: quote(pem(a) + pem(v) + pem(certificate())),
+    "xfcc": lambda v, a: f'Hash={v.fingerprint(hashes.SHA256()).hex()};Cert="{escaped(v)}"',
+    "xfcc of two": lambda v, a: f'Cert="{escaped(v)}",Cert="{escaped(a)}"',
+    "quoted": lambda v, a: f'"{escaped(v)}"',
+    "escaped twice": lambda v, a: quote(escaped(v)),
+    "escaped rfc9440": lambda v, a: quote(rfc9440(v)),
+    "rfc9440 with a parameter": lambda v, a: rfc9440(v) + ";q=1",
+    "two in one rfc9440": lambda v, a: rfc9440(v)[:-1] + rfc9440(a)[1:],
+    "two certificates' bytes in one rfc9440": lambda v, a: sequence(der(v) + der(a)),
+    "garbage after the certificate's bytes": lambda v, a: sequence(der(v) + b"x"),
+    "space inside rfc9440": lambda v, a: ": " + rfc9440(v)[1:],
+    "base64 alone": lambda v, a: rfc9440(v)[1:-1],
+    "trusted certificate": lambda v, a: quote(pem(v).replace("CERTIFICATE", "TRUSTED CERTIFICATE")),
+    "old label": lambda v, a: quote(pem(v).replace("CERTIFICATE", "X509 CERTIFICATE")),
+    "header in the block": lambda v, a: quote(pem(v).replace("-----\n", "-----\nProc-Type: 4\n\n", 1)),
+    "other end": lambda v, a: quote(pem(v).replace("END CERTIFICATE", "END PUBLIC KEY")),
+    "bytes that are no text": lambda v, a: escaped(v) + "%FF",
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_anything_around_one_certificate_is_401(pair, name):
+    client, victim, attacker = pair
+    value = AROUND[name](victim, attacker)
+    assert client.get("/v1/keys", headers={HEADER: value}).status_code == 401
+
+
+def test_repeated_fields_are_401_whatever_they_hold(pair):
+    client, victim, attacker = pair
+    for first, second in (
+        (escaped(victim), escaped(attacker)),
+        (escaped(attacker), escaped(victim)),
+        (rfc9440(victim), rfc9440(victim)),
+        ("", escaped(victim)),
+        (escaped(victim), ""),
+    ):
+        assert client.get("/v1/keys", headers=[(HEADER, first), (HEADER, second)]).status_code == 401
+
+
+def test_lines_may_end_as_the_proxy_likes(pair):
+    client, victim, _ = pair
+    for text in (pem(victim), pem(victim).rstrip("\n"), pem(victim).replace("\n", "\r\n")):
+        assert client.get("/v1/keys", headers={HEADER: quote(text)}).status_code == 200
 
 
 HOSTILE = {

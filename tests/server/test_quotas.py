@@ -12,6 +12,7 @@ import threading
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from importlib.resources import files
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from starlette.testclient import TestClient
 from audit.location import DATABASE
 from server.app import create_app
 from server.errors import LedgerUnavailableError
-from server.quotas import Limit, Quotas, Taken
+from server.quotas import CLOCKS_S, Limit, Quotas, Taken
 from tests.postgresql import running_server
 
 PREDICT = "/v1/models/toy/predict"
@@ -136,6 +137,71 @@ def test_machine_whose_clock_is_ahead_gives_nobody_a_second_window(quotas, ahead
     assert here.take("p", 4).allowed
 
 
+@pytest.mark.parametrize("skew_s", [0, 1, 30, 59, 60, 90, -90, 121, -121, 3_600, -3_600, 86_400, -86_400])
+def test_machines_whose_clocks_differ_give_one_quota_a_window(quotas, skew_s):
+    """Over window after window, whoever asks first in it, and for the day's limit as for the minute's."""
+    ours, theirs = Now(), Now()
+    theirs.moment += timedelta(seconds=skew_s)
+    limits = Limit(60, 5), Limit(86_400, 23)
+    here, there = quotas(*limits, clock=ours), quotas(*limits, clock=theirs)
+    ahead, behind = (there, here) if skew_s > 0 else (here, there)
+    for number, (allowed, firsts) in enumerate([(5, 1), (5, 1), (5, 1), (5, 1), (3, 1), (0, 0)]):
+        order = (behind, ahead) if number % 2 else (ahead, behind)
+        taken = [order[ask % 2].take("p", 1) for ask in range(40)]
+        assert sum(found.allowed for found in taken) == allowed
+        assert sum(found.is_first for found in taken) == firsts, "one entry a window, whichever refused"
+        assert all(found.retry_after_s > 0 for found in taken if not found.allowed)
+        for clock in (ours, theirs):
+            clock.moment += timedelta(seconds=60)
+
+
+@pytest.mark.parametrize("skew_s", [90, 121, 3_600])
+def test_machine_further_ahead_that_joins_begins_one_window_early_and_no_more(quotas, skew_s):
+    ours, theirs = Now(), Now()
+    theirs.moment += timedelta(seconds=skew_s)
+    here, there = quotas(Limit(60, 5), clock=ours), quotas(Limit(60, 5), clock=theirs)
+    assert here.take("p", 5).allowed
+    assert sum((there, here)[ask % 2].take("p", 1).allowed for ask in range(100)) == 5
+
+
+@pytest.mark.parametrize("skew_s", [121, 3_600])
+def test_who_is_behind_alone_waits_for_as_long_as_it_is_told(quotas, skew_s):
+    """The machine that was ahead is gone, and its window is used up."""
+    ours, theirs = Now(), Now()
+    theirs.moment += timedelta(seconds=skew_s)
+    assert quotas(Limit(60, 5), clock=theirs).take("p", 5).allowed
+    here = quotas(Limit(60, 5), clock=ours)
+    refused = here.take("p", 1)
+    assert not refused.allowed
+    assert skew_s < refused.retry_after_s <= skew_s + 60
+    ours.moment += timedelta(seconds=refused.retry_after_s - 1)
+    assert not here.take("p", 1).allowed
+    ours.moment += timedelta(seconds=1)
+    assert here.take("p", 5).allowed
+
+
+def test_clock_that_is_set_back_begins_no_window_anew(quotas):
+    clock = Now()
+    found = quotas(Limit(60, 5), clock=clock)
+    assert found.take("p", 5).allowed
+    for back_s in (60, 121, 3_600):
+        clock.moment = START - timedelta(seconds=back_s)
+        assert not found.take("p", 1).allowed
+    clock.moment = START + timedelta(seconds=60)
+    assert found.take("p", 5).allowed
+
+
+@pytest.mark.parametrize("span_s", [60, 86_400])
+def test_window_begins_anew_only_behind_a_clock_that_cannot_be_right(quotas, span_s):
+    far = Now()
+    far.moment += timedelta(seconds=CLOCKS_S + span_s)
+    assert quotas(Limit(span_s, 1), clock=far).take("p", 1).allowed
+    assert not quotas(Limit(span_s, 1)).take("p", 1).allowed, "a day and a window ahead still counts"
+    far.moment += timedelta(seconds=span_s)
+    assert quotas(Limit(span_s, 1), clock=far).take("p", 1).allowed
+    assert quotas(Limit(span_s, 1)).take("p", 1).allowed
+
+
 def test_window_far_in_the_future_stops_nobody_for_ever(quotas):
     far, now = Now(), Now()
     far.moment += timedelta(days=400)
@@ -181,13 +247,57 @@ def test_exhausted_quota_is_429_with_retry_after_and_one_entry(lab, as_role, row
         assert ask(client, as_role("consumer"), row).status_code == 200
 
 
-def test_quota_does_not_hide_another_reason(lab, as_role, row):
-    with TestClient(create_app(lab.settings(quota_rows_per_minute=1), clock=lab.clock)) as client:
-        ask(client, as_role("consumer"), row)
+def test_quota_hides_no_other_reason_and_only_the_first_refusal_is_an_entry(lab, as_role, row):
+    lab.clock.moment = lab.clock.moment.replace(second=15, microsecond=0)
+    with TestClient(create_app(lab.settings(quota_rows_per_minute=2), clock=lab.clock)) as client:
         body = {"purpose": "marketing", "rows": [row]}
-        reply = client.post(PREDICT, headers=as_role("consumer"), json=body)
-        assert reply.status_code == 403
-        assert reply.json()["policies"] == ["purpose-outside-charter", "quota-exhausted"]
+        within = [client.post(PREDICT, headers=as_role("consumer"), json=body) for _ in range(2)]
+        assert {(reply.status_code, reply.json()["code"]) for reply in within} == {(403, "predict.denied")}
+        over = [client.post(PREDICT, headers=as_role("consumer"), json=body) for _ in range(6)]
+        assert {(reply.status_code, reply.json()["code"]) for reply in over} == {(429, "predict.quota")}
+        assert {reply.headers["retry-after"] for reply in over} == {"45"}
+        reasons = ["purpose-outside-charter", "quota-exhausted"]
+        assert all(reply.json()["policies"] == reasons for reply in over)
+        assert ["entry" in reply.json() for reply in over] == [True] + [False] * 5
+        denied = [entry["body"] for entry in lab.entries("prediction.denied")]
+        assert [(body["reason"], body["policies"]) for body in denied] == [
+            ("policy", ["purpose-outside-charter"]),
+            ("policy", ["purpose-outside-charter"]),
+            ("quota", reasons),
+        ]
+        metrics = client.get("/metrics", headers=as_role("operator")).text
+        assert 'affidavit_denials_total{action="predict",policy="quota-exhausted"} 6.0' in metrics
+
+
+def test_request_that_no_window_has_room_for_is_told_to_send_fewer_rows(lab, as_role, row):
+    """Waiting would never help it, so it is not told to; and it takes nothing from the window."""
+    settings = lab.settings(quota_rows_per_minute=5, quota_rows_per_day=3)
+    with TestClient(create_app(settings, clock=lab.clock)) as client:
+        for _ in range(3):
+            reply = ask(client, as_role("consumer"), row, 4)
+            assert (reply.status_code, reply.json()["code"]) == (422, "request.malformed")
+            assert "retry-after" not in reply.headers
+            assert "send fewer" in reply.json()["fields"][0]["problem"]
+        inputs = [
+            {"name": "age", "datatype": "INT64", "shape": [4], "data": [50] * 4},
+            {"name": "fever", "datatype": "BOOL", "shape": [4], "data": [True] * 4},
+            {"name": "ward", "datatype": "BYTES", "shape": [4], "data": ["north"] * 4},
+        ]
+        body = {"inputs": inputs, "parameters": {"purpose": "triage"}}
+        reply = client.post("/v2/models/toy/infer", headers=as_role("consumer"), json=body)
+        assert (reply.status_code, reply.headers["affidavit-code"]) == (422, "request.malformed")
+        assert lab.entries("prediction.denied") == []
+        assert ask(client, as_role("consumer"), row, 3).status_code == 200
+
+
+def test_policy_that_names_the_quota_without_a_count_behind_it_is_an_entry_each_time(lab, as_role, row):
+    """Rules are the officers' to write: what they call `quota-exhausted` hides no refusal from the log."""
+    shipped = files("server.policies").joinpath("access.cedar").read_text(encoding="utf-8")
+    rules = lab.folder / "rules.cedar"
+    rules.write_text(shipped.replace("when { context.over_quota }", "when { !context.over_quota }"))
+    with TestClient(create_app(lab.settings(policies=rules), clock=lab.clock)) as client:
+        assert [ask(client, as_role("consumer"), row).status_code for _ in range(3)] == [429] * 3
+    assert len(lab.entries("prediction.denied")) == 3
 
 
 def test_two_servers_share_one_quota(lab, as_role, row):

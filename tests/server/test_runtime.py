@@ -268,6 +268,26 @@ def test_rows_that_arrive_together_share_a_run_and_a_lone_row_has_its_own():
     asyncio.run(main())
 
 
+def test_rows_of_two_event_loops_share_no_run():
+    batching, slow = Batching(), Slow()
+    batching._cost_s[id(slow)] = 1.0
+    batching.in_flight = 20
+    loops = [asyncio.new_event_loop() for _ in range(2)]
+    try:
+        asked = [loop.create_task(batching.run(slow, [[1.0]], None)) for loop in loops for _ in range(2)]
+        for loop in loops:  # each goes one turn: its rows gather, and are not run yet
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+        assert slow.runs == []
+        loops[0].run_until_complete(asyncio.wait(asked[:2]))
+        assert slow.runs == [2]
+        loops[1].run_until_complete(asyncio.wait(asked[2:]))
+        assert [each.result() for each in asked] == [[[2.0]]] * 4
+    finally:
+        for loop in loops:
+            loop.close()
+
+
 class Ticking:
     """A clock that a model moves."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import math
 import struct
 import zlib
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from server.errors import BodyTooLargeError, MalformedRequestError
 from server.oip.codec import compressed, decompressed, read_ask, write_answer
-from server.oip.tensors import InferAsk, Signature, Tensor, TensorError, from_raw, to_raw
+from server.oip.tensors import InferAsk, Signature, Tensor, TensorError, flat, from_raw, to_raw
 
 NUMBERS = Signature((("a", "number"), ("b", "integer")), "binary", ("no", "yes"))
 MIXED = Signature(
@@ -96,11 +97,11 @@ def test_nan_is_a_missing_value():
         (body(tensor()), "neither data"),
         (body(tensor(data=[1])), "1 values"),
         (body(tensor(data="12")), "give a list"),
-        (body(tensor(data=[[[1, 2]]])), "deeper"),
-        (body(tensor(data=[[1], [2, 3]])), "more values"),
+        (body(tensor(data=[[[1, 2]]])), "level 1 has 1 items"),
+        (body(tensor(data=[[1], [2, 3]])), "level 0 has 2 items"),
         (body(tensor(data=[1, "2"])), "no FP64"),
         (body(tensor(data=[1, True])), "no FP64"),
-        (body(tensor(data=[1, None])), "no FP64"),
+        (body(tensor(data=[1, None])), "send NaN in a binary tensor"),
         (body(tensor(datatype="INT64", data=[1, 2.0])), "no INT64"),
         (body(tensor(datatype="BYTES", data=["1", "2"])), "holds BYTES"),
         (body(tensor(data=[1, 2]), tensor(data=[1, 2])), "is no input"),
@@ -205,3 +206,96 @@ def test_outputs_are_raw_where_the_request_asks_so():
     assert head["outputs"][1]["parameters"] == {"binary_data_size": 8}
     data, length = write_answer({}, outputs, InferAsk(binary=True))
     assert data[length:] == b"\3\0\0\0yes" + struct.pack("<d", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "problem"),
+    [
+        ((2, 3), [[1, 2], [3, 4], [5, 6]], "level 0 has 3 items"),  # the columns, one after the other
+        ((2, 3), [[1, 2], [3, 4, 5, 6]], "level 1 has 2/4 items"),
+        ((2, 3), [[1, 2, 3, 4], [5, 6]], "level 1 has 2/4 items"),
+        ((2, 3), [[1, 2, 3, 4, 5, 6], []], "level 1 has 0/6 items"),
+        ((2, 3), [[1], [2], [3], [4], [5], [6]], "level 0 has 6 items"),
+        ((6, 1), [[1, 2], [3, 4], [5, 6]], "level 0 has 3 items"),
+        ((2, 3), [1, [2, 3, 4, 5, 6]], "level 1 is not all lists"),
+        ((2, 3), [[1, 2, 3], 4, 5, 6], "level 0 has 4 items"),
+        ((2, 1, 3), [[1, 2, 3], [4, 5, 6]], "level 1 has 3 items"),
+        ((2, 3, 1), [[1, 2, 3], [4, 5, 6]], "level 2 is not all lists"),
+        ((2, 3), [[[1], [2], [3]], [[4], [5], [6]]], "deeper than its shape"),
+        ((1,), [[1]], "deeper than its shape"),
+        ((2, 0), [[], [[]]], "level 1 has 0/1 items"),
+    ],
+)
+def test_nested_data_that_contradicts_its_shape_is_refused_by_tensor_and_level(shape, data, problem):
+    with pytest.raises(TensorError, match=f"^rows: data.*{problem}|^rows: data is nested {problem}"):
+        flat("rows", "FP64", shape, data)
+
+
+def nested(values, shape):
+    if len(shape) == 1:
+        return values
+    size = len(values) // shape[0]
+    return [nested(values[k * size : (k + 1) * size], shape[1:]) for k in range(shape[0])]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_values_in_their_own_shape_are_read_row_by_row(shape):
+    values = list(range(math.prod(shape)))
+    assert flat("t", "INT64", shape, nested(values, shape)) == flat("t", "INT64", shape, values) == values
+
+
+def test_no_rows_may_be_nested():
+    assert flat("t", "FP64", (0, 3), []) == flat("t", "FP64", (2, 0), [[], []]) == []
+    assert flat("t", "FP64", (2, 0, 3), [[], []]) == []
+
+
+@pytest.mark.parametrize(
+    ("accepted", "used"),
+    [
+        ("gzip", "gzip"), ("deflate", "deflate"), ("deflate, gzip", "gzip"), ("GZIP", "gzip"), ("*", "gzip"),
+        ("gzip;q=0", ""), ("gzip; q=0.000", ""), ("gzip;Q=0", ""), ("gzip;q=0, deflate", "deflate"),
+        ("gzip;q=0.2, deflate;q=0.9", "deflate"), ("*;q=0", ""), ("*;q=0, gzip", "gzip"),
+        ("gzip;q=0, *", "deflate"), ("identity, gzip;q=0.5", ""), ("identity;q=0.1, gzip;q=0.5", "gzip"),
+        ("gzip;q=2", ""), ("gzip;q=", ""), ("gzip;x", ""), ("br", ""), ("identity", ""), (";q=1", ""),
+    ],
+)  # fmt: skip
+def test_answer_is_compressed_only_as_the_caller_weighs_it(accepted, used):
+    assert compressed(b"x" * 2_000, accepted)[1] == used
+
+
+def test_gzip_of_several_members_is_one_body_under_one_limit():
+    parts = [gzip.compress(part, mtime=0) for part in (b"one", b"", b"two")]
+    assert decompressed(b"".join(parts), "gzip", limit=6) == b"onetwo"
+    with pytest.raises(BodyTooLargeError):
+        decompressed(b"".join(parts), "gzip", limit=5)
+    with pytest.raises(BodyTooLargeError):
+        decompressed(gzip.compress(b"\0" * 900) * 3, "gzip", limit=2_000)
+    for broken in (b"".join(parts)[:-1], b"".join(parts) + b"\0", zlib.compress(b"x") * 2):
+        with pytest.raises(MalformedRequestError):
+            decompressed(broken, "gzip", limit=1_000)
+    with pytest.raises(MalformedRequestError):
+        decompressed(zlib.compress(b"x") * 2, "deflate", limit=1_000)
+    assert decompressed(parts[0] * 64, "gzip", limit=1_000) == b"one" * 64
+    with pytest.raises(MalformedRequestError, match="more than 64 members"):
+        decompressed(parts[1] * 65, "gzip", limit=1_000)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"classification": 1},
+        {"binary_data": True, "classification": 3},
+        {"shared_memory_region": "r", "shared_memory_byte_size": 8},
+        {"binary_data": 1},
+    ],
+)
+def test_output_parameters_that_are_not_offered_are_refused(parameters):
+    asked = [{"name": "probability", "parameters": parameters}]
+    with pytest.raises(TensorError, match=r"^probability: .*binary_data"):
+        read_ask(body(tensor(data=[1, 2]), outputs=asked), None)
+
+
+@pytest.mark.parametrize("field", ["model_name", "model_version"])
+def test_name_in_the_body_is_a_text(field):
+    with pytest.raises(MalformedRequestError, match="model_name, model_version"):
+        read_ask(body(tensor(data=[1, 2]), **{field: 5}), None)

@@ -57,6 +57,16 @@ def test_tensors_that_do_not_add_up_are_refused(fields):
         read_ask(request(**fields))
 
 
+def test_output_parameters_that_are_not_offered_are_refused():
+    made = request(inputs=[tensor(fp64_contents=[1])])
+    asked = made.outputs.add(name="label")
+    asked.parameters["binary_data"].bool_param = True
+    assert read_ask(made).outputs == {"label": True}
+    asked.parameters["classification"].int64_param = 1
+    with pytest.raises(MalformedRequestError, match="classification"):
+        read_ask(made)
+
+
 def test_every_call_of_the_protocol_has_its_messages():
     for rpc in RPCS:
         for kind in ("Request", "Response"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+import struct
+from dataclasses import replace
 
 import pytest
 from starlette.testclient import TestClient
@@ -12,6 +15,8 @@ from audit.merkle import hash_leaf
 from audit.notes import NoteVerifier
 from audit.receipts import Receipt, verify_receipt
 from server.app import create_app
+from server.guard import Guard
+from server.hooks import Annotation
 
 URL = "/v2/models/toy/infer"
 
@@ -147,7 +152,22 @@ def test_errors_have_the_protocols_form(client, as_role, method, path, headers, 
         {"parameters": {"purpose": "triage", "subject": "x" * 257}},
         {"parameters": {"purpose": "triage", "unknown": True}},
         {"parameters": {"purpose": "triage", "wait": "never"}},
+        {"parameters": {"purpose": "triage", "wait": ""}},
+        {"parameters": {"purpose": ""}},
+        {"parameters": {"purpose": "triage", "subject": ""}},
+        {"parameters": {"purpose": "triage", "site": ""}},
+        {"parameters": {"purpose": "triage", "consent": ""}},
+        {"parameters": {"purpose": "triage", "legal_basis": ""}},
+        {"parameters": {"purpose": "triage", "subject": None}},
+        {"parameters": {"purpose": "triage", "timeout": -1}},
+        {"parameters": {"purpose": "triage", "timeout": True}},
+        {"parameters": {"purpose": "triage", "timeout": "5"}},
+        {"parameters": {"purpose": "triage", "priority": "high"}},
+        {"parameters": {"purpose": "triage", "sequence_start": 1}},
         {"outputs": [{"name": "secret"}]},
+        {"outputs": [{"name": "label", "parameters": {"classification": 1}}]},
+        {"model_name": "another"},
+        {"model_version": "0" * 64},
     ],
 )
 def test_parameters_that_mean_nothing_are_refused(client, lab, as_role, change):
@@ -178,3 +198,108 @@ def test_waiting_brings_the_proof(lab, as_role):
         shown = client.post(URL, headers=as_role("consumer"), json=body).json()["parameters"]
         assert shown["level"] == "checkpointed"
         assert shown["proof"].startswith("c2sp.org/tlog-proof")
+
+
+def test_an_empty_purpose_is_refused_though_the_header_names_one(client, lab, as_role):
+    headers = {**as_role("consumer"), "Affidavit-Purpose": "triage"}
+    reply = client.post(URL, headers=headers, json=ask(parameters={"purpose": ""}))
+    assert (reply.status_code, reply.json()["error"]) == (
+        422, "parameters.purpose: is empty; give it, or leave it out",
+    )  # fmt: skip
+    assert lab.entries("prediction") == []
+
+
+def test_columns_in_place_of_rows_get_no_answer(client, lab, as_role):
+    inputs = [{"name": "age", "shape": [2, 1], "datatype": "INT64", "data": [[51, 52]]}]
+    reply = client.post(URL, headers=as_role("consumer"), json=ask(inputs=inputs))
+    assert reply.status_code == 422
+    assert reply.json()["error"].startswith("age: data: level 0 has 1 items, where shape [2, 1] says 2")
+    assert lab.entries("prediction") == []
+
+
+def test_the_bodys_own_names_may_repeat_the_paths(client, lab, as_role):
+    path = f"/v2/models/toy/versions/{lab.version}/infer"
+    named = ask(model_name="toy", model_version=lab.version)
+    assert client.post(path, headers=as_role("consumer"), json=named).status_code == 200
+    for names in ({"model_name": "toy"}, {"model_name": None, "model_version": None}, {"model_version": ""}):
+        assert client.post(URL, headers=as_role("consumer"), json=ask(**names)).status_code == 200
+    reply = client.post(URL, headers=as_role("consumer"), json=named)
+    assert (reply.status_code, reply.json()["error"][:13]) == (422, "model_version")
+
+
+def test_what_other_servers_schedule_by_is_taken_and_changes_nothing(client, as_role):
+    more = {"priority": 1, "sequence_id": 5, "sequence_start": True, "sequence_end": False, "timeout": 0}
+    reply = client.post(URL, headers=as_role("consumer"), json=ask(parameters={"purpose": "triage", **more}))
+    assert reply.status_code == 200
+
+
+def held(client, gate):
+    """Keep each answer back until the gate opens."""
+    predicting = client.app.state.context.predicting
+
+    class Held:
+        async def annotate(self, answering):
+            await gate.wait()
+            return Annotation()
+
+    predicting.hooks = replace(predicting.hooks, annotators=(Held(),))
+
+
+@pytest.mark.parametrize("query", ["", "?as=a-stranger"])
+def test_timeout_of_the_protocols_clients_ends_the_request(client, as_role, query):
+    """The gate never opens: only the caller's own limit, in microseconds, ends it."""
+    held(client, asyncio.Event())
+    body = ask(parameters={"purpose": "triage", "timeout": 1})
+    reply = client.post(URL + query, headers=as_role("consumer"), json=body)
+    assert (reply.status_code, reply.headers["affidavit-code"]) == (504, "request.deadline")
+    assert client.get("/healthz").status_code == 200
+
+
+def test_a_long_timeout_is_no_longer_than_the_servers(lab, as_role):
+    app = create_app(lab.settings(request_timeout_s=0.05), clock=lab.clock)
+    with TestClient(app) as client:
+        held(client, asyncio.Event())
+        body = ask(parameters={"purpose": "triage", "timeout": 2**53 - 1})
+        reply = client.post(URL, headers=as_role("consumer"), json=body)
+        assert reply.status_code in (503, 504)
+
+
+@pytest.mark.parametrize(
+    ("path", "wait", "told"),
+    [
+        (URL, None, False), (URL, "sequenced", False), (URL, "checkpointed", True),
+        (URL + "?as=a-stranger", "checkpointed", True),
+        ("/v1/models/toy/predict", None, False), ("/v1/models/toy/predict?wait=checkpointed", None, True),
+        ("/v1/models/toy/predict?wait=sequenced", None, False),
+    ],
+)  # fmt: skip
+def test_waiting_for_a_proof_says_nothing_about_load(lab, as_role, row, path, wait, told):
+    """Every answer here is later than it should be; those that waited by their own wish lower no limit."""
+    settings = lab.settings(publish_interval_s=0.02, shed_latency_s=1e-9)
+    with TestClient(create_app(settings, clock=lab.clock)) as client:
+        shedder = shedder_of(client.app)
+        body = ask(parameters={"purpose": "triage", **({"wait": wait} if wait else {})})
+        if "/predict" in path:
+            body = {"purpose": "triage", "rows": [row]}
+        reply = client.post(path, headers=as_role("consumer"), json=body)
+        assert reply.status_code == 200
+        assert (shedder.limit == shedder.most) is told
+
+
+def shedder_of(app):
+    layer = app.middleware_stack
+    while not isinstance(layer, Guard):
+        layer = layer.app
+    return layer._shedder
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf")])
+def test_infinity_in_a_raw_batch_is_refused_by_row_and_feature(client, lab, as_role, number):
+    raw = struct.pack("<3d", 51, number, 52)
+    inputs = [{"name": "age", "shape": [3], "datatype": "FP64", "parameters": {"binary_data_size": 24}}]
+    head = json.dumps(ask(inputs=inputs)).encode()
+    headers = {**as_role("consumer"), "Inference-Header-Content-Length": str(len(head))}
+    reply = client.post(URL, headers=headers, content=head + raw)
+    assert (reply.status_code, reply.headers["affidavit-code"]) == (422, "predict.row_outside_contract")
+    assert reply.json()["error"].startswith("row 1, age: ")
+    assert lab.entries("prediction") == []
