@@ -390,8 +390,7 @@ class Crowd:
     def _tell(self, jobs: list[Job]) -> None:
         service = self._service
         receipts = service.receipting.receipts([job.sequenced for job in jobs])
-        monitoring = service.monitoring
-        monitoring.tallies.observe(monitoring.append_seconds, time.perf_counter() - jobs[0].begun)
+        service.journal.durable(time.perf_counter() - jobs[0].begun)
         answered: list[tuple[Job, Answered]] = []
         for job, receipt in zip(jobs, receipts, strict=True):
             made = (job.answering, job.added, job.guard, job.sequenced, receipt, job.opened)
