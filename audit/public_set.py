@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from audit.decimals import DecimalError, decimal_text, parse_decimal
-from audit.encoding import EncodingError, RowEncoder
+from audit.encoding import EncodingError, RowEncoder, is_missing
 from audit.errors import AuditError
 
 
@@ -61,6 +61,19 @@ def read_public_set(
     if not rows:
         raise PublicSetError("public set: no rows")
     return rows, labels
+
+
+def missing_values(data: bytes, names: Sequence[str]) -> dict[str, frozenset[int]]:
+    """Return the places of the rows that lack each of the named features.
+
+    An encoded number does not tell: what is missing lies where the middle of the declared range does.
+
+    `data` is a file that `read_public_set` has read; both pass over empty lines.
+    """
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+    return {
+        name: frozenset(place for place, row in enumerate(rows) if is_missing(row[name])) for name in names
+    }
 
 
 def _label(text: str, label: Mapping[str, Any], number: int) -> float:

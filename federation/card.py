@@ -2,6 +2,9 @@
 
 The content is `federation.model_card`'s; here is only how it looks as Markdown, as JSON for machines, and as
 one HTML page that prints well and loads nothing from anywhere.
+
+No string of a card is mark-up. What a charter, an officer or a site says goes into a card as it is, and every
+form escapes it: `told` alone makes bold, code and verdicts, out of a template of the card's own.
 """
 
 from __future__ import annotations
@@ -11,19 +14,72 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 NO_EVIDENCE: Final = "NO EVIDENCE"
-_WORDS = re.compile(r"NO EVIDENCE|ATTESTED|PROVED|FAILED")
-_BOLD = re.compile(r"\*\*(.+?)\*\*")
-_CODE = re.compile(r"`([^`]*)`")
+Style: TypeAlias = Literal["plain", "bold", "code", "verdict"]
+_MARKS: Final = re.compile(
+    r"\*\*(?P<bold>.+?)\*\*|`(?P<code>[^`]+)`|(?P<verdict>NO EVIDENCE|ATTESTED|PROVED|FAILED)"
+)
+_HIDDEN: Final = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turn the reading direction
+_BREAKS: Final = re.compile("[\x00-\x20\x7f-\x9f\u2028\u2029]+")
+_SPECIAL: Final = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
+_NUMBERED: Final = re.compile(r"^(\d{1,9})([.)])")
+_FIRST: Final = re.compile(r"^[#+=:-]")
+_is_plain_code = re.compile(r"[A-Za-z0-9+/=:.-]+( [A-Za-z0-9+/=:.-]+)*").fullmatch
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    text: str
+    style: Style = "plain"
+
+
+class Text(str):
+    """What a card says: as a str it is plain text, `spans` hold how it looks."""
+
+    __slots__ = ("spans",)
+
+    spans: tuple[Span, ...]
+
+    def __new__(cls, *spans: Span) -> Text:
+        made = super().__new__(cls, "".join(span.text for span in spans))
+        made.spans = spans
+        return made
+
+
+def told(template: str, *values: object) -> Text:
+    """Return a text of the card's own, in which each `{}` is a value that is shown as it is.
+
+    In the template `code`, **bold** and the verdicts are mark-up; in a value nothing is.
+
+    >>> told("**{}** is ATTESTED", "**x** PROVED").spans
+    (Span(text='**x** PROVED', style='bold'), Span(text=' is ', style='plain'), Span(text='ATTESTED', style='verdict'))
+    """  # noqa: E501 - the line is what Python prints
+    spans: list[Span] = []
+    left = [str(value) for value in values]
+
+    def add(piece: str, style: Style) -> None:
+        first, *others = piece.split("{}")
+        text = first + "".join(left.pop(0) + other for other in others)
+        if text:
+            spans.append(Span(text, style))
+
+    place = 0
+    for found in _MARKS.finditer(template):
+        add(template[place : found.start()], "plain")
+        style: Style = "bold" if found["bold"] else "code" if found["code"] else "verdict"
+        add(found[style], style)
+        place = found.end()
+    add(template[place:], "plain")
+    if left:
+        raise ValueError(f"{template!r} has no place for {len(left)} of its values")
+    return Text(*spans)
 
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """Text, in which `code` and **bold** are all there is of Markdown."""
-
-    text: str
+    text: str  # or a `Text`
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +115,10 @@ class Card:
 
     def markdown(self) -> str:
         """Return the card as Markdown."""
-        lines = [f"# {self.title}", "", self.about]
+        lines = [f"# {_marked(self.title)}", "", _begun(self.about)]
         for section in self.sections:
             mark, where = ("##", f" (Annex IV, {section.annex})") if section.annex else ("###", "")
-            lines += ["", f"{mark} {section.heading}{where}"]
+            lines += ["", f"{mark} {_marked(section.heading)}{where}"]
             for block in section.blocks:
                 lines += ["", *_markdown(block)]
         return "\n".join(lines) + "\n"
@@ -98,21 +154,51 @@ class Card:
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+            f"<title>{escape(_line(self.title))}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
         )
 
 
 def _markdown(block: Block) -> Iterator[str]:
     match block:
         case Paragraph(text):
-            yield text
+            yield _begun(text)
         case Bullets(items):
-            yield from (f"- {item}" for item in items)
+            yield from (f"- {_begun(item)}" for item in items)
         case Table(header, rows):
-            yield "| " + " | ".join(header) + " |"
+            yield _row(header)
             yield "|" + " --- |" * len(header)
-            for row in rows:
-                yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+            yield from map(_row, rows)
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(map(_marked, cells)) + " |"
+
+
+def _begun(text: str) -> str:
+    """Return a text as Markdown that begins a block, which no character of it may turn into another one."""
+    return _FIRST.sub(r"\\\g<0>", _NUMBERED.sub(r"\1\\\2", _marked(text)))
+
+
+def _marked(text: str) -> str:
+    """Return a text as one line of Markdown."""
+    return "".join(map(_marked_span, _spans(text))).strip()
+
+
+def _marked_span(span: Span) -> str:
+    text = _line(span.text)
+    if span.style == "code" and _is_plain_code(text):
+        return f"`{text}`"
+    shown = _SPECIAL.sub(r"\\\g<0>", escape(text, quote=False))
+    return f"**{shown.strip()}**" if span.style == "bold" and shown.strip() else shown
+
+
+def _spans(text: str) -> tuple[Span, ...]:
+    return text.spans if isinstance(text, Text) else (Span(text),)
+
+
+def _line(text: str) -> str:
+    """Return a text on one line, without what breaks lines, drives terminals or turns what follows around."""
+    return _BREAKS.sub(" ", _HIDDEN.sub("", text))
 
 
 def _plain(block: Block) -> dict[str, Any]:
@@ -141,8 +227,20 @@ def _html(block: Block) -> str:
 
 
 def _inline(text: str) -> str:
-    shown = _BOLD.sub(r"<strong>\1</strong>", _CODE.sub(r"<code>\1</code>", escape(text)))
-    return _WORDS.sub(lambda found: f'<b class="{found[0].lower().replace(" ", "-")}">{found[0]}</b>', shown)
+    return "".join(map(_inline_span, _spans(text)))
+
+
+def _inline_span(span: Span) -> str:
+    shown = escape(_line(span.text))
+    match span.style:
+        case "bold":
+            return f"<strong>{shown}</strong>"
+        case "code":
+            return f"<code>{shown}</code>"
+        case "verdict":
+            return f'<b class="{shown.lower().replace(" ", "-")}">{shown}</b>'
+        case _:
+            return shown
 
 
 _STYLE: Final = """

@@ -3,7 +3,8 @@
 All of it is on the charter's public set with the version's own weights. A share (accuracy, and the rates of a
 group) has Wilson's interval; any other metric a percentile bootstrap, whose generator is seeded by set and
 version, so that the same card comes out everywhere. Groups are those that the charter declares: a category's
-or a boolean's values, and for a number the two halves of its declared range.
+or a boolean's values, and for a number the two halves of its declared range. Rows without a value are a group
+of their own: what a missing value is encoded as says nothing about whom it stands for.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class GroupRates:
     true_positive_rate: float | None
     false_positive_rate: float | None
     error: float | None  # regression: mean absolute error
+    positives: int = 0  # rows of the second class, of two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,45 +122,84 @@ def fairness(
     measures = _measures(charter)
     found = []
     for name in charter.fairness.groups:
-        groups = group_names(charter, name, data.rows)
+        feature, groups = _feature(charter, name), group_names(charter, name, data)
         frame = MetricFrame(
             metrics=measures, y_true=truth, y_pred=called, sensitive_features=np.asarray(groups, dtype=object)
         )
         table = frame.by_group
-        rates = tuple(_rates(str(group), table.loc[group]) for group in sorted(table.index))
+        present = set(groups)
+        rates = tuple(
+            _rates(group, table.loc[group]) if group in present else _no_row(group)
+            for group in _declared(feature)
+            if group in present or group != _missing(feature)
+        )
         differences: dict[str, float] = {
             measure: _largest([getattr(rate, measure) for rate in rates])
             for measure in ("selection_rate", "true_positive_rate", "false_positive_rate", "error")
             if measure in measures
         }
-        accuracies = [rate.accuracy.value for rate in rates if rate.accuracy is not None]
-        if accuracies:
-            differences["accuracy"] = max(accuracies) - min(accuracies)
+        differences["accuracy"] = _largest(
+            [None if rate.accuracy is None else rate.accuracy.value for rate in rates]
+        )
         kept = {key: value for key, value in differences.items() if not math.isnan(value)}
         found.append(FeatureFairness(feature=name, groups=rates, differences=kept))
     return tuple(found)
 
 
-def group_names(charter: Charter, name: str, rows: Sequence[Sequence[float]]) -> list[str]:
-    """Return each encoded row's group by one feature."""
-    place = 0
-    for feature in charter.features:
-        if feature.name == name:
-            return [_group(feature, row[place : place + feature.width]) for row in rows]
-        place += feature.width
-    raise KeyError(name)
+def group_names(charter: Charter, name: str, data: PublicData) -> list[str]:
+    """Return each row's group by one feature."""
+    feature, without = _feature(charter, name), data.missing[name]
+    place = sum(other.width for other in charter.features[: charter.features.index(feature)])
+    declared, missing = _declared(feature), _missing(feature)
+    return [
+        missing if k in without else declared[_place(feature, row[place : place + feature.width])]
+        for k, row in enumerate(data.rows)
+    ]
 
 
-def _group(feature: Feature, values: Sequence[float]) -> str:
+def _feature(charter: Charter, name: str) -> Feature:
+    return next(feature for feature in charter.features if feature.name == name)
+
+
+def _declared(feature: Feature) -> list[str]:
+    """Return every group of a feature in the order in which a card names them, what is missing last."""
     if feature.type == "category":
-        chosen = [k for k, value in enumerate(values) if value > 0.5]
-        return (feature.categories or ())[chosen[0]] if chosen else "missing"
-    if feature.type == "boolean":
-        return "missing" if values[0] == 0 else "true" if values[0] > 0 else "false"
-    lower, upper = float(feature.lower or 0), float(feature.upper or 0)
-    middle = math.sqrt(lower * upper) if feature.transform == "log" else (lower + upper) / 2
-    unit = f" {feature.unit}" if feature.unit else ""
-    return f"below {middle:.6g}{unit}" if values[0] < 0 else f"{middle:.6g}{unit} and above"
+        groups = list(feature.categories or ())
+    elif feature.type == "boolean":
+        groups = ["false", "true"]
+    else:
+        lower, upper = float(feature.lower or 0), float(feature.upper or 0)
+        middle = math.sqrt(lower * upper) if feature.transform == "log" else (lower + upper) / 2
+        unit = f" {feature.unit}" if feature.unit not in (None, "", "1") else ""  # "1": no unit
+        groups = [f"below {middle:.6g}{unit}", f"{middle:.6g}{unit} and above"]
+    return [*groups, _missing(feature)]
+
+
+def _missing(feature: Feature) -> str:
+    """Return the name of the group of rows without a value, which no category has."""
+    name = "missing"
+    while name in (feature.categories or ()):
+        name = f"no value ({name})"
+    return name
+
+
+def _place(feature: Feature, values: Sequence[float]) -> int:
+    """Return the place of a value's group among the declared ones."""
+    return (
+        max(range(len(values)), key=values.__getitem__) if feature.type == "category" else int(values[0] >= 0)
+    )
+
+
+def _no_row(group: str) -> GroupRates:
+    return GroupRates(
+        group=group,
+        rows=0,
+        accuracy=None,
+        selection_rate=None,
+        true_positive_rate=None,
+        false_positive_rate=None,
+        error=None,
+    )
 
 
 def _answers(
@@ -183,6 +224,7 @@ def _measures(charter: Charter) -> dict[str, Callable[[Any, Any], float]]:
     }
     if charter.task == "binary":
         measures |= {
+            "positives": lambda truth, called: float(np.sum(truth == 1)),
             "selection_rate": lambda truth, called: float(np.mean(called == 1)),
             "true_positive_rate": lambda truth, called: _share(called[truth == 1]),
             "false_positive_rate": lambda truth, called: _share(called[truth == 0]),
@@ -214,6 +256,7 @@ def _rates(group: str, row: Any) -> GroupRates:
         true_positive_rate=of("true_positive_rate"),
         false_positive_rate=of("false_positive_rate"),
         error=of("error"),
+        positives=int(of("positives") or 0),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from audit.errors import AuditError
 from audit.forward import forward
 from audit.layers import parameter_specs
 from audit.metrics import METRICS_OF_TASK, evaluate
-from audit.public_set import public_set_digest, read_public_set
+from audit.public_set import missing_values, public_set_digest, read_public_set
 from federation.charter import Charter
 from federation.errors import PublicSetError
 from federation.flat import Vector
@@ -25,11 +25,14 @@ _NUMPY_LAYERS = frozenset({"linear", "relu", "tanh", "sigmoid", "flatten", "site
 
 @dataclass(frozen=True, slots=True)
 class PublicData:
-    """The encoded public set: rows of shape (n, encoded width), labels of length n."""
+    """The encoded public set: rows of shape (n, encoded width), labels of length n, and by feature the rows
+    that had no value.
+    """
 
     digest: str
     rows: list[list[float]]
     labels: list[float]
+    missing: Mapping[str, frozenset[int]]
 
     @classmethod
     def read(cls, charter: Charter, data: bytes) -> PublicData:
@@ -55,7 +58,7 @@ class PublicData:
             raise PublicSetError(
                 f"the public set has {len(rows)} rows, the charter says {charter.public_set.rows}"
             )
-        return cls(digest, rows, labels)
+        return cls(digest, rows, labels, missing_values(data, [f.name for f in charter.features]))
 
 
 def model_outputs(

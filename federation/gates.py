@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from audit.cost_bodies import UNBOUNDED
-from audit.entries import GateResult, MechanismEvent, SiteEpsilon, SiteStatement
+from audit.entries import GateResult, SiteEpsilon, SiteStatement
 from audit.epsilon import needs_rdp
 from audit.metrics import gate_result
 from audit.private_evaluation import SOURCE, private_gate
@@ -64,7 +64,6 @@ def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) ->
     for site, population in populations:
         lifetime = of_population[site, population]
         in_run = spent([s.event for s in lifetime if s.run == run], float(delta))
-        in_all = counted_for([s.event for s in lifetime], in_run.unit)
         found.append(
             SiteEpsilon(
                 site=site,
@@ -72,7 +71,7 @@ def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) ->
                 events=sum(s.run == run for s in lifetime),
                 run_epsilon=in_run.pld_text,
                 run_epsilon_rdp=in_run.rdp_text,
-                lifetime_epsilon=UNBOUNDED if in_all is None else _ever(in_all, delta, needs_rdp(lifetime)),
+                lifetime_epsilon=lifetime_epsilon(lifetime, in_run.unit, delta),
                 delta=charter.document["privacy"]["delta"],
                 accountant=charter.privacy.accountant,
                 relation=in_run.relation,
@@ -82,9 +81,18 @@ def epsilons(charter: Charter, run: str, statements: Sequence[SiteStatement]) ->
     return tuple(found)
 
 
-def _ever(events: Sequence[MechanismEvent], delta: Decimal, by_rdp: bool) -> str:
+def lifetime_epsilon(statements: Sequence[SiteStatement], unit: str, delta: Decimal) -> str:
+    """Return what all releases of one population cost together, counted for a unit; UNBOUNDED where one of
+    them bounds nothing of it.
+
+    Raises:
+        AccountingError: they are of units that do not compose, or give no guarantee at this delta.
+    """
+    events = counted_for([statement.event for statement in statements], unit)
+    if events is None:
+        return UNBOUNDED
     found = spent(events, float(delta))
-    return found.rdp_text if by_rdp else found.pld_text
+    return found.rdp_text if needs_rdp(statements) else found.pld_text
 
 
 def failed_gates(charter: Charter, gates: Sequence[GateResult], costs: Sequence[SiteEpsilon]) -> list[str]:

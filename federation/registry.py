@@ -208,10 +208,14 @@ def run_referenced(log: Ledger, run: str) -> RunReferenced | None:
     return None
 
 
-def statements(log: Ledger, *, site: str | None = None) -> list[SiteStatement]:
-    """Return every statement in the log once, delivered or not, by log order."""
+def statements(log: Ledger, *, site: str | None = None, before: int | None = None) -> list[SiteStatement]:
+    """Return every statement in the log once, delivered or not, by log order; of the leaves before one."""
     columns = {} if site is None else {"site": site}
     found = [(stored.leaf_index, body) for stored, body in bodies(log, SiteStatement, **columns)]
     found += [(stored.leaf_index, body.statement) for stored, body in bodies(log, SiteUndelivered, **columns)]
-    ordered = [statement for _, statement in sorted(found, key=lambda pair: pair[0])]
+    ordered = [
+        statement
+        for index, statement in sorted(found, key=lambda pair: pair[0])
+        if before is None or index < before
+    ]
     return list({event_hash(statement): statement for statement in ordered}.values())

@@ -12,13 +12,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ValidationError
 
 from audit.canonical import parse_strict
-from audit.entries import AccessDenied
 from audit.errors import AuditError
 from audit.principal import AccessDeniedError, Decision, Principal, Question, require
 from audit.vault import Vault
 from federation.coordinator import Coordinator
 from server.access import CedarAuthorizer, PolicyText
 from server.alarming import Alarming
+from server.denials import Denials
 from server.errors import MalformedRequestError, request_id_of
 from server.explaining import Explaining
 from server.identity import Identities
@@ -54,6 +54,7 @@ class Context:
     keys: KeyStore
     authorizer: CedarAuthorizer
     journal: Journal
+    denials: Denials
     live: LiveModels
     predicting: PredictService
     publisher: Publisher
@@ -104,39 +105,18 @@ Caller = Annotated[Principal, Depends(principal_of)]
 
 @asynccontextmanager
 async def denials_recorded(request: Request) -> AsyncIterator[None]:
-    """Make a refusal inside the block an entry before it becomes an answer.
+    """Make a refusal inside the block an entry before it becomes an answer, as `Denials.record` does.
 
     Raises:
-        AccessDeniedError: refused, with the entry's place in `entry`.
+        AccessDeniedError: refused, with the entry's place in `entry` where there is one.
         LedgerUnavailableError: refused, and the log could not record it.
     """
     context = context_of(request)
     try:
         yield
     except AccessDeniedError as denied:
-        await record_denial(context, denied, request_id_of(request))
+        await context.denials.record(denied, request_id_of(request))
         raise
-
-
-async def record_denial(context: Context, denied: AccessDeniedError, request_id: str) -> None:
-    """Make a refusal an entry, and name it in `denied.entry`; LedgerUnavailableError: it is none."""
-    action, principal = denied.question.action, denied.principal
-    for policy in denied.decision.policies:
-        context.monitoring.denials.labels(action, policy).inc()
-    sequenced = await context.journal.append(
-        AccessDenied(
-            request_id=request_id,
-            action=action,
-            principal=principal.id,
-            role=principal.role,
-            policies=denied.decision.policies,
-            policy_set=denied.decision.policy_set,
-        )
-    )
-    denied.entry = {
-        "leaf_index": sequenced.leaf_index,
-        "leaf_hash": sequenced.leaf_hash.hex(),
-    }
 
 
 async def authorise(request: Request, principal: Principal, action: str) -> Decision:

@@ -24,7 +24,7 @@ from anyio import to_thread
 
 from audit.principal import AccessDeniedError, Principal, Question, require
 from federation.errors import FederationError
-from server.context import Context, record_denial
+from server.context import Context
 from server.errors import (
     STATUS,
     DeadlineError,
@@ -233,7 +233,7 @@ class InferenceServer:
         try:
             require(self._context.authorizer, principal, Question(action="models.read", resource="service"))
         except AccessDeniedError as denied:
-            await record_denial(self._context, denied, made.marks.request_id)
+            await self._context.denials.record(denied, made.marks.request_id)
             raise
 
     async def _check(self, request: Any, made: _Call) -> Any:

@@ -328,6 +328,7 @@ def test_the_card_tells_what_the_log_shows_and_what_it_does_not(candidate):
         "dr-lee",
         "looks good",
         "3 of 3 rounds completed",
+        "Attributions of an answer to single features are given on request",
         "has less protection",
     ):
         assert words in card
