@@ -304,7 +304,7 @@ def _named(document: dict[str, Any]) -> dict[str, Any]:
         name = (policy.get("annotations") or {}).get("id")
         if not name:
             raise PolicyLoadError(
-                f"{place_of(generated, document)} has no @id; name it, because the log records policies by name"
+                f"{place_of(generated, document)} has no @id; name it, for the log records policies by name"
             )
         if name in named or name in (DEFAULT_DENY, EVALUATION_ERROR):
             raise PolicyLoadError(f'@id("{name}") is used twice or reserved; choose another')

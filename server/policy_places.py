@@ -42,7 +42,7 @@ def place_of(generated: str, document: Mapping[str, Any]) -> str:
     """Say which policy without an `@id` is meant, by the one before it."""
     policies = document.get("staticPolicies", {})
     order = sorted(policies, key=lambda name: int(name.removeprefix("policy") or 0))
-    before = dict((after, first) for first, after in pairwise(order)).get(generated)
+    before = {after: first for first, after in pairwise(order)}.get(generated)
     number = f"policy {order.index(generated) + 1} of the text"
     name = _name(before, policies) if before is not None else ""
     return f"{number}, after {name}," if name else f"{number}"

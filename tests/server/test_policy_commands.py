@@ -184,7 +184,7 @@ BROKEN = {
         CLOSED + SECOND + " when { resource.nope };\n" + NOBODY, ['@id("second")', "`nope`"],
     ),
     "no id": (CLOSED + "forbid (principal, action, resource);\n", ["policy 2", '@id("closed")', "no @id"]),
-    "no id at first": ("forbid (principal, action, resource);\n" + CLOSED, ["policy 1 of the text", "no @id"]),
+    "no id at first": ("forbid (principal, action, resource);\n" + CLOSED, ["policy 1 of", "no @id"]),
 }  # fmt: skip
 
 
