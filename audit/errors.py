@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class AuditError(Exception):
     """Base of every error `audit` raises on purpose."""
@@ -310,6 +315,20 @@ class SignerError(AuditError):
 
 class SignerMissingError(SignerError):
     code = "audit.signer_missing"
+
+
+class SignerElsewhereError(SignerError):
+    """A copied home names the original's signer; signed with it, the original could sign no more."""
+
+    code = "audit.signer_elsewhere"
+
+    def __init__(self, *, config: Path, named: Path, other: Path, beside: Path | None) -> None:
+        own = f"`signer_home: ../{beside.name}` for the one at {beside}" if beside is not None else "its own"
+        super().__init__(
+            f"{config}: names the signer {named}, which is that of {other}. A copied home must not sign for "
+            f"the original: name the right signer there ({own}), or in AFFIDAVIT_SIGNER_HOME"
+        )
+        self.config, self.named, self.other, self.beside = config, named, other, beside
 
 
 class SignerExistsError(SignerError):

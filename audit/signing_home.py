@@ -7,14 +7,15 @@ the file fail-over knows only what the database holds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from audit.errors import AuditError, LocationError, PolicyFileError, SignerMissingError
+from audit.errors import AuditError, LocationError, PolicyFileError, SignerElsewhereError, SignerMissingError
 from audit.ledger import Ledger
 from audit.ledger_keys import KnownKeys
-from audit.location import CONFIG, read_secret
+from audit.location import CONFIG, log_location, read_secret
 from audit.publisher import Publisher
 from audit.signer import Signer
 from audit.tlog_policy import Policy
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from audit.watchers import Watchers
 
 POLICY_FILE: Final = "policy.txt"
+SIGNER: Final = "AFFIDAVIT_SIGNER_HOME"
 PASSPHRASE: Final = "AFFIDAVIT_SIGNER_PASSPHRASE"  # noqa: S105 - the name of a variable
+
+_BESIDE: Final = "signer"
 
 
 def signer_passphrase(environ: Mapping[str, str] | None = None) -> bytes | None:
@@ -32,20 +36,78 @@ def signer_passphrase(environ: Mapping[str, str] | None = None) -> bytes | None:
     return None if text is None else text.encode()
 
 
-def signer_home_of(home: Path) -> Path:
-    """Return the signer's home that a coordinator's home names.
+def signer_home_of(
+    home: Path, environ: Mapping[str, str] | None = None, *, config: Path | None = None
+) -> Path:
+    """Return the signer's home of a coordinator's home, by the one rule that every command follows.
+
+    AFFIDAVIT_SIGNER_HOME comes first, then `signer_home` of the server's own settings in `config.yaml`, then
+    the `signer_home` that `affidavit init` wrote there. A relative path counts from the coordinator's home,
+    so a home that is moved takes its signer along. An absolute one counts as it is; where its whole folder is
+    gone and a signer lies beside the home, the home was moved with it, and that one is meant.
+    `config` is another place of `config.yaml`, for a home that is not in its place yet.
 
     Raises:
         LocationError: `config.yaml` is missing, unreadable, or names none.
+        SignerElsewhereError: the absolute path is another home's signer: this home is a copy.
     """
+    chosen = (os.environ if environ is None else environ).get(SIGNER)
+    if chosen:
+        return Path(chosen)
+    path = config or home / CONFIG
+    named = _named(path)
+    if named is None:
+        raise LocationError(f"{path}: names no signer_home; it is written by `affidavit init`")
+    if not named.is_absolute():
+        return Path(os.path.abspath(home / named))
+    beside = Path(os.path.abspath(home)).parent / _BESIDE
+    has_own = beside.is_dir() and not _is_same(beside, named)
+    if has_own and not named.parent.exists():  # a disk that is not mounted leaves the folder that it goes to
+        return beside
+    other = named.parent / "coordinator"
+    if (
+        (other / CONFIG).is_file()
+        and not _is_same(other, home)
+        and (has_own or _are_apart(home, other, environ))
+    ):
+        raise SignerElsewhereError(config=path, named=named, other=other, beside=beside if has_own else None)
+    return named
+
+
+def named_for(home: Path, signer_home: Path) -> str:
+    """Return how a home names its signer: by the way from the home where both lie in one folder, which may
+    be moved or copied as a whole, else by an absolute path.
+    """
+    at, signer = Path(os.path.abspath(home)), Path(os.path.abspath(signer_home))
+    return f"../{signer.name}" if signer.parent == at.parent else str(signer)
+
+
+def _named(path: Path) -> Path | None:
     import yaml
 
-    path = home / CONFIG
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Path(document["signer_home"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LocationError(f"{path}: names no signer_home; it is written by `affidavit init`") from error
+    if not isinstance(document, dict):
+        return None
+    section = document.get("server")
+    own = section.get("signer_home") if isinstance(section, dict) else None
+    named = own or document.get("signer_home")
+    return Path(named) if isinstance(named, str) and named else None
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _are_apart(home: Path, other: Path, environ: Mapping[str, str] | None) -> bool:
+    """Whether two homes keep their logs in two files: then one signer cannot sign for both."""
+    one, two = log_location(home, environ).path, log_location(other, environ).path
+    return one is not None and two is not None and not _is_same(one, two)
 
 
 def watchers_of(home: Path, origin: str) -> Watchers | None:

@@ -41,7 +41,7 @@ from audit.ledger import MAX_BATCH, Ledger, Sequenced, StoredEntry
 from audit.location import LOG_FILE, Location, log_location
 from audit.notes import NoteSigner, NoteVerifier, SignatureLine
 from audit.signer import Signer
-from audit.signing_home import publisher_of, signer_home_of, signer_passphrase, watchers_of
+from audit.signing_home import named_for, publisher_of, signer_home_of, signer_passphrase, watchers_of
 from federation.blobs import BlobStore
 from federation.errors import HomeError
 
@@ -114,7 +114,7 @@ class Coordinator:
         home.mkdir(parents=True, exist_ok=True)
         (home / "runs").mkdir(exist_ok=True)
         signer_home.parent.mkdir(parents=True, exist_ok=True)
-        config = {"origin": origin, "signer_home": str(signer_home.absolute())}
+        config = {"origin": origin, "signer_home": named_for(home, signer_home)}
         if database is not None:
             url = Location.parse(database).url
             if url is not None and url.password:
@@ -142,21 +142,23 @@ class Coordinator:
     def open(
         cls, home: Path | str, signer_home: Path | str | None = None, *, clock: Clock | None = None
     ) -> Coordinator:
-        """Open an existing home; never creates one.
+        """Open an existing home; never creates one. Without `signer_home` it is the one that the home names.
 
         Raises:
             HomeError: there is none, or its configuration cannot be read.
+            SignerElsewhereError: the home is a copy, and names the original's signer.
             SignerRollbackError, SignerSplitError: the log is an old copy, or another than was signed.
             AuditError: the log or the signer's state is missing or contradicts itself.
         """
         home = Path(home)
         try:
-            configured = signer_home_of(home)
+            chosen = Path(signer_home) if signer_home is not None else signer_home_of(home)
         except LocationError as error:
             raise HomeError(
                 str(home), "is not a coordinator's home; make one with `affidavit init`"
             ) from error
-        chosen = Path(signer_home) if signer_home is not None else configured
+        if not (home / CONFIG).is_file():
+            raise HomeError(str(home), "is not a coordinator's home; make one with `affidavit init`")
         ledger = Ledger.open(log_location(home))
         try:
             signer = Signer.open(chosen, signer_passphrase())

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from audit.canonical import canonical_bytes
 from audit.commitments import commit, new_salt
 from audit.encoding import EncodingError, PlainRow, plain_row
-from audit.entries import Prediction, RowCommitment
+from audit.entries import ZERO_DIGEST, Prediction, RowCommitment
 from audit.principal import Decision
 from audit.row_tree import RowTree
 from server.errors import RowContractError
@@ -40,6 +40,14 @@ class Asked(NamedTuple):  # one a request, as `Answered`: a frozen dataclass wou
     explain: bool = False  # attribute each answer to its features
 
 
+TEST_ONLY: Final = "a tester's answer: nothing may rest on it"
+
+
+def never_final(role: str, transition: str) -> str:
+    """Return why nothing may ever rest on an answer, whoever reviews it, or ""."""
+    return TEST_ONLY if role == "tester" or transition == ZERO_DIGEST else ""
+
+
 class Answered(NamedTuple):
     """The answers and all that proves them."""
 
@@ -58,6 +66,7 @@ class Answered(NamedTuple):
     proof: str | None = None  # C2SP tlog-proof, above "sequenced"
     annotations: Mapping[str, Any] = MappingProxyType({})  # what `server.hooks` added
     review: str = ""  # what names this decision at /v1/reviews, where a person must review it; else ""
+    never_final: str = ""  # why no review can make it final; "" where one can
 
 
 def encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[list[float]]]:

@@ -16,7 +16,7 @@ from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from audit.subjects import ORPHAN_AGE_S, reconcile
 from audit.vault_home import open_vault
@@ -94,9 +94,15 @@ answer without an entry.
 
 
 class _Application(FastAPI):
-    """FastAPI, entered at its outermost middleware that is ours: the guard lets no error out."""
+    """FastAPI, entered at its outermost middleware that is ours: the guard lets no error out.
+
+    Why it did not start stays in `state.start_error`, for who started it, in place of a traceback in the log.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await super().__call__(scope, receive, _without_traceback(send))
+            return
         stack = self.middleware_stack
         if scope["type"] == "http" and not self.root_path and isinstance(stack, ServerErrorMiddleware):
             scope["app"] = self
@@ -105,12 +111,21 @@ class _Application(FastAPI):
             await super().__call__(scope, receive, send)
 
 
+def _without_traceback(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "lifespan.startup.failed":
+            message = {**message, "message": ""}
+        await send(message)
+
+    return sending
+
+
 def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
     """Build the application. Policies are loaded and checked here, so a bad file stops the start.
 
     Raises:
         PolicyLoadError: the access policies do not hold together.
-        SettingsError: traces are asked for, and OpenTelemetry is not installed.
+        SettingsError: traces are asked for, and OpenTelemetry is not installed, or their address is none.
     """
     text = read_policies(settings.policies) if settings.policies else shipped_policies()
     authorizer, monitoring = CedarAuthorizer(text), Monitoring()
@@ -119,6 +134,15 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with serving(app):
+                yield
+        except Exception as error:
+            app.state.start_error = error
+            raise
+
+    @asynccontextmanager
+    async def serving(app: FastAPI) -> AsyncIterator[None]:
         context = build_context(settings, authorizer, monitoring, clock)
         app.state.context, grpc_server = context, None
         try:
@@ -132,7 +156,7 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
                 from server.oip.grpc_service import InferenceServer
 
                 grpc_server = InferenceServer(context, app.version, shedder)
-                app.state.grpc_port = await grpc_server.start(f"{settings.host}:{settings.grpc_port}")
+                app.state.grpc_port = await grpc_server.start(settings.address(settings.grpc_port))
                 _logger.info("gRPC on port %d", app.state.grpc_port)
             context.readiness.state = "ready"
             yield
@@ -230,7 +254,7 @@ def build_context(
     limits = (Limit(60, settings.quota_rows_per_minute), Limit(86_400, settings.quota_rows_per_day))
     quotas = Quotas(settings.coordinator_home, clock, tuple(limit for limit in limits if limit.rows))
     facts = DecisionFacts(rules=rules, clock=clock, follow_s=settings.rules_follow_s)
-    warm = WarmModels(coordinator.blobs)
+    warm = WarmModels(coordinator.blobs, live.in_use)
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
     alarming = Alarming(journal, monitoring)
@@ -286,7 +310,7 @@ def build_context(
         clock=clock,
         reading=ReadingLog(sealing, journal),
         vault=vault,
-        readiness=Readiness(live, warm, publisher.backlog.problem),
+        readiness=Readiness(live, warm, publisher.backlog.problem, journal.recording.problem),
     )
 
 

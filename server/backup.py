@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from audit.errors import SignerRollbackError, SignerSplitError
+from audit.errors import SignerElsewhereError, SignerRollbackError, SignerSplitError
 from audit.ledger import Ledger
-from audit.location import Location, log_location, vault_location
+from audit.location import CONFIG, Location, log_location, vault_location
 from audit.signer import Signer
-from audit.signing_home import signer_passphrase
+from audit.signing_home import signer_home_of, signer_passphrase
 from audit.vault_home import KEY_FILE
 from server import metric_files
 from server.errors import ServerError
@@ -123,8 +123,10 @@ def backup(home: Path, target: Path) -> BackupReport:
     return report
 
 
-def restore(source: Path, home: Path, signer_home: Path) -> BackupReport:
+def restore(source: Path, home: Path, signer_home: Path | None = None) -> BackupReport:
     """Put a backup back into `home`, after checking it against the signer's own state.
+
+    Without `signer_home` it is the one that the backup's own `config.yaml` names, as seen from `home`.
 
     Raises:
         BackupError: the file is no backup, or `home` holds a log already.
@@ -139,7 +141,7 @@ def restore(source: Path, home: Path, signer_home: Path) -> BackupReport:
         unpacked = Path(scratch) / "home"
         with Ledger.open(unpacked / "log.db") as ledger:
             size, origin = ledger.tree_size, ledger.origin
-            _check_against_signer(ledger, signer_home)
+            _check_against_signer(ledger, signer_home or _signer_of(home, unpacked))
         _drop_journals(unpacked)
         if home.exists():
             if any(home.iterdir()):
@@ -153,6 +155,15 @@ def _without_options(place: Location) -> str:
     """A URL that PostgreSQL's own programs read, without a password."""
     assert place.url is not None  # noqa: S101 - asked of PostgreSQL only
     return place.url.set(drivername="postgresql", password=None).render_as_string(hide_password=True)
+
+
+def _signer_of(home: Path, unpacked: Path) -> Path:
+    try:
+        return signer_home_of(home, config=unpacked / CONFIG)
+    except SignerElsewhereError as error:  # restored beside the original, with a signer put beside it too
+        if error.beside is None:
+            raise
+        return error.beside
 
 
 def _check_against_signer(ledger: Ledger, signer_home: Path) -> None:
@@ -238,12 +249,12 @@ def _unpack(source: Path, target: Path) -> list[str]:
 
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Write a checked member, for nobody but us to change; `filter="data"` needs Python 3.11.4."""
+    """Write a checked member, for nobody but us to read; `filter="data"` needs Python 3.11.4."""
     path = target / member.name
     path.parent.mkdir(parents=True, exist_ok=True)
     source = archive.extractfile(member)
     if source is None:
         raise BackupError(f"{member.name}: is no file")
-    mode = (member.mode & 0o755) | 0o600
+    mode = 0o600 | (member.mode & 0o100)
     with source, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         shutil.copyfileobj(source, file)

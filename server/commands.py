@@ -80,7 +80,7 @@ def serve(
 
     from federation.coordinator import Coordinator
     from server import logs, metric_files
-    from server.settings import load_settings
+    from server.settings import load_settings, unknown_variables
 
     flags = {
         "host": host,
@@ -95,6 +95,8 @@ def serve(
     if level not in logging.getLevelNamesMapping():
         raise CommandError(f"log_level {settings.log_level!r} is unknown; use info", code="server.settings")
     logs.configure(settings.log_format, level)
+    for line in unknown_variables(os.environ):
+        logging.getLogger(__name__).warning("%s", line)
     from audit.location import log_location
 
     place = log_location(settings.coordinator_home)
@@ -105,24 +107,23 @@ def serve(
         )
     with Coordinator.open(settings.coordinator_home, settings.signer_home) as coordinator:
         coordinator.publisher.step()  # who may not sign is told here, in one line
-    if settings.workers > 1:
-        if settings.grpc_port == 0:
-            raise CommandError(
-                "grpc_port 0 is one worker's; name a port that all share", code="server.settings"
-            )
-        metric_files.prepare(settings.coordinator_home / metric_files.FOLDER)
+    if settings.workers > 1 and settings.grpc_port == 0:
+        raise CommandError("grpc_port 0 is one worker's; name a port that all share", code="server.settings")
     from server.app import create_app
-    from server.workers import Supervisor, run_worker
+    from server.workers import Supervisor, run_worker, stopping_gently
 
     create_app(settings)  # what is wrong with the policies is told before anything listens
     listener = _listen(settings.host, settings.port)
-    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    url = f"http://{settings.address(listener.getsockname()[1])}"
     emit({"url": url}, f"listening on {url}   (description: {url}/docs)", as_json=as_json)
     sys.stdout.flush()
-    if settings.workers == 1:
-        run_worker(settings, listener, level.lower())
-    elif Supervisor(settings, listener, level.lower()).run():
-        raise CommandError("no worker could be kept alive; the log says why", code="server.workers")
+    with stopping_gently():
+        if settings.workers == 1:
+            run_worker(settings, listener, level.lower())
+            return
+        with closing(metric_files.prepare(settings.coordinator_home / metric_files.FOLDER)):
+            if Supervisor(settings, listener, level.lower()).run():
+                raise CommandError("no worker could be kept alive; the log says why", code="server.workers")
 
 
 @keys.command("create")
@@ -269,7 +270,7 @@ def status(home: Home = None, as_json: AsJson = False) -> None:
         name: {"value": str(value) if isinstance(value, Path) else value, "source": loaded.sources[name]}
         for name, value in loaded.settings.model_dump().items()
     }
-    state = _home_state(base_home(home), loaded.settings.coordinator_home)
+    state = _home_state(base_home(home), loaded.settings.coordinator_home, loaded.settings.signer_home)
     rows = [[name, item["value"], item["source"]] for name, item in values.items()]
     shown = table("", ("setting", "value", "source"), rows)
     lines = "\n".join(f"{name:<12} {value}" for name, value in state.items())
@@ -334,7 +335,7 @@ def restore(
     from server.backup import restore as put_back
 
     base = base_home(home)
-    report = put_back(file, base / "coordinator", base / "signer")
+    report = put_back(file, base / "coordinator")
     shown = (
         f"restored {report.tree_size} entries of {report.origin} to {report.path}; check: affidavit log fsck"
     )
@@ -342,6 +343,7 @@ def restore(
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    import errno
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -351,9 +353,14 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
+    except UnicodeError as error:
+        listener.close()
+        raise CommandError(f"{host}: is no host; give an address of this machine as --host") from error
     except OSError as error:
         listener.close()
-        raise CommandError(f"{host} port {port}: {error.strerror}; choose another --port") from error
+        ours = not isinstance(error, socket.gaierror) and error.errno != errno.EADDRNOTAVAIL
+        fix = "choose another --port" if ours else "give an address of this machine as --host"
+        raise CommandError(f"{host} port {port}: {error.strerror}; {fix}") from error
     return listener
 
 
@@ -403,7 +410,7 @@ def _write_secret(path: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def _home_state(base: Path, coordinator: Path) -> dict[str, str]:
+def _home_state(base: Path, coordinator: Path, signer: Path) -> dict[str, str]:
     from audit.errors import AuditError
     from audit.ledger import Ledger
     from audit.location import log_location
@@ -414,7 +421,7 @@ def _home_state(base: Path, coordinator: Path) -> dict[str, str]:
             state["log"] = f"{ledger.origin}, {ledger.tree_size} entries"
     except AuditError as error:
         state["log"] = f"none ({error})"
-    state["signer"] = "present" if (base / "signer").is_dir() else "none"
+    state["signer"] = "present" if signer.is_dir() else "none"
     for role in ("sites", "officers"):
         folder = base / role
         names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

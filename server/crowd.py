@@ -81,6 +81,7 @@ class Job:
     plain: list[dict[str, Any]] = field(init=False)
     encoded: list[list[float]] = field(init=False)
     answers: tuple[dict[str, Any], ...] = field(init=False)
+    margins: tuple[float | None, ...] = field(init=False)
     answering: Answering = field(init=False)
     added: Annotation = field(init=False)
     commitments: RowCommitment | Commitments = field(init=False)
@@ -310,6 +311,7 @@ class Crowd:
                 stop = start + len(job.encoded)
                 try:
                     job.answers = tuple(warm.answers_of(outputs[start:stop]))
+                    job.margins = warm.margins_of(outputs[start:stop])
                 except Exception:  # noqa: BLE001 - as above
                     _send_back([job])
                 else:
@@ -326,6 +328,7 @@ class Crowd:
             plain=job.plain,
             encoded=job.encoded,
             answers=job.answers,
+            margins=job.margins,
         )
         added = job.context.run(self._service.hooks.annotate_now, job.answering)
         if added is None:
@@ -387,8 +390,7 @@ class Crowd:
     def _tell(self, jobs: list[Job]) -> None:
         service = self._service
         receipts = service.receipting.receipts([job.sequenced for job in jobs])
-        monitoring = service.monitoring
-        monitoring.tallies.observe(monitoring.append_seconds, time.perf_counter() - jobs[0].begun)
+        service.journal.durable(time.perf_counter() - jobs[0].begun)
         answered: list[tuple[Job, Answered]] = []
         for job, receipt in zip(jobs, receipts, strict=True):
             made = (job.answering, job.added, job.guard, job.sequenced, receipt, job.opened)

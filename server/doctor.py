@@ -107,10 +107,10 @@ def _signer(base: Path) -> Check:
     from audit.ledger import Ledger
     from audit.location import log_location
     from audit.signer import Signer
-    from audit.signing_home import signer_passphrase
+    from audit.signing_home import signer_home_of, signer_passphrase
 
     try:
-        signed = Signer.open(base / "signer", signer_passphrase()).state().checkpoint
+        signed = Signer.open(signer_home_of(base / "coordinator"), signer_passphrase()).state().checkpoint
         with Ledger.open(log_location(base / "coordinator")) as ledger:
             size = ledger.tree_size
             ok = signed.tree_size <= size and (

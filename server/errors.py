@@ -236,6 +236,7 @@ STATUS: Final[dict[str, int]] = {
     "audit.ledger_corrupt": 503,
     "audit.ledger_unreachable": 503,
     "audit.signer_busy": 503,
+    "audit.signer_elsewhere": 503,
     "audit.signer_missing": 503,
     "audit.signer_rewrite": 503,
     "audit.signer_rollback": 503,

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, Protocol
 
 from audit.entries import Body, IndexColumns, encode_entry, index_columns, new_entry
@@ -17,6 +17,7 @@ from audit.errors import AuditError, StaleViewError
 from audit.ledger import AppendRequest, Guard, Ledger, LoopWaiter, Sequenced, append_request
 from server.errors import LedgerUnavailableError
 from server.monitoring import Monitoring
+from server.recording import Recording, try_log
 
 _logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Journal:
     def __init__(self, ledger: Ledger, clock: Clock, monitoring: Monitoring, *, timeout_s: float) -> None:
         self._ledger, self._clock, self._monitoring = ledger, clock, monitoring
         self._timeout_s = timeout_s
+        self.recording = Recording(partial(try_log, ledger))
         self._patience: _Patience | None = None
 
     async def append(
@@ -103,8 +105,7 @@ class Journal:
             raise
         except (AuditError, OSError, TimeoutError) as error:
             raise self.failed(error) from error
-        monitoring = self._monitoring
-        monitoring.tallies.observe(monitoring.append_seconds, time.perf_counter() - begun)
+        self.durable(time.perf_counter() - begun)
         return sequenced
 
     def prepared(self, body: Body, guard: Guard) -> AppendRequest:
@@ -129,9 +130,11 @@ class Journal:
         data, event_id, columns = self._encode(body, event_id)
         try:
             future = self._ledger.append(data, event_id=event_id, index_columns=columns)
-            return future.result(self._timeout_s)
+            sequenced = future.result(self._timeout_s)
         except (AuditError, OSError, TimeoutError) as error:
             raise self.failed(error) from error
+        self.recording.succeeded()
+        return sequenced
 
     def now_text(self) -> str:
         """Return the time as entries bear it."""
@@ -146,8 +149,14 @@ class Journal:
             self._patience = _Patience(loop, self._timeout_s)
         return self._patience
 
+    def durable(self, seconds: float) -> None:
+        """Count that entries became durable, together, in so long."""
+        self.recording.succeeded()
+        self._monitoring.tallies.observe(self._monitoring.append_seconds, seconds)
+
     def failed(self, error: Exception) -> LedgerUnavailableError:
         """Count and log that an entry did not become durable; return what its caller is told."""
+        self.recording.failed()
         self._monitoring.append_failures.inc()
         _logger.error("an entry did not become durable: %s: %s", type(error).__name__, error)
         code = getattr(error, "code", type(error).__name__)

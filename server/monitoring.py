@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from server.metric_files import folder_of, forget_dead
+from server import metric_room
+from server.metric_files import folder_of, forget_dead, reading
 from server.tallies import Tallies
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Monitoring:
     """What an operator watches."""
 
     def __init__(self) -> None:
+        metric_room.install()
         self.registry = CollectorRegistry(auto_describe=True)
         self.requests = Counter(
             "affidavit_http_requests",
@@ -53,8 +55,15 @@ class Monitoring:
         )
         self.shadowed = Counter(
             "affidavit_shadow_rows",
-            "Rows that a shadow version was asked, by how its label compares; skipped under load.",
+            "Rows that a shadow version was asked, by how its label compares; skipped under load, "
+            "refused where the policies would not let it answer.",
             ("model", "outcome"),
+            registry=self.registry,
+        )
+        self.canary_passed = Counter(
+            "affidavit_canary_passed",
+            "Requests drawn to a canary that could not answer them, and answered by the live version.",
+            ("model",),
             registry=self.registry,
         )
         self.denials = Counter(
@@ -203,7 +212,10 @@ class Monitoring:
         folder = folder_of()
         if folder is None:
             return generate_latest(self.registry)
+        if not folder.is_dir():  # somebody removed it; the values of this worker are those it keeps
+            return generate_latest(self.registry)
         forget_dead(folder)
         everybody = CollectorRegistry(auto_describe=True)
         MultiProcessCollector(everybody, path=str(folder))  # type: ignore[no-untyped-call]  # has no types
-        return generate_latest(everybody)
+        with reading(folder):
+            return generate_latest(everybody)

@@ -269,8 +269,7 @@ def _parts(home: Path | None) -> Iterator[_Parts]:
     from server.monitoring import Monitoring
     from server.rules import RulesInForce
 
-    base = base_home(home)
-    with Coordinator.open(base / "coordinator", base / "signer") as coordinator:
+    with Coordinator.open(base_home(home) / "coordinator") as coordinator:
         ledger = coordinator.ledger
         yield _Parts(coordinator, Journal(ledger, utc_now, Monitoring(), timeout_s=30), RulesInForce(ledger))
 

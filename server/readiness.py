@@ -1,4 +1,4 @@
-"""Whether this process should get requests: started, the log readable and signed, live models
+"""Whether this process should get requests: started, the log readable, writable and signed, live models
 loaded, not draining.
 
 `/healthz` says that the process lives, and asks nobody else; `/readyz` (and the protocol's
@@ -24,9 +24,17 @@ DRAINING: Final = "the server is draining: it finishes what it has, and takes no
 class Readiness:
     """One process's word on itself."""
 
-    def __init__(self, live: LiveModels, warm: WarmModels, backlog: Callable[[], str]) -> None:
-        """Prepare; `backlog` says why the log's checkpoints keep receipts' promises no more, or nothing."""
-        self._live, self._warm, self._backlog = live, warm, backlog
+    def __init__(
+        self,
+        live: LiveModels,
+        warm: WarmModels,
+        backlog: Callable[[], str],
+        recording: Callable[[], str],
+    ) -> None:
+        """Prepare; `backlog` says why the log's checkpoints keep receipts' promises no more, or nothing, and
+        `recording` why no entry becomes durable.
+        """
+        self._live, self._warm, self._backlog, self._recording = live, warm, backlog, recording
         self.state: State = "starting"
 
     def problem(self) -> str:
@@ -39,6 +47,6 @@ class Readiness:
                 served = self._live.choose(model)
                 if served.is_answering:
                     self._warm.get(served)
-            return self._backlog()
+            return self._backlog() or self._recording()
         except (AuditError, ArtefactError) as error:
             return f"{error}"

@@ -144,6 +144,7 @@ class ReviewView(BaseModel):
     id: str
     url: str
     final: bool
+    reason: Annotated[str, Field(description="Why no review can make it final; empty where one can.")] = ""
 
 
 class PredictResponse(BaseModel):

@@ -6,7 +6,10 @@ Order: flag > environment > file > default. The file is `config.yaml` in the coo
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +17,17 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from audit.errors import LocationError
+from audit.signing_home import signer_home_of
 from server.errors import SettingsError
 
 PREFIX: Final = "AFFIDAVIT_"
+OTHER_VARIABLES: Final = frozenset({  # what commands and agents read besides the server's settings
+    "AGENT", "API_KEY", "DATABASE", "DATABASE_PASSWORD", "DATABASE_PASSWORD_FILE", "DEBUG", "HOME",
+    "PASSPHRASE", "RELAY_BELL", "SIGNER_PASSPHRASE", "SIGNER_PASSPHRASE_FILE", "SITES", "SUPERNODE_POLL_S",
+    "VAULT", "VAULT_PASSPHRASE", "VAULT_PASSPHRASE_FILE",
+})  # fmt: skip
+_OF_KUBERNETES: Final = re.compile(r"SERVICE_|PORT_[0-9]+_")
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
@@ -79,6 +90,16 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("checkpoint_late_s: at most merge_delay_s, which receipts promise")
         return self
 
+    @model_validator(mode="after")
+    def _has_a_port_for_each(self) -> Settings:
+        if self.grpc_port is not None and self.grpc_port == self.port != 0:
+            raise ValueError(f"grpc_port: {self.port} is the port of HTTP; choose another")
+        return self
+
+    def address(self, port: int) -> str:
+        """Return host and port as URLs write them: an IPv6 address stands in brackets."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
     @property
     def late_s(self) -> float:
         """How long an entry may wait for a checkpoint before nothing is answered any more."""
@@ -89,6 +110,22 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     def _by_commas(cls, value: Any) -> Any:
         """The environment holds one text."""
         return tuple(filter(None, value.replace(" ", "").split(","))) if isinstance(value, str) else value
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return, for each AFFIDAVIT_… of the environment that nothing reads, what to tell the operator.
+
+    What Kubernetes sets for a service of that name (AFFIDAVIT_SERVICE_HOST, AFFIDAVIT_PORT_80_TCP) is let be.
+    """
+    known = {name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    told = []
+    for name in sorted(name.removeprefix(PREFIX) for name in environ if name.startswith(PREFIX)):
+        if name in known or _OF_KUBERNETES.match(name):
+            continue
+        close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+        meant = f"; {PREFIX}{close[0]} is one" if close else ""
+        told.append(f"{PREFIX}{name} is no setting, and is ignored{meant}")
+    return told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +148,7 @@ def load_settings(
         base: the folder that holds the homes, in place of `.affidavit`.
 
     Raises:
+        SignerElsewhereError: the home is a copy, and names the original's signer.
         SettingsError: a value or a name is not one of `Settings`; the message says where it came from.
     """
     environ = os.environ if environ is None else environ
@@ -135,6 +173,10 @@ def load_settings(
     for name, value in _file_values(path).items():
         if sources.get(name, "default") == "default":
             values[name], sources[name] = value, f"file {path}"
+    signer = PREFIX + "SIGNER_HOME"
+    if not environ.get(signer) and "signer_home" not in given:
+        with contextlib.suppress(LocationError):  # no home yet, or one that names no signer
+            values["signer_home"], sources["signer_home"] = signer_home_of(home, environ), f"file {path}"
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:

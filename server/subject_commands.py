@@ -236,7 +236,7 @@ def restore(
     from federation.coordinator import Coordinator
 
     folder = base_home(home) / "coordinator"
-    with Coordinator.open(folder, base_home(home) / "signer") as coordinator:
+    with Coordinator.open(folder) as coordinator:
         done = restore_vault(
             file,
             vault_location(folder),
@@ -287,7 +287,7 @@ def _parts(home: Path | None) -> Iterator[tuple[Coordinator, Vault]]:
 
     folder = base_home(home) / "coordinator"
     with (
-        Coordinator.open(folder, base_home(home) / "signer") as coordinator,
+        Coordinator.open(folder) as coordinator,
         open_vault(folder, coordinator.origin) as store,
     ):
         reconcile(coordinator.ledger, store, before=_before(coordinator))

@@ -7,7 +7,8 @@ spans, which can name people. A span's trace is the one of the request's log lin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit, urlunsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,6 +19,29 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Tracer
 
+OTLP_PATH: Final = "/v1/traces"
+
+
+def traces_address(endpoint: str) -> str:
+    """Return where spans are sent: the endpoint, with OTLP's own path where it names none.
+
+    Raises:
+        SettingsError: it is no http or https address.
+    """
+    try:
+        parts = urlsplit(endpoint)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise SettingsError(
+            f"otlp_endpoint: {endpoint!r} is no http or https address; write http://HOST:4318 there "
+            "(AFFIDAVIT_OTLP_ENDPOINT, or `otlp_endpoint` in config.yaml), or leave it out"
+        )
+    if parts.path in ("", "/"):
+        return urlunsplit(parts._replace(path=OTLP_PATH))
+    return endpoint
+
 
 class Tracing:
     """Exports to one collector, in the background; what it cannot deliver it drops."""
@@ -26,8 +50,9 @@ class Tracing:
         """Set the export up.
 
         Raises:
-            SettingsError: OpenTelemetry is not installed.
+            SettingsError: OpenTelemetry is not installed, or the endpoint is no address.
         """
+        address = traces_address(endpoint)
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -42,7 +67,7 @@ class Tracing:
         self._provider: TracerProvider = TracerProvider(
             resource=resource, sampler=TraceIdRatioBased(share), shutdown_on_exit=False
         )
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=address)))
         self.tracer: Tracer = self._provider.get_tracer("affidavit.server")
 
     def close(self) -> None:

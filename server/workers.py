@@ -21,7 +21,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -32,6 +33,7 @@ from typing import Final
 import uvicorn
 
 from server import logs, metric_files
+from server.errors import ServerError
 from server.settings import Settings
 from server.wire import Limits, protocol_within
 
@@ -47,6 +49,7 @@ _STARTING: Final = b"s"
 _READY: Final = b"r"
 _START_S: Final = 600.0  # until a worker is ready
 _COLLECT: Final = (10_000, 20, 20)  # a request makes hundreds of objects and leaves none behind
+_BURY_AGAIN_S: Final = 1.0
 _LATE_S: Final = 10.0  # beyond its own limits, before a worker is killed
 
 
@@ -119,7 +122,11 @@ def limits_of(settings: Settings, refused: Callable[[str], None]) -> Limits:
 def run_worker(
     settings: Settings, listener: socket.socket, log_level: str, beat: Callable[[], None] | None = None
 ) -> None:
-    """Serve on `listener` until told to stop; `beat` is called each second while the event loop runs."""
+    """Serve on `listener` until told to stop; `beat` is called each second while the event loop runs.
+
+    Raises:
+        Exception: what kept the application from starting.
+    """
     from server.app import create_app
 
     app = create_app(settings)
@@ -147,14 +154,43 @@ def run_worker(
         http=protocol_within(limits_of(settings, count_refusal)),
         backlog=1024,
     )
-    DrainingServer(config, on_drain, settings.drain_s, beat).run(sockets=[listener])
+    serving = DrainingServer(config, on_drain, settings.drain_s, beat)
+    serving.run(sockets=[listener])
+    if not serving.started:
+        raise getattr(app.state, "start_error", None) or ServerError("the server did not start")
+
+
+@contextmanager
+def stopping_gently() -> Iterator[None]:
+    """Let SIGTERM end this process with 0 once what is under way is done, and let SIGHUP do the same, unless
+    whoever started us had it ignored (`nohup`).
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, _end_well)
+    if before[signal.SIGHUP] is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _hang_up)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_well(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)  # uvicorn raises the signal again when it has finished
+
+
+def _hang_up(number: int, frame: FrameType | None) -> None:
+    _logger.warning("SIGHUP: the server stops, as at SIGTERM")
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _spawned(
     settings: Settings, listener: socket.socket, log_level: str, parent: int, pulse: Connection
 ) -> None:
     logs.configure(settings.log_format, log_level.upper())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the supervisor decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the supervisor decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.set_blocking(pulse.fileno(), False)  # a supervisor that does not listen keeps nobody waiting
     ready = threading.Event()
@@ -168,7 +204,12 @@ def _spawned(
         _say(pulse, _READY)
 
     threading.Thread(target=starting, daemon=True).start()
-    run_worker(settings, listener, log_level, beat)
+    try:
+        run_worker(settings, listener, log_level, beat)
+    except Exception as error:
+        code = getattr(error, "code", type(error).__name__)
+        _logger.error("worker %d cannot start: %s: %s", os.getpid(), code, error)
+        raise SystemExit(1) from error
 
 
 def _say(pulse: Connection, word: bytes) -> None:
@@ -210,6 +251,8 @@ class Supervisor:
         self._young_deaths: dict[int, int] = dict.fromkeys(self._due, 0)  # slot -> in a row
         self._was_ready = False
         self._looked = monotonic()
+        self._ended: set[int] = set()  # workers whose metrics are not with those of the dead yet
+        self._bury_again = 0.0
         self._stopping = threading.Event()
 
     def run(self) -> int:
@@ -231,6 +274,7 @@ class Supervisor:
                 if worker.process.sentinel in found:
                     self._bury(slot, folder)
             self._look()
+            self._keep_metrics(folder)
         self._end()
         return 0 if self._stopping.is_set() else 1
 
@@ -295,13 +339,23 @@ class Supervisor:
             "worker %s ended with %s after %.1f s", process.pid, process.exitcode, now - worker.begun
         )
         if folder is not None and process.pid is not None:
-            metric_files.forget(folder, process.pid)
+            self._ended.add(process.pid)
         if worker.ready is not None and now - worker.ready > _YOUNG_S:
             self._due[slot] = now
             return
         if process.exitcode != -signal.SIGKILL:  # killed from outside says nothing of us
             self._young_deaths[slot] += 1
         self._due[slot] = now + min(_FIRST_PAUSE_S * 2 ** self._young_deaths[slot], _LONGEST_PAUSE_S)
+
+    def _keep_metrics(self, folder: Path | None) -> None:
+        """Put what ended workers counted together, in one file however many there were."""
+        if folder is None or not self._ended or self._monotonic() < self._bury_again:
+            return
+        alive = {worker.process.pid for worker in self._workers.values()}  # a number may come again
+        if metric_files.bury(folder, self._ended - alive):
+            self._ended.clear()
+        else:
+            self._bury_again = self._monotonic() + _BURY_AGAIN_S
 
     def _end(self) -> None:
         limit_s = self._settings.drain_s + self._settings.request_timeout_s + _LATE_S

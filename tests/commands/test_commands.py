@@ -393,17 +393,6 @@ def test_server_that_cannot_answer_does_not_start(own, tmp_path, damage, code):
     assert (result.code, result.json["error"]["code"]) == (1, code)
 
 
-def test_port_in_use_is_named(own):
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        result = own.run("serve", "--port", str(taken.getsockname()[1]))
-    assert result.code == 1
-    assert "in use" in result.err
-
-
 def shape(command: Any) -> Any:
     inner = {name: shape(found) for name, found in getattr(command, "commands", {}).items()}
     return command.help, [(p.name, p.opts, p.type.name, p.required) for p in command.params], inner

@@ -13,6 +13,7 @@ import tarfile
 import pytest
 
 from audit.entries import KeyRevoked, columns_of
+from audit.errors import SignerMissingError
 from audit.fsck import fsck
 from audit.ledger import Ledger
 from audit.signer import Signer
@@ -43,8 +44,25 @@ def test_backup_restores_to_the_same_log(lab, home, tmp_path):
         coordinator.publish()
 
 
+def test_restored_files_are_read_by_nobody_else(lab, home, tmp_path):
+    backup(home, tmp_path / "b.tar.gz")
+    restore(tmp_path / "b.tar.gz", lab.folder / "moved", lab.folder / "signer")
+    modes = {
+        path.name: path.stat().st_mode & 0o777 for path in (lab.folder / "moved").rglob("*") if path.is_file()
+    }
+    assert {"keys.db", "log.db"} <= set(modes)
+    assert {name: oct(mode) for name, mode in modes.items() if mode & 0o077} == {}
+
+
+def test_restore_finds_the_signer_that_the_backup_names(lab, home, tmp_path):
+    backup(home, tmp_path / "b.tar.gz")
+    assert restore(tmp_path / "b.tar.gz", lab.folder / "moved").tree_size == lab.coordinator.ledger.tree_size
+    with pytest.raises(SignerMissingError, match=str(tmp_path / "x" / "signer")):
+        restore(tmp_path / "b.tar.gz", tmp_path / "x" / "elsewhere")
+
+
 def test_backup_leaves_out_the_workers_metrics_which_are_no_databases(lab, home, tmp_path):
-    folder = metric_files.prepare(home / metric_files.FOLDER, {})
+    folder = metric_files.prepare(home / metric_files.FOLDER, {}).path
     (folder / "counter_12.db").write_bytes(bytes(1 << 16))  # what `serve --workers` leaves
     backup(home, tmp_path / "b.tar.gz")
     with tarfile.open(tmp_path / "b.tar.gz") as archive:

@@ -97,9 +97,13 @@ def test_full_disk_ends_the_answers_until_there_is_room_and_loses_none(lab, tmp_
                     assert (status, document["code"] in MAY_SAY) == (503, True), document
                     assert int(headers["retry-after"]) >= 1
                     assert refused(running, token) in MAY_SAY, "a refusal is an entry too"
+                    wait_until(lambda: not server.is_ready(), "nobody is told to ask elsewhere")
+                    assert get(running, "/healthz") == 200, "a restart would not help"
+                    assert get(running, "/metrics", own.tokens["operator"]) == 200
                     ballast.unlink()
                     wait_until(lambda answered=answered: len(load.told.answers) >= answered + 20)
                     running.until(200, token)  # both of them
+                    wait_until(server.is_ready)
             told = load.told
             assert server.workers() == workers, "nobody had to be started again"
         assert (told.errors, told.broken) == ([], 0)
@@ -117,6 +121,12 @@ def refused(running, token) -> str:
     with contextlib.closing(running.connect()) as connection:
         connection.request("POST", PREDICT, body, {"Authorization": f"Bearer {token}"})
         return json.loads(connection.getresponse().read())["code"]
+
+
+def get(running, path, token="") -> int:
+    with contextlib.closing(running.connect()) as connection:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        return connection.getresponse().status
 
 
 def count(lab) -> int:

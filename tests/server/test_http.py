@@ -302,6 +302,28 @@ def test_start_records_the_rules_again_only_when_they_changed(lab, tmp_path):
     assert len(lab.entries("policy.applied")) == 2
 
 
+@pytest.mark.parametrize("answers", [{"decimals": 0, "label_only": 0}, {"decimals": 6, "label_only": 1}])
+def test_one_answer_does_not_buy_a_model_whose_answers_are_restricted(lab, as_role, row, answers):
+    version, _ = lab.live(name="kept", answers={**answers, "cache": 0})
+    with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
+        for role in ("consumer", "tester"):
+            body = {"purpose": "triage", "rows": [row]}
+            answer = client.post("/v1/models/kept/predict", headers=as_role(role), json=body).json()
+            path = f"/v1/audit/evidence/{answer['entry']['leaf_index']}"
+            mine = client.get(path, headers=as_role(role))
+            assert mine.status_code == 200
+            assert read_evidence(mine.content).artefacts == {}
+            whole = client.get(path, headers=as_role("officer"))
+            assert version in read_evidence(whole.content).artefacts
+
+
+def test_an_exact_answers_evidence_holds_the_model(client, lab, as_role, row):
+    body = {"purpose": "triage", "rows": [row]}
+    answer = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
+    path = f"/v1/audit/evidence/{answer['entry']['leaf_index']}"
+    assert lab.version in read_evidence(client.get(path, headers=as_role("consumer")).content).artefacts
+
+
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [

@@ -250,8 +250,9 @@ def test_above_the_limit_nobody_is_taken_and_waiting_for_witnesses_is_no_load():
     shedder = Shedder(most=2, target_s=1.0)
     shedder.enter()
     shedder.enter()
-    with pytest.raises(OverloadedError, match="come back"):
+    with pytest.raises(OverloadedError, match="come back in 2 s") as caught:
         shedder.enter()
+    assert caught.value.extra == {"retry_after_s": 2}
     shedder.leave(None)
     shedder.enter()
     assert shedder.limit == 2.0
@@ -308,10 +309,7 @@ if len(sys.argv) > 2:
 
 def test_workers_metrics_add_up_and_the_dead_are_not_in_flight(tmp_path):
     environ = dict(os.environ)
-    folder = metric_files.prepare(tmp_path / "metrics", environ)
-    (folder / "counter_1.db").write_bytes(b"of an earlier start")
-    metric_files.prepare(folder, environ)
-    assert list(folder.iterdir()) == []
+    metric_files.prepare(tmp_path / "metrics", environ)
 
     def worker(*arguments):
         return subprocess.run(
@@ -374,9 +372,9 @@ def test_without_a_network_nothing_is_said_of_node_keys_and_with_one_the_latest_
 def test_a_supervisor_forgets_a_worker_by_its_number(tmp_path):
     for name in ("gauge_livesum_12.db", "gauge_livesum_123.db", "counter_12.db", "gauge_max_12.db"):
         (tmp_path / name).touch()
-    metric_files.forget(tmp_path, 12)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["counter_12.db", "gauge_livesum_123.db", "gauge_max_12.db"]
+    metric_files.bury(tmp_path, {12})
+    assert (tmp_path / "gauge_livesum_123.db").exists()
+    assert not list(tmp_path.glob("*_12.db"))
     metric_files.forget_dead(tmp_path)
     assert metric_files.folder_of({}) is None
 

@@ -173,7 +173,7 @@ def at(lab, as_role, monkeypatch):
     """A server that listens, and an officer's API key in the environment; return its address."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(lab.settings(), clock=lab.clock), log_level="warning", ws="none")
+    config = uvicorn.Config(create_app(lab.settings(), clock=lab.clock), log_config=None, ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from server.errors import SettingsError
-from server.settings import load_settings
+from server.settings import Settings, load_settings, unknown_variables
 
 
 @pytest.fixture
@@ -64,6 +66,46 @@ def test_bad_file_names_the_file(base, text, said):
     with pytest.raises(SettingsError, match=said) as caught:
         load_settings(environ={}, base=base)
     assert "config.yaml" in str(caught.value)
+
+
+def test_port_of_http_is_no_port_of_grpc():
+    with pytest.raises(SettingsError, match="grpc_port: 8000 is the port of HTTP"):
+        load_settings(environ={"AFFIDAVIT_GRPC_PORT": "8000"})
+    assert load_settings(environ={"AFFIDAVIT_GRPC_PORT": "0", "AFFIDAVIT_PORT": "0"}).settings.grpc_port == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("::1", "[::1]:81"), ("127.0.0.1", "127.0.0.1:81"), ("::", "[::]:81")]
+)
+def test_address_is_one_that_a_browser_takes(host, address):
+    assert Settings(host=host).address(81) == address
+
+
+def test_misspelt_variables_are_told_with_the_one_that_is_meant():
+    told = unknown_variables(
+        {
+            "AFFIDAVIT_WORKER": "2",
+            "AFFIDAVIT_QQ": "",
+            "AFFIDAVIT_PORT": "1",
+            "AFFIDAVIT_HOME": "x",
+            "AFFIDAVIT_SERVICE_HOST": "10.0.0.1",
+            "AFFIDAVIT_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+            "PATH": "y",
+        }
+    )
+    assert told == [
+        "AFFIDAVIT_QQ is no setting, and is ignored",
+        "AFFIDAVIT_WORKER is no setting, and is ignored; AFFIDAVIT_WORKERS is one",
+    ]
+
+
+def test_every_variable_that_the_code_names_is_known(repository):
+    named = set()
+    for package in ("audit", "clients", "federation", "server"):
+        for path in (repository / package).rglob("*.py"):
+            named |= set(re.findall(r"\bAFFIDAVIT_[A-Z_]*[A-Z]\b", path.read_text(encoding="utf-8")))
+    assert len(named) > 20
+    assert unknown_variables(dict.fromkeys(named, "")) == []
 
 
 def test_lateness_is_within_what_receipts_promise():

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.errors import SettingsError
+from server.tracing import traces_address
 
 TRACE = "ab" * 16
 CANARY = "canary-91c4"
@@ -46,6 +47,29 @@ def spans_of(bodies):
         request = ExportTraceServiceRequest.FromString(body)
         found += [span for r in request.resource_spans for s in r.scope_spans for span in s.spans]
     return found
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "address"),
+    [
+        ("http://c:4318", "http://c:4318/v1/traces"),
+        ("https://c/", "https://c/v1/traces"),
+        ("http://[::1]:4318", "http://[::1]:4318/v1/traces"),
+        ("http://c:4318?x=1", "http://c:4318/v1/traces?x=1"),
+        ("http://c:4318/v1/traces", "http://c:4318/v1/traces"),
+        ("http://c/otlp", "http://c/otlp"),
+    ],
+)
+def test_an_address_without_a_path_is_a_collectors(endpoint, address):
+    assert traces_address(endpoint) == address
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["c:4318", "localhost", "grpc://c:4317", "http://", "http://c:x", "http://[:1"]
+)
+def test_what_is_no_address_is_refused_at_the_start_by_the_settings_name(lab, endpoint):
+    with pytest.raises(SettingsError, match="AFFIDAVIT_OTLP_ENDPOINT"):
+        create_app(lab.settings(otlp_endpoint=endpoint))
 
 
 def test_a_request_is_one_span_of_its_trace_and_holds_no_row(lab, as_role, row, collector):

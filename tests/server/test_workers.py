@@ -11,9 +11,10 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from server import workers
+from server import metric_files, workers
+from server.metric_room import RoomyDict
 from server.settings import Settings
-from server.workers import Supervisor
+from server.workers import Supervisor, stopping_gently
 from tests.server import worker_targets
 from tests.server.load import Load, check_log, served
 from tests.waiting import Moved
@@ -53,6 +54,73 @@ def supervising(tmp_path, target, monotonic=time.monotonic, **changed):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@pytest.fixture
+def heard():
+    """SIGHUP as a process finds it that nobody started with `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_hang_up_stops_the_supervisor_as_a_stop_does(tmp_path, heard):
+    sent = []
+
+    def until():
+        if starts(tmp_path) and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGHUP))
+        return False
+
+    with stopping_gently(), supervising(tmp_path, worker_targets.dies_after_the_first) as run:
+        assert run(until) == (0, False)
+    assert sent
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_hang_up_that_was_ignored_stays_so(heard):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stopping_gently():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_one_worker_stops_by_either_signal_and_ends_well(lab, heard, number):
+    with served(lab.folder, environ={"AFFIDAVIT_LOG_LEVEL": "info", "AFFIDAVIT_WORKER": "3"}) as server:
+        server.process.send_signal(number)
+        assert server.process.wait(60) == 0
+    told = (lab.folder.parent / "serve.err").read_text()
+    assert "Finished server process" in told
+    assert "AFFIDAVIT_WORKER is no setting" in told
+    assert ("SIGHUP: the server stops" in told) is (number == signal.SIGHUP)
+
+
+def test_metrics_of_ended_workers_are_put_together_once_nobody_reads(tmp_path):
+    now, folder = Moved(1_000.0), tmp_path / "metrics"
+    folder.mkdir()
+    with closing(socket.socket()) as listener:
+        supervisor = Supervisor(
+            Settings.model_validate({"coordinator_home": tmp_path}),
+            listener,
+            "error",
+            worker_targets.dies,
+            now,
+        )
+        for pid in (11, 12):
+            kept = RoomyDict(str(folder / f"counter_{pid}.db"))
+            kept.write_value("a", 1.0, 0.0)
+            kept.close()
+            supervisor._ended.add(pid)
+        process = Process()
+        process.pid = 12  # a new worker bears the number of a dead one
+        supervisor._workers[0] = workers._Worker(process, None, now(), now())
+        with metric_files.reading(folder):
+            supervisor._keep_metrics(folder)
+        supervisor._keep_metrics(folder)
+        assert sorted(path.name for path in folder.glob("*.db")) == ["counter_11.db", "counter_12.db"]
+        now.forward(1.5)
+        supervisor._keep_metrics(folder)
+        assert sorted(path.name for path in folder.glob("*.db")) == ["counter_0.db", "counter_12.db"]
 
 
 def starts(folder):
