@@ -74,6 +74,11 @@ class AnswerTerms:
         return shown
 
     @property
+    def is_restricted(self) -> bool:
+        """Whether less than the exact answer goes out, so that nothing may go out that tells the rest."""
+        return self.label_only or self.decimals < EXACT
+
+    @property
     def slack(self) -> Decimal:
         """How far a rounded number may lie from the exact one."""
         return Decimal(0) if self.decimals == EXACT else Decimal(5).scaleb(-self.decimals - 1)

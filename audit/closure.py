@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
+from audit.answers import AnswerTerms
+from audit.canonical import parse_canonical
 from audit.charter_view import read_charter
 from audit.entries import (
     ZERO_DIGEST,
@@ -56,6 +58,7 @@ _OF_RUN: Final = (
     RoundOpened,
     RunResumed,
 )
+_OF_CHARTER: Final = (Prediction, VersionRegistered, RunStarted)  # whose `charter` says what may go out
 
 
 class EvidenceGapError(AuditError):
@@ -106,15 +109,35 @@ class EvidenceLog(Protocol):
 class Closure:
     """Collects what one entry rests on."""
 
-    def __init__(self, ledger: EvidenceLog, blobs: BlobSource, tree_size: int | None = None) -> None:
-        """Collect from the first `tree_size` entries, which a checkpoint covers; from all when None."""
-        self._ledger, self._blobs = ledger, blobs
+    def __init__(
+        self,
+        ledger: EvidenceLog,
+        blobs: BlobSource,
+        tree_size: int | None = None,
+        *,
+        is_for_caller: bool = False,
+    ) -> None:
+        """Collect from the first `tree_size` entries, which a checkpoint covers; from all when None.
+
+        With `is_for_caller`, where the charter of the version or its run restricts answers, every file that
+        tells the model is left out (weights, updates, transcripts, counts, views): the public set alone is
+        taken.
+        """
+        self._ledger, self._blobs, self._is_for_caller = ledger, blobs, is_for_caller
+        self._of_model: dict[str, None] = {}  # digests, in order
         self._size = ledger.tree_size if tree_size is None else tree_size
         self.scope = "entry"
         self.entries: dict[int, bytes] = {}
         self.artefacts: dict[str, bytes] = {}
 
     def collect(self, leaf_index: int, data: bytes) -> None:
+        """Take the entry and what it rests on: entries first, for its charters say which files may go out."""
+        self._collect(leaf_index, data)
+        if not (self._is_for_caller and self._is_restricted()):
+            for digest in self._of_model:
+                self._artefact(digest)
+
+    def _collect(self, leaf_index: int, data: bytes) -> None:
         self._take(leaf_index, data)
         self._take(0, self._ledger.entry(0))
         for index, event, _ in self._search(object, type=("key.rotated", "log.compromise")):
@@ -135,9 +158,18 @@ class Closure:
             self._version(body, leaf_index)
         elif isinstance(body, VersionRegistered):
             self._run(body.run, leaf_index)
-            self._artefact(body.version)
+            self._model_file(body.version)
         elif isinstance(body, RunCompleted):
             self._run(body.run, leaf_index)
+
+    def _is_restricted(self) -> bool:
+        """Whether a charter of the subject, its version or its run restricts answers, or cannot be read."""
+        bodies = [decode_entry(data).body for data in self.entries.values()]
+        named = {body.charter for body in bodies if isinstance(body, _OF_CHARTER)}
+        for _, _, body in self._search(CharterPublished, type="charter.published"):
+            if body.digest in named and _lets_all_out(body.canonical):
+                named.remove(body.digest)
+        return bool(named)
 
     def _erasure(self, subject: str) -> None:
         """Take the entry that says that the person was erased, if one does."""
@@ -175,7 +207,7 @@ class Closure:
         for index, data, body in self._search(VersionRegistered, type="version.registered", version=version):
             self._take(index, data)
             self._run(body.run, index)
-            self._artefact(body.version)
+            self._model_file(body.version)
 
     def _version(self, transition: VersionTransition, until: int) -> None:
         for index, data, _ in self._search(
@@ -185,7 +217,7 @@ class Closure:
                 self._take(index, data)
         registered = self._by_hash(transition.gate_results, VersionRegistered, type="version.registered")
         self._run(registered.run, self._index_of(transition.gate_results))
-        self._artefact(transition.version)
+        self._model_file(transition.version)
 
     def _run(self, run: str, until: int) -> None:
         """Take a run, and every release of its sites' populations before leaf `until`."""
@@ -201,15 +233,15 @@ class Closure:
             if isinstance(body, RunAccepted):
                 populations.add((body.site, body.population))
             if isinstance(body, (SiteStatement, UpdateRefused)):
-                self._artefact(body.update)
+                self._model_file(body.update)
             if isinstance(body, RoundExamined):
-                self._artefact(body.digest)
+                self._model_file(body.digest)
             if isinstance(body, RunReferenced) and body.sketch:
-                self._artefact(body.sketch)
+                self._model_file(body.sketch)
             if isinstance(body, RoundOpened):
-                self._artefact(body.transcript)
+                self._model_file(body.transcript)
             if isinstance(body, RunCompleted):
-                self._artefact(body.weights)
+                self._model_file(body.weights)
         for site, population in sorted(populations):
             for index, data, found in self._search(object, site=site):
                 statement = found.statement if isinstance(found, SiteUndelivered) else found
@@ -263,7 +295,19 @@ class Closure:
     def _take(self, index: int, data: bytes) -> None:
         self.entries[index] = data
 
+    def _model_file(self, digest: str) -> None:
+        """Take a file by which the model can be rebuilt, if such files may go out."""
+        self._of_model[digest] = None
+
     def _artefact(self, digest: str) -> None:
         data = self._blobs(digest)
         if data is not None:
             self.artefacts[digest] = data
+
+
+def _lets_all_out(canonical: str) -> bool:
+    try:
+        document = parse_canonical(canonical.encode())
+        return isinstance(document, dict) and not AnswerTerms.of_charter(document).is_restricted
+    except (AuditError, KeyError):
+        return False

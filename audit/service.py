@@ -54,6 +54,7 @@ __all__ = [
 
 
 MAX_MATCHING: Final = 999
+CALLER_ROLES: Final = frozenset({"consumer", "tester"})  # who ask models, and run none
 
 
 class NothingMatchesError(AuditError):
@@ -122,9 +123,13 @@ def prove_entry(
 def export_entry(
     ledger: EvidenceLog, blobs: BlobSource, principal: Principal, authorizer: Authorizer, leaf_index: int
 ) -> bytes:
-    """Return the evidence file of one entry; errors as `export_evidence`, and AccessDeniedError."""
+    """Return the evidence file of one entry; errors as `export_evidence`, and AccessDeniedError.
+
+    Who may only ask the model (a consumer, a tester) gets no file of it where its charter restricts answers:
+    otherwise one answer would buy the exact weights.
+    """
     require(authorizer, principal, about_entry(ledger.entry(leaf_index), leaf_index, "evidence.export"))
-    return export_evidence(ledger, blobs, leaf_index=leaf_index)
+    return export_evidence(ledger, blobs, leaf_index=leaf_index, is_for_caller=principal.role in CALLER_ROLES)
 
 
 def export_matching(
@@ -224,6 +229,7 @@ def export_evidence(
     opened: Sequence[Mapping[str, str]] | None = None,
     checkpoint: bytes | None = None,
     policy: str | None = None,
+    is_for_caller: bool = False,
 ) -> bytes:
     """Return the evidence file of one entry: its closure, proofs to one checkpoint, artefacts by digest.
 
@@ -239,6 +245,7 @@ def export_evidence(
         opened: the caller's opened rows.
         checkpoint: a further checkpoint note to choose from.
         policy: a policy text to carry for display.
+        is_for_caller: whether to leave out the model's files where its charter restricts answers.
 
     Raises:
         EntryNotFoundError: the log has no such leaf.
@@ -249,7 +256,7 @@ def export_evidence(
     subject = ledger.entry(leaf_index)
     note = best_checkpoint(ledger, leaf_index, checkpoint)
     size = parse_checkpoint_note(note).tree_size
-    closure = Closure(ledger, blobs, size)
+    closure = Closure(ledger, blobs, size, is_for_caller=is_for_caller)
     closure.collect(leaf_index, subject)
     evidence = Evidence(
         scope=closure.scope,

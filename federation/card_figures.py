@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Final
 
 from audit.entries import GateResult
 from audit.errors import AuditError
+from audit.metrics import LOWER_IS_BETTER
 from audit.models import weights_of_file
 from audit.private_evaluation import SOURCE
 from audit.round_bodies import RunEvaluated
@@ -120,8 +122,20 @@ def _gate_row(gate: GateResult) -> tuple[str, ...]:
         gate.baseline or none,
         gate.floor or "-",
         gate.source,
-        "passed" if gate.passed == 1 else told("FAILED"),
+        _passed(gate) if gate.passed == 1 else told("FAILED"),
     )
+
+
+def _passed(gate: GateResult) -> str:
+    """Say of a gate that passed whether it asked for more than the model that always gives one answer."""
+    lower = gate.metric in LOWER_IS_BETTER
+    if gate.value and gate.baseline:
+        value, baseline = Decimal(gate.value), Decimal(gate.baseline)
+        if value >= baseline if lower else value <= baseline:
+            return "passed, no better than the baseline"
+        if not gate.floor or (Decimal(gate.floor) >= baseline if lower else Decimal(gate.floor) <= baseline):
+            return "passed, asks for no more than the baseline"
+    return "passed"
 
 
 def _released(evaluated: RunEvaluated) -> Paragraph:
@@ -168,7 +182,7 @@ def fairness_blocks(charter: Charter, measured: Measured) -> Iterator[Block]:
         yield _group_table(charter, feature)
         if feature.differences:
             shown = ", ".join(
-                f"{name.replace('_', ' ')} {_number(value)}"
+                f"{_called(charter) if name == 'selection_rate' else name.replace('_', ' ')} {_number(value)}"
                 for name, value in sorted(feature.differences.items())
             )
             yield Paragraph(told("Largest difference between groups of **{}**: {}.", feature.feature, shown))
@@ -182,9 +196,12 @@ def _group_table(charter: Charter, feature: FeatureFairness) -> Table:
         )
     header: tuple[str, ...] = (feature.feature, "rows", "accuracy")
     if charter.task == "binary":
-        called = (charter.label.classes or ("", ""))[1]
-        header = (*header, f"called {called}", "true positive rate", "false positive rate")
+        header = (*header, _called(charter), "true positive rate", "false positive rate")
     return Table(header, tuple(_group_row(charter, group) for group in feature.groups))
+
+
+def _called(charter: Charter) -> str:
+    return f"called {(charter.label.classes or ('', ''))[1]}"
 
 
 def _group_row(charter: Charter, group: GroupRates) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ class Coordinator:
         home, signer_home = Path(home), Path(signer_home)
         if (home / LOG).exists() or (home / CONFIG).exists():
             raise HomeError(str(home), "holds a log already; open it, or choose another --home")
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)  # models, and updates of sites
         (home / "runs").mkdir(exist_ok=True)
         signer_home.parent.mkdir(parents=True, exist_ok=True)
         config = {"origin": origin, "signer_home": named_for(home, signer_home)}

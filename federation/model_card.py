@@ -302,8 +302,8 @@ def _appropriate(version: Version, charter: Charter) -> Iterator[Block]:
     metrics = ", ".join(sorted({gate.metric for gate in version.registered.gates})) or "no metric"
     yield Paragraph(
         told(
-            "The charter judges a version by {}, each against a trivial baseline. Why that is appropriate "
-            "for the purposes {}: NO EVIDENCE in the log.",
+            "The charter judges a version by {}, each shown beside a trivial baseline. Why that is "
+            "appropriate for the purposes {}: NO EVIDENCE in the log.",
             metrics,
             ", ".join(charter.purposes),
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from audit.cost_bodies import UNBOUNDED, SiteEpsilon
+
 if TYPE_CHECKING:
     from federation.charter import Charter
     from federation.registry import Version
@@ -55,6 +57,10 @@ def _use(charter: Charter) -> str:
     return "; ".join(part for part in said if part) or "no terms beyond the purposes"
 
 
+def _ever(cost: SiteEpsilon) -> str:
+    return "no bound" if cost.lifetime_epsilon == UNBOUNDED else cost.lifetime_epsilon
+
+
 def version_html(version: Version) -> str:
     """Return a version's state, gates and epsilon at a glance."""
     registered = version.registered
@@ -63,7 +69,8 @@ def version_html(version: Version) -> str:
         for gate in registered.gates
     ]
     costs = [
-        f"{cost.site} {cost.run_epsilon} (lifetime {cost.lifetime_epsilon})" for cost in registered.costs
+        f"{cost.site} {cost.run_epsilon} ({_ever(cost)} for all its releases until registration)"
+        for cost in registered.costs
     ]
     return table(
         f"Version {version.digest[:12]} of {version.model}",

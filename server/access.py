@@ -27,6 +27,7 @@ import cedarpy
 from audit.entries import PolicyApplied
 from audit.principal import ROLES, AttributeValue, Decision, Principal, Question
 from server.errors import PolicyLoadError
+from server.policy_places import by_their_names, located, place_of
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _RESOURCE_TYPES: Final = {
     "evidence.export": "Entry",
     "reviews.read": "Entry",
 }
+OFFICERS_NEED: Final = ("policy.read", "policy.change")
 _REMEMBERED: Final = 4_096
 
 
@@ -71,6 +73,30 @@ def read_policies(path: Path) -> PolicyText:
         return with_shipped_schema(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyLoadError(f"{path}: cannot be read ({error}); give a Cedar file") from error
+
+
+def authorizer_of(path: Path) -> CedarAuthorizer:
+    """Load a file of rules.
+
+    Raises:
+        PolicyLoadError: as `CedarAuthorizer`; names the file, the line or the policy.
+    """
+    text = read_policies(path)
+    try:
+        return CedarAuthorizer(text)
+    except PolicyLoadError as error:
+        raise PolicyLoadError(f"{path}: {error}") from error
+
+
+def locked_out(authorizer: CedarAuthorizer) -> tuple[str, ...]:
+    """Return what an officer needs to change the rules and may not do under these, by `OFFICERS_NEED`.
+
+    Asked for a plain officer, of no region and by an API key. With none left, the rules can be read and
+    changed at the coordinator's home alone.
+    """
+    officer = Principal(id="p-officer", role="officer")
+    asked = {action: Question(action=action, resource="service") for action in OFFICERS_NEED}
+    return tuple(action for action in asked if not authorizer.decide(officer, asked[action]).allowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,12 +281,16 @@ def _checked(text: PolicyText) -> tuple[cedarpy.Schema, cedarpy.PolicySet, froze
     """Parse and validate; the results are read-only, so that all who ask by one text may share them."""
     try:
         schema = cedarpy.Schema.from_str(text.schema)
+    except ValueError as error:
+        raise PolicyLoadError(f"the access policies' schema does not parse: {error}") from error
+    try:
         document = json.loads(cedarpy.policies_to_json_str(text.policies))
     except ValueError as error:
-        raise PolicyLoadError(f"the access policies do not parse: {error}") from error
+        where = located(text.policies, str(error))
+        raise PolicyLoadError(f"the access policies do not parse: {where}") from error
     verdict = cedarpy.validate_policies(text.policies, schema)
     if not verdict.validation_passed:
-        reasons = "; ".join(error.error for error in verdict.errors)
+        reasons = "; ".join(by_their_names(error.error, document) for error in verdict.errors)
         raise PolicyLoadError(f"the access policies do not fit the schema: {reasons}")
     named = _named(document)
     policies = cedarpy.PolicySet.from_json_str(json.dumps(named))
@@ -274,7 +304,7 @@ def _named(document: dict[str, Any]) -> dict[str, Any]:
         name = (policy.get("annotations") or {}).get("id")
         if not name:
             raise PolicyLoadError(
-                f"{generated} has no @id; name it, because the log records policies by name"
+                f"{place_of(generated, document)} has no @id; name it, for the log records policies by name"
             )
         if name in named or name in (DEFAULT_DENY, EVALUATION_ERROR):
             raise PolicyLoadError(f'@id("{name}") is used twice or reserved; choose another')

@@ -54,11 +54,12 @@ class Alarming:
         while len(self._windows) > _PRINCIPALS:
             gone, _ = self._windows.popitem(last=False)
             self._since.pop(gone, None)
-        scores, answers = answered.annotations.get("ood", ()), answering.answers
+        scores, answers, margins = answered.annotations.get("ood", ()), answering.answers, answering.margins
         count = len(answering.encoded)
         for place in range(max(0, count - WINDOW), count):
             out = place < len(scores) and bool(scores[place]["out"])
-            window.add(Look(tuple(answering.encoded[place]), margin_of(answers[place]), out))
+            margin = margins[place] if margins else margin_of(answers[place])
+            window.add(Look(tuple(answering.encoded[place]), margin, out))
         since = self._since[key] = self._since.get(key, 0) + count
         if since >= _EVERY and len(window.looks) >= LEAST:
             self._since[key] = 0

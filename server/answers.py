@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from audit.canonical import canonical_bytes
 from audit.commitments import commit, new_salt
 from audit.encoding import EncodingError, PlainRow, plain_row
-from audit.entries import Prediction, RowCommitment
+from audit.entries import ZERO_DIGEST, Prediction, RowCommitment
 from audit.principal import Decision
 from audit.row_tree import RowTree
 from server.errors import RowContractError
@@ -40,6 +41,14 @@ class Asked(NamedTuple):  # one a request, as `Answered`: a frozen dataclass wou
     explain: bool = False  # attribute each answer to its features
 
 
+TEST_ONLY: Final = "a tester's answer: nothing may rest on it"
+
+
+def never_final(role: str, transition: str) -> str:
+    """Return why nothing may ever rest on an answer, whoever reviews it, or ""."""
+    return TEST_ONLY if role == "tester" or transition == ZERO_DIGEST else ""
+
+
 class Answered(NamedTuple):
     """The answers and all that proves them."""
 
@@ -58,6 +67,7 @@ class Answered(NamedTuple):
     proof: str | None = None  # C2SP tlog-proof, above "sequenced"
     annotations: Mapping[str, Any] = MappingProxyType({})  # what `server.hooks` added
     review: str = ""  # what names this decision at /v1/reviews, where a person must review it; else ""
+    never_final: str = ""  # why no review can make it final; "" where one can
 
 
 def encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[list[float]]]:
@@ -65,8 +75,10 @@ def encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[li
     if None not in quick:
         read = [found for found in quick if found is not None]
         return [plain for plain, _ in read], [encoded for _, encoded in read]
-    plain = []
+    plain, most = [], len(warm.encoder.names)
     for number, row in enumerate(asked.rows):
+        if len(row) > most:
+            raise _too_wide(number, row, frozenset(warm.encoder.names))
         try:
             plain.append(plain_row(row))
         except EncodingError as error:
@@ -76,6 +88,16 @@ def encode(warm: WarmModel, asked: Asked) -> tuple[list[dict[str, Any]], list[li
             ]
             raise RowContractError(f"row {number}, {error}", fields=fields) from error
     return plain, warm.encode(plain)
+
+
+def _too_wide(number: int, row: Mapping[str, Any], names: frozenset[str]) -> RowContractError:
+    """The error of a row with more features than the charter has; some that are not its are named."""
+    problem = "is not in the charter; leave it out"
+    fields = [
+        {"row": number, "field": name[:80], "problem": problem, "code": "unknown_field"}
+        for name in islice((name for name in row if name not in names), 50)
+    ]
+    return RowContractError(f"row {number}, {fields[0]['field']}: {problem}", fields=fields)
 
 
 @dataclass(frozen=True, slots=True)

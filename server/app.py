@@ -37,7 +37,7 @@ from server import (
     routes_subjects,
     routes_tiles,
 )
-from server.access import CedarAuthorizer, read_policies, shipped_policies
+from server.access import CedarAuthorizer, authorizer_of, shipped_policies
 from server.alarming import Alarming
 from server.answer_cache import AnswerCache
 from server.batching import Batching
@@ -127,8 +127,9 @@ def create_app(settings: Settings, *, clock: Clock = utc_now) -> FastAPI:
         PolicyLoadError: the access policies do not hold together.
         SettingsError: traces are asked for, and OpenTelemetry is not installed, or their address is none.
     """
-    text = read_policies(settings.policies) if settings.policies else shipped_policies()
-    authorizer, monitoring = CedarAuthorizer(text), Monitoring()
+    own = settings.policies
+    authorizer = authorizer_of(own) if own else CedarAuthorizer(shipped_policies())
+    monitoring = Monitoring()
     shedder = Shedder(most=settings.max_in_flight, target_s=settings.shed_latency_s)
     tracing = Tracing(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
 
@@ -254,7 +255,7 @@ def build_context(
     limits = (Limit(60, settings.quota_rows_per_minute), Limit(86_400, settings.quota_rows_per_day))
     quotas = Quotas(settings.coordinator_home, clock, tuple(limit for limit in limits if limit.rows))
     facts = DecisionFacts(rules=rules, clock=clock, follow_s=settings.rules_follow_s)
-    warm = WarmModels(coordinator.blobs)
+    warm = WarmModels(coordinator.blobs, live.in_use)
     scoring = Scoring(coordinator.ledger, coordinator.blobs.get, monitoring)
     explaining = Explaining(coordinator.blobs.get, monitoring, timeout_s=settings.explain_timeout_s)
     alarming = Alarming(journal, monitoring)

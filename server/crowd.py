@@ -33,7 +33,7 @@ from server.answers import (
     encode,
     entry_of,
 )
-from server.errors import ServerError
+from server.errors import MalformedRequestError, RowContractError, ServerError
 from server.hooks import Annotation, Answering, with_fields
 from server.journal import ACTOR, Journal
 from server.live import ServedVersion
@@ -65,7 +65,7 @@ class Job:
     tell: Callable[[Answered], Any]
     taken: Taken = field(default_factory=lambda: Taken(True))
     is_read: bool = False
-    refused: ServerError | None = None  # what reading it said
+    refused: ServerError | None = None  # what is wrong with what it asks
     is_chosen: bool = False
     is_decided: bool = False
     asked: Asked = field(init=False)
@@ -81,6 +81,7 @@ class Job:
     plain: list[dict[str, Any]] = field(init=False)
     encoded: list[list[float]] = field(init=False)
     answers: tuple[dict[str, Any], ...] = field(init=False)
+    margins: tuple[float | None, ...] = field(init=False)
     answering: Answering = field(init=False)
     added: Annotation = field(init=False)
     commitments: RowCommitment | Commitments = field(init=False)
@@ -256,11 +257,7 @@ class Crowd:
             self._sent.append(together)
 
     def _read(self, job: Job) -> bool:
-        try:
-            asked = job.asked = job.read()
-        except ServerError as error:
-            job.refused = error  # told where it is answered alone, without reading it again
-            raise
+        asked = job.asked = job.read()
         job.is_read = True
         return not (asked.subject or asked.consent or asked.explain) and 0 < len(asked.rows) <= MAX_ROWS
 
@@ -310,6 +307,7 @@ class Crowd:
                 stop = start + len(job.encoded)
                 try:
                     job.answers = tuple(warm.answers_of(outputs[start:stop]))
+                    job.margins = warm.margins_of(outputs[start:stop])
                 except Exception:  # noqa: BLE001 - as above
                     _send_back([job])
                 else:
@@ -326,6 +324,7 @@ class Crowd:
             plain=job.plain,
             encoded=job.encoded,
             answers=job.answers,
+            margins=job.margins,
         )
         added = job.context.run(self._service.hooks.annotate_now, job.answering)
         if added is None:
@@ -417,6 +416,8 @@ def _each(step: Callable[[Job], bool], jobs: list[Job]) -> list[Job]:
             if step(job):
                 left.append(job)
                 continue
+        except (MalformedRequestError, RowContractError) as error:
+            job.refused = error  # which alone it need not be read again to be told
         except Exception as error:  # noqa: BLE001 - it is met again alone, and told there
             _logger.debug("sent back: %s", type(error).__name__)
         _send_back([job])

@@ -59,6 +59,12 @@ class PolicyRefusedError(ServerError):
     code = "access.policy_refused"
 
 
+class PolicyLockOutError(ServerError):
+    """Under these rules no officer could read or change them; that must be asked for."""
+
+    code = "access.policy_lock_out"
+
+
 class AlarmNotFoundError(ServerError):
     code = "alarms.not_found"
 
@@ -203,6 +209,7 @@ STATUS: Final[dict[str, int]] = {
     "access.issuer_unreachable": 503,
     "access.policy_invalid": 422,
     "access.policy_refused": 409,
+    "access.policy_lock_out": 409,
     "alarms.not_found": 404,
     "reviews.not_found": 404,
     "reviews.not_needed": 409,

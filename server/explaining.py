@@ -77,7 +77,7 @@ class Explaining:
 
         Raises:
             MalformedRequestError: too many rows to explain at once.
-            ExplainRefusedError: the charter answers with labels alone.
+            ExplainRefusedError: the charter rounds answers, or gives labels alone.
             ExplainUnavailableError: see there.
             TooBusyError: it took longer than allowed, or too many are waiting.
         """
@@ -86,10 +86,9 @@ class Explaining:
             raise MalformedRequestError(
                 f"explain: {problem}", fields=[{"field": "explain", "problem": problem}]
             )
-        if AnswerTerms.of_charter(answering.served.charter).label_only:
-            raise ExplainRefusedError(
-                "the model's charter lets out labels alone, and attributions would tell the score"
-            )
+        kept_back = _kept_back(AnswerTerms.of_charter(answering.served.charter))
+        if kept_back:
+            raise ExplainRefusedError(kept_back)
         if self._waiting >= _WAITING:
             raise TooBusyError("too many explanations are waiting; come back later")
         self._waiting += 1
@@ -110,7 +109,7 @@ class Explaining:
         charter = served.charter
         layers, names = charter["model"]["layers"], [site["name"] for site in charter["sites"]]
         site = names.index(asked.site) if asked.site else None
-        terms, weights = AnswerTerms.of_charter(charter), self._weights_of(served)
+        weights = self._weights_of(served)
         method = LINEAR if is_linear(layers) else GRADIENTS
         gradients = _Gradients(layers, weights, site) if method == GRADIENTS else None
         found = []
@@ -129,7 +128,6 @@ class Explaining:
                     base=base,
                     total=total,
                     values=by_feature(charter["features"], values),
-                    decimals=terms.decimals,
                 )
             )
         return found
@@ -147,6 +145,22 @@ class Explaining:
                 while len(self._weights) > _KEPT:
                     self._weights.popitem(last=False)
         return weights
+
+
+def _kept_back(terms: AnswerTerms) -> str:
+    """Return why a charter's answers may not be explained, or "".
+
+    Rounding attributions alike would not do: over many rows of a linear model they still give the weights,
+    and rows whose answers read equal would differ in theirs.
+    """
+    if terms.label_only:
+        return "the model's charter lets out labels alone, and attributions would tell the score"
+    if terms.is_restricted:
+        return (
+            f"the model's charter lets out answers of {terms.decimals} decimals (answers.decimals), and "
+            "attributions would tell the rest; ask without explain"
+        )
+    return ""
 
 
 class _Gradients:

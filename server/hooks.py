@@ -48,6 +48,7 @@ class Answering(NamedTuple):
     plain: Sequence[Mapping[str, Any]]  # the rows as they are committed to
     encoded: Sequence[Sequence[float]]  # the rows as the model sees them
     answers: tuple[dict[str, Any], ...]  # numbers as decimal text
+    margins: tuple[float | None, ...] = ()  # by the exact outputs, where the charter restricts answers
 
 
 class Annotation(NamedTuple):

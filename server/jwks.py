@@ -123,6 +123,7 @@ class IssuerKeys:
         fetch: Fetch = fetch,
         clock: Callable[[], float] = time.monotonic,
         wait_s: float | None = None,
+        most_waiting: int = MAX_WAITING,
     ) -> None:
         self._issuer = check_url(issuer, "oidc_issuer")
         self._jwks_url = check_url(jwks_url, "oidc_jwks_url") if jwks_url else ""
@@ -132,7 +133,7 @@ class IssuerKeys:
         self._tried = float("-inf")  # when the last try began, and once it has ended, when that was
         self._failed = ""
         self._flight: _Flight | None = None
-        self._waiting = 0
+        self._waiting, self._most_waiting = 0, most_waiting
         self._lock = threading.Lock()  # held for bookkeeping alone, never during a fetch
         self.fetches = 0  # that were tried
 
@@ -152,12 +153,12 @@ class IssuerKeys:
         """Wait, without a thread, for what `key` would block for; `at_hand` then says what came of it.
 
         Raises:
-            TooBusyError: more requests than `MAX_WAITING` wait already.
+            TooBusyError: as many requests as may wait do so already.
         """
         flight = self._look(kid)
         if flight is None or (left_s := self._left_s(flight)) <= 0:
             return
-        if self._waiting >= MAX_WAITING:
+        if self._waiting >= self._most_waiting:
             raise TooBusyError("too many tokens wait for their issuer's keys; try again")
         self._waiting += 1
         try:

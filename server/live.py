@@ -16,7 +16,7 @@ import secrets
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING
 from functools import lru_cache
 from typing import Any, Final
 
@@ -43,6 +43,8 @@ _logger = logging.getLogger(__name__)
 
 _PAGE: Final = 500
 _TYPES: Final = ("charter.published", "version.exported", "version.registered", "version.transition")
+_RELEASES: Final = ("site.statement", "site.undelivered")
+_ABOVE_ALL: Final = 2**53  # millionths; a whole number that JSON keeps
 ALIASES: Final = ("live", "candidate")
 
 
@@ -64,6 +66,7 @@ class ServedVersion:
     moved_index: int = -1  # of the last transition; -1: there was none
     share: int = 0  # of a canary: percent of the requests that it answers
     export: VersionExported | None = None  # its file for a runtime, as the log has it
+    uncounted: tuple[str, ...]  # sites that released something in the run, and have no figure for it
 
     @property
     def is_answering(self) -> bool:
@@ -76,8 +79,17 @@ class ServedVersion:
 
     @property
     def epsilon_micro(self) -> int:
-        """The largest epsilon that the run claims for a site, in millionths, rounded up."""
-        return max((_micro(site.run_epsilon) for site in self.registered.costs), default=0)
+        """The largest epsilon that the run claims for a site, in millionths, rounded up.
+
+        Above every limit where a figure is lacking: for a site that released something, or for so many that
+        fewer are left than a round of the charter needs.
+        """
+        names = {site["name"] for site in self.charter["sites"]}
+        costs = self.registered.costs
+        counted = names & {cost.site for cost in costs}
+        if self.uncounted or len(counted) < max(1, self.charter["plan"]["minimum_sites"]):
+            return _ABOVE_ALL
+        return max(_micro(cost.run_epsilon) for cost in costs)
 
     @property
     def epsilon_limit_micro(self) -> int:
@@ -89,6 +101,7 @@ class _Route:
     """Who answers for one model."""
 
     first: ServedVersion  # the live version, else the newest
+    live: ServedVersion | None
     canary: ServedVersion | None
     candidate: ServedVersion | None  # the newest that is neither live nor retired
     shadows: tuple[ServedVersion, ...]
@@ -186,13 +199,29 @@ class LiveModels:
                 return canary
             return route.first
         if version == "live":
-            return route.first
+            if route.live is None:
+                raise VersionNotFoundError(f"model {model!r} has no live version now")
+            return route.live
         if version == "candidate":
             if route.candidate is None:
                 raise VersionNotFoundError(f"model {model!r} has no candidate now")
             return route.candidate
         found = self._versions.get((model, version))
         return found if found is not None else self.version(model, version)
+
+    def instead_of(self, canary: ServedVersion) -> ServedVersion | None:
+        """Return, in the present view, the live version beside which a canary is tried; None: none."""
+        route = self._routes.get(canary.model)
+        return route.live if route is not None and canary.state == CANARY else None
+
+    def in_use(self) -> frozenset[tuple[str, str]]:
+        """Return (version, charter) of all that answers, a canary, or is asked beside what answers."""
+        versions = list(self._versions.values())
+        return frozenset(
+            (found.version, found.charter_digest)
+            for found in versions
+            if found.is_answering or found.state == SHADOW
+        )
 
     def shadows(self, model: str) -> tuple[ServedVersion, ...]:
         """Return, in the present view, the versions that are asked beside the one that answers."""
@@ -242,6 +271,7 @@ class LiveModels:
                     charter_author=published[1],
                     transition=ZERO_DIGEST,
                     approved_by=(),
+                    uncounted=self._uncounted(body, published[0], index),
                 )
             case VersionTransition() as body:
                 self._move(index, hash_leaf(data).hex(), body)
@@ -253,6 +283,19 @@ class LiveModels:
                 self._versions[body.model, body.version] = replace(found, export=body)
             case _:
                 return
+
+    def _uncounted(self, body: VersionRegistered, charter: dict[str, Any], index: int) -> tuple[str, ...]:
+        """Return the charter's sites without a figure that made a release in the run before leaf `index`.
+
+        A site that stayed silent has none, and cost nothing.
+        """
+        silent = {site["name"] for site in charter["sites"]} - {cost.site for cost in body.costs}
+        found = []
+        for site in sorted(silent):
+            first = self._ledger.search(type=_RELEASES, run=body.run, site=site, limit=1)
+            if first and first[0].leaf_index < index:
+                found.append(site)
+        return tuple(found)
 
     def _move(self, index: int, leaf_hash: str, body: VersionTransition) -> None:
         key = (body.model, body.version)
@@ -286,14 +329,15 @@ def _route(newest_first: list[ServedVersion]) -> _Route:
     def find(*states: str) -> ServedVersion | None:
         return next((version for version in newest_first if version.state in states), None)
 
-    live = [version for version in newest_first if version.state == LIVE]
-    return (
-        _Route(  # of two, the one that became live last: a swap makes the new one live, then retires the old
-            first=max(live, key=lambda version: version.moved_index) if live else newest_first[0],
-            canary=find(CANARY),
-            candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
-            shadows=tuple(version for version in newest_first if version.state == SHADOW),
-        )
+    # of two, the one that became live last: a swap makes the new one live, then retires the old
+    found = [version for version in newest_first if version.state == LIVE]
+    live = max(found, key=lambda version: version.moved_index) if found else None
+    return _Route(
+        first=live or newest_first[0],
+        live=live,
+        canary=find(CANARY),
+        candidate=find(CANDIDATE, APPROVED, SHADOW, CANARY),
+        shadows=tuple(version for version in newest_first if version.state == SHADOW),
     )
 
 
@@ -331,4 +375,4 @@ def _micro(text: str) -> int:
     try:
         return int((parse_decimal(text) * 1_000_000).to_integral_value(ROUND_CEILING))
     except AuditError:
-        return int(Decimal(2**53))  # a claim that cannot be read is above every limit
+        return _ABOVE_ALL  # a claim that cannot be read

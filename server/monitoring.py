@@ -55,8 +55,15 @@ class Monitoring:
         )
         self.shadowed = Counter(
             "affidavit_shadow_rows",
-            "Rows that a shadow version was asked, by how its label compares; skipped under load.",
+            "Rows that a shadow version was asked, by how its label compares; skipped under load, "
+            "refused where the policies would not let it answer.",
             ("model", "outcome"),
+            registry=self.registry,
+        )
+        self.canary_passed = Counter(
+            "affidavit_canary_passed",
+            "Requests drawn to a canary that could not answer them, and answered by the live version.",
+            ("model",),
             registry=self.registry,
         )
         self.denials = Counter(

@@ -25,7 +25,7 @@ from anyio import CapacityLimiter, to_thread
 
 from audit.principal import ROLES, Principal
 from server.errors import SettingsError, UnauthenticatedError
-from server.jwks import IssuerKeys, UnknownKeyError
+from server.jwks import MAX_WAITING, IssuerKeys, UnknownKeyError
 from server.settings import Settings
 
 _logger = logging.getLogger(__name__)
@@ -209,7 +209,14 @@ def token_verifier(
     return TokenVerifier(
         issuer=settings.oidc_issuer,
         audience=settings.oidc_audience,
-        keys=IssuerKeys(settings.oidc_issuer, settings.oidc_jwks_url, stale_s=settings.oidc_stale_s),
+        keys=IssuerKeys(
+            settings.oidc_issuer,
+            settings.oidc_jwks_url,
+            stale_s=settings.oidc_stale_s,
+            most_waiting=max(
+                1, min(MAX_WAITING, settings.max_in_flight // 4)
+            ),  # the others' places stay free
+        ),
         claims=Claims(
             role=settings.oidc_role_claim,
             region=settings.oidc_region_claim,

@@ -96,20 +96,26 @@ def check(
     Exit codes: 0 they hold together (whatever they would change), 1 they do not, or a test fails, 2 wrong
     usage.
     """
-    from server.access import CedarAuthorizer, read_policies
+    from server.access import authorizer_of, locked_out
     from server.policy_tests import read_cases, run_cases, tests_beside
 
-    authorizer = CedarAuthorizer(read_policies(file))
+    authorizer = authorizer_of(file)
     beside = tests_beside(file)
     report = run_cases(authorizer, read_cases(beside)) if beside.exists() else None
     found = _dry_run(home, authorizer, last) if last and _has_log(home) else None
     document: dict[str, Any] = {
         "policy_set": authorizer.policy_set,
         "policies": sorted(authorizer.names),
+        "locked_out": locked_out(authorizer),
         "tests": None if report is None else asdict(report),
         "dry_run": None if found is None else {**asdict(found), "reversed": found.reversed},
     }
     lines = [f"{file}: {len(authorizer.names)} policies hold together ({authorizer.policy_set[:16]}…)"]
+    if document["locked_out"]:
+        lines.append(
+            f"warning: an officer may not do {' and '.join(document['locked_out'])} under these; apply wants "
+            "--lock-out, and only `policy apply --home` puts others in force afterwards"
+        )
     lines.append(_tests_line(report) if report else f"no tests: {beside} is not there")
     lines += _dry_run_lines(found) if found is not None else ["no dry run"]
     emit(document, lines, as_json=as_json)
@@ -124,10 +130,10 @@ def run_tests(file: RulesFile, as_json: AsJson = False) -> None:
 
     Exit codes: 0 all pass, 1 one fails, or a file is not in order, 2 wrong usage.
     """
-    from server.access import CedarAuthorizer, read_policies
+    from server.access import authorizer_of
     from server.policy_tests import read_cases, run_cases, tests_beside
 
-    report = run_cases(CedarAuthorizer(read_policies(file)), read_cases(tests_beside(file)))
+    report = run_cases(authorizer_of(file), read_cases(tests_beside(file)))
     emit(asdict(report), _tests_line(report), as_json=as_json)
     if report.failed:
         raise typer.Exit(1)
@@ -140,6 +146,10 @@ def apply(
     officer: Officer,
     reason: Reason = "",
     untested: Annotated[bool, typer.Option("--untested", help="Apply rules that have no tests.")] = False,
+    lock_out: Annotated[
+        bool,
+        typer.Option("--lock-out", help="Apply rules under which no officer may read or change the rules."),
+    ] = False,
     home: Home = None,
     url: Url = None,
     key_file: KeyFile = None,
@@ -153,20 +163,24 @@ def apply(
     Exit codes: 0 done, 1 they do not hold together, a test fails, you may not, or failed, 2 wrong usage.
     """
     from federation.commands import read_identity
-    from server.access import CedarAuthorizer, read_policies
-    from server.policy_service import apply_change, signed_change
+    from server.access import authorizer_of
+    from server.policy_service import apply_change, check_lock_out, signed_change
     from server.policy_tests import read_cases, run_cases, tests_beside
 
-    text = read_policies(file)
-    beside = tests_beside(file)
+    authorizer = authorizer_of(file)
+    text, beside = authorizer.text, tests_beside(file)
+    if not lock_out:
+        check_lock_out(authorizer)
     if beside.exists() or not untested:
-        report = run_cases(CedarAuthorizer(text), read_cases(beside))
+        report = run_cases(authorizer, read_cases(beside))
         if report.failed:
             raise CommandError(_tests_line(report), code="access.policy_tests")
     key = read_identity(officer)
     if url:
         previous = _rules_in_force(home, url, key_file)["previous_change"]
         body = asdict(signed_change(text.policies, previous, key, reason))
+        if lock_out:
+            body["lock_out"] = True
         answer = ask_api(url, "/v1/policy", key=read_key(None, key_file), method="POST", body=body)
         document: dict[str, Any] = json.loads(answer)
     else:
@@ -178,7 +192,9 @@ def apply(
             before = parts.rules.change
             previous = ZERO_DIGEST if before is None else before.leaf_hash
             body_now = signed_change(text.policies, previous, key, reason)
-            change = apply_change(parts.rules, parts.journal, _person(key), LocalOwner(), body_now)
+            change = apply_change(
+                parts.rules, parts.journal, _person(key), LocalOwner(), body_now, lock_out=lock_out
+            )
         document = {
             "policy_set": change.body.policy_set,
             "entry": {"leaf_index": change.leaf_index, "leaf_hash": change.leaf_hash},

@@ -10,8 +10,8 @@ from audit.entries import ZERO_DIGEST, signing_payload
 from audit.keys import SigningKey
 from audit.principal import Authorizer, Principal, Question, require
 from audit.serving_bodies import PolicyChanged
-from server.access import CedarAuthorizer, PolicyText, with_shipped_schema
-from server.errors import PolicyRefusedError
+from server.access import CedarAuthorizer, PolicyText, locked_out, with_shipped_schema
+from server.errors import PolicyLockOutError, PolicyRefusedError
 from server.journal import Journal
 from server.rules import Change, RulesInForce
 
@@ -71,12 +71,15 @@ def apply_change(
     principal: Principal,
     authorizer: Authorizer,
     body: PolicyChanged,
+    *,
+    lock_out: bool = False,
 ) -> Change:
     """Put a signed change into the log; every worker follows within seconds.
 
     Raises:
         AccessDeniedError: the caller is no officer.
         PolicyRefusedError: it does not count, and nothing was written; or another change came first.
+        PolicyLockOutError: no officer could read or change the rules then, and `lock_out` does not allow it.
         LedgerUnavailableError: it is not, or not known to be, in the log.
     """
     require(authorizer, principal, Question(action="policy.change", resource="service"))
@@ -84,12 +87,28 @@ def apply_change(
     fault = rules.fault(body)
     if fault:
         raise PolicyRefusedError(f"the rules stay as they are: {fault}")
+    if not lock_out:
+        check_lock_out(CedarAuthorizer(with_shipped_schema(body.text)))
     sequenced = journal.append_now(body)
     rules.refresh()
     change = rules.change
     if change is None or change.leaf_hash != sequenced.leaf_hash.hex():
         raise PolicyRefusedError("another change came first; look at the rules in force, then sign again")
     return change
+
+
+def check_lock_out(authorizer: CedarAuthorizer) -> None:
+    """Refuse rules that lock officers out.
+
+    Raises:
+        PolicyLockOutError: an officer could not read or change the rules any more.
+    """
+    refused = locked_out(authorizer)
+    if refused:
+        raise PolicyLockOutError(
+            f"under these rules an officer may not do {' and '.join(refused)}, so that they could be changed "
+            "at the coordinator's home alone; apply them with --lock-out if that is meant"
+        )
 
 
 def _shown(change: Change) -> dict[str, Any]:

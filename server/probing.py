@@ -35,7 +35,7 @@ class Look(NamedTuple):
     """What is remembered of one answered row: in memory only, for as long as the window is."""
 
     row: tuple[float, ...]  # encoded
-    margin: float | None  # distance of the best class's probability from the next; None: not let out
+    margin: float | None  # distance of the best class's probability from the next; None: the task has none
     out: bool
 
 
@@ -109,7 +109,10 @@ DETECTORS: Final[tuple[Callable[[Sequence[Look]], Suspicion | None], ...]] = (
 
 
 def margin_of(answer: Mapping[str, object]) -> float | None:
-    """Return how far the answered class is ahead of the next, from what was let out of the answer."""
+    """Return how far the answered class is ahead of the next; None where the answer holds no probability.
+
+    By the exact answer: one that was rounded to no decimals, or is a label alone, is never near a boundary.
+    """
     if "probability" in answer:
         return abs(2.0 * float(str(answer["probability"])) - 1.0)
     chances = answer.get("probabilities")

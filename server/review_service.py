@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from audit.entries import (
-    ZERO_DIGEST,
     Prediction,
     body_document,
     decode_entry,
@@ -26,6 +25,7 @@ from audit.ledger import Ledger, StoredEntry
 from audit.principal import Authorizer, Principal, Question, require
 from audit.serving_bodies import REVIEW_OUTCOMES, PredictionReviewed
 from federation.coordinator import stable_event_id
+from server.answers import never_final
 from server.errors import (
     LedgerUnavailableError,
     MalformedRequestError,
@@ -51,13 +51,19 @@ class Review:
     model: str
     version: str
     required: bool
+    never_final: str  # why no review can make it final; "" where one can
     reviewed: PredictionReviewed | None
     reviewed_index: int | None
     reviewed_at: str
 
     @property
     def final(self) -> bool:
-        """Whether anything may rest on the decision: it needs no review, or a person confirmed it."""
+        """Whether anything may rest on the decision: it needs no review, or a person confirmed it.
+
+        A tester's answer is never final.
+        """
+        if self.never_final:
+            return False
         return not self.required or (self.reviewed is not None and self.reviewed.outcome == "confirmed")
 
     def to_json(self) -> dict[str, Any]:
@@ -73,6 +79,7 @@ class Review:
             "version": self.version,
             "review_required": self.required,
             "final": self.final,
+            "reason": self.never_final,
             "review": found,
         }
 
@@ -147,6 +154,10 @@ def record_review(
         )
     stored, prediction = _decision(ledger, decision)
     review = _review(ledger, live, stored, prediction)
+    if review.never_final:
+        raise ReviewNotNeededError(
+            f"decision {decision} is {review.never_final}, so there is no review of it"
+        )
     if not review.required:
         raise ReviewNotNeededError(
             f"decision {decision} has no legal effect by its charter; nothing to review"
@@ -185,7 +196,8 @@ def _review(ledger: Ledger, live: LiveModels, stored: StoredEntry, body: Predict
         leaf_hash=stored.leaf_hash.hex(),
         model=body.model,
         version=body.version,
-        required=has_legal_effect(charter) and body.role != "tester" and body.transition != ZERO_DIGEST,
+        required=has_legal_effect(charter),
+        never_final=never_final(body.role, body.transition),
         reviewed=reviewed,
         reviewed_index=found.leaf_index if found is not None and reviewed is not None else None,
         reviewed_at=entry.time if entry is not None and reviewed is not None else "",

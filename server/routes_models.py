@@ -217,14 +217,16 @@ def render_answer(answered: Answered) -> bytes:
         "opened": answered.opened,
         "sealed": answered.sealed,
         "review_required": bool(answered.review),
-        "review": _review(answered.review),
+        "review": _review(answered.review, answered.never_final),
         "annotations": dict(answered.annotations),
     }
     return write_json(document)
 
 
-def _review(decision: str) -> dict[str, Any] | None:
-    return {"id": decision, "url": f"/v1/reviews/{decision}", "final": False} if decision else None
+def _review(decision: str, never_final: str) -> dict[str, Any] | None:
+    if not decision:
+        return None
+    return {"id": decision, "url": f"/v1/reviews/{decision}", "final": False, "reason": never_final}
 
 
 def numbers(answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from anyio import to_thread
@@ -44,14 +45,15 @@ async def change_rules(request: Request, principal: Caller) -> dict[str, Any]:
     it.
 
     It is one entry, which holds the text. Every worker decides by it within seconds. What does not hold
-    together, or does not continue the chain of changes, is refused, and the rules in force stay.
+    together, or does not continue the chain of changes, is refused, and the rules in force stay. So are rules
+    under which no officer could read or change them (`access.policy_lock_out`), unless `lock_out` is true.
     """
     asked = await parsed_body(request, PolicyRequest)
-    body = PolicyChanged(**asked.model_dump())
+    body = PolicyChanged(**asked.model_dump(exclude={"lock_out"}))
     context = context_of(request)
     async with denials_recorded(request):
         change = await to_thread.run_sync(
-            policy_service.apply_change,
+            partial(policy_service.apply_change, lock_out=asked.lock_out),
             context.rules,
             context.journal,
             principal,

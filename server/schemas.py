@@ -144,6 +144,7 @@ class ReviewView(BaseModel):
     id: str
     url: str
     final: bool
+    reason: Annotated[str, Field(description="Why no review can make it final; empty where one can.")] = ""
 
 
 class PredictResponse(BaseModel):
@@ -261,7 +262,7 @@ class AlarmCloseRequest(_Strict):
 
 
 class PolicyRequest(_Strict):
-    """A change of rules, signed by an officer: the body of a `policy.changed` entry."""
+    """A change of rules, signed by an officer: the body of a `policy.changed` entry, and one permission."""
 
     policy_set: Annotated[str, Field(pattern=DIGEST_PATTERN)]
     schema_digest: Annotated[str, Field(pattern=DIGEST_PATTERN)]
@@ -270,6 +271,9 @@ class PolicyRequest(_Strict):
     officer: Annotated[str, Field(max_length=60)]
     reason: Annotated[str, Field(max_length=200)]
     signature: Annotated[str, Field(max_length=88)]
+    lock_out: Annotated[
+        bool, Field(description="Put them in force although no officer could read or change them then.")
+    ] = False
 
 
 Subject = Annotated[

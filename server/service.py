@@ -31,10 +31,12 @@ from audit.principal import (
     Question,
 )
 from audit.vault_records import PERSON
-from server.answers import Answered, Asked, Commitments, Opened, commit_rows, encode, entry_of
+from federation.registry import LIVE
+from server.answers import Answered, Asked, Commitments, Opened, commit_rows, encode, entry_of, never_final
 from server.batching import Batching
 from server.crowd import SENT_BACK, Crowd, Job
-from server.errors import MalformedRequestError, TooBusyError
+from server.errors import ArtefactError, MalformedRequestError, RowContractError, TooBusyError
+from server.explaining import ExplainRefusedError, ExplainUnavailableError
 from server.facts import ModelAttributes, has_legal_effect
 from server.hooks import Annotation, Answering, Hooks, with_fields
 from server.journal import Journal
@@ -44,11 +46,12 @@ from server.quotas import Quotas, Taken
 from server.receipting import Receipting
 from server.sealing import Sealing
 from server.shadowing import Shadowing
-from server.warm import WarmModel, WarmModels
+from server.warm import WarmModels
 
 QUOTA: Final = "quota-exhausted"  # the policy whose refusal is worth another try later
 _TRIES: Final = 20  # transitions that may come one after the other while a request is answered
 MAX_SEALED_ROWS: Final = 384  # a sealed entry holds its rows itself: two commitments each
+_OF_VERSION: Final = (RowContractError, ArtefactError, ExplainRefusedError, ExplainUnavailableError)
 _INLINE_ROWS: Final = 64  # more rows than this are encoded and committed to beside the event loop
 
 Told = TypeVar("Told")
@@ -154,37 +157,69 @@ class PredictService:
             job.served = self.live.choose(asked.model, asked.version, draw=True)
         if not job.is_decided:
             job.question, job.decision = self.decided(principal, asked, job.served, job.taken)
-        guard, served, decision = job.guard, job.served, job.decision
-        if not decision.allowed:
-            raise await self._refused(job)
-        warm = self.warm.ready(served)
-        if warm is None:
-            warm = await asyncio.to_thread(self.warm.get, served)
-        many = len(asked.rows) > _INLINE_ROWS
-        plain, encoded = await asyncio.to_thread(encode, warm, asked) if many else encode(warm, asked)
-        answers = await self._answers(warm, encoded, warm.site_index(asked.site), principal.id)
-        answering = Answering(
-            principal=principal,
-            asked=asked,
-            served=served,
-            decision=decision,
-            plain=plain,
-            encoded=encoded,
-            answers=answers,
-        )
-        added = await self.hooks.annotate(answering)
-        outputs, sealed = added.outputs(answers), None
+        if not job.decision.allowed:
+            self._leaves_canary(job)
+        try:
+            answering, added = await self._answered(job)
+        except _OF_VERSION:
+            if not self._leaves_canary(job):
+                raise
+            answering, added = await self._answered(job)
+        guard, plain, many = job.guard, answering.plain, len(asked.rows) > _INLINE_ROWS
+        said, sealed = added.outputs(answering.answers), None
         if asked.subject is None:
             commitments, opened = (
-                await asyncio.to_thread(commit_rows, plain, outputs) if many else commit_rows(plain, outputs)
+                await asyncio.to_thread(commit_rows, plain, said) if many else commit_rows(plain, said)
             )
             body = with_fields(entry_of(answering, commitments), added.body)
             sequenced = await self.journal.append(body, guard=guard)
         else:
             body = with_fields(entry_of(answering, Commitments()), added.body)
-            sequenced, opened, sealed = await self._sealed(body, asked, plain, outputs, guard)
+            sequenced, opened, sealed = await self._sealed(body, asked, plain, said, guard)
         receipt = await self.receipting.receipt(sequenced)
         return self.finished(answering, added, guard, sequenced, receipt, opened, sealed)
+
+    async def _answered(self, job: Job) -> tuple[Answering, Annotation]:
+        """Return what the chosen version says, and what is added to it; nothing is in the log yet.
+
+        Raises:
+            PredictionDeniedError: it may not answer; the refusal is in the log.
+            ServerError: as `answer`.
+        """
+        if not job.decision.allowed:
+            raise await self._refused(job)
+        principal, asked, served = job.principal, job.asked, job.served
+        warm = self.warm.ready(served)
+        if warm is None:
+            warm = await asyncio.to_thread(self.warm.get, served)
+        many = len(asked.rows) > _INLINE_ROWS
+        plain, encoded = await asyncio.to_thread(encode, warm, asked) if many else encode(warm, asked)
+        outputs = await self.batching.run(warm, encoded, warm.site_index(asked.site), principal.id)
+        answering = Answering(
+            principal=principal,
+            asked=asked,
+            served=served,
+            decision=job.decision,
+            plain=plain,
+            encoded=encoded,
+            answers=tuple(warm.answers_of(outputs)),
+            margins=warm.margins_of(outputs),
+        )
+        return answering, await self.hooks.annotate(answering)
+
+    def _leaves_canary(self, job: Job) -> bool:
+        """Move a request that was drawn to a canary to the live version; say whether it was one.
+
+        Nobody is refused because of a canary: where its charter does not allow the question or the rows, or
+        its file cannot be used, the live version answers or refuses as if there were no trial.
+        """
+        live = self.live.instead_of(job.served) if job.asked.version is None else None
+        if live is None:
+            return False
+        self.monitoring.canary_passed.labels(live.model).inc()
+        job.served = live
+        job.question, job.decision = self.decided(job.principal, job.asked, live, job.taken)
+        return True
 
     def question(self, principal: Principal, asked: Asked, served: ServedVersion, taken: Taken) -> Question:
         """Return what the policies are asked, with all the facts."""
@@ -227,18 +262,13 @@ class PredictService:
             sealed=sealed,
             annotations=added.shown,
             review=sequenced.event_id if has_legal_effect(served.charter) else "",
+            never_final=never_final(answering.principal.role, served.transition),
         )
         self.hooks.observe(answering, answered)
         if self.shadowing is not None:
             for shadow in self.live.shadows(served.model):
-                self.shadowing.ask(shadow, answering, answered.leaf_hash)
+                self.shadowing.ask(shadow, answering, answered.leaf_hash, self.would_allow)
         return answered
-
-    async def _answers(
-        self, warm: WarmModel, encoded: Sequence[Sequence[float]], site: int | None, asker: str
-    ) -> tuple[dict[str, Any], ...]:
-        """What the version says of encoded rows: a function of the three alone, of no request or person."""
-        return tuple(warm.answers_of(await self.batching.run(warm, encoded, site, asker)))
 
     async def _sealed(
         self,
@@ -297,6 +327,11 @@ class PredictService:
             "context": canonical_bytes(dict(context.values)).decode(),
         }
         return sequenced, opened, told
+
+    def would_allow(self, principal: Principal, asked: Asked, version: ServedVersion) -> bool:
+        """Whether the policies would let `version` answer this were it live: by its own charter's terms."""
+        _, decision = self.decided(principal, asked, replace(version, state=LIVE), Taken(True))
+        return decision.allowed
 
     def decided(
         self, principal: Principal, asked: Asked, served: ServedVersion, taken: Taken

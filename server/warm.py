@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,10 +19,12 @@ from federation.errors import ExportError, FederationError, LayerNotExportedErro
 from server.errors import ArtefactError, RowContractError
 from server.fast_json import texts_of
 from server.live import ServedVersion
+from server.probing import margin_of
 
 _logger = logging.getLogger(__name__)
 
-_KEPT: Final = 32
+_KEPT: Final = 32  # beside those in use
+_SHOWN: Final = 100  # of the fields outside the contract
 _WEIGHT_FILE_SLACK: Final = 1 << 20
 
 Forward = Callable[[Sequence[Sequence[float]], int | None], list[list[float]]]
@@ -49,6 +52,8 @@ class WarmModel:
         encoded: list[list[float]] = []
         fields: list[dict[str, Any]] = []
         for number, row in enumerate(rows):
+            if len(fields) >= _SHOWN:
+                break
             values, problems = self.encoder.read(row)
             encoded.append(values)
             if problems:
@@ -59,7 +64,7 @@ class WarmModel:
         if fields:
             first = fields[0]
             raise RowContractError(
-                f"row {first['row']}, {first['field']}: {first['problem']}", fields=fields[:100]
+                f"row {first['row']}, {first['field']}: {first['problem']}", fields=fields[:_SHOWN]
             )
         return encoded
 
@@ -89,12 +94,26 @@ class WarmModel:
         except AuditError as error:
             raise RowContractError(f"the version has no answer to such a row: {error}") from error
 
+    def margins_of(self, outputs: Sequence[Sequence[float]]) -> tuple[float | None, ...]:
+        """Return `margin_of` each exact answer where less than that is let out, else nothing.
+
+        Who studies the model by labels alone is not to be missed because labels alone are let out.
+        """
+        if not self.terms.is_restricted:
+            return ()
+        return tuple(margin_of(answer_of(self.task, self.label, row)) for row in outputs)
+
 
 class WarmModels:
-    """The versions in memory, loaded once each, by digest, and checked before they answer anybody."""
+    """The versions in memory, loaded once each, by digest, and checked before they answer anybody.
 
-    def __init__(self, blobs: BlobStore) -> None:
-        self._blobs = blobs
+    What is in use (live, canary, shadow) is never put out, however many there are; of the others those that
+    were looked for last are kept.
+    """
+
+    def __init__(self, blobs: BlobStore, in_use: Callable[[], Collection[tuple[str, str]]]) -> None:
+        """Prepare; `in_use` gives (version, charter) of what must stay."""
+        self._blobs, self._in_use = blobs, in_use
         self._models: OrderedDict[tuple[str, str], WarmModel] = OrderedDict()  # by version and charter
         self._lock = threading.Lock()
 
@@ -103,7 +122,12 @@ class WarmModels:
 
         Two charters may name the same weights, and let out more or less of what they say.
         """
-        return self._models.get((served.version, served.charter_digest))
+        key = (served.version, served.charter_digest)
+        found = self._models.get(key)
+        if found is not None:
+            with suppress(KeyError):  # another thread put it out meanwhile
+                self._models.move_to_end(key)
+        return found
 
     def get(self, served: ServedVersion) -> WarmModel:
         """Return the version, loading it when needed.
@@ -116,10 +140,18 @@ class WarmModels:
             warm = self._models.get(key)
             if warm is None:
                 warm = self._models[key] = self._load(served)
-                while len(self._models) > _KEPT:
-                    self._models.popitem(last=False)
+                self._make_room(key)
             self._models.move_to_end(key)
             return warm
+
+    def _make_room(self, key: tuple[str, str]) -> None:
+        """Put out those that were longest not looked for, of what is neither in use nor the newest."""
+        if len(self._models) <= _KEPT:
+            return
+        in_use = self._in_use()
+        others = [known for known in list(self._models) if known != key and known not in in_use]
+        for known in others[: max(0, len(others) + (key not in in_use) - _KEPT)]:
+            del self._models[known]
 
     def _load(self, served: ServedVersion) -> WarmModel:
         layers = served.charter["model"]["layers"]

@@ -9,7 +9,7 @@ from audit.errors import AuditError
 from audit.models import initial_weights, model_file, weights_of_file
 from audit.replay import Aggregator, SiteUpdate, average
 from audit.robust import MEAN
-from audit.verify.chain import Chain, FailError, GapError, Outcome, Round, expect, need
+from audit.verify.chain import Chain, FailError, GapError, Outcome, Round, expect, kept_back, need
 from audit.verify.history import LINKS
 from audit.verify.masked import opened_update
 from audit.verify.members import CHARTER
@@ -105,7 +105,9 @@ def check_weights(chain: Chain) -> Outcome:
     data = chain.evidence.artefacts.get(digest)
     if data is None:
         raise GapError(
-            "version.weights_missing", f"model file {digest[:16]}… is not in the file", completed.index
+            "version.weights_missing",
+            f"model file {digest[:16]}… is not in the file{kept_back(charter.serving.answers)}",
+            completed.index,
         )
     try:
         chain.weights = weights_of_file(charter.layers, data)
@@ -125,9 +127,8 @@ def _update(chain: Chain, found: Round, position: int) -> SiteUpdate:
     site = charter.site(body.site)
     data = chain.evidence.artefacts.get(body.update)
     if site is None or data is None:
-        what = (
-            f"the update of site {body.site} for round {body.round} ({body.update[:16]}…) is not in the file"
-        )
+        what = f"the update of site {body.site} for round {body.round} ({body.update[:16]}…)"
+        what += f" is not in the file{kept_back(charter.serving.answers)}"
         raise GapError("replay.update_missing", what, leaf.index)
     try:
         values = decode_update(data)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from audit.answers import AnswerTerms
 from audit.charter_view import CharterView
 from audit.checkpoints import Checkpoint
 from audit.entries import (
@@ -212,6 +213,16 @@ def expect(found: object, wanted: object, *, code: str, field: str, entry: int) 
     """
     if found != wanted:
         raise FailError(code, f"{field} is {_short(found)}, must be {_short(wanted)}", entry)
+
+
+def kept_back(answers: AnswerTerms) -> str:
+    """Return why a file of the model may be missing, and who has it: the end of a gap's detail, or ""."""
+    if not answers.is_restricted:
+        return ""
+    return (
+        ": the charter restricts answers, so that the file a consumer gets holds nothing of the model; an "
+        "officer, a scientist or whoever holds the log's home can export the whole file"
+    )
 
 
 def only(leaves: list[Leaf[B]], what: str, *, missing: str) -> Leaf[B]:

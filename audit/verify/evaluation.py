@@ -9,8 +9,9 @@ from audit.entries import SiteStatement
 from audit.errors import AuditError
 from audit.private_evaluation import METRIC, SOURCE, Evaluation, worth
 from audit.round_bodies import RunEvaluated, RunReferenced
-from audit.verify.chain import Chain, FailError, GapError, Leaf, expect, need
+from audit.verify.chain import Chain, FailError, GapError, Leaf, expect, kept_back, need
 from audit.verify.history import LINKS
+from audit.verify.members import CHARTER
 from audit.verify.training import check_statement, evaluation_statements
 from audit.weights import decode_update
 
@@ -96,14 +97,14 @@ def released_counts(
         raise FailError(
             f"{code}.sites", "those who counted and those missing are not who took part", leaf.index
         )
-    matrices = []
+    matrices, answers = [], need(chain.charter, CHARTER).serving.answers
     for statement in ordered:
         check_statement(chain, statement, wanted)
         data = chain.evidence.artefacts.get(statement.body.update)
         if data is None:
             raise GapError(
                 f"{code}.counts_missing",
-                f"the counts of site {statement.body.site} are not in the file",
+                f"the counts of site {statement.body.site} are not in the file{kept_back(answers)}",
                 leaf.index,
             )
         try:

@@ -11,7 +11,7 @@ from audit.replay import SiteUpdate
 from audit.secure_bodies import RoundOpened
 from audit.secure_round import RoundName, SecureRoundError, SecureTerms, Transcript, open_sum
 from audit.update_bounds import longest_sum, square_norm
-from audit.verify.chain import Chain, FailError, GapError, Leaf, Round, expect
+from audit.verify.chain import Chain, FailError, GapError, Leaf, Round, expect, kept_back
 from audit.weights import encode_update
 
 
@@ -51,6 +51,7 @@ def opened_update(
     data = chain.evidence.artefacts.get(leaf.body.transcript)
     if data is None:
         what = f"the transcript of round {body.round} ({leaf.body.transcript[:16]}…) is not in the file"
+        what += kept_back(charter.serving.answers)
         raise GapError("replay.transcript_missing", what, leaf.index)
     name = RoundName(
         run=body.run,

@@ -15,7 +15,7 @@ from audit.errors import AuditError
 from audit.replay import SiteUpdate
 from audit.round_bodies import RoundExamined, UpdateRefused
 from audit.update_bounds import is_too_long, square_norm
-from audit.verify.chain import Chain, FailError, GapError, Leaf, Round, expect, need
+from audit.verify.chain import Chain, FailError, GapError, Leaf, Round, expect, kept_back, need
 from audit.verify.history import LINKS
 from audit.verify.members import CHARTER
 from audit.weights import decode_update
@@ -112,6 +112,7 @@ def _refused_values(chain: Chain, leaf: Leaf[UpdateRefused]) -> list[int]:
     data = chain.evidence.artefacts.get(body.update)
     if data is None:
         what = f"the refused update of site {body.site} ({body.update[:16]}…) is not in the file"
+        what += kept_back(need(chain.charter, CHARTER).serving.answers)
         raise GapError("replay.update_missing", what, entry)
     try:
         values = decode_update(data)

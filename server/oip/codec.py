@@ -107,12 +107,15 @@ def read_ask(body: bytes, header_length: str | None) -> InferAsk:
     if not isinstance(model, str) or not isinstance(version, str):
         raise MalformedRequestError("model_name, model_version: are not texts; the path names both")
     parameters = _parameters("parameters", document.get("parameters"))
+    binary = parameters.get("binary_data_output", False)
+    if type(binary) is not bool:
+        raise MalformedRequestError("parameters.binary_data_output: is true or false")
     return InferAsk(
         id=identity,
         parameters=parameters,
         inputs=_inputs(document["inputs"], raw),
         outputs=_outputs(document.get("outputs")),
-        binary=parameters.get("binary_data_output") is True,
+        binary=binary,
         model=model,
         version=version,
     )

@@ -20,12 +20,13 @@ from tests.audit_verify.world import World, up
 class SketchingWorld(World):
     """Two rounds, then each hospital's noisy counts by bin."""
 
-    def __init__(self, *, silent=(), **hooks):
+    def __init__(self, *, silent=(), also=lambda document: None, **hooks):
         self.silent = silent
 
         def changes(document):
             document["plan"] |= {"average_last": 1}
             document["reference"] = {"bins": 4, "noise_multiplier": "3"}
+            also(document)
 
         super().__init__(rounds=2, charter_changes=changes, **hooks)
 

@@ -136,7 +136,7 @@ def test_head_that_never_ends_is_cut_off_so_that_no_crowd_can_stay():
         await send({"type": "http.response.body", "body": b""})
 
     config = uvicorn.Config(
-        app, port=0, log_level="critical", lifespan="off", ws="none", limit_concurrency=5,
+        app, port=0, log_config=None, lifespan="off", ws="none", limit_concurrency=5,
         http=impatient_protocol(0.5),
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -67,7 +67,7 @@ def serving(own: Any) -> Iterator[Served]:
         coordinator_home=own.homes / "coordinator", signer_home=own.homes / "signer", publish_interval_s=3_600
     )
     app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -62,9 +62,6 @@ for status, call in {
     "PERMISSION_DENIED": lambda: server.infer(
         "toy", tensors(1), headers=headers, parameters={"purpose": "marketing"}
     ),
-    "DEADLINE_EXCEEDED": lambda: server.infer(
-        "toy", tensors(1), headers=headers, parameters=purpose, timeout=1
-    ),
     "INVALID_ARGUMENT": lambda: server.infer("toy", tensors(1, 500), headers=headers, parameters=purpose),
     "UNIMPLEMENTED": lambda: server.get_model_repository_index(headers=headers),
 }.items():

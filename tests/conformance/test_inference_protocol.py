@@ -26,7 +26,7 @@ pytest.importorskip("tritonclient")
 def served(lab):  # noqa: F811
     """A server on free ports: (lab, HTTP address, gRPC address)."""
     app = create_app(lab.settings(grpc_port=0))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -106,7 +106,7 @@ def test_groups_are_the_declared_ones_with_small_ones_marked(card):
     assert [row[0] for row in x.rows] == ["below 0 mg", "0 mg and above"]
     assert ward.header[3:] == ("called yes", "true positive rate", "false positive rate")
     assert any(
-        "Largest difference between groups of ward: accuracy" in b.text
+        "Largest difference between groups of ward: accuracy" in b.text and "called yes" in b.text
         for b in blocks
         if isinstance(b, Paragraph)
     )
@@ -136,6 +136,30 @@ def test_the_figures_are_those_of_the_slow_definition(run):
     assert ward.differences["selection_rate"] > 0
     again = intervals(charter, data, outputs, seed=run.version.digest)
     assert again == intervals(charter, data, outputs, seed=run.version.digest)
+
+
+@pytest.mark.parametrize(
+    ("metric", "floor", "baseline", "value", "word"),
+    [
+        ("auc", "0.6", "0.5", "0.7", "passed"),
+        ("auc", "0", "0.5", "0.7", "passed, asks for no more than the baseline"),
+        ("auc", "0.5", "0.5", "0.7", "passed, asks for no more than the baseline"),
+        ("auc", "", "0.5", "0.7", "passed, asks for no more than the baseline"),
+        ("auc", "0", "0.5", "0.5", "passed, no better than the baseline"),
+        ("mae", "3", "4", "2", "passed"),
+        ("mae", "5", "4", "2", "passed, asks for no more than the baseline"),
+        ("mae", "5", "4", "4.5", "passed, no better than the baseline"),
+    ],
+)
+def test_a_gate_that_asks_for_nothing_is_said_to(run, metric, floor, baseline, value, word):
+    gate = GateResult(
+        metric=metric, source="public_set", dataset="0" * 64, floor=floor, baseline=baseline,
+        value=value, passed=1,
+    )  # fmt: skip
+    version = replace(run.version, registered=replace(run.version.registered, gates=(gate,)))
+    blocks = metric_blocks(version, run.charter, Measured.of(run.charter, version, None), None)
+    (table,) = [block for block in blocks if isinstance(block, Table)]
+    assert table.rows[0][-1] == word
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 10), (10, 10), (1, 3), (500, 1000), (0, 0)])
@@ -270,6 +294,10 @@ def test_no_bound_is_not_shown_as_nothing(run):
     for row in table.rows:
         assert row[4].startswith("no bound (first ")
         assert row[5].startswith("no bound (first ")
+    assert "(no bound for all its releases until registration)" in forged._repr_html_()
+    claimed = version.registered.costs[0]
+    shown = f"a {claimed.run_epsilon} ({claimed.lifetime_epsilon} for all its releases until registration)"
+    assert shown in version._repr_html_()
 
 
 def test_attributions_are_refused_where_answers_are_rounded(card):

@@ -140,8 +140,9 @@ class Lab:
         return digest
 
     def register(
-        self, charter_digest: str, *, weights: list[float] = WEIGHTS, epsilon: str = "2.9", model: str = MODEL
-    ) -> str:
+        self, charter_digest: str, *, weights: list[float] = WEIGHTS, epsilon: str = "2.9",
+        model: str = MODEL, counted: tuple[str, ...] = ("alpha", "beta"),
+    ) -> str:  # fmt: skip
         digest = self.coordinator.blobs.put(model_file(LAYERS, weights))
         sequenced = self.coordinator.append(
             VersionRegistered(
@@ -149,9 +150,12 @@ class Lab:
                 author=self.stranger.text, averaged_from=2, averaged_to=2,
                 gates=(GateResult(metric="auc", source="public_set", dataset=ZERO_DIGEST, floor="0.5",
                                   baseline="0.5", value="0.9", passed=1),),
-                epsilons=(SiteEpsilon(site="alpha", population="ab" * 16, events=2, run_epsilon=epsilon,
-                                      run_epsilon_rdp=epsilon, lifetime_epsilon=epsilon, delta="0.00001",
-                                      accountant="pld", relation="add_remove", unit="row"),),
+                epsilons=tuple(
+                    SiteEpsilon(site=site, population="ab" * 16, events=2, run_epsilon=epsilon,
+                                run_epsilon_rdp=epsilon, lifetime_epsilon=epsilon, delta="0.00001",
+                                accountant="pld", relation="add_remove", unit="row")
+                    for site in counted
+                ),
             ),
             "coordinator",
         )  # fmt: skip

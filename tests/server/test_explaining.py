@@ -179,16 +179,25 @@ def test_a_charter_of_labels_alone_lets_no_attributions_out(lab, as_role, row):
         assert len(lab.entries("prediction")) == before
 
 
-def test_a_charter_rounds_answers_and_attributions_alike(lab, as_role, row):
-    lab.live(name="round", answers={"decimals": 1, "label_only": 0, "cache": 0})
+@pytest.mark.parametrize("decimals", [0, 2, 5])
+def test_a_charter_that_rounds_lets_no_attributions_out(lab, as_role, row, decimals):
+    lab.live(name="round", answers={"decimals": decimals, "label_only": 0, "cache": 0})
     with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
-        answer = asked(client, as_role("consumer"), row, model="round", explain=True).json()
-    (opened,) = answer["opened"]
-    committed = json.loads(opened["output"])
-    assert len(committed["probability"]) <= 3
-    numbers = [committed["attributions"][name] for name in ("base", "total")]
-    numbers += committed["attributions"]["values"].values()
-    assert all(len(number.partition(".")[2]) <= 1 for number in numbers)
+        assert asked(client, as_role("consumer"), row, model="round").status_code == 200
+        before = len(lab.entries("prediction"))
+        for role in ("consumer", "tester"):
+            reply = asked(client, as_role(role), row, model="round", explain=True)
+            assert (reply.status_code, reply.json()["code"]) == (422, "explain.not_allowed")
+            assert "answers.decimals" in reply.json()["detail"]
+            assert "attributions" not in reply.text.replace("and attributions would tell", "")
+        assert len(lab.entries("prediction")) == before
+
+
+def test_a_charter_of_six_decimals_restricts_nothing(lab, as_role, row):
+    lab.live(name="exact", answers={"decimals": 6, "label_only": 0, "cache": 1})
+    with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
+        answer = asked(client, as_role("consumer"), row, model="exact", explain=True).json()
+    assert answer["annotations"]["attributions"]
 
 
 def test_too_many_rows_are_not_explained_at_once(client, as_role, row):

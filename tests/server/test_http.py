@@ -302,6 +302,28 @@ def test_start_records_the_rules_again_only_when_they_changed(lab, tmp_path):
     assert len(lab.entries("policy.applied")) == 2
 
 
+@pytest.mark.parametrize("answers", [{"decimals": 0, "label_only": 0}, {"decimals": 6, "label_only": 1}])
+def test_one_answer_does_not_buy_a_model_whose_answers_are_restricted(lab, as_role, row, answers):
+    version, _ = lab.live(name="kept", answers={**answers, "cache": 0})
+    with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
+        for role in ("consumer", "tester"):
+            body = {"purpose": "triage", "rows": [row]}
+            answer = client.post("/v1/models/kept/predict", headers=as_role(role), json=body).json()
+            path = f"/v1/audit/evidence/{answer['entry']['leaf_index']}"
+            mine = client.get(path, headers=as_role(role))
+            assert mine.status_code == 200
+            assert read_evidence(mine.content).artefacts == {}
+            whole = client.get(path, headers=as_role("officer"))
+            assert version in read_evidence(whole.content).artefacts
+
+
+def test_an_exact_answers_evidence_holds_the_model(client, lab, as_role, row):
+    body = {"purpose": "triage", "rows": [row]}
+    answer = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
+    path = f"/v1/audit/evidence/{answer['entry']['leaf_index']}"
+    assert lab.version in read_evidence(client.get(path, headers=as_role("consumer")).content).artefacts
+
+
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
@@ -367,6 +389,35 @@ def test_flood_of_problems_is_named_in_part_and_looked_at_once(client, as_role, 
     assert (reply.status_code, reply.json()["code"]) == (422, "request.malformed")
     fields = reply.json()["fields"]
     assert (fields[0]["field"], len(fields)) == (first, count)
+
+
+def test_row_of_far_too_many_features_is_refused_before_it_is_encoded(client, as_role, row, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("was encoded")
+
+    monkeypatch.setattr("server.answers.plain_row", never)
+    wide = {**row, **{f"k{number}": 1.5 for number in range(3_000)}}
+    body = {"purpose": "triage", "rows": [wide]}
+    problem = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
+    assert problem["code"] == "predict.row_outside_contract"
+    assert problem["detail"] == "row 0, k0: is not in the charter; leave it out"
+    assert [field["field"] for field in problem["fields"]] == [f"k{number}" for number in range(50)]
+
+
+def test_rows_outside_the_contract_are_encoded_once(client, as_role, row, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("was encoded again")
+
+    monkeypatch.setattr("server.service.encode", never)
+    body = {"purpose": "triage", "rows": [row, {**row, "age": 500}]}
+    problem = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
+    assert (problem["code"], problem["fields"][0]["row"]) == ("predict.row_outside_contract", 1)
+
+
+def test_problems_of_many_rows_are_named_in_part(client, as_role):
+    body = {"purpose": "triage", "rows": [{"a": 1, "b": 2, "c": 3}] * 1_000}
+    problem = client.post(PREDICT, headers=as_role("consumer"), json=body).json()
+    assert (problem["code"], len(problem["fields"])) == ("predict.row_outside_contract", 100)
 
 
 def test_malformed_request_is_read_once(client, lab):

@@ -61,7 +61,7 @@ def test_answer_that_is_a_file_is_described_as_one(client, path, kinds):
 @pytest.mark.soak  # half a minute of generated requests, hundreds for each role
 @pytest.mark.parametrize("role", ["consumer", "officer", "operator"])
 def test_generated_requests_find_no_answer_that_is_not_described(lab, role):
-    server = uvicorn.Server(uvicorn.Config(create_app(lab.settings()), port=0, log_level="error", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(create_app(lab.settings()), port=0, log_config=None, ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

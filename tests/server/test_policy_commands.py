@@ -142,6 +142,66 @@ def test_strangers_key_changes_no_rule(office, lab, tmp_path):
     assert bodies(lab, PolicyChanged) == []
 
 
+NOBODY = '@id("nobody") forbid (principal, action, resource);\n'
+NO_READING = '@id("blind") forbid (principal, action == Affidavit::Action::"policy.read", resource);\n'
+LOCKED = {
+    "forbid all": (NOBODY, ["policy.read", "policy.change"]),
+    "no reading": (shipped_policies().policies + NO_READING, ["policy.read"]),
+    "no permit": (CLOSED, ["policy.read", "policy.change"]),
+}
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_rules_that_lock_officers_out_are_warned_of_and_applied_only_when_asked(office, lab, name):
+    text, refused = LOCKED[name]
+    office.rules.write_text(text)
+    (office.rules.parent / "mine.tests.yaml").unlink()
+    code, found = office("policy", "check", office.rules)
+    assert (code, found["locked_out"]) == (0, refused)
+    words = ("policy", "apply", office.rules, "--officer", office.officer, "--untested")
+    code, found = office(*words)
+    assert (code, found["error"]["code"]) == (1, "access.policy_lock_out")
+    assert all(action in found["error"]["message"] for action in refused)
+    assert bodies(lab, PolicyChanged) == []
+    assert office(*words, "--lock-out")[0] == 0
+    office.rules.write_text(shipped_policies().policies)
+    assert office(*words)[0] == 0, "the home puts others in force, whatever the rules say"
+    assert len(bodies(lab, PolicyChanged)) == 2
+
+
+def test_rules_that_lock_nobody_out_are_not_warned_of(office):
+    assert office("policy", "check", office.rules)[1]["locked_out"] == []
+
+
+SECOND = '@id("second")\npermit (\n  principal,\n  action == Affidavit::Action::"predict",\n  resource\n)'
+BROKEN = {
+    "a missing comma": (CLOSED + "permit (principal action, resource);\n", ["line 2", '@id("closed")']),
+    "in the second": (CLOSED + SECOND + " when {\n  1 + };\n" + NOBODY, ["line 8", '@id("second")']),
+    "cut short": (CLOSED + SECOND, ["line 7", '@id("second")', "end of input"]),
+    "before all": ("permit (principal action, resource);\n" + CLOSED, ["line 1", "before the first @id"]),
+    "a name in a comment": ('// @id("x")\n' + CLOSED + "forbid forbid;\n", ["line 3", '@id("closed")']),
+    "an unknown attribute": (
+        CLOSED + SECOND + " when { resource.nope };\n" + NOBODY, ['@id("second")', "`nope`"],
+    ),
+    "no id": (CLOSED + "forbid (principal, action, resource);\n", ["policy 2", '@id("closed")', "no @id"]),
+    "no id at first": ("forbid (principal, action, resource);\n" + CLOSED, ["policy 1 of", "no @id"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_does_not_hold_together_names_file_and_place(office, name):
+    text, words = BROKEN[name]
+    office.rules.write_text(text)
+    for command in (("check",), ("test",), ("apply", "--officer", office.officer, "--untested")):
+        told = ("policy", command[0], office.rules, *command[1:])
+        status, found = office(*told, home=command[0] != "test")
+        assert (status, found["error"]["code"]) == (1, "access.policy_invalid")
+        detail = found["error"]["message"]
+        for word in (str(office.rules), *words):
+            assert word in detail, detail
+        assert "`policy" not in detail
+
+
 def test_keys_are_made_with_terms_and_rotated(office, lab, tmp_path):
     code, made = office(
         "keys", "create", "--role", "consumer", "--region", "eu", "--model", "toy", "--model", "b"
@@ -173,7 +233,7 @@ def at(lab, as_role, monkeypatch):
     """A server that listens, and an officer's API key in the environment; return its address."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(lab.settings(), clock=lab.clock), log_level="warning", ws="none")
+    config = uvicorn.Config(create_app(lab.settings(), clock=lab.clock), log_config=None, ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

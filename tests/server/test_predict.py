@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from audit.commitments import commit, verify_opening
 from audit.encoding import encode_row
-from audit.entries import RowCommitment
+from audit.entries import ZERO_DIGEST, MechanismEvent, RowCommitment, SiteStatement, SiteUndelivered
 from audit.errors import LedgerBusyError, LedgerClosedError, LedgerWriteError
 from audit.forward import forward
 from audit.keys import SigningKey
@@ -21,7 +21,12 @@ from audit.notes import NoteVerifier
 from audit.receipts import Receipt, verify_receipt
 from audit.row_tree import RowPathError, verify_row
 from server.app import create_app
+from tests.server.conftest import charter
 
+EVENT = MechanismEvent(
+    mechanism="discrete_gaussian", sampling="full", sample_rate="1", steps=1, sigma_grid=8 << 20,
+    sensitivity_grid=1 << 20, dimension=7, grid_bits=20, relation="add_remove", unit="row",
+)  # fmt: skip
 URL = "/v1/models/toy/predict"
 
 
@@ -206,6 +211,47 @@ def test_epsilon_over_the_charter_is_refused(client, lab, as_role, row):
     lab.move(version, digest, "approved", "live", model="spent")
     problem = ask(client, as_role("consumer"), row, url="/v1/models/spent/predict").json()
     assert problem["policies"] == ["epsilon-over-charter"]
+
+
+def spent_by(lab, **told):
+    """A live model whose registration tells its costs so."""
+    digest = lab.publish_charter(name="spent")
+    version = lab.register(digest, model="spent", **told)
+    lab.move(version, digest, "candidate", "approved", model="spent")
+    lab.move(version, digest, "approved", "live", model="spent")
+    return digest
+
+
+@pytest.mark.parametrize("counted", [(), ("alpha",), ("alpha", "alpha"), ("alpha", "gamma")], ids=str)
+def test_a_version_that_lacks_figures_counts_as_over_the_charter(client, lab, as_role, row, counted):
+    spent_by(lab, counted=counted)
+    for role in ("consumer", "tester"):
+        reply = ask(client, as_role(role), row, url="/v1/models/spent/predict")
+        assert reply.status_code == 403
+        assert reply.json()["policies"] == ["epsilon-over-charter"]
+
+
+@pytest.mark.parametrize("undelivered", [False, True])
+@pytest.mark.parametrize("released", [False, True])
+def test_a_site_without_a_figure_must_have_released_nothing(
+    client, lab, as_role, row, released, undelivered
+):  # fmt: skip
+    plan = charter([], "")["plan"] | {"minimum_sites": 1}
+    digest = lab.publish_charter(name="spent", plan=plan)
+    for site in ("alpha", *(("beta",) if released else ())):
+        statement = SiteStatement(
+            run="run-1", round=1, charter=digest, site=site, population="ab" * 16, base_model=ZERO_DIGEST,
+            participants=("alpha", "beta"), agent_code=ZERO_DIGEST, previous_round=ZERO_DIGEST, event=EVENT,
+            sequence=1, previous_event=ZERO_DIGEST, update=ZERO_DIGEST, signature="",
+        )  # fmt: skip
+        lab.coordinator.append(SiteUndelivered(statement=statement) if undelivered else statement, "site")
+    version = lab.register(digest, model="spent", counted=("alpha",))
+    lab.move(version, digest, "candidate", "approved", model="spent")
+    lab.move(version, digest, "approved", "live", model="spent")
+    reply = ask(client, as_role("consumer"), row, url="/v1/models/spent/predict")
+    assert reply.status_code == (403 if released else 200)
+    if released:
+        assert reply.json()["policies"] == ["epsilon-over-charter"]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,13 @@ def test_a_crowd_around_a_person_is_membership():
     assert judged(mixed, np.ones(8)) == {"share_around_one_point"}
 
 
+def test_a_crowd_is_told_by_its_rows_alone():
+    window, draw = Window(), np.random.default_rng(5)
+    for _ in range(LEAST):
+        window.add(Look(row=tuple(draw.normal(0, 0.005, 8)), margin=None, out=False))
+    assert [suspicion.kind for suspicion in window.suspicions()] == ["membership"]
+
+
 def test_a_storm_of_far_rows_is_told():
     rows = np.random.default_rng(6).uniform(-1, 1, (200, 6))
     assert judged(rows, np.ones(6), out=0.6) == {"share_out_of_distribution"}
@@ -130,6 +137,7 @@ def storm(alarming, *, principal="p-1", rows=96):
         served=SimpleNamespace(model="toy", version="a" * 64),
         encoded=[[n / 100, (n * 37 % 100) / 100, 0.3] for n in range(rows)],
         answers=[{"label": "ill"}] * rows,
+        margins=(),
     )
     answered = SimpleNamespace(annotations={"ood": [{"out": True}] * rows})
     alarming.observe(answering, answered)
@@ -194,3 +202,46 @@ def test_a_walk_through_the_api_becomes_an_entry_and_a_line(lab, as_role, caplog
     assert entry["body"]["principal"] == lab.entries("prediction")[0]["body"]["principal"]
     assert "affidavit_alarms_total" in metrics
     assert "extraction" in caplog.text
+
+
+ANSWERS = {
+    "labels": {"decimals": 6, "label_only": 1, "cache": 0},
+    "no decimals": {"decimals": 0, "label_only": 0, "cache": 0},
+    "remembered": {"decimals": 0, "label_only": 1, "cache": 1},
+}
+
+
+def restricted(lab, weights, answers):
+    digest = lab.publish_charter(name="kept", answers=answers)
+    version = lab.register(digest, model="kept", weights=weights)
+    lab.move(version, digest, "candidate", "approved", model="kept")
+    lab.move(version, digest, "approved", "live", model="kept")
+
+
+def alarms_after(lab, headers, rows, at_once):
+    with TestClient(create_app(lab.settings(), clock=lab.clock)) as client:
+        for first in range(0, len(rows), at_once):
+            body = {"purpose": "triage", "rows": rows[first : first + at_once]}
+            reply = client.post("/v1/models/kept/predict", headers=headers, json=body)
+            assert reply.status_code == 200, reply.text
+    return [(entry["body"]["kind"], entry["body"]["measure"]) for entry in lab.entries("alarm.raised")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "at_once"), [("labels", 16), ("labels", 128), ("no decimals", 16), ("remembered", 16)]
+)
+def test_rows_along_the_boundary_alarm_whatever_the_charter_lets_out(lab, as_role, answers, at_once):
+    rows = [
+        {"age": 30 + n % 60, "fever": n % 2 == 0, "ward": ("north", "south")[n // 60]} for n in range(120)
+    ]
+    restricted(lab, [0.0] * 7, ANSWERS[answers])
+    found = alarms_after(lab, as_role("consumer"), rows, at_once)
+    assert found == [("extraction", "share_near_boundary")]
+
+
+def test_rows_far_from_the_boundary_alarm_nobody_under_labels_alone(lab, as_role):
+    rows = [
+        {"age": 30 + n % 60, "fever": n % 2 == 0, "ward": ("north", "south")[n // 60]} for n in range(120)
+    ]
+    restricted(lab, [0.0, 0.0, 0.0, 0.0, 5.0, 0.0, 0.0], ANSWERS["labels"])
+    assert alarms_after(lab, as_role("consumer"), rows, 16) == []

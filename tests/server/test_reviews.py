@@ -163,6 +163,40 @@ def test_decision_without_legal_effect_has_nothing_to_review(court, lab, as_role
     assert (reply.status_code, reply.json()["code"]) == (409, "reviews.not_needed")
 
 
+TESTERS_WORD = "a tester's answer: nothing may rest on it"
+
+
+@pytest.mark.parametrize("model", [NAME, "toy"])
+def test_testers_answer_is_never_final_and_says_why(court, lab, as_role, row, model):
+    answer = ask(court, as_role("tester"), row, model=model).json()
+    decision = lab.coordinator.ledger.stored_entry(answer["entry"]["leaf_index"]).event_id
+    if model == NAME:
+        assert answer["review_required"] is True
+        assert (answer["review"]["final"], answer["review"]["reason"]) == (False, TESTERS_WORD)
+    for role in ("tester", "officer"):
+        shown = court.get(f"/v1/reviews/{decision}", headers=as_role(role)).json()
+        assert (shown["final"], shown["reason"]) == (False, TESTERS_WORD)
+        assert shown["review_required"] is answer["review_required"]
+    for outcome in ("confirmed", "overturned"):
+        reply = record(court, as_role("officer"), decision, outcome=outcome)
+        assert (reply.status_code, reply.json()["code"]) == (409, "reviews.not_needed")
+        assert TESTERS_WORD in reply.json()["detail"]
+        assert "no legal effect" not in reply.text
+    assert lab.entries("prediction.reviewed") == []
+
+
+def test_candidates_answer_to_a_tester_is_never_final(court, lab, as_role, row):
+    candidate = lab.register(lab.charter, model=NAME, weights=[0.5] * 7)
+    answer = ask(court, as_role("tester"), row, version=candidate).json()
+    shown = court.get(answer["review"]["url"], headers=as_role("officer")).json()
+    assert (shown["final"], shown["reason"]) == (False, TESTERS_WORD)
+
+
+def test_an_answer_that_a_review_can_make_final_says_no_reason(court, as_role, decided):
+    assert decided["review"]["reason"] == ""
+    assert court.get(decided["review"]["url"], headers=as_role("officer")).json()["reason"] == ""
+
+
 def test_decision_about_a_named_person_is_reviewed_without_naming_them(court, lab, as_role, row):
     answer = ask(court, as_role("consumer"), row, subject="MRN-1").json()
     assert record(court, as_role("officer"), answer["review"]["id"]).status_code == 201

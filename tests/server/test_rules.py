@@ -200,6 +200,23 @@ def test_change_that_does_not_count_changes_nothing_and_is_no_entry(client, lab,
     assert ask(client, as_role("consumer"), row).status_code == 200
 
 
+def test_rules_that_lock_officers_out_are_refused_unless_asked_for(client, lab, as_role):
+    nobody = '@id("nobody") forbid (principal, action, resource);'
+    body = document(change(lab, nobody))
+    for asked in (body, {**body, "lock_out": False}):
+        reply = client.post("/v1/policy", headers=as_role("officer"), json=asked)
+        assert (reply.status_code, reply.json()["code"]) == (409, "access.policy_lock_out")
+        assert "policy.read and policy.change" in reply.json()["detail"]
+    assert lab.entries("policy.changed") == []
+    assert client.get("/v1/policy", headers=as_role("officer")).status_code == 200
+    for odd in ("true", 1, None):
+        reply = client.post("/v1/policy", headers=as_role("officer"), json={**body, "lock_out": odd})
+        assert reply.status_code == 422
+    reply = client.post("/v1/policy", headers=as_role("officer"), json={**body, "lock_out": True})
+    assert reply.status_code == 201
+    assert client.get("/v1/policy", headers=as_role("officer")).status_code == 403
+
+
 def test_rows_that_somebody_wrote_into_the_log_change_nothing(lab, as_role, row):
     for _, body, _ in hostile_changes(lab):
         lab.coordinator.append(body, "api")

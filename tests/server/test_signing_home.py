@@ -153,3 +153,9 @@ def test_name_is_relative_only_within_one_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert named_for(Path("x/coordinator"), Path("x/keys")) == "../keys"
     assert named_for(Path("x/coordinator"), Path("y/signer")) == str(tmp_path / "y/signer")
+
+
+def test_new_home_is_its_owners_alone(tmp_path):
+    base = make(tmp_path / "new")
+    assert (base / "coordinator").stat().st_mode & 0o077 == 0, "models and released updates lie in it"
+    assert (base / "signer").stat().st_mode & 0o077 == 0

@@ -45,8 +45,8 @@ def silent():
     found.gate.set()  # or its thread would outlive the test
 
 
-def silent_keys(fetch, clock: Time, *, wait_s: float = 600.0, stale_s: float = 3_600.0) -> IssuerKeys:
-    return IssuerKeys(SILENT, f"{SILENT}/jwks", fetch=fetch, clock=clock, wait_s=wait_s, stale_s=stale_s)
+def silent_keys(fetch, clock: Time, *, wait_s: float = 600.0, **options) -> IssuerKeys:
+    return IssuerKeys(SILENT, f"{SILENT}/jwks", fetch=fetch, clock=clock, wait_s=wait_s, **options)
 
 
 def junk(number: int) -> str:
@@ -56,7 +56,7 @@ def junk(number: int) -> str:
 def test_silent_issuer_stops_neither_keys_nor_readiness(lab, as_role, silent, monkeypatch):
     """As many junk tokens as there are threads and more; nobody else waits for one of them."""
     keys = partial(silent_keys, silent, Time())
-    monkeypatch.setattr(server.oidc, "IssuerKeys", lambda *_, stale_s: keys(stale_s=stale_s))
+    monkeypatch.setattr(server.oidc, "IssuerKeys", lambda *_, **options: keys(**options))
     settings = lab.settings(oidc_issuer=SILENT, oidc_audience=AUDIENCE, request_timeout_s=120)
     now = int(lab.clock().timestamp())
     good = jwt.encode(
@@ -186,3 +186,10 @@ def test_waiter_that_goes_away_leaves_its_place(silent):
 
     asyncio.run(ask())
     assert keys.fetches == 1
+
+
+@pytest.mark.parametrize(("places", "waiting"), [(512, MAX_WAITING), (100, 25), (8, 2), (1, 1)])
+def test_those_who_wait_leave_most_places_to_the_others(lab, places, waiting):
+    settings = lab.settings(oidc_issuer=SILENT, oidc_audience=AUDIENCE, max_in_flight=places)
+    made = server.oidc.token_verifier(settings, lambda issuer, subject: "p", lab.clock)
+    assert made._keys._most_waiting == waiting

@@ -81,6 +81,7 @@ def test_nan_is_a_missing_value():
         (body(tensor(data=[1, 2]), id=7), "id:"),
         (body(tensor(data=[1, 2]), parameters=[]), "parameters"),
         (body(tensor(data=[1, 2]), parameters={"a": [1]}), "parameters"),
+        (body(tensor(data=[1, 2]), parameters={"binary_data_output": 1}), "binary_data_output"),
         (body(tensor(data=[1, 2]), outputs={}), "outputs"),
         (body(tensor(data=[1, 2]), outputs=[{"name": "x", "parameters": {"binary_data": 1}}]), "binary_data"),
         (body(tensor(datatype="FP8", data=[1, 2])), "datatype"),

@@ -255,13 +255,17 @@ def test_timeout_of_the_protocols_clients_ends_the_request(client, as_role, quer
     assert client.get("/healthz").status_code == 200
 
 
-def test_a_long_timeout_is_no_longer_than_the_servers(lab, as_role):
-    app = create_app(lab.settings(request_timeout_s=0.05), clock=lab.clock)
-    with TestClient(app) as client:
-        held(client, asyncio.Event())
-        body = ask(parameters={"purpose": "triage", "timeout": 2**53 - 1})
-        reply = client.post(URL, headers=as_role("consumer"), json=body)
-        assert reply.status_code in (503, 504)
+@pytest.mark.parametrize(
+    ("microseconds", "seconds"), [(2**53 - 1, [30.0]), (2_500_000, [2.5]), (1, [1e-6]), (0, [])]
+)
+def test_timeout_is_in_microseconds_and_no_longer_than_the_servers(
+    client, as_role, microseconds, seconds, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr("server.deadlines.OwnLimit.set", lambda _, seconds: seen.append(seconds))
+    body = ask(parameters={"purpose": "triage", "timeout": microseconds})
+    assert client.post(URL, headers=as_role("consumer"), json=body).status_code == 200
+    assert seen == seconds
 
 
 @pytest.mark.parametrize(
