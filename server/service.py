@@ -35,7 +35,7 @@ from federation.registry import LIVE
 from server.answers import Answered, Asked, Commitments, Opened, commit_rows, encode, entry_of, never_final
 from server.batching import Batching
 from server.crowd import SENT_BACK, Crowd, Job
-from server.errors import ArtefactError, MalformedRequestError, RowContractError, TooBusyError
+from server.errors import ArtefactError, MalformedRequestError, RowContractError, ServerError, TooBusyError
 from server.explaining import ExplainRefusedError, ExplainUnavailableError
 from server.facts import ModelAttributes, has_legal_effect
 from server.hooks import Annotation, Answering, Hooks, with_fields
@@ -148,7 +148,7 @@ class PredictService:
 
     async def _alone(self, job: Job) -> Answered:
         """Answer what a crowd sent back: with the version that was drawn there, if any was."""
-        if job.refused is not None:
+        if job.refused is not None and not self._may_be_the_canarys(job.refused, job):
             raise job.refused
         principal, asked = job.principal, _checked(job.asked if job.is_read else job.read())
         job.asked, job.is_read = asked, True
@@ -206,6 +206,10 @@ class PredictService:
             margins=warm.margins_of(outputs),
         )
         return answering, await self.hooks.annotate(answering)
+
+    def _may_be_the_canarys(self, refused: ServerError, job: Job) -> bool:
+        """Whether a crowd's refusal is of the canary's charter; if so, the request is moved as below."""
+        return job.is_decided and isinstance(refused, _OF_VERSION) and self._leaves_canary(job)
 
     def _leaves_canary(self, job: Job) -> bool:
         """Move a request that was drawn to a canary to the live version; say whether it was one.
