@@ -20,7 +20,7 @@ from audit.canonical import canonical_bytes
 from audit.chance import entry_names
 from audit.disclosure import CONTEXT, new_part
 from audit.entries import Prediction, PredictionDenied, RowCommitment
-from audit.errors import StaleViewError
+from audit.errors import LedgerBusyError, StaleViewError
 from audit.ledger import Guard, Sequenced
 from audit.principal import (
     AccessDeniedError,
@@ -35,7 +35,14 @@ from federation.registry import LIVE
 from server.answers import Answered, Asked, Commitments, Opened, commit_rows, encode, entry_of, never_final
 from server.batching import Batching
 from server.crowd import SENT_BACK, Crowd, Job
-from server.errors import ArtefactError, MalformedRequestError, RowContractError, ServerError, TooBusyError
+from server.errors import (
+    ArtefactError,
+    LedgerUnavailableError,
+    MalformedRequestError,
+    RowContractError,
+    ServerError,
+    TooBusyError,
+)
 from server.explaining import ExplainRefusedError, ExplainUnavailableError
 from server.facts import ModelAttributes, has_legal_effect
 from server.hooks import Annotation, Answering, Hooks, with_fields
@@ -127,7 +134,12 @@ class PredictService:
         if self.quotas is not None and self.quotas.limits:
             asked = _checked(read())
             _fits(asked, self.quotas.most_rows)
-            taken = await self.quotas.taken(principal.id, len(asked.rows))
+            try:
+                taken = await self.quotas.taken(principal.id, len(asked.rows))
+            except LedgerUnavailableError as error:
+                if not isinstance(error.__cause__, LedgerBusyError):  # which stops its principal alone
+                    self.journal.recording.failed()  # the entry goes to the same database, or disk
+                raise
             read = partial(_same, asked)
         self.batching.in_flight += 1
         try:

@@ -133,11 +133,13 @@ def test_trial_of_a_log_makes_no_entry_and_needs_room(lab, monkeypatch):
         try_log(ledger)
 
 
-def test_server_whose_entries_fail_is_unready_but_alive_and_ready_again_by_itself(
-    lab, as_role, row, monkeypatch
+@pytest.mark.parametrize("what", ["entries", "counts"])
+def test_server_that_cannot_record_is_unready_but_alive_and_ready_again_by_itself(
+    lab, as_role, row, monkeypatch, what
 ):
     broken = [True]
-    app = create_app(lab.settings(), clock=lab.clock)
+    quota = {"quota_rows_per_minute": 100} if what == "counts" else {}
+    app = create_app(lab.settings(**quota), clock=lab.clock)
     with TestClient(app) as client:
         context = app.state.context
 
@@ -154,8 +156,11 @@ def test_server_whose_entries_fail_is_unready_but_alive_and_ready_again_by_itsel
                 raise OSError(28, "No space left on device")
 
         ledger = context.coordinator.ledger
-        for name in ("append_from_loop", "append_waiting"):
+        for name in ("append_from_loop", "append_waiting") if what == "entries" else ():
             monkeypatch.setattr(ledger, name, refusing(getattr(ledger, name)))
+        if what == "counts":
+            quotas = context.predicting.quotas
+            monkeypatch.setattr(quotas, "_take_all", refusing(quotas._take_all), raising=True)
         kept = context.journal.recording
         monkeypatch.setattr(kept, "_trial", trial)
         monkeypatch.setattr(kept, "_patience_s", 60)
